@@ -1,0 +1,126 @@
+"""What the stages of the pipeline hand to each other: frozen, slotted, and made of norms, never of gradients.
+
+``measure`` makes a `GradientNorms`; a policy turns it into a `Decision`; ``apply`` carries that out; the guard sums
+the step up in a ``StepReport`` and hands it to a `Recorder`.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from gradkeel.step_report import StepReport
+
+State = Mapping[str, Tensor]
+"""A policy's state: flat, tensors only, on the device of the norms."""
+
+
+def combine(norms: Tensor, norm_type: float) -> Tensor:
+    """Norm of a whole from the norms of its parts: ``(sum n_i^p)^(1/p)``, computed relative to the largest part.
+
+    ``norms`` has shape [k]; the result has shape [] and the same dtype. Scaling by the largest part keeps finite
+    parts from ever giving a non-finite or zero whole. No host sync.
+    """
+    if norms.numel() == 0:
+        return norms.new_zeros(())
+    if norm_type == math.inf:
+        return norms.amax()
+    if norm_type == -math.inf:
+        return norms.amin()
+    if norm_type == 0:  # the number of entries that are not zero: counts add up
+        return norms.sum()
+    if norm_type < 0:  # a zero part makes the whole zero, so there is nothing to scale by
+        return torch.linalg.vector_norm(norms, norm_type)
+    largest = norms.amax()
+    scale = torch.where((largest > 0) & torch.isfinite(largest), largest, torch.ones_like(largest))
+    return torch.linalg.vector_norm(norms / scale, norm_type) * scale
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GradientNorms:
+    """The norms of the TRUE gradients of one selection of parameters, at one step.
+
+    n is the number of parameters, u the number of their units (output rows or filters). Every tensor is float64
+    (float32 on devices without it) and on one device. A parameter without a gradient has the norm 0.
+
+    Attributes:
+        names: the n parameters' names, in the optimizer's order.
+        norms: [n] norm of each parameter's gradient.
+        total: [] norm of all of them together: the root of the sum of powers.
+        norm_type: the p of the p-norm; ``math.inf`` is the largest absolute entry.
+        groups: the n parameters' group indices in the optimizer.
+        step: the number of this step, from 1.
+        weights: [n] norm of each parameter itself, where a policy asked for it.
+        sizes: the n parameters' numbers of entries.
+        units: [u] norm of each unit's gradient, parameter after parameter, where a policy asked for it.
+        unit_weights: [u] norm of each unit's weights, likewise.
+        unit_counts: how many units each of the n parameters has; sums to u.
+        unit_sizes: how many entries a unit of each of the n parameters has.
+        peaks: [n, 2] each gradient's lowest and highest entry, where a policy asked for it.
+        loss: [] the loss of this step, where the user logged it before the step.
+    """
+
+    names: tuple[str, ...]
+    norms: Tensor
+    total: Tensor
+    norm_type: float
+    groups: tuple[int, ...]
+    step: int
+    sizes: tuple[int, ...] = ()
+    weights: Tensor | None = None
+    units: Tensor | None = None
+    unit_weights: Tensor | None = None
+    unit_counts: tuple[int, ...] = ()
+    unit_sizes: tuple[int, ...] = ()
+    peaks: Tensor | None = None
+    loss: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decision:
+    """What a policy wants done to the gradients of its selection; the parts that are None are not wanted.
+
+    The parts combine by multiplication, in this order: coefficients, unit coefficients, then the clamp. An empty
+    decision keeps the gradients as they are.
+
+    Attributes:
+        coefficients: [] one for all parameters, or [n] one for each; finite, above 0.
+        unit_coefficients: [u] one for each unit.
+        clamp: lowest and highest value that an entry may have.
+        skip: [] bool: True asks for the step to be skipped.
+        bound: [] or [n] or [u] the bound that was in force (inf where there was none), for reports and records.
+    """
+
+    coefficients: Tensor | None = None
+    unit_coefficients: Tensor | None = None
+    clamp: tuple[float, float] | None = None
+    skip: Tensor | None = None
+    bound: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a policy wants measured; the guard measures the union once."""
+
+    norm_type: float = 2.0
+    weights: bool = False
+    units: bool = False
+    peaks: bool = False
+
+
+class Recorder(Protocol):
+    """Whoever wants to be told of every step: a file, a tracker, a test.
+
+    ``record`` is called after each optimizer step, skipped ones included, on the training thread; it must not raise
+    and should not read the report's numbers at once, for that syncs the host on an accelerator.
+    """
+
+    def record(self, report: "StepReport") -> None:
+        """Take note of one step."""
+
+    def close(self) -> None:
+        """Write what is still in memory; called by ``guard.detach()``."""
