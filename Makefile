@@ -1,0 +1,79 @@
+# Everything here works in a fresh clone, with make and Python 3.11 or newer.
+#
+#   make compare            set up, then run the main job on real text
+#   make test               set up, then run the tests
+#   make test ARGS='-k wheel'    with arguments for pytest (or for compare, bench, ...)
+#
+# pip takes torch from wherever it is configured to look: for a smaller download on a machine
+# without a GPU, point PIP_EXTRA_INDEX_URL at PyTorch's index of CPU builds.
+
+PYTHON  ?= python3
+VENV    ?= .venv
+PEERS   ?= .venv-peers
+WORKERS ?= 2
+ARGS    ?=
+
+python := $(VENV)/bin/python
+pytest := $(python) -m pytest -n $(WORKERS) --dist worksteal
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+.PHONY: help
+help: ## list the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | column -t -s '|'
+
+# -- the main job ------------------------------------------------------------------------------------------
+
+.PHONY: compare
+compare: $(VENV)/run.stamp ## the same task under several policies: a table and a page
+	$(VENV)/bin/gradkeel compare $(ARGS)
+
+# -- tests and linters -------------------------------------------------------------------------------------
+
+.PHONY: test
+test: $(VENV)/dev.stamp ## the tests
+	$(pytest) $(ARGS)
+
+.PHONY: test-full
+test-full: $(VENV)/dev.stamp ## the tests, those that take minutes included
+	$(pytest) -m "not peers" --hypothesis-profile=full $(ARGS)
+
+.PHONY: test-peers
+test-peers: $(PEERS)/peers.stamp ## the same gradients through optax, Keras and Paddle, in an environment of their own
+	$(PEERS)/bin/python -m pytest -m peers tests/peers $(ARGS)
+
+.PHONY: lint
+lint: $(VENV)/dev.stamp ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+.PHONY: clean
+clean: ## remove the environments, caches and builds
+	rm -rf $(VENV) $(PEERS) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# -- environments ------------------------------------------------------------------------------------------
+# A stamp is as new as the last installation that succeeded.
+
+define new-venv
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("gradkeel needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(@D)/..
+endef
+
+$(VENV)/bin/python $(PEERS)/bin/python:
+	$(new-venv)
+
+$(VENV)/run.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(python) -m pip install --quiet -c constraints.txt -e '.[cli,report]'
+	touch $@
+
+$(VENV)/dev.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(python) -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $(VENV)/run.stamp $@
+
+$(PEERS)/peers.stamp: pyproject.toml constraints.txt constraints-peers.txt | $(PEERS)/bin/python
+	$(PEERS)/bin/python -m pip install --quiet -c constraints.txt -c constraints-peers.txt -e . \
+	    hypothesis numpy pytest pytest-timeout jax keras optax paddlepaddle
+	touch $@

@@ -1,0 +1,161 @@
+"""The wheel, installed where nothing but torch is, guards an optimizer; and no extra is imported unasked."""
+
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+# What the extras install, by the names under which Python imports it.
+EXTRAS = {
+    "accelerate",
+    "lightning",
+    "plotly",
+    "pyarrow",
+    "pytorch_lightning",
+    "ray",
+    "rich",
+    "tensorboard",
+    "transformers",
+    "typer",
+    "wandb",
+}
+
+GUARDED_STEP = """
+import json, sys
+import torch
+import gradkeel as gk
+
+model = torch.nn.Linear(2, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+guard = gk.attach(optimizer, gk.ClipByGlobalNorm(1.0), model=model)
+(100 * model(torch.ones(3, 2)).sum()).backward()
+optimizer.step()
+report = guard.report
+print(json.dumps({
+    "file": gk.__file__,
+    "version": gk.__version__,
+    "clipped": report.clipped,
+    "clipped_norm": report.clipped_norm,
+    "modules": sorted({name.partition(".")[0] for name in sys.modules}),
+}))
+"""
+
+
+def run(*command):
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, cwd="/", check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def requirements(name, found):
+    """Add to ``found`` the distribution ``name`` and all that it requires here, extras left out."""
+    from packaging.requirements import Requirement
+
+    key = re.sub(r"[-_.]+", "-", name).lower()
+    if key in found:
+        return
+    found[key] = importlib.metadata.distribution(name)
+    for text in found[key].requires or ():
+        requirement = Requirement(text)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            requirements(requirement.name, found)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def python_with_torch_alone(wheel, tmp_path_factory):
+    """An environment that holds the wheel, torch and what torch requires: links, so that nothing is downloaded."""
+    folder = tmp_path_factory.mktemp("empty") / "venv"
+    venv.create(folder, with_pip=False, symlinks=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    found = {}
+    requirements("torch", found)
+    for distribution in found.values():
+        for top in {
+            file.parts[0] for file in distribution.files if file.parts[0] not in ("..", "__pycache__")
+        }:
+            if not (packages / top).exists():
+                (packages / top).symlink_to(distribution.locate_file(top))
+    python = folder / "bin" / "python"
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        wheel,
+    )
+    return python
+
+
+def test_wheel_holds_the_types_marker_the_version_and_the_license(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (metadata,) = [name for name in names if name.endswith(".dist-info/METADATA")]
+        lines = archive.read(metadata).decode().splitlines()
+    assert "gradkeel/py.typed" in names
+    assert any(name.endswith("/licenses/LICENSE") for name in names)
+    assert f"Version: {PROJECT['version']}" in lines
+    assert [line for line in lines if line.startswith("Requires-Dist") and "extra ==" not in line] == [
+        "Requires-Dist: torch>=2.6"
+    ]
+    assert not [name for name in names if not name.startswith(("gradkeel/", "gradkeel-"))]
+
+
+def test_wheel_guards_an_optimizer_with_torch_alone(python_with_torch_alone):
+    result = json.loads(run(python_with_torch_alone, "-I", "-c", GUARDED_STEP))
+    assert Path(result["file"]).is_relative_to(python_with_torch_alone.parents[1])
+    assert result["version"] == PROJECT["version"]
+    assert result["clipped"] is True
+    # One fp32 multiplication rounds the norm of 1 by 6e-8 at most per entry.
+    assert result["clipped_norm"] == pytest.approx(1.0, rel=1e-6)
+
+
+def test_no_extra_is_imported_unasked():
+    result = json.loads(run(sys.executable, "-I", "-c", GUARDED_STEP))
+    assert EXTRAS.isdisjoint(result["modules"])
+
+
+def test_every_extra_is_watched():
+    requirement = re.compile(r"[A-Za-z0-9_-]+")
+    extras = PROJECT["optional-dependencies"]
+    named = {
+        requirement.match(text)[0]
+        for extra, texts in extras.items()
+        if extra not in ("all", "dev")
+        for text in texts
+    }
+    assert named <= EXTRAS
+    assert set(re.findall(r"\w+", extras["all"][0].partition("[")[2])) == set(extras) - {"all", "dev"}
+
+
+def test_the_command_line_starts_and_names_what_is_missing(python_with_torch_alone):
+    done = subprocess.run(
+        [python_with_torch_alone.parent / "gradkeel", "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "pip install 'gradkeel[cli]'" in done.stderr
+    assert "Traceback" not in done.stderr
