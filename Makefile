@@ -21,7 +21,7 @@ pytest := $(python) -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: help
 help: ## list the targets
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | column -t -s '|'
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 # -- the main job ------------------------------------------------------------------------------------------
 
@@ -65,8 +65,9 @@ endef
 $(VENV)/bin/python $(PEERS)/bin/python:
 	$(new-venv)
 
+# numpy: torch warns on import without it.
 $(VENV)/run.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(python) -m pip install --quiet -c constraints.txt -e '.[cli,report]'
+	$(python) -m pip install --quiet -c constraints.txt -e '.[cli,report]' numpy
 	touch $@
 
 $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
