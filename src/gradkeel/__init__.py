@@ -1,1 +1,44 @@
+"""gradkeel keeps PyTorch training on an even keel: it owns everything between ``loss.backward()`` and ``step()``.
 
+>>> guard = gk.attach(optimizer, gk.ClipByGlobalNorm(1.0), model=model)
+"""
+
+from gradkeel import policies
+from gradkeel.attach import attach
+from gradkeel.errors import (
+    AttachError,
+    CheckpointError,
+    GradkeelError,
+    GradkeelWarning,
+    MissingExtraError,
+    NonFiniteGradientError,
+    PolicySpecError,
+    SelectionError,
+    TooManySkipsError,
+    WindowError,
+)
+from gradkeel.guard import Guard
+from gradkeel.policies import ClipByGlobalNorm, ClipByNorm, ClipByValue
+from gradkeel.step_report import StepReport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttachError",
+    "CheckpointError",
+    "ClipByGlobalNorm",
+    "ClipByNorm",
+    "ClipByValue",
+    "GradkeelError",
+    "GradkeelWarning",
+    "Guard",
+    "MissingExtraError",
+    "NonFiniteGradientError",
+    "PolicySpecError",
+    "SelectionError",
+    "StepReport",
+    "TooManySkipsError",
+    "WindowError",
+    "attach",
+    "policies",
+]

@@ -104,11 +104,15 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a policy wants measured; the guard measures the union once."""
+    """What a policy wants measured; the guard measures it once.
+
+    ``unit_dim`` is the dimension that counts the units, where the policy looks at units: a tensor with more than one
+    dimension is measured over all its other dimensions, any other tensor is one unit.
+    """
 
     norm_type: float = 2.0
     weights: bool = False
-    units: bool = False
+    unit_dim: int | None = None
     peaks: bool = False
 
 
@@ -124,3 +128,19 @@ class Recorder(Protocol):
 
     def close(self) -> None:
         """Write what is still in memory; called by ``guard.detach()``."""
+
+
+class Window(Protocol):
+    """What a guard must know of the accumulation window that the gradients belong to."""
+
+    def check_step(self) -> None:
+        """Raise `WindowError` unless the window is complete."""
+
+    def factor(self) -> Tensor | float:
+        """[] what turns the accumulated sums into the window's mean: 1 / (total weight); 0 for an empty window."""
+
+    def is_empty(self) -> bool | Tensor:
+        """Whether the window's total weight is zero, so that there is nothing to step on."""
+
+    def closed(self, *, stepped: bool | Tensor) -> None:
+        """Called after the optimizer's step; the next micro-batch opens a new window."""

@@ -188,6 +188,11 @@ class StepReport:
                     return f"step {self.step}: the gradient of {name!r} is not finite ({kind})"
         return None
 
+    @property
+    def stepped_or_pending(self) -> bool | Tensor:
+        """Whether the step was made; a [] bool tensor where only the device knows yet. Does not sync the host."""
+        return self._stepped
+
     def stepped_tensor(self) -> Tensor:
         """[] bool: whether the optimizer made its step, without syncing the host."""
         if isinstance(self._stepped, Tensor):

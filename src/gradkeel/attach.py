@@ -1,0 +1,141 @@
+"""`attach`: the one line that a training script needs."""
+
+import os
+import warnings
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradkeel.errors import AttachError, GradkeelWarning
+from gradkeel.guard import Guard, NonFinite
+from gradkeel.hooks import MARK, unwrap
+from gradkeel.norms import Recorder
+from gradkeel.policies import Policy, parse
+from gradkeel.selection import Exclude
+
+POLICY_VARIABLE = "GRADKEEL_POLICY"
+RECORD_VARIABLE = "GRADKEEL_RECORD"
+
+
+def attach(
+    optimizer: Optimizer,
+    policy: Policy | str | None,
+    *,
+    model: nn.Module | None = None,
+    exclude: Iterable[Exclude] | Exclude | None = None,
+    nonfinite: NonFinite = "skip",
+    max_consecutive_skips: int = 10,
+    record: Recorder | str | os.PathLike[str] | None = None,
+) -> Guard:
+    """Guard an optimizer: from now on every ``optimizer.step()`` clips first, and skips what is not finite.
+
+    Works through the optimizer's step hooks, so the rest of the loop stays as it is: closures, LR schedulers,
+    GradScaler, Lightning, the HF Trainer and Accelerate included.
+
+    Args:
+        optimizer: any ``torch.optim.Optimizer``, or Accelerate's or Lightning's wrapper of one. A parameter group's
+            key ``"clip"`` overrides the policy for the group: another policy, a spec string, or None.
+        policy: what to do to large gradients; a spec string such as ``"global-norm:1.0"`` is read with
+            ``gradkeel.policies.parse``; None measures and reports only.
+        model: gives the parameters the names of ``model.named_parameters()``. Not needed where the optimizer was
+            built from named parameters.
+        exclude: what the policy leaves alone: name patterns (``"*.bias"``), modules, parameters, or predicates of
+            (name, parameter). Excluded gradients count in no norm, but in the non-finite check.
+        nonfinite: what happens at a NaN or inf gradient. "skip" leaves parameters, moments, counters and policy
+            state bit-identical, and says so once; "raise" raises before anything is modified; "keep" steps on.
+        max_consecutive_skips: more skips than this in a row raise, with their reasons; at least 1.
+        record: where to record every step: a path, or a `Recorder`.
+
+    Returns:
+        The `Guard`: ``guard.report`` tells what the last step came to.
+
+    Raises:
+        AttachError: if the optimizer is guarded already, or steps inside backward.
+        SelectionError: if an ``exclude`` entry selects nothing.
+        TypeError, ValueError: for arguments of another kind.
+
+    The environment variable ``GRADKEEL_POLICY`` (a spec string) overrides ``policy`` and ``exclude``, and
+    ``GRADKEEL_RECORD`` (a path) ``record``: so does ``gradkeel compare --run`` with a script that it must not change.
+
+    On CPU the host decides; with a fused optimizer on an accelerator no step syncs the host.
+
+    Example:
+        >>> guard = gk.attach(optimizer, gk.ClipByGlobalNorm(1.0), model=model)
+    """
+    inner = unwrap(optimizer)
+    _check(inner, nonfinite, max_consecutive_skips)
+    if isinstance(policy, str):
+        spec = parse(policy)
+        if spec.exclude and exclude is not None:
+            raise ValueError(f"attach(policy={policy!r}, exclude=...): say what is excluded in one place only")
+        policy, exclude = spec.policy, spec.exclude or exclude
+    if policy is not None and not isinstance(policy, Policy):
+        raise TypeError(
+            f"attach(policy={policy!r}): policy must be a policy such as ClipByGlobalNorm(1.0), a spec string such as "
+            f"'global-norm:1.0', or None to measure only, not {type(policy).__name__}"
+        )
+    if POLICY_VARIABLE in os.environ:
+        given = parse(os.environ[POLICY_VARIABLE])
+        policy, exclude = given.policy, given.exclude
+        nonfinite = "keep" if policy is None else nonfinite
+    if exclude is None:
+        exclude = ()
+    elif isinstance(exclude, str | nn.Module | Tensor) or callable(exclude):
+        exclude = (exclude,)
+    if model is not None:
+        _warn_of_strangers(inner, model)
+    guard = Guard(
+        inner,
+        policy,
+        model=model,
+        exclude=exclude,
+        nonfinite=nonfinite,
+        max_consecutive_skips=max_consecutive_skips,
+    )
+    record = os.environ.get(RECORD_VARIABLE, record)
+    if record is not None:
+        _record(guard, record)
+    return guard
+
+
+def _record(guard: Guard, record: Recorder | str | os.PathLike[str]) -> None:
+    if isinstance(record, str | os.PathLike):
+        from gradkeel.record import Recorder as FileRecorder
+
+        record = FileRecorder(record)
+    bind = getattr(record, "bind", None)
+    if bind is not None:
+        bind(guard)
+    guard.recorders.append(record)
+
+
+def _check(optimizer: Optimizer, nonfinite: str, max_consecutive_skips: int) -> None:
+    if hasattr(optimizer, MARK):
+        raise AttachError(
+            "attach(optimizer=...): this optimizer is guarded already; call detach() on its guard first, or give "
+            "parameter groups their own policy with the key 'clip'"
+        )
+    if nonfinite not in ("skip", "raise", "keep"):
+        raise ValueError(f"attach(nonfinite={nonfinite!r}): nonfinite must be 'skip', 'raise' or 'keep'")
+    if isinstance(max_consecutive_skips, bool) or not isinstance(max_consecutive_skips, int):
+        raise TypeError(f"attach(max_consecutive_skips={max_consecutive_skips!r}): must be an int, at least 1")
+    if max_consecutive_skips < 1:
+        raise ValueError(f"attach(max_consecutive_skips={max_consecutive_skips!r}): must be at least 1")
+    if any(hasattr(p, "_in_backward_optimizers") for group in optimizer.param_groups for p in group["params"]):
+        raise AttachError(
+            "attach(optimizer=...): its parameters are stepped inside backward() (optimizer-in-backward), where no "
+            "whole gradient ever exists to be measured; build the optimizer without it"
+        )
+
+
+def _warn_of_strangers(optimizer: Optimizer, model: nn.Module) -> None:
+    known = {id(parameter) for parameter in model.parameters()}
+    strangers = sum(id(p) not in known for group in optimizer.param_groups for p in group["params"])
+    if strangers:
+        warnings.warn(
+            f"{strangers} of the optimizer's parameters are not in model; if the model was sharded or changed after the "
+            "optimizer was built, build the optimizer afterwards",
+            GradkeelWarning,
+            stacklevel=3,
+        )

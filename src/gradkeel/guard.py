@@ -1,0 +1,340 @@
+"""The guard: holds what outlives a step, and runs the pipeline around one optimizer's step."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradkeel import hooks
+from gradkeel.apply.fused import can_skip_on_device
+from gradkeel.apply.skip import Snapshot, clear_gradients, moves_between_closures
+from gradkeel.errors import CheckpointError, NonFiniteGradientError
+from gradkeel.norms import Needs, Recorder, State, Window
+from gradkeel.pipeline import Part, all_finite, asks_to_skip, blank, carry_out, committed, decide
+from gradkeel.policies import Policy
+from gradkeel.prescale import LossScale, prescale, put_back, set_attribute, take_loss_scale
+from gradkeel.selection import EXCLUDED, MAIN, Exclude, Selection, group_policy, name_parameters, select, signature
+from gradkeel.skips import SkipWatch
+from gradkeel.step_report import StepReport
+
+NonFinite = Literal["skip", "raise", "keep"]
+_VERSION = 1
+
+
+class Guard:
+    """Measures, clips and guards every step of one optimizer; made by `gradkeel.attach`.
+
+    Attributes:
+        optimizer: the torch optimizer.
+        policy: the main policy, or None where gradients are only measured.
+        nonfinite: what happens to a step with a NaN or inf gradient: "skip", "raise" or "keep".
+        report: the last step's `StepReport`; before the first step one with ``step == 0``.
+        recorders: who is told of each step.
+        window: the accumulation window that gradients belong to; None where each step's gradients are complete.
+        device: where norms are put together.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        policy: Policy | None,
+        *,
+        model: nn.Module | None,
+        exclude: Iterable[Exclude],
+        nonfinite: NonFinite,
+        max_consecutive_skips: int,
+    ) -> None:
+        self.optimizer = optimizer
+        self.policy = policy
+        self.nonfinite: NonFinite = nonfinite
+        self.recorders: list[Recorder] = []
+        self.window: Window | None = None
+        self._model = model
+        self._exclude = tuple(exclude)
+        self._states: dict[str, State] = {}
+        self._scalars: dict[str, Tensor | float] = {}
+        self._step = 0
+        self._skips = SkipWatch(max_consecutive_skips)
+        self._select()
+        nothing = [blank(s, self._policies[s.label], self._needs(s).norm_type, self.device) for s in self._selections]
+        self.report = StepReport(0, tuple(part.report() for part in nothing), _stepped=False, _reason="no step yet")
+        self._staged: tuple[StepReport, dict[str, State]] | None = None
+        self._loss_scale = LossScale()
+        self._folded: Tensor | None = None
+        self._snapshot: Snapshot | None = None
+        self._canary = hooks.Canary(next((p for p in self.parameters if p.requires_grad), None))
+        self._hooks = hooks.Hooks(optimizer, self, self._begin, self._evaluate, self._finish)
+
+    # ---- what is guarded ---------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all parameters of the optimizer, in the order of ``report.selections``."""
+        return tuple(name for selection in self._selections for name in selection.names)
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """All parameters of the optimizer, in the order of ``names``."""
+        return tuple(parameter for selection in self._selections for parameter in selection.parameters)
+
+    @property
+    def step(self) -> int:
+        """How many steps the guard has seen, skipped ones included."""
+        return self._step
+
+    @property
+    def policy_spec(self) -> str:
+        """The main policy as a spec string, or its repr where it has none."""
+        try:
+            return "none" if self.policy is None else self.policy.spec
+        except TypeError:
+            return repr(self.policy)
+
+    def _select(self) -> None:
+        """Read names, groups and their policies from the optimizer."""
+        by_group = [group_policy(group, index) for index, group in enumerate(self.optimizer.param_groups)]
+        self._signature = signature(self.optimizer)
+        names = name_parameters(self.optimizer, self._model)
+        before = {s.label: s.names for s in self._selections} if hasattr(self, "_selections") else {}
+        self._selections = select(self.optimizer, names, self._exclude, self._model)
+        self._policies: dict[str, Policy | None] = {MAIN: self.policy, EXCLUDED: None}
+        for selection in self._selections:
+            if selection.label not in self._policies:
+                self._policies[selection.label] = by_group[selection.groups[0]]
+            if before.get(selection.label) != selection.names:
+                # Statistics of other tensors do not fit these; state that was loaded is kept on the first selection.
+                if before:
+                    self._states.pop(selection.label, None)
+        devices = {p.device for p in self.parameters}
+        self.device = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+
+    def _needs(self, selection: Selection) -> Needs:
+        policy = self._policies[selection.label]
+        if policy is not None:
+            return policy.needs
+        return Needs(self.policy.needs.norm_type if self.policy is not None else 2.0)
+
+    def __repr__(self) -> str:
+        """What is guarded by what, and what is excluded."""
+        lines = [f"Guard({type(self.optimizer).__name__}, step {self._step}, nonfinite={self.nonfinite!r})"]
+        for selection in self._selections:
+            count = len(selection.names)
+            if selection.label != MAIN and not count:
+                continue
+            policy = self._policies[selection.label]
+            what = "measured, not clipped" if policy is None else repr(policy)
+            lines.append(f"  {selection.label}: {what}; {count} parameter{'' if count == 1 else 's'}")
+            lines += [f"    {name}" for name in selection.names]
+        return "\n".join(lines)
+
+    # ---- one step ----------------------------------------------------------------------------------------------
+
+    def log(self, **scalars: Tensor | float) -> None:
+        """Note numbers of the coming step, such as ``loss=...`` and ``lr=...``; call it before ``optimizer.step()``.
+
+        Tensors stay on their device; the host is not synced. They go into ``report.scalars`` and the record, and a
+        policy that looks at the loss reads ``loss``.
+        """
+        for name, value in scalars.items():
+            self._scalars[name] = value.detach() if isinstance(value, Tensor) else float(value)
+
+    def _begin(self) -> None:
+        self._staged = self._snapshot = None
+        self._skips.look()
+        if signature(self.optimizer) != self._signature:
+            self._select()
+        self._loss_scale = take_loss_scale(self.optimizer, self._folded)
+        self._folded = None
+
+    @torch.no_grad()
+    def _evaluate(self) -> None:
+        """The pipeline up to the optimizer's own step."""
+        if self._is_hidden_step():
+            return
+        if self.window is not None:
+            self.window.check_step()
+        else:
+            hooks.warn_of_other_clips(self._canary, first=self._step == 0)
+        if moves_between_closures(self.optimizer) and self._snapshot is None:
+            self._snapshot = Snapshot(self.optimizer)
+        if self._snapshot is not None and self._snapshot.is_wanted:
+            clear_gradients(self.parameters)  # an earlier evaluation of this step was abandoned
+            return
+        window = 1.0 if self.window is None else self.window.factor()
+        factor = prescale(self._loss_scale, window, self.device)
+        parts = [self._decide(selection, factor) for selection in self._selections]
+        finite, may_step = self._judge(parts)
+        here = [p for p in self.parameters if p.grad is not None]
+        if self.nonfinite == "skip" and here and can_skip_on_device(self.optimizer, self.device, here):
+            self._carry_out(parts, factor)
+            set_attribute(self.optimizer, "found_inf", (~may_step).float())
+            self._stage(parts, factor, may_step, None, commit=finite)
+        elif here and bool(may_step):
+            self._carry_out(parts, factor)
+            self._stage(parts, factor, True, None, commit=True)
+        else:
+            self._abandon(parts, factor, is_finite=bool(finite), any_gradient=bool(here))
+
+    def _is_hidden_step(self) -> bool:
+        """A step that only makes the optimizer create its state: no state yet, every lr 0, every gradient 0.
+
+        ``torch.distributed.checkpoint.state_dict`` makes such steps. They must run, and nobody needs to hear of them.
+        """
+        groups = self.optimizer.param_groups
+        if any(isinstance(g["lr"], Tensor) and g["lr"].device.type != "cpu" for g in groups if "lr" in g):
+            return False
+        if any(self.optimizer.state.values()) or not all("lr" in g and float(g["lr"]) == 0.0 for g in groups):
+            return False
+        return all(p.grad is None or not bool(p.grad.any()) for p in self.parameters)
+
+    def _decide(self, selection: Selection, factor: Tensor | float) -> Part:
+        return decide(
+            selection,
+            self._policies[selection.label],
+            self._needs(selection),
+            self._states,
+            device=self.device,
+            prescale=factor,
+            step=self._step + 1,
+            loss=self._scalars.get("loss"),
+        )
+
+    def _judge(self, parts: list[Part]) -> tuple[Tensor, Tensor]:
+        """[] bool each: all gradients are finite; the step may be made."""
+        finite = all_finite(parts)
+        if self._loss_scale.found_inf is not None:
+            finite = finite & (self._loss_scale.found_inf.to(self.device) == 0)
+        # Under a loss scale an overflow is normal, and skipped whatever was asked for.
+        tolerant = self.nonfinite == "keep" and not self._loss_scale.present
+        may_step = ~asks_to_skip(parts) & (torch.ones_like(finite) if tolerant else finite)
+        if self.window is not None:
+            may_step = may_step & ~torch.as_tensor(self.window.is_empty(), device=self.device)
+        return finite, may_step
+
+    def _carry_out(self, parts: list[Part], factor: Tensor | float) -> None:
+        self._folded = carry_out(self.optimizer, parts, factor)
+        if self._folded is not None:
+            set_attribute(self.optimizer, "grad_scale", self._folded)
+
+    def _abandon(self, parts: list[Part], factor: Tensor | float, *, is_finite: bool, any_gradient: bool) -> None:
+        """Skip this step and say why; the host knows that it must be skipped."""
+        undone = [part.undone() for part in parts]
+        empty = self.window is not None and bool(self.window.is_empty())
+        reason = "no parameter has a gradient" if not any_gradient else None
+        reason = "the window's weight is zero" if empty else reason
+        if reason is None and not is_finite:
+            found = self._report(undone, factor, False, None).nonfinite_reason()
+            if self._loss_scale.present:
+                reason = f"step {self._step + 1}: the loss scale overflowed" + (f" ({found})" if found else "")
+            else:
+                reason = found or f"step {self._step + 1}: a gradient is not finite"
+                self._refuse(reason)
+        self._stage(undone, factor, False, reason, commit=is_finite and any_gradient and not empty)
+        clear_gradients(self.parameters)
+        if self._snapshot is not None:
+            self._snapshot.is_wanted = True
+
+    def _refuse(self, reason: str) -> None:
+        """Raise, or count and warn of, a non-finite gradient; nothing has been modified yet."""
+        try:
+            if self.nonfinite == "raise":
+                raise NonFiniteGradientError(f"{reason}; nothing has been modified")
+            self._skips.skipped(reason)
+        except Exception:
+            if self._snapshot is not None:
+                self._snapshot.restore()
+            raise
+
+    def _report(
+        self, parts: list[Part], factor: Tensor | float, stepped: bool | Tensor, reason: str | None
+    ) -> StepReport:
+        reports = tuple(part.report() for part in parts)
+        return StepReport(self._step + 1, reports, factor, dict(self._scalars), stepped, reason)
+
+    def _stage(
+        self,
+        parts: list[Part],
+        factor: Tensor | float,
+        stepped: bool | Tensor,
+        reason: str | None,
+        *,
+        commit: bool | Tensor,
+    ) -> None:
+        """Keep report and new states until the optimizer has made its step."""
+        report = self._report(parts, factor, stepped, reason)
+        self._staged = (report, committed(parts, self._states, commit))
+        for recorder in self.recorders:
+            before_step = getattr(recorder, "before_step", None)
+            if before_step is not None:
+                before_step(report.step)
+
+    def _finish(self) -> None:
+        """After the optimizer's step: commit, leave no attribute behind, tell the recorders."""
+        put_back(self.optimizer, self._loss_scale)
+        self._folded = None
+        if self._staged is None:
+            return
+        (self.report, self._states), self._staged = self._staged, None
+        self._step += 1
+        self._scalars = {}
+        if self._snapshot is not None and self._snapshot.is_wanted:
+            self._snapshot.restore()
+        self._snapshot = None
+        stepped = self.report.stepped_or_pending
+        if isinstance(stepped, Tensor):
+            if not self._loss_scale.present:
+                self._skips.watch(self.report, stepped)
+        elif stepped:
+            self._skips.made()
+        if self.window is not None:
+            self.window.closed(stepped=stepped)
+        for recorder in self.recorders:
+            recorder.record(self.report)
+
+    # ---- life ----------------------------------------------------------------------------------------------------
+
+    def detach(self) -> None:
+        """Take the guard off the optimizer, leaving no hook and no attribute, and close the recorders."""
+        self._hooks.remove()
+        self._canary.remove()
+        for recorder in self.recorders:
+            recorder.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that must survive a checkpoint: step, skips in a row, and the policies' states.
+
+        Loadable with ``torch.load(weights_only=True)``, and `Stateful` for ``torch.distributed.checkpoint``.
+        """
+        return {
+            "version": _VERSION,
+            "step": self._step,
+            "consecutive_skips": self._skips.consecutive,
+            "policies": {s.label: repr(self._policies[s.label]) for s in self._selections},
+            "states": {
+                label: {key: value.detach().clone() for key, value in state.items()}
+                for label, state in self._states.items()
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a state that ``state_dict`` gave; nothing is changed if it does not fit.
+
+        Raises:
+            CheckpointError: for a state of other policies or of another version.
+        """
+        if state.get("version") != _VERSION:
+            raise CheckpointError(f"state has version {state.get('version')!r}; this gradkeel reads {_VERSION}")
+        policies = {s.label: repr(self._policies[s.label]) for s in self._selections}
+        if state["policies"] != policies:
+            raise CheckpointError(
+                f"state belongs to the policies {state['policies']}, but this guard has {policies}; attach with the "
+                "same policies and groups"
+            )
+        self._states = {
+            label: {key: value.to(self.device) for key, value in values.items()}
+            for label, values in state["states"].items()
+        }
+        self._step = int(state["step"])
+        self._skips.resume(int(state["consecutive_skips"]))

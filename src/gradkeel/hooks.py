@@ -1,0 +1,176 @@
+"""The optimizer's side of a guard: step hooks, closures, marks that must leave no trace, and who else clips."""
+
+import sys
+import warnings
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradkeel.errors import AttachError, DoubleClippingWarning, UnguardedCopyWarning
+
+MARK = "_gradkeel_guard"
+_AMP_FLAG = "_step_supports_amp_scaling"
+
+
+def unwrap(optimizer: Any) -> Optimizer:
+    """The torch optimizer inside Accelerate's or Lightning's wrapper, or the optimizer itself."""
+    inner = getattr(optimizer, "optimizer", None)
+    while isinstance(inner, Optimizer):
+        optimizer, inner = inner, getattr(inner, "optimizer", None)
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"attach(optimizer={type(optimizer).__name__}): optimizer must be a torch.optim.Optimizer or a wrapper "
+            "that holds one as .optimizer"
+        )
+    return optimizer
+
+
+class Hooks:
+    """Calls a guard around ``optimizer.step()``, and after each evaluation of the closure where there is one.
+
+    Args:
+        optimizer: the torch optimizer.
+        guard: left on the optimizer as a mark, so that a second guard can be refused.
+        begin: called first in each step.
+        evaluate: called once the gradients of the step are there: at once, or after each evaluation of the closure.
+        finish: called after the step.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        guard: object,
+        begin: Callable[[], None],
+        evaluate: Callable[[], None],
+        finish: Callable[[], None],
+    ) -> None:
+        self._optimizer = optimizer
+        self._begin = begin
+        self._evaluate = evaluate
+        self._finish = finish
+        self._kept_flag = vars(optimizer).get(_AMP_FLAG)
+        why = "gradkeel measures and decides outside of the graph; compile without fullgraph=True"
+        self._handles = [
+            optimizer.register_step_pre_hook(torch.compiler.disable(self._before, reason=why)),
+            optimizer.register_step_post_hook(torch.compiler.disable(self._after, reason=why)),
+        ]
+        # Makes GradScaler call step() on every step, with its scale and verdict as attributes.
+        setattr(optimizer, _AMP_FLAG, True)
+        setattr(optimizer, MARK, guard)
+        # Copying and pickling both go through __getstate__, and both lose hooks.
+        optimizer.__getstate__ = self._getstate  # type: ignore[method-assign]  # looked up on the instance
+
+    def remove(self) -> None:
+        """Leave no hook and no attribute behind."""
+        for handle in self._handles:
+            handle.remove()
+        for name in (MARK, "__getstate__"):
+            vars(self._optimizer).pop(name, None)
+        if self._kept_flag is None:
+            vars(self._optimizer).pop(_AMP_FLAG, None)
+        else:
+            setattr(self._optimizer, _AMP_FLAG, self._kept_flag)
+
+    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if torch._C._current_graph_task_id() != -1:
+            raise AttachError(
+                "optimizer.step() was called inside backward(): accumulation, global norms and skipping need the "
+                "whole gradient first; step after backward(), or detach() the guard"
+            )
+        self._begin()
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._evaluate()
+            return None
+
+        def evaluated() -> Any:
+            loss = closure()
+            self._evaluate()
+            return loss
+
+        if len(args) > 1:
+            return (args[0], evaluated, *args[2:]), kwargs
+        return args, {**kwargs, "closure": evaluated}
+
+    def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._finish()
+
+    def _getstate(self) -> dict[str, Any]:
+        warnings.warn(
+            "a copy or pickle of this optimizer carries no gradkeel guard and would train unclipped; attach a guard "
+            "to the copy",
+            UnguardedCopyWarning,
+            stacklevel=3,
+        )
+        return type(self._optimizer).__getstate__(self._optimizer)
+
+
+class Canary:
+    """Sees whether a gradient was changed between backward and step, on one parameter of a single process.
+
+    A foreign clip multiplies gradients in place, which their version counter shows (``GradScaler.unscale_`` does
+    not). Under distributed training the reducer writes to gradients too, so nothing is watched there.
+    """
+
+    def __init__(self, parameter: Tensor | None) -> None:
+        self.has_warned = False
+        self._seen: tuple[int, int] | None = None
+        self._parameter = parameter
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        watched = parameter is not None and parameter.requires_grad and parameter.is_leaf and not distributed
+        self._handle = parameter.register_post_accumulate_grad_hook(self._note) if watched and parameter is not None else None
+
+    def _note(self, parameter: Tensor) -> None:
+        if parameter.grad is not None and parameter.grad.layout == torch.strided:
+            self._seen = (id(parameter.grad), parameter.grad._version)
+
+    def was_touched(self) -> bool:
+        """Whether the gradient that backward left has been modified in place since; forgets it."""
+        seen, self._seen = self._seen, None
+        gradient = self._parameter.grad if self._parameter is not None else None
+        return (
+            seen is not None and gradient is not None and id(gradient) == seen[0] and gradient._version != seen[1]
+        )
+
+    def remove(self) -> None:
+        """Stop watching."""
+        if self._handle is not None:
+            self._handle.remove()
+
+
+def warn_of_other_clips(canary: Canary, *, first: bool) -> None:
+    """Warn, once, if somebody else clips as well; a trainer is looked for on the first step only."""
+    culprit = _trainer_that_clips() if first else None
+    touched = canary.was_touched()
+    if culprit is None and touched:
+        culprit = (
+            "gradients were modified between backward() and step(), by another clip or by your own code; if it is a "
+            "clip (clip_grad_norm_, accelerator.clip_grad_norm_, max_norm=...), remove it"
+        )
+    if culprit is not None and not canary.has_warned:
+        canary.has_warned = True
+        warnings.warn(
+            f"{culprit}; the guard clips already, and measures what the other has left",
+            DoubleClippingWarning,
+            stacklevel=2,
+        )
+
+
+def _trainer_that_clips() -> str | None:
+    """The trainer on the call stack that is set to clip too, and the argument that turns it off; None if nobody."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        module = type(owner).__module__.partition(".")[0]
+        if module == "transformers" and getattr(getattr(owner, "args", None), "max_grad_norm", None):
+            return "the Transformers Trainer clips too; set TrainingArguments(max_grad_norm=0)"
+        if module in {"lightning", "pytorch_lightning"}:
+            trainer = getattr(owner, "trainer", None) or owner
+            if getattr(trainer, "gradient_clip_val", None):
+                return "the Lightning Trainer clips too; leave Trainer(gradient_clip_val=None)"
+        frame = frame.f_back
+    return None

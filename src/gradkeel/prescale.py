@@ -1,0 +1,78 @@
+"""What gradients are multiplied by besides clipping: 1 / loss scale, 1 / window weight, read before measuring.
+
+The attributes by which ``torch.amp.GradScaler`` talks to an optimizer, ``grad_scale`` and ``found_inf``, come in and
+go out here and nowhere else.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+_ATTRIBUTES = ("grad_scale", "found_inf")
+
+
+@dataclass(slots=True, eq=False)
+class LossScale:
+    """What a GradScaler set on the optimizer for the step under way.
+
+    Attributes:
+        present: whether a scaler drives this step.
+        scale: [] what gradients must be divided by, or None where they are unscaled already.
+        found_inf: [] above 0 where the scaler saw a non-finite gradient.
+    """
+
+    present: bool = False
+    scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
+def take_loss_scale(optimizer: Optimizer, stale: Tensor | None) -> LossScale:
+    """Take the scaler's attributes off the optimizer (non-fused optimizers refuse to run with them).
+
+    Args:
+        optimizer: the optimizer about to step.
+        stale: a scale that gradkeel folded into a step that then raised. The scaler has multiplied its own into it,
+            or, without a scaler, it is still there by itself.
+    """
+    if not hasattr(optimizer, "found_inf") and not hasattr(optimizer, "grad_scale"):
+        return LossScale()
+    scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+    found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
+    remove_attributes(optimizer)
+    if stale is not None:
+        if scale is stale:
+            return LossScale()
+        scale = None if scale is None else scale / stale.to(scale.device)
+    return LossScale(True, scale, found_inf)
+
+
+def put_back(optimizer: Optimizer, loss_scale: LossScale) -> None:
+    """Give the scaler its attributes back, which it deletes after the step."""
+    remove_attributes(optimizer)
+    if loss_scale.present:
+        set_attribute(optimizer, "grad_scale", loss_scale.scale)
+        set_attribute(optimizer, "found_inf", loss_scale.found_inf)
+
+
+def set_attribute(optimizer: Optimizer, name: str, value: Any) -> None:
+    """Set an attribute that torch reads by name."""
+    setattr(optimizer, name, value)
+
+
+def remove_attributes(optimizer: Optimizer) -> None:
+    """Delete ``grad_scale`` and ``found_inf``; None would not be enough for GradScaler."""
+    for name in _ATTRIBUTES:
+        if name in vars(optimizer):
+            delattr(optimizer, name)
+
+
+@torch.no_grad()
+def prescale(loss_scale: LossScale, window: Tensor | float, device: torch.device) -> Tensor | float:
+    """[] the one factor that turns the stored gradients into the true ones: ``window / loss scale``."""
+    if loss_scale.scale is None:
+        return window
+    inverse = 1.0 / loss_scale.scale.to(device, torch.float32 if device.type == "mps" else torch.float64)
+    return inverse * window

@@ -1,0 +1,179 @@
+"""Which parameters a policy is for: names, exclude patterns, and overrides by parameter group."""
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradkeel.errors import SelectionError
+from gradkeel.policies import Policy, parse
+
+Exclude = str | nn.Module | Tensor | Callable[[str, Tensor], bool]
+"""A name pattern (``*.bias``), a module, a parameter, or a predicate of name and parameter."""
+
+MAIN, EXCLUDED = "main", "excluded"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Selection:
+    """The parameters that one policy looks at together.
+
+    Attributes:
+        label: "main", "group 0", ..., or "excluded".
+        names: the parameters' names.
+        parameters: the parameters, in the optimizer's order, each once.
+        groups: their group indices in the optimizer.
+    """
+
+    label: str
+    names: tuple[str, ...]
+    parameters: tuple[Tensor, ...]
+    groups: tuple[int, ...]
+
+
+def name_parameters(optimizer: Optimizer, model: nn.Module | None) -> dict[int, str]:
+    """Name of each of the optimizer's parameters, by ``id``.
+
+    From ``model`` where given, else from the optimizer's own ``param_names`` (it was built from named parameters),
+    else its position in the optimizer as a string.
+    """
+    known = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
+    names: dict[int, str] = {}
+    position = 0
+    for group in optimizer.param_groups:
+        own = group.get("param_names") or [None] * len(group["params"])
+        for parameter, own_name in zip(group["params"], own, strict=True):
+            names.setdefault(id(parameter), known.get(id(parameter)) or own_name or str(position))
+            position += 1
+    return names
+
+
+def select(
+    optimizer: Optimizer,
+    names: Mapping[int, str],
+    exclude: Iterable[Exclude] = (),
+    model: nn.Module | None = None,
+) -> tuple[Selection, ...]:
+    """Split the optimizer's parameters: main selection first, groups with their own ``"clip"``, excluded ones last.
+
+    The main and the excluded selection are always there, empty or not.
+
+    Args:
+        optimizer: a parameter group's key ``"clip"`` takes the group out of the main selection: None excludes it.
+        names: see `name_parameters`.
+        exclude: what the main policy leaves alone; see `Exclude`.
+        model: tells names of parameters that are not in the optimizer, which a pattern may match without error.
+
+    Raises:
+        SelectionError: for an entry that selects nothing, listing near names.
+    """
+    entries = _entries(optimizer)
+    left_out = _excluded(entries, names, tuple(exclude), model)
+    chosen: dict[str, list[tuple[Tensor, int]]] = {MAIN: []}
+    excluded: list[tuple[Tensor, int]] = []
+    for parameter, index in entries:
+        group = optimizer.param_groups[index]
+        if id(parameter) in left_out or ("clip" in group and group["clip"] is None):
+            excluded.append((parameter, index))
+        else:
+            chosen.setdefault(f"group {index}" if "clip" in group else MAIN, []).append((parameter, index))
+    chosen[EXCLUDED] = excluded
+    return tuple(
+        Selection(
+            label,
+            tuple(names[id(parameter)] for parameter, _ in members),
+            tuple(parameter for parameter, _ in members),
+            tuple(index for _, index in members),
+        )
+        for label, members in chosen.items()
+    )
+
+
+def _entries(optimizer: Optimizer) -> list[tuple[Tensor, int]]:
+    """Each parameter once, with the index of its group; a tied parameter is one parameter."""
+    seen: dict[int, tuple[Tensor, int]] = {}
+    for index, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            seen.setdefault(id(parameter), (parameter, index))
+    return list(seen.values())
+
+
+def _excluded(
+    entries: Sequence[tuple[Tensor, int]],
+    names: Mapping[int, str],
+    exclude: tuple[Exclude, ...],
+    model: nn.Module | None,
+) -> set[int]:
+    known = [names[id(parameter)] for parameter, _ in entries]
+    elsewhere = [name for name, _ in model.named_parameters()] if model is not None else []
+    result: set[int] = set()
+    for entry in exclude:
+        matches = {id(parameter) for parameter, _ in entries if _matches(entry, names[id(parameter)], parameter)}
+        if not matches and not (isinstance(entry, str) and fnmatch.filter(elsewhere, entry)):
+            raise SelectionError(_nothing_matches(entry, known))
+        result |= matches
+    return result
+
+
+def _matches(entry: Exclude, name: str, parameter: Tensor) -> bool:
+    if isinstance(entry, str):
+        return fnmatch.fnmatchcase(name, entry)
+    if isinstance(entry, nn.Module):
+        return any(parameter is own for own in entry.parameters())
+    if isinstance(entry, Tensor):
+        return parameter is entry
+    if callable(entry):
+        return bool(entry(name, parameter))
+    raise SelectionError(
+        f"exclude={entry!r}: each entry must be a name pattern, a module, a parameter, or a predicate "
+        f"of (name, parameter), not {type(entry).__name__}"
+    )
+
+
+def _nothing_matches(entry: Exclude, known: Sequence[str]) -> str:
+    if not isinstance(entry, str):
+        shown = type(entry).__name__ if isinstance(entry, nn.Module | Tensor) else repr(entry)
+        return f"exclude: {shown} selects none of the optimizer's parameters"
+    if all(name.isdigit() for name in known):
+        return (
+            f"exclude={entry!r} matches no parameter, for the parameters have no names; pass model=, or build the "
+            "optimizer from model.named_parameters()"
+        )
+    near = difflib.get_close_matches(entry, known, n=3, cutoff=0.3) or list(known[:3])
+    return f"exclude={entry!r} matches no parameter; near names: {', '.join(near)}"
+
+
+def group_policy(group: dict[str, Any], index: int) -> Policy | None:
+    """The policy of a parameter group's ``"clip"`` key, which is rewritten as its spec string.
+
+    The string is what goes into ``optimizer.state_dict()``, so that it loads with ``weights_only=True``.
+    """
+    clip = group.get("clip")
+    if clip is None:
+        return None
+    if isinstance(clip, str):
+        spec = parse(clip)
+        if spec.policy is None or spec.exclude:
+            raise SelectionError(
+                f"parameter group {index}: 'clip'={clip!r} must name a policy and nothing else; pass None to leave the "
+                "group unclipped, and exclude= to attach() for single parameters"
+            )
+        return spec.policy
+    if isinstance(clip, Policy):
+        group["clip"] = clip.spec
+        return clip
+    raise SelectionError(
+        f"parameter group {index}: 'clip' must be a policy, a spec string such as 'norm:1.0', or None, "
+        f"not {type(clip).__name__}"
+    )
+
+
+def signature(optimizer: Optimizer) -> tuple[Any, ...]:
+    """What must stay the same for a selection to stay valid; cheap enough to compare at each step."""
+    return tuple(
+        (len(group["params"]), group.get("clip", MAIN)) for group in optimizer.param_groups
+    )

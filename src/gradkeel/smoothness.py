@@ -1,0 +1,6 @@
+"""How fast the gradient changes along training steps, and which bound on its norm follows."""
+
+from gradkeel.explain.smoothness import LocalSmoothness, SmoothnessProbe, local_smoothness
+from gradkeel.explain.smoothness_fit import SmoothnessFit, fit_smoothness
+
+__all__ = ["LocalSmoothness", "SmoothnessFit", "SmoothnessProbe", "fit_smoothness", "local_smoothness"]
