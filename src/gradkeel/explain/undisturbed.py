@@ -1,0 +1,89 @@
+"""Look at a model at other points than its own, and leave no trace: parameters, buffers, gradients, randomness."""
+
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Restore = Callable[[], None]
+
+
+@contextmanager
+def undisturbed(parameters: Sequence[Tensor], module: nn.Module | None) -> Iterator[Restore]:
+    """Restore parameters, buffers, gradients and randomness bit by bit at the end, after an exception as well.
+
+    Yields a function that puts buffers and randomness back to what they were at the beginning, so that each
+    evaluation inside sees the same dropout masks and the same running statistics. Gradients are set aside while
+    inside, not copied. What a module keeps in plain Python attributes, or draws from a generator of its own, is not
+    known here and not restored.
+
+    Args:
+        parameters: the tensors that the caller moves, written through ``.data`` so that a graph that still waits for
+            its backward stays valid.
+        module: whose buffers are kept; None where there is no module.
+    """
+    gradients = [parameter.grad for parameter in parameters]
+    values = [parameter.detach().clone() for parameter in parameters]
+    restore_buffers = _buffers(module)
+    restore_randomness = _randomness(parameters)
+
+    def restart() -> None:
+        restore_buffers()
+        restore_randomness()
+
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        yield restart
+    finally:
+        for parameter, value, gradient in zip(parameters, values, gradients, strict=True):
+            parameter.data.copy_(value)
+            parameter.grad = gradient
+        restart()
+
+
+def _buffers(module: nn.Module | None) -> Restore:
+    """How to put every buffer back: the same tensor object in its place, with its old entries."""
+    kept = [
+        (part._buffers, name, buffer, None if buffer is None else buffer.detach().clone())
+        for part in (() if module is None else module.modules())
+        for name, buffer in part._buffers.items()
+    ]
+
+    def restore() -> None:
+        for place, name, buffer, entries in kept:
+            place[name] = buffer
+            if buffer is not None and entries is not None:
+                buffer.data.copy_(entries)
+
+    return restore
+
+
+def _randomness(tensors: Sequence[Tensor]) -> Restore:
+    """How to put back the random states of Python, NumPy if it is in use, torch on CPU and on the tensors' devices."""
+    restores: list[Restore] = []
+
+    def keep(get: Callable[..., Any], put: Callable[..., object], *device: torch.device) -> None:
+        state = get(*device)
+        restores.append(lambda: (put(state, *device), None)[1])
+
+    keep(random.getstate, random.setstate)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        # Its global state, which a user's own data code may draw from.
+        keep(numpy.random.get_state, numpy.random.set_state)
+    keep(torch.get_rng_state, torch.set_rng_state)
+    for device in {tensor.device for tensor in tensors if tensor.device.type not in {"cpu", "meta"}}:
+        backend = torch.get_device_module(device)
+        # MPS has one generator, and its functions take no device.
+        keep(backend.get_rng_state, backend.set_rng_state, *(() if device.type == "mps" else (device,)))
+
+    def restore() -> None:
+        for one in restores:
+            one()
+
+    return restore
