@@ -5,27 +5,28 @@ from pathlib import Path
 
 import pytest
 
-import gradkeel
-
-PACKAGE = Path(gradkeel.__file__).parent
+PACKAGE = Path(__file__).resolve().parents[1] / "src" / "gradkeel"
 
 # A module imports modules of its own layer and of earlier ones. `gradkeel` is the package's own `__init__`.
 LAYERS = (
     "errors",
     "norms",
     "step_report",
+    "policies",
     "selection",
     "measure",
-    "policies",
     "prescale",
     "apply",
     "hooks",
+    "skips",
+    "pipeline",
     "guard",
     "accumulate",
     "functional",
     "record",
     "attach",
     "explain",
+    "smoothness",
     "gradkeel",
     "report",
     "lab",
