@@ -17,9 +17,11 @@ from gradkeel.errors import (
     TooManySkipsError,
     WindowError,
 )
+from gradkeel.functional import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from gradkeel.guard import Guard
 from gradkeel.policies import ClipByGlobalNorm, ClipByNorm, ClipByValue
 from gradkeel.step_report import StepReport
+from gradkeel.table import gradients
 
 __version__ = "0.1.0"
 
@@ -40,5 +42,10 @@ __all__ = [
     "TooManySkipsError",
     "WindowError",
     "attach",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "clip_grads_with_norm_",
+    "get_total_norm",
+    "gradients",
     "policies",
 ]

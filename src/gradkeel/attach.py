@@ -103,11 +103,13 @@ def _record(guard: Guard, record: Recorder | str | os.PathLike[str]) -> None:
     if isinstance(record, str | os.PathLike):
         from gradkeel.record import Recorder as FileRecorder
 
-        record = FileRecorder(record)
-    bind = getattr(record, "bind", None)
+        recorder: Recorder = FileRecorder(record)
+    else:
+        recorder = record
+    bind = getattr(recorder, "bind", None)
     if bind is not None:
         bind(guard)
-    guard.recorders.append(record)
+    guard.recorders.append(recorder)
 
 
 def _check(optimizer: Optimizer, nonfinite: str, max_consecutive_skips: int) -> None:

@@ -57,6 +57,8 @@ class Guard:
         self._scalars: dict[str, Tensor | float] = {}
         self._step = 0
         self._skips = SkipWatch(max_consecutive_skips)
+        self._selections: tuple[Selection, ...] = ()
+        self.device = torch.device("cpu")
         self._select()
         nothing = [blank(s, self._policies[s.label], self._needs(s).norm_type, self.device) for s in self._selections]
         self.report = StepReport(0, tuple(part.report() for part in nothing), _stepped=False, _reason="no step yet")
@@ -97,16 +99,14 @@ class Guard:
         by_group = [group_policy(group, index) for index, group in enumerate(self.optimizer.param_groups)]
         self._signature = signature(self.optimizer)
         names = name_parameters(self.optimizer, self._model)
-        before = {s.label: s.names for s in self._selections} if hasattr(self, "_selections") else {}
+        before = {s.label: s.names for s in self._selections}
         self._selections = select(self.optimizer, names, self._exclude, self._model)
         self._policies: dict[str, Policy | None] = {MAIN: self.policy, EXCLUDED: None}
         for selection in self._selections:
             if selection.label not in self._policies:
                 self._policies[selection.label] = by_group[selection.groups[0]]
             if before.get(selection.label) != selection.names:
-                # Statistics of other tensors do not fit these; state that was loaded is kept on the first selection.
-                if before:
-                    self._states.pop(selection.label, None)
+                self._states.pop(selection.label, None)  # statistics of other tensors do not fit these
         devices = {p.device for p in self.parameters}
         self.device = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
 

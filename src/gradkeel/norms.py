@@ -34,10 +34,15 @@ def combine(norms: Tensor, norm_type: float) -> Tensor:
     if norm_type == 0:  # the number of entries that are not zero: counts add up
         return norms.sum()
     if norm_type < 0:  # a zero part makes the whole zero, so there is nothing to scale by
-        return torch.linalg.vector_norm(norms, norm_type)
+        return _vector_norm(norms, norm_type)
     largest = norms.amax()
     scale = torch.where((largest > 0) & torch.isfinite(largest), largest, torch.ones_like(largest))
-    return torch.linalg.vector_norm(norms / scale, norm_type) * scale
+    return _vector_norm(norms / scale, norm_type) * scale
+
+
+def _vector_norm(values: Tensor, norm_type: float) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(values, norm_type)
+    return norm
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradkeel.apply import apply, factors
-from gradkeel.apply.fused import can_fold, fold
+from gradkeel.apply.fused import can_fold, kernel_scale
 from gradkeel.measure import measure, measure_total
 from gradkeel.norms import Decision, GradientNorms, Needs, State
 from gradkeel.policies import Policy
@@ -94,7 +94,7 @@ def carry_out(optimizer: Optimizer, parts: Sequence[Part], prescale: Tensor | fl
         if len(filled) == 1 and plain and can_fold(optimizer, part.selection.parameters):
             factor = factors(part.decision, part.measured, prescale)
             if factor is not None and factor.dim() == 0:
-                return None if factor.device.type == "cpu" and float(factor) == 1.0 else fold(factor)
+                return None if factor.device.type == "cpu" and float(factor) == 1.0 else kernel_scale(factor)
         unit_dim = None if part.policy is None else part.policy.needs.unit_dim
         apply(part.selection.parameters, part.decision, part.measured, prescale=prescale, unit_dim=unit_dim)
     return None

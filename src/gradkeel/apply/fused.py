@@ -46,8 +46,6 @@ def _has_state(optimizer: Optimizer, parameter: Tensor) -> bool:
     return bool(optimizer.state.get(parameter))
 
 
-def fold(optimizer: Optimizer, factor: Tensor) -> Tensor:
-    """Hand ``factor`` to the fused kernel, which divides by its reciprocal; returns what was set."""
-    scale = (1.0 / factor).to(torch.float32)
-    optimizer.grad_scale = scale  # type: ignore[attr-defined]  # torch reads it by name
-    return scale
+def kernel_scale(factor: Tensor) -> Tensor:
+    """[] float32 ``grad_scale`` that makes a fused kernel multiply its gradients by ``factor``."""
+    return (1.0 / factor).to(torch.float32)

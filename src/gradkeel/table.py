@@ -1,0 +1,100 @@
+"""`gradients(model)`: what every parameter's gradient is right now, without attaching anything."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html import escape
+
+import torch
+from torch import nn
+
+from gradkeel.measure import measure_total
+
+
+@dataclass(frozen=True, slots=True)
+class GradientRow:
+    """One parameter.
+
+    Attributes:
+        name: as ``model.named_parameters()`` gives it.
+        shape: the parameter's shape.
+        weight_norm: 2-norm of the parameter.
+        gradient_norm: 2-norm of its gradient; None where it has none.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    weight_norm: float
+    gradient_norm: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class GradientTable:
+    """The parameters of a model and their gradients; prints as a table, and is read by name or by iterating."""
+
+    rows: tuple[GradientRow, ...]
+
+    def __iter__(self) -> Iterator[GradientRow]:
+        """The rows, in the model's order."""
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        """How many parameters there are."""
+        return len(self.rows)
+
+    def __getitem__(self, name: str) -> GradientRow:
+        """The row of a parameter, by name."""
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(f"no parameter {name!r}; there are {', '.join(row.name for row in self.rows)}")
+
+    def _cells(self) -> list[tuple[str, str, str, str]]:
+        return [
+            (
+                row.name,
+                "x".join(map(str, row.shape)) or "scalar",
+                f"{row.weight_norm:.6g}",
+                "None" if row.gradient_norm is None else f"{row.gradient_norm:.6g}",
+            )
+            for row in self.rows
+        ]
+
+    def __repr__(self) -> str:
+        """A table in plain text."""
+        cells = [("parameter", "shape", "weight norm", "gradient norm"), *self._cells()]
+        widths = [max(len(row[i]) for row in cells) for i in range(4)]
+        return "\n".join(
+            f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {weight:>{widths[2]}}  {gradient:>{widths[3]}}"
+            for name, shape, weight, gradient in cells
+        )
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        head = "<tr><th>parameter</th><th>shape</th><th>weight norm</th><th>gradient norm</th></tr>"
+        rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in self._cells())
+        return f"<table>{head}{rows}</table>"
+
+
+@torch.no_grad()
+def gradients(model: nn.Module) -> GradientTable:
+    """Name, shape, weight norm and gradient norm of every parameter, before or after ``backward()``.
+
+    Norms are 2-norms, summed in float64. Reads each weight and gradient once and syncs the host.
+
+    Args:
+        model: any module; a parameter that is tied under several names is listed once.
+
+    Example:
+        >>> print(gk.gradients(torch.nn.Linear(1, 1)))
+    """
+    return GradientTable(
+        tuple(
+            GradientRow(
+                name,
+                tuple(parameter.shape),
+                float(measure_total([parameter], 2.0, parameter.device)),
+                None if parameter.grad is None else float(measure_total([parameter.grad], 2.0, parameter.device)),
+            )
+            for name, parameter in model.named_parameters()
+        )
+    )
