@@ -82,6 +82,11 @@ class Guard:
         return tuple(parameter for selection in self._selections for parameter in selection.parameters)
 
     @property
+    def model(self) -> nn.Module | None:
+        """The model that names the parameters, where ``attach`` was given one."""
+        return self._model
+
+    @property
     def step(self) -> int:
         """How many steps the guard has seen, skipped ones included."""
         return self._step
@@ -268,7 +273,7 @@ class Guard:
         for recorder in self.recorders:
             before_step = getattr(recorder, "before_step", None)
             if before_step is not None:
-                before_step(report.step)
+                before_step(report)
 
     def _finish(self) -> None:
         """After the optimizer's step: commit, leave no attribute behind, tell the recorders."""

@@ -95,23 +95,27 @@ class SelectionReport:
 
         Under the value scope it is measured when read, and None once the gradients are cleared or changed.
         """
+        if self.decision.clamp is not None and not self.clipped:
+            return self.norm
+        total = self.clipped_total()
+        return None if total is None else float(total)
+
+    def clipped_total(self) -> Tensor | None:
+        """[] the same as a tensor; does not sync the host. Under the value scope it is measured now, clipped or not."""
         measured, decision = self.measured, self.decision
         if decision.clamp is not None:
-            if not self.clipped:
-                return self.norm
-            result = self._remeasure() if self._remeasure is not None else None
-            return None if result is None else float(result)
+            return self._remeasure() if self._remeasure is not None else None
         if decision.unit_coefficients is not None and measured.units is not None:
             scales = decision.unit_coefficients
             if decision.coefficients is not None:
                 counts = torch.tensor(measured.unit_counts, device=scales.device)
                 scales = scales * decision.coefficients.expand(len(counts)).repeat_interleave(counts)
-            return float(combine(measured.units * scales, measured.norm_type))
+            return combine(measured.units * scales, measured.norm_type)
         if decision.coefficients is None:
-            return self.norm
+            return measured.total
         if decision.coefficients.dim() == 0:
-            return self.norm * float(decision.coefficients)
-        return float(combine(measured.norms * decision.coefficients, measured.norm_type))
+            return measured.total * decision.coefficients
+        return combine(measured.norms * decision.coefficients, measured.norm_type)
 
     def __repr__(self) -> str:
         """One line."""
