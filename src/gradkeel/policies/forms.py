@@ -6,7 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradkeel.policies.base import Form, positive
+from gradkeel.policies.base import positive
+from gradkeel.policies.clip import Form
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,14 @@ class Smooth(Form):
 
 
 @dataclass(frozen=True)
-class Normalize(Form):
+class Rescale(Form):
     """``c / n``: the norm always becomes the bound, so small gradients grow; the one form that may exceed 1."""
 
     def coefficient(self, norms: Tensor, bound: Tensor) -> Tensor:
         """[k] coefficients above 0; 1 where there is no bound yet."""
-        return torch.where(torch.isinf(bound), torch.ones_like(norms), bound / norms)
+        # No coefficient is larger than single precision holds; the smallest norms grow by that much.
+        grown = (bound / norms).clamp(max=torch.finfo(torch.float32).max)
+        return torch.where(torch.isinf(bound), torch.ones_like(norms), grown)
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,49 @@
 
 import dataclasses
 import difflib
+import re
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from gradkeel.errors import PolicySpecError
-from gradkeel.policies.base import NamedPolicy, Policy
-from gradkeel.policies.fixed import ClipByGlobalNorm, ClipByNorm, ClipByValue
+from gradkeel.policies.adaptive import AdaGC, AutoClip, QuantileClip, RobustClip, ZClip
+from gradkeel.policies.base import Policy
+from gradkeel.policies.compose import Chain, Composite, Warmup
+from gradkeel.policies.groups import PerGroup
+from gradkeel.policies.named import NamedPolicy
+from gradkeel.policies.recipes import (
+    AdaptiveGradientClip,
+    BlockRms,
+    ClipByGlobalNorm,
+    ClipByNorm,
+    ClipByValue,
+)
+from gradkeel.policies.skip import SkipStep
+from gradkeel.policies.smooth import Normalize, SmoothClip, SmoothnessStep
 
-REGISTRY: dict[str, type[NamedPolicy]] = {
-    policy.spec_name: policy for policy in (ClipByValue, ClipByNorm, ClipByGlobalNorm)
-}
+_NAMED: tuple[type[NamedPolicy], ...] = (
+    ClipByGlobalNorm,
+    ClipByNorm,
+    ClipByValue,
+    AdaptiveGradientClip,
+    BlockRms,
+    SmoothClip,
+    Normalize,
+    SmoothnessStep,
+    AutoClip,
+    QuantileClip,
+    ZClip,
+    RobustClip,
+    AdaGC,
+    SkipStep,
+)
+REGISTRY: dict[str, type[NamedPolicy]] = {policy.spec_name: policy for policy in _NAMED}
+"""Every named policy by the name that it has in specs."""
+COMPOSITES: dict[str, type[Composite]] = {kind.spec_name: kind for kind in (Chain, Warmup, PerGroup)}
+"""Every policy that is made of policies, by name."""
 ALIASES = {"tensor-norm": "norm"}
+
+_EXCLUDE = r"\bexclude=([^,+/()]*)"
 
 
 @dataclass(frozen=True)
@@ -26,16 +58,21 @@ class PolicySpec:
     def spec(self) -> str:
         """The canonical spec string."""
         spec = "none" if self.policy is None else self.policy.spec
-        words = [f"exclude={pattern}" for pattern in self.exclude]
-        return spec if not words else f"{spec}{',' if ':' in spec else ':'}{','.join(words)}"
+        for pattern in self.exclude:
+            spec += f"{',' if ':' in re.split('[+/]', spec)[-1] else ':'}exclude={pattern}"
+        return spec
 
 
 def parse(spec: str) -> PolicySpec:
-    """Read a policy spec: ``NAME[:ARGUMENT,...][,KEY=VALUE...][,exclude=PATTERN...]``.
+    """Read a policy spec: ``NAME[:ARGUMENT,...][,KEY=VALUE...][,exclude=PATTERN...]``, or several joined by ``+``.
+
+    ``STAGE+STAGE+...`` applies one after the other, ``warmup:STEPS/BEFORE/AFTER`` one until step STEPS and then the
+    other, ``per-group:POLICY/POLICY/...`` one to each parameter group; inside one of these, another stands in
+    parentheses. ``exclude`` may stand several times and holds for the whole policy.
 
     Args:
-        spec: for instance ``none``, ``value:1.0``, ``value:-0.5,1``, ``norm:1.0,exclude=*.bias`` or
-            ``global-norm:0.25,norm_type=inf``; ``exclude`` may stand several times.
+        spec: for instance ``none``, ``value:1.0``, ``value:-0.5,1``, ``norm:1.0,exclude=*.bias``,
+            ``global-norm:0.25,norm_type=inf``, ``skip-step+zclip`` or ``warmup:100/global-norm:1.0/(skip-step+zclip)``.
 
     Raises:
         PolicySpecError: naming the spec, what is wrong with it, and the known names.
@@ -44,56 +81,125 @@ def parse(spec: str) -> PolicySpec:
         >>> parse("global-norm:0.25").policy
         ClipByGlobalNorm(max_norm=0.25)  # all tensors together
     """
-    name, _, rest = spec.strip().partition(":")
-    words = [word.strip() for word in rest.split(",")] if rest.strip() else []
-    exclude = tuple(word.removeprefix("exclude=") for word in words if word.startswith("exclude="))
-    words = [word for word in words if not word.startswith("exclude=")]
+    exclude = tuple(re.findall(_EXCLUDE, spec))
+    # What separated an exclude from the rest may be left at the end of a stage.
+    policy = _policy(spec, re.sub(r"[,:]+(?=[+/)]|$)", "", re.sub(rf"{_EXCLUDE},?", "", spec)))
+    if policy is None and exclude:
+        raise PolicySpecError(f"policy {spec!r}: 'none' takes no arguments")
+    return PolicySpec(policy, exclude)
+
+
+def _policy(spec: str, text: str) -> Policy | None:
+    stages = _split(spec, text, "+")
+    if len(stages) > 1:
+        return _made(spec, Chain, [_some(spec, stage) for stage in stages])
+    text = text.strip()
+    if text.startswith("(") and text.endswith(")"):
+        return _policy(spec, text[1:-1])
+    name, _, rest = text.partition(":")
+    name = name.strip()
     if name == "none":
-        if words or exclude:
+        if rest:
             raise PolicySpecError(f"policy {spec!r}: 'none' takes no arguments")
-        return PolicySpec(None)
-    return PolicySpec(_build(spec, _known(spec, name), words), exclude)
+        return None
+    if name == Warmup.spec_name:
+        words = _split(spec, rest, "/")
+        if len(words) != 3:
+            raise PolicySpecError(
+                f"policy {spec!r}: write it as warmup:STEPS/BEFORE/AFTER, such as {_WARMUP_EXAMPLE}"
+            )
+        return _made(
+            spec, Warmup, [_value(spec, "steps", words[0], int), *(_policy(spec, w) for w in words[1:])]
+        )
+    if name == PerGroup.spec_name:
+        return _made(spec, PerGroup, [_policy(spec, word) for word in _split(spec, rest, "/")])
+    words = [word.strip() for word in rest.split(",")] if rest.strip() else []
+    return _build(spec, _known(spec, name), words)
+
+
+_WARMUP_EXAMPLE = "warmup:100/global-norm:1.0/zclip"
+
+
+def _some(spec: str, text: str) -> Policy:
+    policy = _policy(spec, text)
+    if policy is None:
+        raise PolicySpecError(f"policy {spec!r}: 'none' has no place in a chain; leave it out")
+    return policy
+
+
+def _split(spec: str, text: str, separator: str) -> list[str]:
+    """Parts of ``text`` between separators that stand outside parentheses; the + of 1e+5 is none."""
+    parts, depth, start = [], 0, 0
+    for i, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if depth < 0:
+            break
+        if character == separator and depth == 0 and not re.search(r"[\d.][eE]$", text[:i]):
+            parts.append(text[start:i])
+            start = i + 1
+    if depth != 0:
+        raise PolicySpecError(f"policy {spec!r}: its parentheses do not match")
+    return [*parts, text[start:]]
+
+
+def _made(spec: str, kind: type[Policy], arguments: list[Any]) -> Policy:
+    try:
+        return kind(*arguments)
+    except (TypeError, ValueError) as error:
+        raise PolicySpecError(f"policy {spec!r}: {error}") from None
 
 
 def _known(spec: str, name: str) -> type[NamedPolicy]:
     try:
         return REGISTRY[ALIASES.get(name, name)]
     except KeyError:
-        known = ["none", *sorted(REGISTRY)]
+        known = ["none", *sorted(REGISTRY), Warmup.spec_name, PerGroup.spec_name]
         near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise PolicySpecError(f"unknown policy {spec!r}{hint} Known policies: {', '.join(known)}") from None
+        raise PolicySpecError(
+            f"unknown policy {name!r}{'' if name == spec.partition(':')[0] else f' in {spec!r}'}"
+            f"{f'; did you mean {near[0]!r}?' if near else '.'} "
+            f"Known policies: {', '.join(known)}, and chains of them, joined by +"
+        ) from None
 
 
 def _build(spec: str, policy: type[NamedPolicy], words: list[str]) -> NamedPolicy:
     hints = get_type_hints(policy)
-    fields = [field.name for field in dataclasses.fields(policy)]
+    fields = dataclasses.fields(policy)
+    given = _arguments(spec, [field.name for field in fields], words, policy)
+    missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in given]
+    if missing:
+        example = ",".join(["1.0"] * len([f for f in fields if f.default is dataclasses.MISSING]))
+        raise PolicySpecError(
+            f"policy {spec!r}: it needs {', '.join(missing)}, as in {policy.spec_name}:{example}"
+        )
+    values = {key: _value(spec, key, value, hints[key]) for key, value in given.items()}
+    try:
+        return policy(**values)
+    except (TypeError, ValueError) as error:
+        raise PolicySpecError(f"policy {spec!r}: {error}") from None
+
+
+def _arguments(spec: str, fields: list[str], words: list[str], policy: type[NamedPolicy]) -> dict[str, str]:
     positional = [word for word in words if "=" not in word]
     names = ["min", "max"] if policy is ClipByValue and len(positional) == 2 else fields
     if len(positional) > len(names):
         raise PolicySpecError(f"policy {spec!r}: too many arguments; it takes {', '.join(fields)}")
     given = dict(zip(names, positional, strict=False))
     for word in words:
-        key, equals, value = word.partition("=")
+        key, equals, value = (part.strip() for part in word.partition("="))
         if not equals:
             continue
         if key not in fields or key in given:
             problem = "is given twice" if key in given else f"is not one of {', '.join(fields)}"
             raise PolicySpecError(f"policy {spec!r}: argument {key!r} {problem}")
         given[key] = value
-    try:
-        return policy(**{key: _value(spec, key, value, hints[key]) for key, value in given.items()})
-    except (TypeError, ValueError) as error:
-        if isinstance(error, PolicySpecError):
-            raise
-        wanted = ", ".join(field.name for field in dataclasses.fields(policy) if field.default is dataclasses.MISSING)
-        missing = "missing" in str(error) and "argument" in str(error)
-        reason = f"it needs {wanted}, as in {policy.spec_name}:1.0" if missing else str(error)
-        raise PolicySpecError(f"policy {spec!r}: {reason}") from None
+    return given
 
 
 def _value(spec: str, key: str, text: str, hint: Any) -> Any:
-    kinds = getattr(hint, "__args__", (hint,))
+    kinds = get_args(hint) or (hint,)
+    if text in kinds:  # one of a Literal's words
+        return text
     if text == "none" and type(None) in kinds:
         return None
     if bool in kinds and text in {"true", "false"}:
@@ -104,6 +210,7 @@ def _value(spec: str, key: str, text: str, hint: Any) -> Any:
                 return kind(text)
             except ValueError:
                 continue
-    if str in kinds:
-        return text
-    raise PolicySpecError(f"policy {spec!r}: {key}={text!r} is not a number")
+    words = ["true", "false"] if bool in kinds else [kind for kind in kinds if isinstance(kind, str)]
+    number = "a number" if float in kinds else "a whole number"
+    wanted = f"one of {', '.join(words)}" if words else number
+    raise PolicySpecError(f"policy {spec!r}: {key}={text!r} is not {wanted}")
