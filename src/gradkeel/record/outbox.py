@@ -1,0 +1,115 @@
+"""Steps that wait to be written, and the thread that writes them."""
+
+import functools
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from gradkeel.record.rows import Batch, Kept, Rows, Subject, same_layout
+from gradkeel.record.schema import ROWS_PER_BLOCK
+
+MOST_WAITING = 4096
+"""Batches that may wait for a slow disk: at most a quarter of a million steps."""
+
+CLOSE_SECONDS = 60.0
+
+
+class Sink(Protocol):
+    """Where rows are written: a file, a tracker. Called on the recorder's own thread, so it may take its time.
+
+    An exception ends this sink, with one `RecordWarning`, and nothing else.
+    """
+
+    def write(self, rows: Rows) -> None:
+        """Write consecutive steps."""
+
+    def close(self) -> None:
+        """Nothing more comes."""
+
+
+class Outbox:
+    """Collects steps on the training thread and writes them on its own.
+
+    It outlives the recorder that fills it, so that steps which nobody closed for are written at the process's end.
+
+    Attributes:
+        subject: what is recorded; put on each batch.
+        problems: what went wrong, in words, for the training thread to warn of.
+    """
+
+    def __init__(self, sinks: Sequence[Sink], flush_seconds: float) -> None:
+        self.subject = Subject()
+        self.problems: list[str] = []
+        self._kept: list[Kept] = []
+        self._flush_seconds = flush_seconds
+        self._sent_at = time.monotonic()
+        self._sinks = list(sinks)
+        self._batches: queue.Queue[Batch | None] = queue.Queue(MOST_WAITING)
+        self._pid = os.getpid()
+        self._thread = threading.Thread(target=self._work, name="gradkeel-record", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether anybody still writes; never in a forked process, which has no such thread."""
+        return bool(self._sinks) and os.getpid() == self._pid and self._thread.is_alive()
+
+    def follows(self, kept: Kept) -> bool:
+        """Whether this step can stand in one batch with those that wait."""
+        last = self._kept[-1].report if self._kept else None
+        return last is None or (kept.report.step > last.step and same_layout(kept.report, last))
+
+    def add(self, kept: Kept) -> None:
+        """Take a step; send what has waited for long enough."""
+        self._kept.append(kept)
+        if len(self._kept) >= ROWS_PER_BLOCK or time.monotonic() - self._sent_at >= self._flush_seconds:
+            self.send()
+
+    def send(self) -> None:
+        """Stack what waits and hand it to the thread."""
+        self._sent_at = time.monotonic()
+        if not self._kept:
+            return
+        batch = Batch(self._kept, self.subject)
+        self._kept = []
+        try:
+            self._batches.put_nowait(batch)
+        except queue.Full:
+            self.problems.append(f"{self._sinks[0]!r} does not keep up with {MOST_WAITING} batches waiting")
+            self._sinks.clear()
+
+    def wait(self) -> None:
+        """Wait until everything sent so far is written."""
+        if self.is_open:
+            self.send()
+            self._batches.join()
+
+    def close(self) -> None:
+        """Write what is left, and end the thread."""
+        if os.getpid() != self._pid or not self._thread.is_alive():
+            return
+        self.send()
+        self._batches.put(None)
+        self._thread.join(CLOSE_SECONDS)
+
+    def _work(self) -> None:
+        while (batch := self._batches.get()) is not None:
+            try:
+                rows = batch.rows()
+                for sink in list(self._sinks):
+                    self._call(sink, functools.partial(sink.write, rows))
+            finally:
+                self._batches.task_done()
+        for sink in list(self._sinks):
+            self._call(sink, sink.close)
+        self._batches.task_done()
+
+    def _call(self, sink: Sink, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001 - whatever a disk or a tracker does, training goes on
+            self.problems.append(f"{sink!r}: {error}")
+            self._sinks.remove(sink)

@@ -1,0 +1,264 @@
+"""Steps on their way from the device to whoever writes them down: kept as they are, stacked later, many at once."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gradkeel.norms import combine
+from gradkeel.record.schema import CLIPPED, NONFINITE, SCALAR_PREFIX, STEPPED
+from gradkeel.step_report import SelectionReport, StepReport
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is recorded.
+
+    Attributes:
+        names: the parameters, in the order in which they are to be shown.
+        shapes: their shapes, by name.
+        policy: spec of the main policy.
+        optimizer: name of the optimizer's class.
+        nonfinite: what the guard does with non-finite gradients.
+    """
+
+    names: tuple[str, ...] = ()
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    policy: str = ""
+    optimizer: str = ""
+    nonfinite: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """Norms of the parameters before a step's update, and of the update: [n] each, by the names' order."""
+
+    names: tuple[str, ...]
+    weights: Tensor
+    updates: Tensor
+
+    def on_host(self, *, non_blocking: bool) -> "Sample":
+        """A copy on the CPU."""
+        weights = self.weights.to("cpu", non_blocking=non_blocking)
+        return Sample(self.names, weights, self.updates.to("cpu", non_blocking=non_blocking))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kept:
+    """One step as the training thread leaves it: references to tensors, nothing computed.
+
+    ``clipped`` and ``clipped_total`` are filled only where they cannot be derived from norms and coefficients, and
+    ``coefficients`` holds one for each parameter where units have their own.
+    """
+
+    report: StepReport
+    time: float
+    scalars: dict[str, Tensor | float]
+    coefficients: tuple[Tensor | None, ...]
+    clipped: Tensor | None
+    clipped_total: Tensor | None
+    sample: Sample | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Consecutive steps on the host.
+
+    Attributes:
+        subject: the run that they are from.
+        selections: the first step's, for names, labels and policies; every step here has the same.
+        steps: their numbers, ascending.
+        series: by the names in ``schema.SERIES`` (and ``scalar:...``), one row a step; columns are the selections'
+            parameters, one selection after the other.
+        skips: number and reason of the skipped ones.
+        samples: number and sample of those whose weights were measured.
+    """
+
+    subject: Subject
+    selections: tuple[SelectionReport, ...]
+    steps: list[int]
+    series: dict[str, Tensor]
+    skips: list[tuple[int, str]]
+    samples: list[tuple[int, Sample]]
+
+
+def keep(report: StepReport, time: float, scalars: dict[str, Tensor | float], sample: Sample | None) -> Kept:
+    """Take from a report what must be taken at once: what reads gradients, and tensors that are the user's."""
+    main = report.selections[0]
+    direct = main.decision.clamp is None and main.decision.unit_coefficients is None
+    device = main.measured.norms.device
+    return Kept(
+        report=report,
+        time=time,
+        scalars={name: _own(value, device) for name, value in scalars.items()},
+        coefficients=tuple(
+            s.decision.coefficients if s.decision.unit_coefficients is None else s.parameter_coefficients()
+            for s in report.selections
+        ),
+        clipped=main.was_clipped() if main.decision.clamp is not None else None,
+        clipped_total=None if direct else main.clipped_total(),
+        sample=sample,
+    )
+
+
+def _own(value: Tensor | float, device: torch.device) -> Tensor | float:
+    """A number that nobody else writes to or differentiates, on ``device`` if it is on one."""
+    if not isinstance(value, Tensor):
+        return float(value)
+    if value.device.type == "cpu":
+        return float(value)
+    return value.detach().reshape(()).to(device, torch.float32, copy=True)
+
+
+def same_layout(one: StepReport, other: StepReport) -> bool:
+    """Whether two steps can stand in one batch: the same parameters under the same policies."""
+    return len(one.selections) == len(other.selections) and all(
+        a.label == b.label and a.policy == b.policy and a.measured.names == b.measured.names
+        for a, b in zip(one.selections, other.selections, strict=True)
+    )
+
+
+class Batch:
+    """Kept steps of one layout, stacked on their device and copied to the host without waiting for it."""
+
+    def __init__(self, kept: Sequence[Kept], subject: Subject) -> None:
+        self._kept, self._subject = kept, subject
+        self._event: torch.cuda.Event | None = None
+        device = kept[0].report.selections[0].measured.norms.device
+        stacked = _stack(kept)
+        travels = device.type == "cuda"
+        self._series = {name: value.to("cpu", non_blocking=travels) for name, value in stacked.items()}
+        self._samples = [
+            (row.report.step, row.sample.on_host(non_blocking=travels))
+            for row in kept
+            if row.sample is not None
+        ]
+        if travels:
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(device))
+
+    def rows(self) -> Rows:
+        """The steps on the host; waits for the copy, so call it off the training thread."""
+        if self._event is not None:
+            self._event.synchronize()
+        reports = [kept.report for kept in self._kept]
+        series = {name: value.to(torch.float64) for name, value in self._series.items()}
+        _derive(series, reports[0].selections[0])
+        series["step"] = torch.tensor([report.step for report in reports])
+        series["time"] = torch.tensor([kept.time for kept in self._kept], dtype=torch.float64)
+        series["present"] = torch.tensor(
+            [[here for s in report.selections for here in s.present] for report in reports], dtype=torch.uint8
+        )
+        stepped = (series["verdict"].to(torch.uint8) & STEPPED).bool().tolist()
+        return Rows(
+            subject=self._subject,
+            selections=reports[0].selections,
+            steps=[report.step for report in reports],
+            series=series,
+            skips=[
+                (report.step, _reason(report, norms))
+                for report, norms, made in zip(reports, series["norms"], stepped, strict=True)
+                if not made
+            ],
+            samples=self._samples,
+        )
+
+
+def _stack(kept: Sequence[Kept]) -> dict[str, Tensor]:
+    """The steps' device tensors, stacked: [k] and [k, n]."""
+    main = [row.report.selections[0] for row in kept]
+    unknown = main[0].measured.norms.new_full((), math.nan)
+    series = {
+        "total": torch.stack([s.measured.total for s in main]),
+        "bound": torch.stack([_or(s.bound(), unknown) for s in main]),
+        "stepped": torch.stack([_flag(row.report, unknown) for row in kept]),
+    }
+    columns = range(len(kept[0].report.selections))
+    parts = [[row.report.selections[i].measured for row in kept] for i in columns]
+    series["norms"] = torch.cat([torch.stack([m.norms for m in part]) for part in parts], dim=1)
+    series["coefficients"] = torch.cat(
+        [_coefficients([row.coefficients[i] for row in kept], part[0].norms) for i, part in enumerate(parts)],
+        dim=1,
+    )
+    if any(m.weights is not None for part in parts for m in part):
+        series["weights"] = torch.cat(
+            [torch.stack([_or(m.weights, unknown).expand_as(m.norms) for m in part]) for part in parts], dim=1
+        )
+    if any(m.peaks is not None for part in parts for m in part):
+        series["peaks"] = torch.cat(
+            [torch.stack([_or(m.peaks, unknown).expand(*m.norms.shape, 2) for m in part]) for part in parts],
+            dim=1,
+        )
+    if any(row.clipped_total is not None for row in kept):
+        series["clipped_total"] = torch.stack([_or(row.clipped_total, unknown) for row in kept])
+    if any(row.clipped is not None for row in kept):
+        series["clipped"] = torch.stack(
+            [_or(row.clipped, unknown != unknown).to(unknown.dtype) for row in kept]
+        )
+    for name in dict.fromkeys(name for row in kept for name in row.scalars):
+        values = [row.scalars.get(name, math.nan) for row in kept]
+        series[SCALAR_PREFIX + name] = _scalars(values, unknown)
+    return series
+
+
+def _or(value: Tensor | None, other: Tensor) -> Tensor:
+    return other if value is None else value
+
+
+def _flag(report: StepReport, like: Tensor) -> Tensor:
+    return report.stepped_tensor().to(device=like.device, dtype=like.dtype, non_blocking=True)
+
+
+def _scalars(values: Sequence[Tensor | float], like: Tensor) -> Tensor:
+    if not any(isinstance(value, Tensor) for value in values):
+        return torch.tensor(values, dtype=torch.float64)
+    # Filled on the device: a number that travelled there would make the host wait.
+    return torch.stack(
+        [v.to(like.dtype) if isinstance(v, Tensor) else torch.full_like(like, v) for v in values]
+    )
+
+
+def _coefficients(values: Sequence[Tensor | None], norms: Tensor) -> Tensor:
+    """[k, n] from one coefficient a step, or one a parameter and step; None is 1."""
+    one = torch.ones_like(norms[:1]).reshape(()) if norms.numel() else norms.new_ones(())
+    filled = [_or(value, one) for value in values]
+    if any(value.dim() for value in filled):
+        return torch.stack([value.expand_as(norms) for value in filled])
+    return torch.stack(filled).unsqueeze(1).expand(-1, norms.numel())
+
+
+def _derive(series: dict[str, Tensor], main: SelectionReport) -> None:
+    """Fill in what follows from norms and coefficients; on the host."""
+    columns = len(main.measured.names)
+    norms, coefficients = series["norms"], series["coefficients"]
+    own = coefficients[:, :columns]
+    smallest = own.amin(dim=1) if columns else torch.ones(len(own), dtype=torch.float64)
+    same = bool((own == smallest.unsqueeze(1)).all())
+    if "clipped_total" not in series:
+        series["clipped_total"] = (
+            series["total"] * smallest
+            if same
+            else torch.stack([combine(row, main.measured.norm_type) for row in norms[:, :columns] * own])
+        )
+    series["coefficient"] = smallest
+    clipped = (own < 1).any(dim=1) | (
+        series.pop("clipped", smallest) == 1.0 if "clipped" in series else False
+    )
+    verdict = (
+        series.pop("stepped") * STEPPED + clipped * CLIPPED + (~torch.isfinite(norms)).any(dim=1) * NONFINITE
+    )
+    series["verdict"] = verdict.to(torch.uint8)
+
+
+def _reason(report: StepReport, norms: Tensor) -> str:
+    """Why a step was skipped, from numbers that are on the host already."""
+    if report._reason is not None:
+        return report._reason
+    names = [name for s in report.selections for name in s.measured.names]
+    for name, norm in zip(names, norms.tolist(), strict=True):
+        if not math.isfinite(norm):
+            kind = "NaN" if math.isnan(norm) else "inf"
+            return f"step {report.step}: the gradient of {name!r} is not finite ({kind})"
+    return "the policy asked to skip this step"

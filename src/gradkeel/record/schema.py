@@ -1,0 +1,233 @@
+"""The record file: one SQLite database for a run, and the one place that says what is in it."""
+
+import ctypes
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gradkeel.errors import RecordError
+
+SCHEMA_VERSION = 1
+APPLICATION_ID = 0x6B65656C  # "keel"
+ROWS_PER_BLOCK = 64
+"""How many steps a block holds: rows wait for each other in memory, and are read together."""
+
+STEPPED, CLIPPED, NONFINITE = 1, 2, 4
+"""The bits of a verdict."""
+
+SCALAR_PREFIX = "scalar:"
+
+TABLES = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE series_types (
+    name TEXT PRIMARY KEY, dtype TEXT NOT NULL, shape TEXT NOT NULL, unit TEXT NOT NULL, meaning TEXT NOT NULL
+);
+CREATE TABLE sessions (
+    session INTEGER PRIMARY KEY, started TEXT NOT NULL, first_step INTEGER NOT NULL, policy TEXT NOT NULL,
+    norm_type REAL NOT NULL, optimizer TEXT NOT NULL, nonfinite TEXT NOT NULL, gradkeel TEXT NOT NULL,
+    torch TEXT NOT NULL
+);
+CREATE TABLE parameters (
+    position INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, shape TEXT NOT NULL, size INTEGER NOT NULL,
+    selection TEXT NOT NULL, policy TEXT NOT NULL, optimizer_group INTEGER NOT NULL
+);
+CREATE TABLE blocks (
+    block INTEGER PRIMARY KEY, first_step INTEGER NOT NULL, last_step INTEGER NOT NULL, rows INTEGER NOT NULL,
+    width INTEGER NOT NULL
+);
+CREATE TABLE series (
+    name TEXT NOT NULL, block INTEGER NOT NULL, data BLOB NOT NULL, PRIMARY KEY (name, block)
+);
+CREATE TABLE weight_samples (step INTEGER PRIMARY KEY, weights BLOB NOT NULL, updates BLOB NOT NULL);
+CREATE TABLE skips (step INTEGER PRIMARY KEY, reason TEXT NOT NULL);
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One thing that is recorded at every step, and how its blobs are read.
+
+    Attributes:
+        name: its name in the table ``series``.
+        dtype: of the numbers in a blob, little-endian, in C order.
+        shape: of a block's blob; k is the block's rows, n its width (how many parameters it knows).
+        unit: of the numbers.
+        meaning: in words.
+        fill: what a step holds where the series was not recorded.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: str
+    unit: str
+    meaning: str
+    fill: float = float("nan")
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether it has a column for each parameter."""
+        return "n" in self.shape
+
+
+_GRADIENT = "the gradient's"
+SERIES: dict[str, Series] = {
+    series.name: series
+    for series in (
+        Series(
+            "step", torch.int64, "[k]", "1", "number of the optimizer step, from 1; skipped steps count", 0
+        ),
+        Series("time", torch.float64, "[k]", "s", "when the step ended, in seconds since 1970 UTC"),
+        Series(
+            "verdict",
+            torch.uint8,
+            "[k]",
+            "bits",
+            "1 stepped, 2 clipped, 4 a gradient that was not finite",
+            STEPPED,
+        ),
+        Series("total", torch.float64, "[k]", _GRADIENT, "norm of the main selection's true gradients"),
+        Series(
+            "clipped_total", torch.float64, "[k]", _GRADIENT, "the same after clipping; NaN where not known"
+        ),
+        Series("coefficient", torch.float64, "[k]", "1", "smallest coefficient of the main selection", 1),
+        Series(
+            "bound", torch.float64, "[k]", _GRADIENT, "smallest bound in force; inf: none yet; NaN: no bound"
+        ),
+        Series(
+            "norms",
+            torch.float64,
+            "[k, n]",
+            _GRADIENT,
+            "norm of each parameter's true gradient, before clipping",
+        ),
+        Series(
+            "coefficients",
+            torch.float64,
+            "[k, n]",
+            "1",
+            "each parameter's coefficient; left out of a block where the main selection's all equal `coefficient` "
+            "and all others are 1",
+        ),
+        Series(
+            "present",
+            torch.uint8,
+            "[k, n]",
+            "1",
+            "0 where a parameter had no gradient; left out of a block where all had one",
+            1,
+        ),
+        Series(
+            "weights",
+            torch.float64,
+            "[k, n]",
+            "the weight's",
+            "norm of each parameter, where the policy looks at it",
+        ),
+        Series(
+            "peaks",
+            torch.float64,
+            "[k, n, 2]",
+            _GRADIENT,
+            "lowest and highest entry of each gradient, where the policy looks at them",
+        ),
+        Series(
+            "summary",
+            torch.float64,
+            "[3, n]",
+            _GRADIENT,
+            "lowest, median and highest finite norm of each parameter in the block; NaN where there is none",
+        ),
+    )
+}
+SCALAR = Series(
+    SCALAR_PREFIX + "NAME",
+    torch.float64,
+    "[k]",
+    "the user's",
+    "what guard.log(NAME=...) was told, such as the loss",
+)
+
+
+def series_of(name: str) -> Series:
+    """The series of this name; every ``scalar:...`` is one."""
+    return SCALAR if name.startswith(SCALAR_PREFIX) else SERIES[name]
+
+
+def to_blob(tensor: Tensor) -> bytes:
+    """The tensor's numbers as bytes, in C order; the tensor lies on the CPU."""
+    tensor = tensor.contiguous()
+    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes) if tensor.numel() else b""
+
+
+def from_blobs(blobs: Sequence[bytes], dtype: torch.dtype) -> Tensor:
+    """[m] the numbers of these blobs, one after the other."""
+    data = bytearray().join(blobs)  # torch wants a buffer that it may write to
+    return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+
+
+def create(connection: sqlite3.Connection) -> None:
+    """Make the tables, in one transaction, if they are not there."""
+    connection.execute("BEGIN IMMEDIATE")
+    if not _pragma(connection, "user_version"):
+        for statement in TABLES.split(";\n"):
+            if statement.strip():
+                connection.execute(statement)
+        connection.executemany(
+            "INSERT INTO series_types VALUES (?, ?, ?, ?, ?)",
+            [
+                (
+                    series.name,
+                    str(series.dtype).removeprefix("torch."),
+                    series.shape,
+                    series.unit,
+                    series.meaning,
+                )
+                for series in (*SERIES.values(), SCALAR)
+            ],
+        )
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        connection.executemany(
+            "INSERT INTO meta VALUES (?, ?)",
+            [("format", "gradkeel record"), ("schema_version", str(SCHEMA_VERSION)), ("created", created)],
+        )
+        connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+    connection.execute("COMMIT")
+
+
+def is_empty(connection: sqlite3.Connection, path: Path) -> bool:
+    """Whether nothing has been written to the file yet.
+
+    Raises:
+        RecordError: it is no database.
+    """
+    try:
+        tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    except sqlite3.DatabaseError as error:
+        raise RecordError(f"{path} is not a gradkeel record: {error}") from None
+    return not tables and _pragma(connection, "application_id") in {0, APPLICATION_ID}
+
+
+def check(connection: sqlite3.Connection, path: Path, *, may_be_empty: bool = False) -> None:
+    """Raise `RecordError` unless the database is a record that this version can read."""
+    empty, version = is_empty(connection, path), _pragma(connection, "user_version")
+    if empty and not may_be_empty:
+        raise RecordError(f"{path} is empty: no step has been recorded yet")
+    if not empty and _pragma(connection, "application_id") != APPLICATION_ID:
+        raise RecordError(
+            f"{path} is not a gradkeel record; one is made by attach(..., record='run.keel') or "
+            "GRADKEEL_RECORD=run.keel"
+        )
+    if version > SCHEMA_VERSION:
+        raise RecordError(
+            f"{path} has schema version {version}, and this gradkeel reads up to {SCHEMA_VERSION}; "
+            "run: pip install --upgrade gradkeel"
+        )
+
+
+def _pragma(connection: sqlite3.Connection, name: str) -> int:
+    return int(connection.execute(f"PRAGMA {name}").fetchone()[0])
