@@ -15,7 +15,16 @@ from gradkeel.norms import Needs, Recorder, State, Window
 from gradkeel.pipeline import Part, all_finite, asks_to_skip, blank, carry_out, committed, decide
 from gradkeel.policies import Policy
 from gradkeel.prescale import LossScale, prescale, put_back, set_attribute, take_loss_scale
-from gradkeel.selection import EXCLUDED, MAIN, Exclude, Selection, group_policy, name_parameters, select, signature
+from gradkeel.selection import (
+    EXCLUDED,
+    MAIN,
+    Exclude,
+    Selection,
+    group_policy,
+    name_parameters,
+    select,
+    signature,
+)
 from gradkeel.skips import SkipWatch
 from gradkeel.step_report import StepReport
 
@@ -60,8 +69,12 @@ class Guard:
         self._selections: tuple[Selection, ...] = ()
         self.device = torch.device("cpu")
         self._select()
-        nothing = [blank(s, self._policies[s.label], self._needs(s).norm_type, self.device) for s in self._selections]
-        self.report = StepReport(0, tuple(part.report() for part in nothing), _stepped=False, _reason="no step yet")
+        nothing = [
+            blank(s, self._policies[s.label], self._needs(s).norm_type, self.device) for s in self._selections
+        ]
+        self.report = StepReport(
+            0, tuple(part.report() for part in nothing), _stepped=False, _reason="no step yet"
+        )
         self._staged: tuple[StepReport, dict[str, State]] | None = None
         self._loss_scale = LossScale()
         self._folded: Tensor | None = None
@@ -145,8 +158,14 @@ class Guard:
         for name, value in scalars.items():
             self._scalars[name] = value.detach() if isinstance(value, Tensor) else float(value)
 
+    @property
+    def logged(self) -> Mapping[str, Tensor | float]:
+        """What `log` was told for the coming step."""
+        return self._scalars
+
     def _begin(self) -> None:
-        self._staged = self._snapshot = None
+        self._staged = None
+        self._snapshot = Snapshot(self.optimizer) if moves_between_closures(self.optimizer) else None
         self._skips.look()
         if signature(self.optimizer) != self._signature:
             self._select()
@@ -162,8 +181,6 @@ class Guard:
             self.window.check_step()
         else:
             hooks.warn_of_other_clips(self._canary, first=self._step == 0)
-        if moves_between_closures(self.optimizer) and self._snapshot is None:
-            self._snapshot = Snapshot(self.optimizer)
         if self._snapshot is not None and self._snapshot.is_wanted:
             clear_gradients(self.parameters)  # an earlier evaluation of this step was abandoned
             return
@@ -175,10 +192,10 @@ class Guard:
         if self.nonfinite == "skip" and here and can_skip_on_device(self.optimizer, self.device, here):
             self._carry_out(parts, factor)
             set_attribute(self.optimizer, "found_inf", (~may_step).float())
-            self._stage(parts, factor, may_step, None, commit=finite)
+            self._stage(parts, factor, commit=finite, stepped=may_step)
         elif here and bool(may_step):
             self._carry_out(parts, factor)
-            self._stage(parts, factor, True, None, commit=True)
+            self._stage(parts, factor, commit=True)
         else:
             self._abandon(parts, factor, is_finite=bool(finite), any_gradient=bool(here))
 
@@ -223,20 +240,25 @@ class Guard:
         if self._folded is not None:
             set_attribute(self.optimizer, "grad_scale", self._folded)
 
-    def _abandon(self, parts: list[Part], factor: Tensor | float, *, is_finite: bool, any_gradient: bool) -> None:
+    def _abandon(
+        self, parts: list[Part], factor: Tensor | float, *, is_finite: bool, any_gradient: bool
+    ) -> None:
         """Skip this step and say why; the host knows that it must be skipped."""
         undone = [part.undone() for part in parts]
         empty = self.window is not None and bool(self.window.is_empty())
         reason = "no parameter has a gradient" if not any_gradient else None
         reason = "the window's weight is zero" if empty else reason
         if reason is None and not is_finite:
-            found = self._report(undone, factor, False, None).nonfinite_reason()
+            found = self._report(undone, factor).nonfinite_reason()
             if self._loss_scale.present:
-                reason = f"step {self._step + 1}: the loss scale overflowed" + (f" ({found})" if found else "")
+                reason = f"step {self._step + 1}: the loss scale overflowed" + (
+                    f" ({found})" if found else ""
+                )
             else:
                 reason = found or f"step {self._step + 1}: a gradient is not finite"
                 self._refuse(reason)
-        self._stage(undone, factor, False, reason, commit=is_finite and any_gradient and not empty)
+        commit = is_finite and any_gradient and not empty
+        self._stage(undone, factor, commit=commit, stepped=False, reason=reason)
         clear_gradients(self.parameters)
         if self._snapshot is not None:
             self._snapshot.is_wanted = True
@@ -253,7 +275,12 @@ class Guard:
             raise
 
     def _report(
-        self, parts: list[Part], factor: Tensor | float, stepped: bool | Tensor, reason: str | None
+        self,
+        parts: list[Part],
+        factor: Tensor | float,
+        *,
+        stepped: bool | Tensor = True,
+        reason: str | None = None,
     ) -> StepReport:
         reports = tuple(part.report() for part in parts)
         return StepReport(self._step + 1, reports, factor, dict(self._scalars), stepped, reason)
@@ -262,13 +289,13 @@ class Guard:
         self,
         parts: list[Part],
         factor: Tensor | float,
-        stepped: bool | Tensor,
-        reason: str | None,
         *,
         commit: bool | Tensor,
+        stepped: bool | Tensor = True,
+        reason: str | None = None,
     ) -> None:
         """Keep report and new states until the optimizer has made its step."""
-        report = self._report(parts, factor, stepped, reason)
+        report = self._report(parts, factor, stepped=stepped, reason=reason)
         self._staged = (report, committed(parts, self._states, commit))
         for recorder in self.recorders:
             before_step = getattr(recorder, "before_step", None)
@@ -330,7 +357,9 @@ class Guard:
             CheckpointError: for a state of other policies or of another version.
         """
         if state.get("version") != _VERSION:
-            raise CheckpointError(f"state has version {state.get('version')!r}; this gradkeel reads {_VERSION}")
+            raise CheckpointError(
+                f"state has version {state.get('version')!r}; this gradkeel reads {_VERSION}"
+            )
         policies = {s.label: repr(self._policies[s.label]) for s in self._selections}
         if state["policies"] != policies:
             raise CheckpointError(
