@@ -4,6 +4,7 @@
 """
 
 from gradkeel import policies
+from gradkeel.accumulate import Accumulator
 from gradkeel.attach import attach
 from gradkeel.errors import (
     AttachError,
@@ -26,6 +27,7 @@ from gradkeel.table import gradients
 __version__ = "0.1.0"
 
 __all__ = [
+    "Accumulator",
     "AttachError",
     "CheckpointError",
     "ClipByGlobalNorm",

@@ -68,7 +68,9 @@ def attach(
     if isinstance(policy, str):
         spec = parse(policy)
         if spec.exclude and exclude is not None:
-            raise ValueError(f"attach(policy={policy!r}, exclude=...): say what is excluded in one place only")
+            raise ValueError(
+                f"attach(policy={policy!r}, exclude=...): say what is excluded in one place only"
+            )
         policy, exclude = spec.policy, spec.exclude or exclude
     if policy is not None and not isinstance(policy, Policy):
         raise TypeError(
@@ -121,10 +123,14 @@ def _check(optimizer: Optimizer, nonfinite: str, max_consecutive_skips: int) -> 
     if nonfinite not in ("skip", "raise", "keep"):
         raise ValueError(f"attach(nonfinite={nonfinite!r}): nonfinite must be 'skip', 'raise' or 'keep'")
     if isinstance(max_consecutive_skips, bool) or not isinstance(max_consecutive_skips, int):
-        raise TypeError(f"attach(max_consecutive_skips={max_consecutive_skips!r}): must be an int, at least 1")
+        raise TypeError(
+            f"attach(max_consecutive_skips={max_consecutive_skips!r}): must be an int, at least 1"
+        )
     if max_consecutive_skips < 1:
         raise ValueError(f"attach(max_consecutive_skips={max_consecutive_skips!r}): must be at least 1")
-    if any(hasattr(p, "_in_backward_optimizers") for group in optimizer.param_groups for p in group["params"]):
+    if any(
+        hasattr(p, "_in_backward_optimizers") for group in optimizer.param_groups for p in group["params"]
+    ):
         raise AttachError(
             "attach(optimizer=...): its parameters are stepped inside backward() (optimizer-in-backward), where no "
             "whole gradient ever exists to be measured; build the optimizer without it"
@@ -136,8 +142,8 @@ def _warn_of_strangers(optimizer: Optimizer, model: nn.Module) -> None:
     strangers = sum(id(p) not in known for group in optimizer.param_groups for p in group["params"])
     if strangers:
         warnings.warn(
-            f"{strangers} of the optimizer's parameters are not in model; if the model was sharded or changed after the "
-            "optimizer was built, build the optimizer afterwards",
+            f"{strangers} of the optimizer's parameters are not in model; if the model was sharded or changed after "
+            "the optimizer was built, build the optimizer afterwards",
             GradkeelWarning,
             stacklevel=3,
         )

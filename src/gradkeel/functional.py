@@ -141,7 +141,9 @@ def _parameters(function: str, parameters: Tensor | Iterable[Tensor]) -> list[Te
             )
     for tensor in given:
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{function}(parameters=...): parameters must be tensors, not {type(tensor).__name__}")
+            raise TypeError(
+                f"{function}(parameters=...): parameters must be tensors, not {type(tensor).__name__}"
+            )
     if given and not any(isinstance(t, nn.Parameter) or t.requires_grad or t.grad is not None for t in given):
         raise TypeError(
             f"{function}(parameters=...): these tensors have no .grad and need none, so they look like gradients; "
@@ -154,7 +156,9 @@ def _bound(function: str, argument: str, value: float) -> float:
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{function}({argument}={value!r}): {argument} must be a number, not {type(value).__name__}")
+        raise TypeError(
+            f"{function}({argument}={value!r}): {argument} must be a number, not {type(value).__name__}"
+        )
     if not value >= 0:
         raise ValueError(
             f"{function}({argument}={value!r}): {argument} must be at least 0 (a negative one would turn every "
@@ -194,6 +198,8 @@ def _narrowed(total: Tensor, gradients: list[Tensor]) -> Tensor:
     if any(g.dtype in (torch.float64, torch.complex128) for g in gradients):
         return total
     narrow = total.float()
-    if total.device.type == "cpu" and (torch.isinf(narrow) != torch.isinf(total) or (narrow == 0) != (total == 0)):
+    if total.device.type == "cpu" and (
+        torch.isinf(narrow) != torch.isinf(total) or (narrow == 0) != (total == 0)
+    ):
         return total
     return narrow

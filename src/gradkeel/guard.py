@@ -67,6 +67,7 @@ class Guard:
         self._step = 0
         self._skips = SkipWatch(max_consecutive_skips)
         self._selections: tuple[Selection, ...] = ()
+        self._policies: dict[str, Policy | None] = {}
         self.device = torch.device("cpu")
         self._select()
         nothing = [
@@ -119,7 +120,7 @@ class Guard:
         names = name_parameters(self.optimizer, self._model)
         before = {s.label: s.names for s in self._selections}
         self._selections = select(self.optimizer, names, self._exclude, self._model)
-        self._policies: dict[str, Policy | None] = {MAIN: self.policy, EXCLUDED: None}
+        self._policies = {MAIN: self.policy, EXCLUDED: None}
         for selection in self._selections:
             if selection.label not in self._policies:
                 self._policies[selection.label] = by_group[selection.groups[0]]

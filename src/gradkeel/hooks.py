@@ -121,8 +121,9 @@ class Canary:
         self._seen: tuple[int, int] | None = None
         self._parameter = parameter
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        watched = parameter is not None and parameter.requires_grad and parameter.is_leaf and not distributed
-        self._handle = parameter.register_post_accumulate_grad_hook(self._note) if watched and parameter is not None else None
+        self._handle = None
+        if parameter is not None and parameter.requires_grad and parameter.is_leaf and not distributed:
+            self._handle = parameter.register_post_accumulate_grad_hook(self._note)
 
     def _note(self, parameter: Tensor) -> None:
         if parameter.grad is not None and parameter.grad.layout == torch.strided:
@@ -133,7 +134,10 @@ class Canary:
         seen, self._seen = self._seen, None
         gradient = self._parameter.grad if self._parameter is not None else None
         return (
-            seen is not None and gradient is not None and id(gradient) == seen[0] and gradient._version != seen[1]
+            seen is not None
+            and gradient is not None
+            and id(gradient) == seen[0]
+            and gradient._version != seen[1]
         )
 
     def remove(self) -> None:

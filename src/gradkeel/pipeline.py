@@ -115,14 +115,20 @@ def committed(parts: Sequence[Part], old: Mapping[str, State], commit: Tensor | 
     return result
 
 
-def _norm_while_untouched(parameters: Sequence[Tensor], measured: GradientNorms) -> Callable[[], Tensor | None]:
+def _norm_while_untouched(
+    parameters: Sequence[Tensor], measured: GradientNorms
+) -> Callable[[], Tensor | None]:
     """Measures the gradients when called, or returns None once one of them is gone or was changed."""
     seen: list[tuple[weakref.ref[Tensor], int]] | None = None
 
     def norm() -> Tensor | None:
         gradients = [reference() for reference, _ in seen or []]
         versions = [version for _, version in seen or []]
-        alive = [g for g, version in zip(gradients, versions, strict=True) if g is not None and g._version == version]
+        alive = [
+            g
+            for g, version in zip(gradients, versions, strict=True)
+            if g is not None and g._version == version
+        ]
         if len(alive) != len(gradients):
             return None
         return measure_total(alive, measured.norm_type, measured.norms.device)

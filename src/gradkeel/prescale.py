@@ -46,7 +46,7 @@ def take_loss_scale(optimizer: Optimizer, stale: Tensor | None) -> LossScale:
         if scale is stale:
             return LossScale()
         scale = None if scale is None else scale / stale.to(scale.device)
-    return LossScale(True, scale, found_inf)
+    return LossScale(present=True, scale=scale, found_inf=found_inf)
 
 
 def put_back(optimizer: Optimizer, loss_scale: LossScale) -> None:

@@ -112,7 +112,9 @@ def _excluded(
     elsewhere = [name for name, _ in model.named_parameters()] if model is not None else []
     result: set[int] = set()
     for entry in exclude:
-        matches = {id(parameter) for parameter, _ in entries if _matches(entry, names[id(parameter)], parameter)}
+        matches = {
+            id(parameter) for parameter, _ in entries if _matches(entry, names[id(parameter)], parameter)
+        }
         if not matches and not (isinstance(entry, str) and fnmatch.filter(elsewhere, entry)):
             raise SelectionError(_nothing_matches(entry, known))
         result |= matches
@@ -174,6 +176,4 @@ def group_policy(group: dict[str, Any], index: int) -> Policy | None:
 
 def signature(optimizer: Optimizer) -> tuple[Any, ...]:
     """What must stay the same for a selection to stay valid; cheap enough to compare at each step."""
-    return tuple(
-        (len(group["params"]), group.get("clip", MAIN)) for group in optimizer.param_groups
-    )
+    return tuple((len(group["params"]), group.get("clip", MAIN)) for group in optimizer.param_groups)

@@ -63,7 +63,9 @@ class SelectionReport:
             result = result * decision.coefficients
         if decision.unit_coefficients is not None:
             parts = decision.unit_coefficients.split(list(self.measured.unit_counts))
-            result = result * torch.stack([part.min() if part.numel() else norms.new_ones(()) for part in parts])
+            result = result * torch.stack(
+                [part.min() if part.numel() else norms.new_ones(()) for part in parts]
+            )
         return result
 
     def bound(self) -> Tensor | None:
@@ -81,7 +83,9 @@ class SelectionReport:
                 result = result | (part < 1).any()
         if decision.clamp is not None and self.measured.peaks is not None:
             low, high = decision.clamp
-            result = result | (self.measured.peaks[:, 0] < low).any() | (self.measured.peaks[:, 1] > high).any()
+            result = (
+                result | (self.measured.peaks[:, 0] < low).any() | (self.measured.peaks[:, 1] > high).any()
+            )
         return result
 
     @property

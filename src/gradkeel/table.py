@@ -71,7 +71,9 @@ class GradientTable:
     def _repr_html_(self) -> str:
         """A table for notebooks."""
         head = "<tr><th>parameter</th><th>shape</th><th>weight norm</th><th>gradient norm</th></tr>"
-        rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in self._cells())
+        rows = "".join(
+            f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in self._cells()
+        )
         return f"<table>{head}{rows}</table>"
 
 
@@ -93,7 +95,9 @@ def gradients(model: nn.Module) -> GradientTable:
                 name,
                 tuple(parameter.shape),
                 float(measure_total([parameter], 2.0, parameter.device)),
-                None if parameter.grad is None else float(measure_total([parameter.grad], 2.0, parameter.device)),
+                None
+                if parameter.grad is None
+                else float(measure_total([parameter.grad], 2.0, parameter.device)),
             )
             for name, parameter in model.named_parameters()
         )

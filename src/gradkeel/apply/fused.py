@@ -23,7 +23,8 @@ def reads_grad_scale(optimizer: Optimizer) -> bool:
 def can_fold(optimizer: Optimizer, parameters: Sequence[Tensor]) -> bool:
     """Whether one coefficient for all these parameters may go into the optimizer's kernel."""
     return reads_grad_scale(optimizer) and all(
-        p.grad is None or (p.grad.dtype == torch.float32 and p.grad.layout == torch.strided) for p in parameters
+        p.grad is None or (p.grad.dtype == torch.float32 and p.grad.layout == torch.strided)
+        for p in parameters
     )
 
 

@@ -51,7 +51,9 @@ def _scale(parameters: Sequence[Tensor], factor: Tensor | None) -> None:
         return
     if factor.device.type == "cpu":
         values = factor.expand(len(parameters)).tolist()
-        chosen = [(p.grad, v) for p, v in zip(parameters, values, strict=True) if p.grad is not None and v != 1.0]
+        chosen = [
+            (p.grad, v) for p, v in zip(parameters, values, strict=True) if p.grad is not None and v != 1.0
+        ]
         if chosen:
             # Python numbers are multiplied in the kernel's own wider type and rounded once, bfloat16 included.
             torch._foreach_mul_([entries_to_scale(g) for g, _ in chosen], [v for _, v in chosen])
@@ -64,7 +66,11 @@ def _scale(parameters: Sequence[Tensor], factor: Tensor | None) -> None:
 
 def _multiply(entries: Tensor, factor: Tensor) -> None:
     # A 0-dim device tensor would be rounded to the gradient's dtype first; with a dimension it promotes.
-    entries.mul_(factor.to(entries.device, torch.float64 if entries.dtype == torch.float64 else torch.float32).reshape(1))
+    entries.mul_(
+        factor.to(entries.device, torch.float64 if entries.dtype == torch.float64 else torch.float32).reshape(
+            1
+        )
+    )
 
 
 def _scale_units(parameters: Sequence[Tensor], coefficients: Tensor, counts: Sequence[int], dim: int) -> None:
@@ -75,7 +81,9 @@ def _scale_units(parameters: Sequence[Tensor], coefficients: Tensor, counts: Seq
         shape = [1] * entries.dim()
         if part.numel() > 1 or parameter.dim() > 1:
             shape[dim] = part.numel()
-        entries.mul_(part.to(entries.device, torch.promote_types(entries.dtype, torch.float32)).reshape(shape))
+        entries.mul_(
+            part.to(entries.device, torch.promote_types(entries.dtype, torch.float32)).reshape(shape)
+        )
 
 
 def _clamp(parameters: Sequence[Tensor], limits: tuple[float, float], extremes: Tensor | None) -> None:

@@ -8,7 +8,7 @@ from gradkeel.measure.powers import peaks, tensor_norms, unit_count, unit_norms,
 from gradkeel.norms import GradientNorms, Needs, combine
 from gradkeel.selection import Selection
 
-__all__ = ["measure", "measure_total"]
+__all__ = ["measure", "measure_total", "wide_dtype"]
 
 
 @torch.no_grad()

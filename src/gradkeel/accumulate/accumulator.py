@@ -1,0 +1,396 @@
+"""Exact gradient accumulation: sums with their weights, divided once, by the weight of the whole window."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gradkeel.accumulate.micro import Batch, Lookahead, MicroBatch
+from gradkeel.accumulate.noise import NoiseMeter
+from gradkeel.accumulate.sync import GradientSync
+from gradkeel.accumulate.watch import GradientWatch
+from gradkeel.accumulate.wide import WideSums
+from gradkeel.apply.skip import clear_gradients
+from gradkeel.errors import CheckpointError, WindowError
+from gradkeel.guard import Guard
+from gradkeel.measure import measure_total, wide_dtype
+from gradkeel.noise_scale import NoiseScale
+
+Reduction = Literal["sum", "mean"]
+_VERSION = 1
+
+
+class Accumulator:
+    """Makes K micro-batches count exactly like one batch of their size.
+
+    Losses enter with their weight (items or tokens). Sums of gradients are divided once, at the window's end, by the
+    weight of the whole window, inside the same coefficient as the clip:
+    ``gradient = sum_k grad(loss_sum_k) / sum_k weight_k``. The mean of the micro-batches' means, which most loops
+    compute, is something else as soon as the weights differ.
+
+    Args:
+        guard: guards the optimizer that steps at the end of each window.
+        steps: micro-batches in a window, at least 1; the last window of the data may be shorter.
+        model: the DistributedDataParallel or FSDP2 model, whose gradient exchange is put off to the window's end.
+        reduction: what the losses are: "sum" over the micro-batch's items, or their "mean" (torch's criteria default
+            to it), which is multiplied by the weight first.
+        accumulate_dtype: sum in this dtype, such as ``torch.float32`` for bfloat16 gradients, which stall otherwise
+            (1 + 256 x 0.003 stays 1). Costs a buffer of that dtype for every parameter during the window.
+        noise_scale: measure the gradients after each micro-batch and estimate the gradient noise scale.
+
+    Raises:
+        ValueError, TypeError: for arguments of another kind.
+        WindowError: if the guard has an accumulator already.
+
+    Example:
+        >>> accumulate = gk.Accumulator(guard, steps=8)
+        >>> for micro in accumulate(loader):
+        ...     with micro:
+        ...         loss_sum, tokens = loss_and_count(model, micro.batch)
+        ...         micro.backward(loss_sum, weight=tokens)
+        ...     if micro.closes_window:
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
+    """
+
+    def __init__(
+        self,
+        guard: Guard,
+        steps: int,
+        *,
+        model: nn.Module | None = None,
+        reduction: Reduction = "sum",
+        accumulate_dtype: torch.dtype | None = None,
+        noise_scale: bool = False,
+    ) -> None:
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"Accumulator(steps={steps!r}): steps must be an int, at least 1")
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f"Accumulator(reduction={reduction!r}): reduction must be 'sum' or 'mean'")
+        if accumulate_dtype is not None and not accumulate_dtype.is_floating_point:
+            raise ValueError(
+                f"Accumulator(accumulate_dtype={accumulate_dtype}): must be a floating dtype, or None"
+            )
+        if guard.window is not None:
+            raise WindowError("Accumulator(guard=...): this guard has an accumulator already; use that one")
+        self.guard = guard
+        self.steps = steps
+        self.reduction: Reduction = reduction
+        self._sync = GradientSync(model)
+        if noise_scale and self._sync.is_needed:
+            raise ValueError(
+                "Accumulator(noise_scale=True): under a distributed model gradients are exchanged only at the window's "
+                "end; measure the noise scale on one process"
+            )
+        self._watch = GradientWatch(lambda: guard.parameters)
+        self._wide = None if accumulate_dtype is None else WideSums(accumulate_dtype)
+        self._noise = NoiseMeter() if noise_scale else None
+        self._divisor: float | None = None
+        self._resumed = False
+        self._last_loss: Tensor | None = None
+        self._reset()
+        guard.window = self
+
+    def _reset(self) -> None:
+        """Open a new window: nothing accumulated."""
+        self._count = 0
+        self._is_open = False  # between the end of the first micro-batch and the step
+        self._is_complete = False
+        self._is_inside = False  # of a micro-batch's context
+        self._broken: str | None = None
+        self._weight: Tensor | float = 0.0  # of this rank
+        self._total: Tensor | float = 0.0  # of all ranks, once the window is complete
+        self._loss: Tensor | None = None
+        self._weighs: bool | None = None
+
+    # ---- micro-batches -----------------------------------------------------------------------------------------
+
+    def __call__(self, loader: Iterable[Batch]) -> "Iterator[MicroBatch[Batch]]":
+        """Go through ``loader`` once, in windows of ``steps`` micro-batches; the last window ends with the data.
+
+        The next batch is fetched when the current one is done with, so a loader may reuse its buffers, and random
+        numbers are drawn in the order of a plain loop. Only a distributed model with a loader without a length makes
+        it fetch one batch ahead.
+
+        Raises:
+            WindowError: if a window is open still, after an early ``break``: call `finish` or `drop` first.
+        """
+        if self._is_open and not self._resumed:  # a checkpoint may have been taken inside of a window
+            raise WindowError(
+                f"a window is open after {self._count} of {self.steps} micro-batches (the loop was left early, or not "
+                "followed by optimizer.step()); call accumulate.finish() and step, or accumulate.drop(), first"
+            )
+        self._resumed = False
+        return self._windows(loader)
+
+    def _windows(self, loader: Iterable[Batch]) -> "Iterator[MicroBatch[Batch]]":
+        source = Lookahead(loader, by_length=self._sync.is_needed)
+        while source.fetch():
+            micro = MicroBatch(self, source.take(), source)
+            yield micro
+            micro._check_was_entered()
+        if self._is_open and not self._is_complete:
+            raise WindowError(
+                f"the data ended after {self._count} of {self.steps} micro-batches of a window that nothing has closed "
+                "(its last micro-batch raised, or the loader is shorter than its length says); call "
+                "accumulate.finish() and step, or accumulate.drop()"
+            )
+
+    def finish(self) -> None:
+        """Close the open window early, so that the optimizer may step on what there is.
+
+        Raises:
+            WindowError: if no window is open, or its gradients have not been exchanged between ranks.
+        """
+        if not self._is_open:
+            raise WindowError("accumulate.finish(): no window is open")
+        if self._sync.is_needed and not self._is_complete:
+            raise WindowError(
+                "accumulate.finish(): this window's gradients have not been exchanged between ranks, which happens in "
+                "the backward of its last micro-batch; call accumulate.drop()"
+            )
+        self._check_unbroken()
+        self._complete()
+
+    def drop(self) -> None:
+        """Discard the open window: its gradients are cleared, and the next micro-batch opens a new one."""
+        clear_gradients(self.guard.parameters)
+        if self._wide is not None:
+            self._wide.sums.clear()
+        if self._noise is not None:
+            self._noise.drop()
+        self._watch.forget()
+        self._reset()
+
+    @property
+    def loss(self) -> Tensor | None:
+        """[] mean loss over the items of the window so far, or of the last window; None before the first backward."""
+        return self._last_loss if self._loss is None else self._loss / _nonzero(self._weight)
+
+    @property
+    def noise_scale(self) -> NoiseScale:
+        """The gradient noise scale over all windows of two micro-batches or more; reading it syncs the host.
+
+        Raises:
+            ValueError: unless the accumulator was made with ``noise_scale=True``.
+        """
+        if self._noise is None:
+            raise ValueError(
+                "accumulate.noise_scale: make the Accumulator with noise_scale=True to measure it"
+            )
+        return self._noise.value()
+
+    def _enter(self) -> None:
+        """Before a micro-batch: is everything as the last one left it?"""
+        if self._is_inside:
+            raise WindowError(
+                "`with micro:` inside of another micro-batch's; end the one before the other begins"
+            )
+        self._check_unbroken()
+        change = self._watch.change()
+        if self._is_open:
+            if self._is_complete:
+                raise WindowError(
+                    "a micro-batch after the end of the window: call optimizer.step() (or accumulate.drop()) whenever "
+                    "micro.closes_window is True"
+                )
+            self._refuse(change, f"before micro-batch {self._count + 1} of {self.steps}")
+        elif self._watch.any_unchanged():
+            raise WindowError(
+                "a new window would add to the last one's gradients: call optimizer.zero_grad() after optimizer.step()"
+            )
+
+    def _refuse(self, change: str | None, when: str) -> None:
+        if change == "cleared":
+            raise WindowError(
+                f"gradients were cleared in the middle of the window, {when}; call optimizer.zero_grad() only after "
+                "optimizer.step(), or accumulate.drop() to discard a window"
+            )
+        if change == "modified":
+            raise WindowError(
+                f"gradients were modified by somebody else in the middle of the window, {when}; if it is a clip, "
+                "remove it (the guard clips the whole window, once), and call backward() only through micro.backward()"
+            )
+
+    def _check_unbroken(self) -> None:
+        if self._broken is not None:
+            raise WindowError(f"{self._broken}; call accumulate.drop() to discard this window and go on")
+
+    def _add(self, loss: Tensor | None, weight: Tensor | float | None) -> None:
+        """Take a micro-batch's weight and loss sum into the window."""
+        if self._weighs is not None and self._weighs != (weight is not None):
+            raise WindowError(
+                "weight=None counts each micro-batch alike, and cannot be mixed with weights in one window; give every "
+                "micro-batch its number of items"
+            )
+        self._weighs = weight is not None
+        amount = 1.0 if weight is None else weight
+        self._weight = self._weight + amount
+        if loss is not None:
+            self._loss = loss if self._loss is None else self._loss + loss
+
+    def _choose_divisor(self, weight: Tensor | float | None, *, is_half: bool) -> float:
+        """Power of two near a window's weight, by which float16 losses are divided; chosen once, 1 elsewhere.
+
+        Gradients of sums would leave float16's range. Dividing by a power of two is exact, and `factor` undoes it.
+        """
+        if self._divisor is None:
+            half = is_half or any(p.dtype == torch.float16 for p in self.guard.parameters)
+            amount = (
+                self._sync.largest(1.0 if weight is None else float(weight), self.guard.device)
+                if half
+                else 0.0
+            )
+            if half and amount == 0.0:
+                return 1.0  # nothing has been weighed yet
+            self._divisor = 2.0 ** round(math.log2(amount * self.steps)) if half else 1.0
+        return self._divisor
+
+    def _leave(self, *, last: bool) -> None:
+        """After a micro-batch's backward."""
+        self._is_open = True
+        self._count += 1
+        if self._noise is not None:
+            self._measure_noise()
+        if self._wide is not None:
+            self._wide.take(self.guard.parameters)
+        if last:
+            self._complete()
+        self._watch.note()
+
+    def _measure_noise(self) -> None:
+        assert self._noise is not None
+        gradients = [p.grad for p in self.guard.parameters if p.grad is not None]
+        norm = measure_total(gradients, 2.0, self.guard.device)
+        self._noise.add(self._weight, norm * (self._divisor or 1.0))
+
+    def _complete(self) -> None:
+        if self._noise is not None:
+            total = None if self._wide is None else list(self._wide.sums.values())
+            norm = (
+                None
+                if total is None
+                else measure_total(total, 2.0, self.guard.device) * (self._divisor or 1.0)
+            )
+            self._noise.close(norm)
+        if self._wide is not None:
+            self._wide.pour()
+        self._is_complete = True
+        self._total = self._sync.total(self._weight, self.guard.device)
+        self._watch.note()
+        if self._loss is not None:
+            self._last_loss = self._loss / _nonzero(self._weight)
+            if "loss" not in self.guard.logged:
+                self.guard.log(loss=self._last_loss)
+
+    # ---- the guard's side (norms.Window) -----------------------------------------------------------------------
+
+    def check_step(self) -> None:
+        """Raise unless the window is complete and nobody else has touched its gradients."""
+        self._check_unbroken()
+        if self._is_inside:
+            raise WindowError("optimizer.step() inside `with micro:`; step after it, if micro.closes_window")
+        if not self._is_open:
+            raise WindowError(
+                "optimizer.step() without a window: gradients must come through `for micro in accumulate(loader)`, and "
+                "each window allows one step"
+            )
+        if not self._is_complete:
+            raise WindowError(
+                f"optimizer.step() after micro-batch {self._count} of {self.steps}: the window is not complete; step "
+                "only if micro.closes_window, or call accumulate.finish() first"
+            )
+        self._refuse(self._watch.change(), "before optimizer.step()")
+
+    def factor(self) -> Tensor | float:
+        """[] what the accumulated gradients are multiplied by: 1 / total weight; 0 for an empty window.
+
+        Undoes the power of two that float16 losses are divided by, and the backend's average over ranks.
+        """
+        scale = (self._divisor or 1.0) * self._sync.ranks
+        if isinstance(self._total, Tensor):
+            weight = self._total.to(self.guard.device, wide_dtype(self.guard.device))
+            return torch.where(weight > 0, scale / _nonzero(weight), torch.zeros_like(weight))
+        return scale / self._total if self._total > 0 else 0.0
+
+    def is_empty(self) -> bool | Tensor:
+        """Whether the window's total weight is 0."""
+        return self._total == 0
+
+    def closed(self, *, stepped: bool | Tensor) -> None:
+        """Open the next window."""
+        self._reset()
+        self._watch.note()
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The open window, its gradients included, so that a run killed inside it resumes bitwise equal.
+
+        Loadable with ``torch.load(weights_only=True)``. Between windows it holds no tensors.
+        """
+        self._check_unbroken()
+        names = self.guard.names
+        is_open = self._is_open
+        gradients = {
+            n: p.grad
+            for n, p in zip(names, self.guard.parameters, strict=True)
+            if is_open and p.grad is not None
+        }
+        wide = self._wide.sums if self._wide is not None else {}
+        return {
+            "version": _VERSION,
+            "steps": self.steps,
+            "reduction": self.reduction,
+            "count": self._count,
+            "is_complete": self._is_complete,
+            "weight": self._weight,
+            "weighs": self._weighs,
+            "loss": self._loss,
+            "divisor": self._divisor,
+            "gradients": {name: gradient.detach().clone() for name, gradient in gradients.items()},
+            "sums": {
+                n: wide[p].clone() for n, p in zip(names, self.guard.parameters, strict=True) if p in wide
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a state that ``state_dict`` gave; nothing is changed if it does not fit.
+
+        Raises:
+            CheckpointError: for another window size, reduction, version, or other parameters.
+        """
+        if state.get("version") != _VERSION:
+            raise CheckpointError(f"accumulator state has version {state.get('version')!r}, not {_VERSION}")
+        for key, mine in (("steps", self.steps), ("reduction", self.reduction)):
+            if state[key] != mine:
+                raise CheckpointError(
+                    f"accumulator state has {key}={state[key]!r}, but this Accumulator {key}={mine!r}; resume with the "
+                    "same, or start at a window's beginning without loading it"
+                )
+        by_name = dict(zip(self.guard.names, self.guard.parameters, strict=True))
+        unknown = [name for part in ("gradients", "sums") for name in state[part] if name not in by_name]
+        if unknown or (state["sums"] and self._wide is None):
+            missing = f"knows parameters that are not here: {', '.join(unknown)}"
+            reason = missing if unknown else "needs accumulate_dtype"
+            raise CheckpointError(f"accumulator state {reason}")
+        self.drop()
+        self._count, self._is_complete = int(state["count"]), bool(state["is_complete"])
+        self._is_open = self._resumed = self._count > 0
+        self._weight, self._weighs, self._loss = state["weight"], state["weighs"], state["loss"]
+        self._total = self._weight
+        self._divisor = state["divisor"]
+        for name, gradient in state["gradients"].items():
+            by_name[name].grad = gradient.to(by_name[name].device).clone()
+        for name, total in state["sums"].items():
+            assert self._wide is not None
+            self._wide.sums[by_name[name]] = total.to(by_name[name].device).clone()
+        self._watch.note()
+
+
+def _nonzero(weight: Tensor | float) -> Tensor | float:
+    if isinstance(weight, Tensor):
+        return torch.where(weight == 0, torch.ones_like(weight), weight)
+    return weight or 1.0

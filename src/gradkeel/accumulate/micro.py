@@ -1,0 +1,192 @@
+"""One micro-batch: the context around its forward and backward, and the look ahead to the next."""
+
+import math
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from torch import Tensor
+
+from gradkeel.errors import WindowError
+from gradkeel.measure import wide_dtype
+
+if TYPE_CHECKING:
+    from gradkeel.accumulate.accumulator import Accumulator
+
+Batch = TypeVar("Batch")
+
+
+class Lookahead(Generic[Batch]):
+    """An iterator that can tell whether there is more, fetching the next item no sooner than it must.
+
+    Args:
+        loader: what to iterate.
+        by_length: answer ``is_more_coming`` by the loader's length, where it has one, without fetching.
+    """
+
+    def __init__(self, loader: Iterable[Batch], *, by_length: bool) -> None:
+        self._iterator = iter(loader)
+        self._fetched: list[Batch] = []
+        self._taken = 0
+        self._length: int | None = None
+        if by_length:
+            try:
+                self._length = len(loader)  # type: ignore[arg-type]  # without a length it raises, which is the test
+            except TypeError:
+                self._length = None
+
+    def fetch(self) -> bool:
+        """Have the next item at hand; False at the end of the data."""
+        if not self._fetched:
+            for item in self._iterator:
+                self._fetched.append(item)
+                break
+        return bool(self._fetched)
+
+    def is_more_coming(self) -> bool:
+        """Whether another item comes after the one taken last."""
+        return self.fetch() if self._length is None else self._taken < self._length
+
+    def take(self) -> Batch:
+        """The item that ``fetch`` found."""
+        self._taken += 1
+        return self._fetched.pop()
+
+
+class MicroBatch(Generic[Batch]):
+    """One micro-batch of a window: a context for its forward AND backward.
+
+    Attributes:
+        batch: what the loader gave.
+        index: its position in the window, from 0.
+    """
+
+    def __init__(self, owner: "Accumulator", batch: Batch, source: Lookahead[Batch]) -> None:
+        self.batch = batch
+        self.index = owner._count
+        self._owner = owner
+        self._source = source
+        self._was_entered = False
+        self._last: bool | None = None
+        self._context: AbstractContextManager[Any] | None = None
+
+    @property
+    def closes_window(self) -> bool:
+        """Whether this is the window's last micro-batch: step after it. Known after the ``with`` block."""
+        if self._last is None:
+            raise WindowError(
+                "micro.closes_window is known after the `with micro:` block, for the next batch is fetched only then"
+            )
+        return self._last
+
+    def backward(self, loss: Tensor, *, weight: Tensor | float | None = None, scaler: Any = None) -> None:
+        """Run backward on this micro-batch's loss; call it inside ``with micro:``.
+
+        Args:
+            loss: [] sum over the micro-batch's items under ``reduction="sum"``; their mean under "mean".
+            weight: number of items (or tokens) in ``loss``: a number or a [] tensor on any device, at least 0.
+                None counts each micro-batch alike: the window's gradient is the plain mean over micro-batches.
+            scaler: the ``torch.amp.GradScaler`` in use; it scales the loss for backward only.
+
+        Raises:
+            WindowError: outside of the context, or if weights and None are mixed in one window.
+            ValueError: for a negative or non-finite weight.
+
+        Does not sync the host on an accelerator, except in float16 for a window's first weight.
+        """
+        amount = self._check(weight)
+        owner = self._owner
+        if owner.reduction == "mean" and amount is not None:
+            loss = loss * amount
+        if scaler is not None and owner._noise is not None:
+            raise ValueError(
+                "micro.backward(scaler=...): the noise scale cannot be measured under a loss scale"
+            )
+        divisor = owner._choose_divisor(amount, is_half=scaler is not None)
+        owner._add(loss.detach(), amount)
+        if isinstance(amount, float) and amount == 0.0 and not self._synchronizes:
+            return  # nothing to learn from, and a mean over no items would be NaN
+        scaled = loss if divisor == 1.0 else loss / divisor
+        (scaled if scaler is None else scaler.scale(scaled)).backward()
+
+    def weigh(self, weight: Tensor | float | None) -> None:
+        """Tell the weight of a backward that other code runs (Accelerate, Lightning's manual mode, a pipeline).
+
+        The loss of that backward must be the sum over the items.
+
+        Raises:
+            WindowError: outside of the context, or under ``reduction="mean"``.
+        """
+        amount = self._check(weight)
+        if self._owner.reduction == "mean" and amount is not None:
+            raise WindowError(
+                "micro.weigh() needs losses that are sums, since backward is out of its hands; use reduction='sum' and "
+                "multiply the mean by its weight yourself"
+            )
+        self._owner._add(None, amount)
+
+    def _check(self, weight: Tensor | float | None) -> Tensor | float | None:
+        if not (self._was_entered and self._owner._is_inside):
+            raise WindowError("micro.backward() and micro.weigh() belong inside the `with micro:` block")
+        if isinstance(weight, Tensor):
+            weight = weight.detach()
+            if weight.numel() != 1:
+                raise ValueError(f"weight has shape {tuple(weight.shape)}: it must be one number")
+            weight = weight.reshape(())
+            if weight.device.type != "cpu":
+                return weight.to(wide_dtype(weight.device))
+            weight = weight.item()
+        if weight is None:
+            return None
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise TypeError(
+                f"weight={weight!r}: weight must be a number or a tensor, not {type(weight).__name__}"
+            )
+        if not (weight >= 0 and math.isfinite(weight)):
+            raise ValueError(f"weight={weight!r}: weight must be a finite number, at least 0")
+        return float(weight)
+
+    def __enter__(self) -> "MicroBatch[Batch]":
+        """Open the micro-batch; puts gradient sync off unless it is the window's last."""
+        owner = self._owner
+        owner._enter()
+        if owner._sync.is_needed:
+            self._last = self._is_last()
+        self._context = owner._sync.around(last=self._last is not False)
+        self._context.__enter__()
+        if owner._wide is not None and owner._sync.is_needed and self._last:
+            owner._wide.pour()  # this backward's exchange is of what lies in .grad
+        self._was_entered = owner._is_inside = True
+        owner._watch.note()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the micro-batch; after an exception the window is kept if no gradient was touched, else broken."""
+        owner = self._owner
+        owner._is_inside = False
+        assert self._context is not None
+        self._context.__exit__(kind, error, trace)
+        if kind is None:
+            if self._last is None:
+                self._last = self._is_last()
+            owner._leave(last=self._last)
+        elif owner._watch.change() is not None:
+            owner._broken = (
+                f"micro-batch {self.index + 1} of {owner.steps} raised {kind.__name__} during its backward"
+            )
+
+    @property
+    def _synchronizes(self) -> bool:
+        return self._owner._sync.is_needed and self._last is True
+
+    def _is_last(self) -> bool:
+        return self._owner._count + 1 >= self._owner.steps or not self._source.is_more_coming()
+
+    def _check_was_entered(self) -> None:
+        if not self._was_entered:
+            raise WindowError(
+                "a micro-batch was passed over: put its forward and backward inside `with micro:`"
+            )

@@ -1,0 +1,57 @@
+"""Sums of low-precision gradients in a wider dtype."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+CHUNK = 262_144
+"""Entries that are widened at a time: small enough for the cache, and adding float32 to float32 is vectorised."""
+
+
+class WideSums:
+    """Sums of gradients in a wider dtype than theirs, kept apart from ``.grad`` until the window closes.
+
+    Args:
+        dtype: of the sums; gradients that are as wide already are summed as they are.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self.sums: dict[Tensor, Tensor] = {}
+
+    @torch.no_grad()
+    def take(self, parameters: Sequence[Tensor]) -> None:
+        """Add every gradient to its sum and clear it."""
+        for parameter in parameters:
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            parameter.grad = None
+            if gradient.layout != torch.strided:
+                gradient = gradient.to_dense()
+            if parameter not in self.sums:
+                dtype = torch.promote_types(gradient.dtype, self._dtype)
+                # A gradient that is wide enough and nobody else's is kept as it is.
+                self.sums[parameter] = gradient.to(dtype) if gradient.dtype != dtype else gradient
+            else:
+                add_(self.sums[parameter], gradient)
+
+    @torch.no_grad()
+    def pour(self) -> None:
+        """Put every sum into ``.grad``, in the gradient's own dtype, and forget it."""
+        for parameter, total in self.sums.items():
+            parameter.grad = total.to(parameter.dtype)
+        self.sums.clear()
+
+
+def add_(total: Tensor, gradient: Tensor) -> None:
+    """``total += gradient`` for a narrower gradient, by chunks: ``add_`` of mixed dtypes is not vectorised on CPU."""
+    if total.dtype == gradient.dtype or total.device.type != "cpu" or not total.is_contiguous():
+        total.add_(gradient)
+        return
+    flat, narrow = total.view(-1), gradient.reshape(-1)
+    scratch = torch.empty(min(CHUNK, flat.numel()), dtype=total.dtype)
+    for start in range(0, flat.numel(), CHUNK):
+        part = flat[start : start + CHUNK]
+        part.add_(scratch[: part.numel()].copy_(narrow[start : start + CHUNK]))
