@@ -66,12 +66,10 @@ class Guard:
         self._scalars: dict[str, Tensor | float] = {}
         self._step = 0
         self._skips = SkipWatch(max_consecutive_skips)
-        self._selections: tuple[Selection, ...] = ()
-        self._policies: dict[str, Policy | None] = {}
-        self.device = torch.device("cpu")
-        self._select()
+        self._select(before={})
         nothing = [
-            blank(s, self._policies[s.label], self._needs(s).norm_type, self.device) for s in self._selections
+            blank(selection, self._policies[selection.label], self._needs(selection).norm_type, self.device)
+            for selection in self._selections
         ]
         self.report = StepReport(
             0, tuple(part.report() for part in nothing), _stepped=False, _reason="no step yet"
@@ -113,21 +111,25 @@ class Guard:
         except TypeError:
             return repr(self.policy)
 
-    def _select(self) -> None:
-        """Read names, groups and their policies from the optimizer."""
+    def _select(self, before: Mapping[str, tuple[tuple[str, ...], Policy | None]]) -> None:
+        """Read names, groups and their policies from the optimizer; ``before`` tells those that states belong to."""
         by_group = [group_policy(group, index) for index, group in enumerate(self.optimizer.param_groups)]
         self._signature = signature(self.optimizer)
         names = name_parameters(self.optimizer, self._model)
-        before = {s.label: s.names for s in self._selections}
         self._selections = select(self.optimizer, names, self._exclude, self._model)
-        self._policies = {MAIN: self.policy, EXCLUDED: None}
+        self._policies: dict[str, Policy | None] = {MAIN: self.policy, EXCLUDED: None}
         for selection in self._selections:
             if selection.label not in self._policies:
                 self._policies[selection.label] = by_group[selection.groups[0]]
-            if before.get(selection.label) != selection.names:
-                self._states.pop(selection.label, None)  # statistics of other tensors do not fit these
+        for label, owner in self._owners().items():
+            if before.get(label) != owner:
+                self._states.pop(label, None)  # statistics of other tensors, or another policy's, do not fit
         devices = {p.device for p in self.parameters}
         self.device = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+
+    def _owners(self) -> dict[str, tuple[tuple[str, ...], Policy | None]]:
+        """The parameters and the policy that each state belongs to."""
+        return {s.label: (s.names, self._policies[s.label]) for s in self._selections}
 
     def _needs(self, selection: Selection) -> Needs:
         policy = self._policies[selection.label]
@@ -169,7 +171,7 @@ class Guard:
         self._snapshot = Snapshot(self.optimizer) if moves_between_closures(self.optimizer) else None
         self._skips.look()
         if signature(self.optimizer) != self._signature:
-            self._select()
+            self._select(self._owners())
         self._loss_scale = take_loss_scale(self.optimizer, self._folded)
         self._folded = None
 
