@@ -22,6 +22,7 @@ from gradkeel.selection import (
     Selection,
     group_policy,
     name_parameters,
+    restore_clips,
     select,
     signature,
 )
@@ -66,6 +67,7 @@ class Guard:
         self._scalars: dict[str, Tensor | float] = {}
         self._step = 0
         self._skips = SkipWatch(max_consecutive_skips)
+        self._signature: tuple[tuple[int, Any], ...] = ()
         self._select(before={})
         nothing = [
             blank(selection, self._policies[selection.label], self._needs(selection).norm_type, self.device)
@@ -113,6 +115,7 @@ class Guard:
 
     def _select(self, before: Mapping[str, tuple[tuple[str, ...], Policy | None]]) -> None:
         """Read names, groups and their policies from the optimizer; ``before`` tells those that states belong to."""
+        restore_clips(self.optimizer, self._signature)
         by_group = [group_policy(group, index) for index, group in enumerate(self.optimizer.param_groups)]
         self._signature = signature(self.optimizer)
         names = name_parameters(self.optimizer, self._model)

@@ -38,8 +38,8 @@ class Selection:
 def name_parameters(optimizer: Optimizer, model: nn.Module | None) -> dict[int, str]:
     """Name of each of the optimizer's parameters, by ``id``.
 
-    From ``model`` where given, else from the optimizer's own ``param_names`` (it was built from named parameters),
-    else its position in the optimizer as a string.
+    From the optimizer's own ``param_names`` where it was built from named parameters, else from ``model``, else its
+    position in the optimizer as a string.
     """
     known = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
     names: dict[int, str] = {}
@@ -47,7 +47,7 @@ def name_parameters(optimizer: Optimizer, model: nn.Module | None) -> dict[int, 
     for group in optimizer.param_groups:
         own = group.get("param_names") or [None] * len(group["params"])
         for parameter, own_name in zip(group["params"], own, strict=True):
-            names.setdefault(id(parameter), known.get(id(parameter)) or own_name or str(position))
+            names.setdefault(id(parameter), own_name or known.get(id(parameter)) or str(position))
             position += 1
     return names
 
@@ -174,6 +174,13 @@ def group_policy(group: dict[str, Any], index: int) -> Policy | None:
     )
 
 
-def signature(optimizer: Optimizer) -> tuple[Any, ...]:
+def restore_clips(optimizer: Optimizer, before: Iterable[tuple[int, Any]]) -> None:
+    """Give groups back the ``"clip"`` that loading a checkpoint without one took away; ``before``: their signature."""
+    for group, (_, clip) in zip(optimizer.param_groups, before, strict=False):
+        if clip != MAIN:
+            group.setdefault("clip", clip)
+
+
+def signature(optimizer: Optimizer) -> tuple[tuple[int, Any], ...]:
     """What must stay the same for a selection to stay valid; cheap enough to compare at each step."""
     return tuple((len(group["params"]), group.get("clip", MAIN)) for group in optimizer.param_groups)
