@@ -4,7 +4,7 @@
 """
 
 from gradkeel import policies
-from gradkeel.accumulate import Accumulator
+from gradkeel.accumulate import Accumulator, MicroBatch
 from gradkeel.attach import attach
 from gradkeel.errors import (
     AttachError,
@@ -37,6 +37,7 @@ __all__ = [
     "GradkeelWarning",
     "Guard",
     "MissingExtraError",
+    "MicroBatch",
     "NonFiniteGradientError",
     "PolicySpecError",
     "SelectionError",

@@ -144,6 +144,7 @@ class Accumulator:
         Raises:
             WindowError: if no window is open, or its gradients have not been exchanged between ranks.
         """
+        self._check_unbroken()
         if not self._is_open:
             raise WindowError("accumulate.finish(): no window is open")
         if self._sync.is_needed and not self._is_complete:
@@ -151,7 +152,6 @@ class Accumulator:
                 "accumulate.finish(): this window's gradients have not been exchanged between ranks, which happens in "
                 "the backward of its last micro-batch; call accumulate.drop()"
             )
-        self._check_unbroken()
         self._complete()
 
     def drop(self) -> None:
