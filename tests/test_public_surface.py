@@ -8,18 +8,22 @@ import gradkeel
 
 SURFACE = [
     "Accumulator",
+    "AdaptiveGradientClip",
     "AttachError",
     "CheckpointError",
     "ClipByGlobalNorm",
     "ClipByNorm",
     "ClipByValue",
+    "DoubleClippingWarning",
     "GradkeelError",
     "GradkeelWarning",
     "Guard",
-    "MissingExtraError",
+    "MicroBatch",
     "NonFiniteGradientError",
     "PolicySpecError",
+    "Recorder",
     "SelectionError",
+    "SkippedStepWarning",
     "StepReport",
     "TooManySkipsError",
     "WindowError",
@@ -30,6 +34,7 @@ SURFACE = [
     "get_total_norm",
     "gradients",
     "policies",
+    "smoothness",
 ]
 
 
