@@ -60,9 +60,10 @@ def test_every_name_is_there_and_documented(name):
     assert inspect.cleandoc(getattr(gradkeel, name).__doc__ or "")
 
 
-def test_every_error_of_the_tree_is_on_the_surface():
+def test_what_a_training_loop_may_catch_is_on_the_surface():
     from gradkeel import errors
 
-    classes = {name: value for name, value in vars(errors).items() if inspect.isclass(value)}
-    to_be_caught = {name for name, value in classes.items() if not issubclass(value, Warning)}
-    assert to_be_caught <= set(gradkeel.__all__)
+    # These four are met at a file, a copy or an install command, not in a loop.
+    elsewhere = {"MissingExtraError", "RecordError", "RecordWarning", "UnguardedCopyWarning"}
+    classes = {name for name, value in vars(errors).items() if inspect.isclass(value)}
+    assert classes - elsewhere <= set(gradkeel.__all__)

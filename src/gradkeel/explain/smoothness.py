@@ -186,8 +186,9 @@ class SmoothnessProbe:
         self._steps = 0
         self._start: tuple[list[Tensor], list[Tensor]] | None = None
         self._hooks = (
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
+            # Disabled here and not by a decorator, which would import torch's compiler along with gradkeel.
+            optimizer.register_step_pre_hook(torch.compiler.disable(self._before)),
+            optimizer.register_step_post_hook(torch.compiler.disable(self._after)),
         )
 
     @property
@@ -205,7 +206,6 @@ class SmoothnessProbe:
         for hook in self._hooks:
             hook.remove()
 
-    @torch.compiler.disable
     def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._steps += 1
         self._start = None
@@ -213,7 +213,6 @@ class SmoothnessProbe:
             parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
             self._start = parameters, [p.detach().clone() for p in parameters]
 
-    @torch.compiler.disable
     def _after(self, *_: Any) -> None:
         if self._start is None:
             return
