@@ -201,7 +201,7 @@ class Guard:
             self._stage(parts, factor, commit=finite, stepped=may_step)
         elif here and bool(may_step):
             self._carry_out(parts, factor)
-            self._stage(parts, factor, commit=True)
+            self._stage(parts, factor, commit=self.nonfinite != "keep" or bool(finite))
         else:
             self._abandon(parts, factor, is_finite=bool(finite), any_gradient=bool(here))
 
@@ -350,6 +350,7 @@ class Guard:
             "step": self._step,
             "consecutive_skips": self._skips.consecutive,
             "policies": {s.label: repr(self._policies[s.label]) for s in self._selections},
+            "parameters": {s.label: len(s.names) for s in self._selections},
             "states": {
                 label: {key: value.detach().clone() for key, value in state.items()}
                 for label, state in self._states.items()
@@ -360,7 +361,7 @@ class Guard:
         """Take up a state that ``state_dict`` gave; nothing is changed if it does not fit.
 
         Raises:
-            CheckpointError: for a state of other policies or of another version.
+            CheckpointError: for a state of other policies, of other numbers of parameters, or of another version.
         """
         if state.get("version") != _VERSION:
             raise CheckpointError(
@@ -371,6 +372,12 @@ class Guard:
             raise CheckpointError(
                 f"state belongs to the policies {state['policies']}, but this guard has {policies}; attach with the "
                 "same policies and groups"
+            )
+        counts = {s.label: len(s.names) for s in self._selections}
+        if state["parameters"] != counts:
+            raise CheckpointError(
+                f"state belongs to so many parameters: {state['parameters']}, but this guard has {counts}; attach to "
+                "the same parameters with the same exclude"
             )
         self._states = {
             label: {key: value.to(self.device) for key, value in values.items()}

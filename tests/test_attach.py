@@ -1,0 +1,244 @@
+"""`attach` and `detach`: what can be guarded, what is refused, what is left behind, and copies."""
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+
+import pytest
+import torch
+from optimizers import BY_NAME
+from torch import nn
+
+import gradkeel as gk
+
+
+@pytest.fixture
+def net():
+    return nn.Linear(2, 1)
+
+
+@pytest.fixture
+def optimizer(net):
+    return torch.optim.SGD(net.parameters(), lr=0.1)
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As Accelerate and Lightning wrap: an Optimizer that holds another one."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.param_groups = optimizer.param_groups
+
+    def step(self, closure=None):
+        return self.optimizer.step(closure)
+
+
+# -- arguments ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "words"),
+    [
+        ({"policy": 1.0}, TypeError, r"attach\(policy=1.0\): policy must be a policy such as ClipByGlobalNorm"),
+        ({"policy": gk.ClipByNorm}, TypeError, "policy must be a policy"),
+        ({"policy": "nrm:1"}, gk.PolicySpecError, "unknown policy"),
+        ({"nonfinite": "ignore"}, ValueError, "nonfinite must be 'skip', 'raise' or 'keep'"),
+        ({"nonfinite": None}, ValueError, "nonfinite must be 'skip', 'raise' or 'keep'"),
+        ({"max_consecutive_skips": 0}, ValueError, "must be at least 1"),
+        ({"max_consecutive_skips": True}, TypeError, "must be an int"),
+        ({"max_consecutive_skips": 1.5}, TypeError, "must be an int"),
+    ],
+)
+def test_wrong_arguments_are_named(optimizer, arguments, kind, words):
+    with pytest.raises(kind, match=words):
+        gk.attach(optimizer, **{"policy": None, **arguments})
+    gk.attach(optimizer, None).detach()  # nothing was left behind
+
+
+def test_only_optimizers_can_be_guarded(net):
+    with pytest.raises(TypeError, match=r"attach\(optimizer=Linear\): optimizer must be a torch.optim.Optimizer"):
+        gk.attach(net, None)
+
+
+def test_a_policy_may_be_a_spec_string(optimizer):
+    guard = gk.attach(optimizer, "global-norm:0.25")
+    assert guard.policy == gk.ClipByGlobalNorm(0.25)
+    assert guard.policy_spec == "global-norm:0.25"
+
+
+def test_the_environment_overrides_the_policy(optimizer, net, monkeypatch):
+    monkeypatch.setenv("GRADKEEL_POLICY", "norm:0.5,exclude=*.bias")
+    guard = gk.attach(optimizer, gk.ClipByGlobalNorm(1.0), model=nn.Sequential(net), exclude="*.weight")
+    assert guard.policy == gk.ClipByNorm(0.5)
+    assert guard.report.selections[-1].measured.names == ("0.bias",)
+
+
+def test_the_environments_none_measures_and_keeps(optimizer, net, monkeypatch):
+    monkeypatch.setenv("GRADKEEL_POLICY", "none")
+    guard = gk.attach(optimizer, gk.ClipByGlobalNorm(1.0))
+    assert (guard.policy, guard.nonfinite) == (None, "keep")
+
+
+# -- wrappers -------------------------------------------------------------------------------------------------
+
+
+def test_the_optimizer_inside_a_wrapper_is_guarded(net, optimizer):
+    guard = gk.attach(Wrapper(Wrapper(optimizer)), gk.ClipByNorm(0.1), model=net)
+    assert guard.optimizer is optimizer
+    net(torch.ones(1, 2)).sum().backward()
+    Wrapper(optimizer).step()
+    assert guard.report.clipped
+
+
+def test_a_wrapper_around_a_guarded_optimizer_is_refused(optimizer):
+    gk.attach(optimizer, None)
+    with pytest.raises(gk.AttachError, match="guarded already; call detach"):
+        gk.attach(Wrapper(optimizer), None)
+
+
+# -- what cannot be guarded -----------------------------------------------------------------------------------
+
+
+def test_a_second_guard_is_refused_and_the_first_stays(net, optimizer):
+    guard = gk.attach(optimizer, gk.ClipByNorm(0.1))
+    with pytest.raises(gk.AttachError, match="this optimizer is guarded already"):
+        gk.attach(optimizer, gk.ClipByNorm(0.2))
+    net(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert guard.report.clipped
+    assert net.weight.grad.norm().item() == pytest.approx(0.1, rel=1e-6)
+
+
+# -- detach ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SGD-loop", "AdamW-fused", "LBFGS"])
+def test_detach_leaves_no_hook_and_no_attribute(name):
+    case = BY_NAME[name]
+    model, loss = case.problem()
+    optimizer = case.make(list(model.parameters()))
+    attributes = set(vars(optimizer))
+    amp = getattr(optimizer, "_step_supports_amp_scaling", None)
+    guard = gk.attach(optimizer, gk.ClipByGlobalNorm(0.1), model=model)
+    case.step(optimizer, lambda: loss(0))
+    guard.detach()
+    guard.detach()
+    assert set(vars(optimizer)) == attributes
+    assert getattr(optimizer, "_step_supports_amp_scaling", None) is amp
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+    assert not any(getattr(p, "_post_accumulate_grad_hooks", None) for p in model.parameters())
+    report = guard.report
+    case.step(optimizer, lambda: loss(1))
+    assert guard.report is report
+    copy.deepcopy(optimizer)  # warns of nothing
+
+
+def test_a_detached_optimizer_can_be_guarded_again(net, optimizer):
+    gk.attach(optimizer, gk.ClipByNorm(0.1)).detach()
+    guard = gk.attach(optimizer, gk.ClipByNorm(0.2))
+    net(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert net.weight.grad.norm().item() == pytest.approx(0.2, rel=1e-6)
+    assert guard.step == 1
+
+
+def test_detach_closes_the_recorders(optimizer):
+    class Recorder:
+        closed = 0
+
+        def record(self, report):
+            pass
+
+        def close(self):
+            self.closed += 1
+
+    recorder = Recorder()
+    guard = gk.attach(optimizer, None, record=recorder)
+    guard.detach()
+    assert recorder.closed == 1
+
+
+def test_a_guard_does_not_keep_its_optimizer_alive(net):
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    gk.attach(optimizer, gk.ClipByNorm(1.0), model=net)
+    gone = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_second_optimizer_may_take_over_the_parameters(net):
+    gk.attach(torch.optim.SGD(net.parameters(), lr=0.1), gk.ClipByNorm(0.1))
+    guard = gk.attach(torch.optim.Adam(net.parameters(), lr=0.1), gk.ClipByNorm(0.2))
+    net(torch.ones(1, 2)).sum().backward()
+    guard.optimizer.step()
+    assert net.weight.grad.norm().item() == pytest.approx(0.2, rel=1e-6)
+
+
+# -- copies ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, copy.copy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))],
+    ids=["deepcopy", "copy", "pickle"],
+)
+def test_a_copied_optimizer_warns_and_can_be_guarded(optimizer, copied):
+    gk.attach(optimizer, gk.ClipByNorm(0.1))
+    with pytest.warns(gk.errors.UnguardedCopyWarning, match="carries no gradkeel guard and would train unclipped"):
+        other = copied(optimizer)
+    guard = gk.attach(other, gk.ClipByNorm(0.1))
+    for parameter in other.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    other.step()
+    assert guard.report.clipped
+
+
+def test_a_models_copies_are_clean(net, optimizer):
+    """The guard watches one parameter; a copy of the model for an average of weights must not be watched too."""
+    gk.attach(optimizer, gk.ClipByNorm(0.1), model=net)
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    for other in (copy.deepcopy(net), torch.load(file, weights_only=False)):
+        other(torch.ones(1, 2)).sum().backward()
+        assert other.weight.grad.norm() > 0
+
+
+def test_state_dict_holds_nothing_of_the_guard(net):
+    plain, guarded = (torch.optim.AdamW(net.parameters(), lr=0.1) for _ in range(2))
+    gk.attach(guarded, gk.ClipByNorm(0.1), model=net)
+    net(torch.ones(1, 2)).sum().backward()
+    guarded.step()
+    plain.step()
+    assert guarded.state_dict().keys() == plain.state_dict().keys()
+    assert guarded.state_dict()["param_groups"] == plain.state_dict()["param_groups"]
+
+
+# -- repr -----------------------------------------------------------------------------------------------------
+
+
+def test_repr_lists_what_is_guarded_by_what():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    groups = [{"params": model[0].parameters()}, {"params": model[1].parameters(), "clip": "norm:0.1"}]
+    guard = gk.attach(torch.optim.SGD(groups, lr=0.1), "global-norm:1.0", model=model, exclude="0.bias")
+    assert repr(guard).splitlines() == [
+        "Guard(SGD, step 0, nonfinite='skip')",
+        "  main: ClipByGlobalNorm(max_norm=1.0)  # all tensors together; 1 parameter",
+        "    0.weight",
+        "  group 1: ClipByNorm(max_norm=0.1)  # each tensor separately; 2 parameters",
+        "    1.weight",
+        "    1.bias",
+        "  excluded: measured, not clipped; 1 parameter",
+        "    0.bias",
+    ]
+    assert "measured, not clipped; 2 parameters" in repr(gk.attach(torch.optim.SGD(model[0].parameters()), None))
+
+
+def test_policies_say_what_they_bound():
+    assert "each tensor separately" in repr(gk.ClipByNorm(1.0))
+    assert "all tensors together" in repr(gk.ClipByGlobalNorm(1.0))
+    assert "each entry separately" in repr(gk.ClipByValue(1.0))
