@@ -34,7 +34,14 @@ def apply(
         assert unit_dim is not None, "unit coefficients come with the dimension that counts units"
         _scale_units(parameters, decision.unit_coefficients, measured.unit_counts, unit_dim)
     if decision.clamp is not None:
-        _clamp(parameters, decision.clamp, measured.peaks)
+        _clamp(parameters, decision.clamp, _peaks_after(decision, measured))
+
+
+def _peaks_after(decision: Decision, measured: GradientNorms) -> Tensor | None:
+    """[n, 2] lowest and highest entries after the scaling that comes before the clamp; None where unknown."""
+    if measured.peaks is None or decision.unit_coefficients is not None:
+        return None
+    return measured.peaks if decision.coefficients is None else measured.peaks * decision.coefficients.reshape(-1, 1)
 
 
 def factors(decision: Decision, measured: GradientNorms, prescale: Tensor | float) -> Tensor | None:
@@ -78,12 +85,20 @@ def _scale_units(parameters: Sequence[Tensor], coefficients: Tensor, counts: Seq
         if parameter.grad is None or (part.device.type == "cpu" and bool((part == 1).all())):
             continue
         entries = entries_to_scale(parameter.grad)
-        shape = [1] * entries.dim()
-        if part.numel() > 1 or parameter.dim() > 1:
-            shape[dim] = part.numel()
-        entries.mul_(
-            part.to(entries.device, torch.promote_types(entries.dtype, torch.float32)).reshape(shape)
-        )
+        wide = torch.promote_types(entries.dtype, torch.float32)
+        entries.mul_(_over_units(part.to(entries.device, wide), parameter.grad, entries.dim(), dim))
+
+
+def _over_units(factors: Tensor, gradient: Tensor, dims: int, dim: int) -> Tensor:
+    """One factor for each unit, shaped to multiply the gradient's stored entries, which have ``dims`` dimensions."""
+    if factors.numel() > 1 and gradient.layout == torch.sparse_coo:
+        # Stored entries are one row for each stored index.
+        sparse = gradient.sparse_dim()
+        factors, dim = (factors[gradient._indices()[dim]], 0) if dim < sparse else (factors, dim - sparse + 1)
+    shape = [1] * dims
+    if factors.numel() > 1 or gradient.dim() > 1:
+        shape[dim] = factors.numel()
+    return factors.reshape(shape)
 
 
 def _clamp(parameters: Sequence[Tensor], limits: tuple[float, float], extremes: Tensor | None) -> None:

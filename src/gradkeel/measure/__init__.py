@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gradkeel.measure.placement import entries_to_read
+from gradkeel.measure.placement import entries_by_position, entries_to_read
 from gradkeel.measure.powers import peaks, tensor_norms, unit_count, unit_norms, wide_dtype
 from gradkeel.norms import GradientNorms, Needs, combine
 from gradkeel.selection import Selection
@@ -88,7 +88,7 @@ def _units(tensors: list[Tensor | None], counts: tuple[int, ...], needs: Needs, 
     parts = [
         torch.zeros(count, dtype=wide_dtype(device), device=device)
         if tensor is None
-        else unit_norms(entries_to_read(tensor), count, needs.unit_dim, needs.norm_type).to(device)
+        else unit_norms(entries_by_position(tensor), count, needs.unit_dim, needs.norm_type).to(device)
         for tensor, count in zip(tensors, counts, strict=True)
     ]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=wide_dtype(device), device=device)

@@ -23,6 +23,11 @@ def entries_to_scale(gradient: Tensor) -> Tensor:
     return _real(local)
 
 
+def entries_by_position(tensor: Tensor) -> Tensor:
+    """The entries on this rank as a real strided tensor in which each stands at its place: sparse ones made dense."""
+    return entries_to_read(tensor.detach().to_dense() if tensor.layout != torch.strided else tensor)
+
+
 def _local(tensor: Tensor) -> Tensor:
     return tensor
 
