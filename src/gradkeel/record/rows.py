@@ -107,9 +107,12 @@ def _own(value: Tensor | float, device: torch.device) -> Tensor | float:
     """A number that nobody else writes to or differentiates, on ``device`` if it is on one."""
     if not isinstance(value, Tensor):
         return float(value)
+    if value.numel() != 1:
+        return math.nan  # not a number of the step; a recorder must not raise
+    value = value.detach().reshape(())
     if value.device.type == "cpu":
         return float(value)
-    return value.detach().reshape(()).to(device, torch.float32, copy=True)
+    return value.to(device, torch.float32, copy=True)
 
 
 def same_layout(one: StepReport, other: StepReport) -> bool:

@@ -64,7 +64,7 @@ class RecordFile:
         return f"the record {self.path}"
 
     def write(self, rows: Rows) -> None:
-        """Add rows; on disk when it returns, as far as the operating system goes."""
+        """Add rows, in one transaction; a failure closes the file."""
         with self._transaction():
             self._note_session(rows)
             if rows.steps[0] <= self._last_step:
@@ -86,14 +86,15 @@ class RecordFile:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._connection.execute("BEGIN IMMEDIATE")
         try:
+            self._connection.execute("BEGIN IMMEDIATE")
             yield
+            self._connection.execute("COMMIT")
         except BaseException:
             with contextlib.suppress(sqlite3.Error):  # a full disk may have ended it already
                 self._connection.execute("ROLLBACK")
+            self.close()  # what was committed before stays, and the file is free
             raise
-        self._connection.execute("COMMIT")
 
     def _scalar(self, query: str) -> int:
         return self._connection.execute(query).fetchone()[0] or 0

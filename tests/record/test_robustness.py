@@ -1,0 +1,484 @@
+"""Resuming, readers during training, and everything that can go wrong with a disk."""
+
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import gradkeel as gk
+from gradkeel.errors import RecordError, RecordWarning
+from gradkeel.record import Reader, Recorder
+from gradkeel.record.outbox import MOST_WAITING, Outbox
+from gradkeel.record.schema import SCHEMA_VERSION
+
+
+def record(path, make_report, steps, **options):
+    recorder = Recorder(path, **options)
+    for step in steps:
+        recorder.record(make_report(step))
+    recorder.close()
+
+
+def check_rows(path, steps):
+    """The file is sound, and holds these steps with their own numbers."""
+    connection = sqlite3.connect(path)
+    assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    connection.close()
+    with Reader(path) as run:
+        assert run.steps().tolist() == list(steps)
+        torch.testing.assert_close(run.norms()[:, 0], run.steps().double(), rtol=0, atol=0)
+        assert len(run.totals()) == len(run.clipped()) == len(run)
+
+
+@pytest.mark.parametrize("resumed_at", [1, 2, 64, 65, 66, 100, 129, 130, 131, 200])
+def test_resuming_replaces_the_overlap(tmp_path, make_report, resumed_at):
+    record(tmp_path / "run.keel", make_report, range(1, 131))
+    record(
+        tmp_path / "run.keel",
+        lambda step: make_report(step, stepped=False),
+        range(resumed_at, resumed_at + 40),
+    )
+    kept = [step for step in range(1, 131) if step < resumed_at]
+    check_rows(tmp_path / "run.keel", [*kept, *range(resumed_at, resumed_at + 40)])
+    with Reader(tmp_path / "run.keel") as run:
+        assert run.stepped().tolist() == [True] * len(kept) + [False] * 40
+        assert [step for step, _ in run.skips()] == list(range(resumed_at, resumed_at + 40))
+        assert [s.first_step for s in run.sessions] == ([1, resumed_at] if kept else [1])
+
+
+def test_a_run_from_scratch_replaces_another_model(tmp_path, make_report):
+    record(tmp_path / "run.keel", make_report, range(1, 100))
+    record(tmp_path / "run.keel", lambda step: make_report(step, names=("x", "y")), range(1, 4))
+    with Reader(tmp_path / "run.keel") as run:
+        assert run.names == ("x", "y")
+        assert run.norms().shape == (3, 2)
+
+
+def test_going_back_within_a_process_replaces_too(tmp_path, make_report):
+    record(tmp_path / "run.keel", make_report, [*range(1, 81), *range(70, 90), *range(5, 8)])
+    check_rows(tmp_path / "run.keel", range(1, 8))
+
+
+def test_a_guard_resumed_from_its_checkpoint_continues_the_record(tmp_path):
+    path = tmp_path / "run.keel"
+
+    def start():
+        torch.manual_seed(1)
+        model = nn.Linear(3, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        return model, optimizer, gk.attach(optimizer, gk.ClipByGlobalNorm(1.0), model=model, record=path)
+
+    def go(model, optimizer, steps):
+        for _ in range(steps):
+            model(torch.randn(4, 3)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, optimizer, guard = start()
+    go(model, optimizer, 20)
+    checkpoint = guard.state_dict()
+    go(model, optimizer, 7)  # lost in a crash
+    guard.detach()
+    model, optimizer, guard = start()
+    guard.load_state_dict(checkpoint)
+    go(model, optimizer, 10)
+    guard.detach()
+    with Reader(path) as run:
+        assert run.steps().tolist() == list(range(1, 31))
+        assert [session.first_step for session in run.sessions] == [1, 21]
+
+
+def test_a_reader_sees_the_past_while_training_goes_on(tmp_path, make_report):
+    recorder = Recorder(tmp_path / "run.keel")
+    for step in range(1, 101):
+        recorder.record(make_report(step))
+    recorder.flush()
+    with Reader(tmp_path / "run.keel") as early:
+        for step in range(101, 201):
+            recorder.record(make_report(step))
+        recorder.flush()
+        assert len(early.steps()) == len(early) == 100  # one view, however long it is kept open
+        with Reader(tmp_path / "run.keel") as late:
+            assert len(late.totals()) == 200
+    recorder.close()
+    check_rows(tmp_path / "run.keel", range(1, 201))
+
+
+def test_steps_are_on_disk_after_a_moment_without_closing(tmp_path, make_report):
+    recorder = Recorder(tmp_path / "run.keel", flush_seconds=0.01)
+    recorder.record(make_report(1))
+    time.sleep(0.02)
+    recorder.record(make_report(2))
+    recorder._outbox._batches.join()  # whatever was handed over by itself is written; nothing was closed or flushed
+    with Reader(tmp_path / "run.keel") as run:
+        assert len(run) == 2
+    recorder.close()
+
+
+def test_steps_are_written_when_the_process_ends(tmp_path):
+    script = """
+        import sys, torch, gradkeel as gk
+        model = torch.nn.Linear(2, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        gk.attach(optimizer, None, model=model, record=sys.argv[1])
+        for _ in range(5):
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+        raise SystemExit("no detach")
+    """
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), tmp_path / "run.keel"], check=False, timeout=120
+    )
+    with Reader(tmp_path / "run.keel") as run:
+        assert len(run) == 5
+
+
+def test_steps_are_written_when_the_recorder_is_forgotten(tmp_path, make_report):
+    recorder = Recorder(tmp_path / "run.keel")
+    recorder.record(make_report(1))
+    del recorder
+    check_rows(tmp_path / "run.keel", [1])
+
+
+def test_two_writers_at_once(tmp_path, make_report):
+    first = Recorder(tmp_path / "run.keel")
+    first.record(make_report(1))
+    with pytest.warns(RecordWarning, match="being written by another process or recorder"):
+        second = Recorder(tmp_path / "run.keel")
+    second.record(make_report(2))
+    second.close()
+    first.close()
+    check_rows(tmp_path / "run.keel", [1])
+    record(tmp_path / "run.keel", make_report, [2])  # and the file is free again
+    check_rows(tmp_path / "run.keel", [1, 2])
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"not a database, but longer than a header of one hundred bytes " * 9]
+)
+def test_a_file_that_is_something_else_is_left_alone(tmp_path, make_report, content):
+    path = tmp_path / "model.pt"
+    path.write_bytes(content)
+    if content:
+        with pytest.warns(RecordWarning, match="is not a gradkeel record"):
+            record(path, make_report, [1])
+        assert path.read_bytes() == content
+        with pytest.raises(RecordError, match="is not a gradkeel record"):
+            Reader(path)
+    else:
+        with pytest.raises(RecordError, match="no step has been recorded yet"):
+            Reader(path)
+        record(path, make_report, [1])
+        check_rows(path, [1])
+
+
+def test_somebody_elses_database_is_left_alone(tmp_path, make_report):
+    connection = sqlite3.connect(tmp_path / "other.db")
+    connection.execute("CREATE TABLE theirs (x)")
+    connection.close()
+    with pytest.warns(RecordWarning, match="is not a gradkeel record"):
+        record(tmp_path / "other.db", make_report, [1])
+    with pytest.raises(RecordError, match="is not a gradkeel record"):
+        Reader(tmp_path / "other.db")
+
+
+def test_a_record_of_the_future_is_refused(tmp_path, make_report):
+    record(tmp_path / "run.keel", make_report, [1])
+    connection = sqlite3.connect(tmp_path / "run.keel")
+    connection.execute(f"PRAGMA user_version={SCHEMA_VERSION + 1}")
+    connection.close()
+    with pytest.raises(
+        RecordError, match=f"schema version {SCHEMA_VERSION + 1}.*pip install --upgrade gradkeel"
+    ):
+        Reader(tmp_path / "run.keel")
+
+
+def test_no_such_record(tmp_path):
+    with pytest.raises(RecordError, match="there is no record at"):
+        Reader(tmp_path / "run.keel")
+
+
+def test_a_record_on_a_read_only_disk(tmp_path, make_report):
+    record(tmp_path / "run.keel", make_report, [1, 2])
+    (tmp_path / "run.keel").chmod(0o444)
+    tmp_path.chmod(0o555)
+    try:
+        check_rows(tmp_path / "run.keel", [1, 2])
+    finally:
+        tmp_path.chmod(0o755)
+
+
+def test_an_unwritable_path_warns_once_and_training_goes_on(tmp_path):
+    (tmp_path / "file").touch()
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(RecordWarning, match="training goes on without a record") as warned:
+        guard = gk.attach(optimizer, None, model=model, record=tmp_path / "file" / "run.keel")
+    for _ in range(3):  # warnings are errors here: no other one comes
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    guard.detach()
+    assert len(warned) == 1
+    assert guard.report.step == 3
+
+
+def test_a_full_disk_stops_the_record_and_not_the_training(tmp_path):
+    # A limit on the size of files gives a real write error, in a process of its own.
+    script = """
+        import resource, sys, warnings, torch, gradkeel as gk
+        from gradkeel.record import Recorder
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000))
+        model = torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(40)])
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        recorder = Recorder(sys.argv[1])
+        guard = gk.attach(optimizer, None, model=model, record=recorder)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for step in range(2000):
+                model(torch.ones(1, 2)).square().sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            guard.detach()
+        kinds = [w.category.__name__ for w in caught]
+        print(guard.report.step, kinds.count("RecordWarning"), caught[0].message)
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), tmp_path / "run.keel"],
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    step, warned, message = result.stdout.split(maxsplit=2)
+    assert (step, warned) == ("2000", "1")
+    assert "recording stopped: the record" in message
+    assert "training goes on" in message
+    assert not (tmp_path / "run.keel-lock").exists()
+    with Reader(tmp_path / "run.keel") as run:
+        assert 64 <= len(run) < 2000
+        assert run.steps().tolist() == list(range(1, len(run) + 1))
+        assert run.norms().isfinite().all()
+
+
+def test_a_sink_that_fails_ends_alone(tmp_path, make_report):
+    class Broken:
+        def write(self, rows):
+            raise ConnectionError("no route to host")
+
+        def close(self):
+            raise AssertionError("a sink that failed is not called again")
+
+        def __repr__(self):
+            return "the tracker"
+
+    class Counting:
+        steps = 0
+        closed = False
+
+        def write(self, rows):
+            self.steps += len(rows.steps)
+
+        def close(self):
+            self.closed = True
+
+    counting = Counting()
+    recorder = Recorder(tmp_path / "run.keel", sinks=[Broken(), counting])
+    for step in range(1, 50):
+        recorder.record(make_report(step))
+    with pytest.warns(RecordWarning, match="the tracker: no route to host; training goes on"):
+        recorder.flush()
+    for step in range(50, 101):
+        recorder.record(make_report(step))
+    recorder.close()
+    recorder.record(make_report(101))  # after the end: nothing happens
+    recorder.close()
+    assert (counting.steps, counting.closed) == (100, True)
+    check_rows(tmp_path / "run.keel", range(1, 101))
+
+
+def test_a_disk_that_hangs_does_not_fill_the_memory(make_report, monkeypatch):
+    monkeypatch.setattr("gradkeel.record.outbox.MOST_WAITING", 2)
+
+    class Hanging:
+        def __init__(self):
+            import threading
+
+            self.go = threading.Event()
+
+        def write(self, rows):
+            self.go.wait(30)
+
+        def close(self):
+            pass
+
+        def __repr__(self):
+            return "the slow disk"
+
+    assert MOST_WAITING > 2
+    sink = Hanging()
+    outbox = Outbox([sink], flush_seconds=60)
+    recorder = Recorder(None, sinks=[sink])
+    recorder._outbox.close()
+    recorder._outbox = outbox
+
+    def train():
+        for step in range(1, 64 * 6):
+            recorder.record(make_report(step))
+
+    with pytest.warns(RecordWarning, match="the slow disk does not keep up"):
+        train()
+    sink.go.set()
+    outbox.close()
+
+
+def test_a_recorder_needs_something_to_write_to():
+    with pytest.raises(TypeError, match=r"Recorder\(path=None\): give a path, or at least one sink"):
+        Recorder(None)
+
+
+def test_a_forked_process_leaves_the_record_alone(tmp_path, make_report):
+    script = """
+        import os, sys, torch
+        import gradkeel as gk
+        model = torch.nn.Linear(2, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        guard = gk.attach(optimizer, None, model=model, record=sys.argv[1])
+        def step():
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+        step()
+        if os.fork() == 0:
+            step()
+            guard.detach()
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.wait()[1]) == 0
+        step()
+        guard.detach()
+    """
+    command = [
+        sys.executable,
+        "-W",
+        "ignore::DeprecationWarning",
+        "-c",
+        textwrap.dedent(script),
+        tmp_path / "run.keel",
+    ]
+    subprocess.run(command, check=True, timeout=120)
+    with Reader(tmp_path / "run.keel") as run:
+        assert run.steps().tolist() == [1, 2]
+
+
+KILLED = """
+    import os, random, signal, sys, time
+    import torch
+    from gradkeel.norms import Decision, GradientNorms
+    from gradkeel.record import Recorder
+    from gradkeel.step_report import SelectionReport, StepReport
+
+    torch.set_num_threads(1)
+    folder, times = sys.argv[1], int(sys.argv[2])
+    names = tuple(f"layer.{i}" for i in range(12))
+
+    def train(path, out):
+        recorder = Recorder(path, flush_seconds=0.003)
+        for step in range(1, 1_000_000):
+            norms = torch.full((12,), float(step), dtype=torch.float64)
+            measured = GradientNorms(names, norms, norms[0], 2.0, (0,) * 12, step, (1,) * 12)
+            selection = SelectionReport("main", "None", measured, Decision(), (True,) * 12)
+            recorder.record(StepReport(step, (selection,), 1.0, {"loss": torch.tensor(float(step))}))
+            if step % 50 == 0:
+                recorder.flush()
+                os.write(out, step.to_bytes(8, "little"))
+
+    random.seed(0)
+    for i in range(times):
+        path = os.path.join(folder, f"{i}.keel")
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            train(path, write)
+        os.close(write)
+        time.sleep(random.uniform(0, 0.3))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        flushed = b""
+        while part := os.read(read, 1 << 16):
+            flushed += part
+        os.close(read)
+        print(path, int.from_bytes(flushed[-8:], "little"))
+"""
+
+
+def kill_many(tmp_path, times):
+    command = [
+        sys.executable,
+        "-W",
+        "ignore::DeprecationWarning",
+        "-c",
+        textwrap.dedent(KILLED),
+        tmp_path,
+        str(times),
+    ]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=280).stdout
+    lengths = []
+    for line in output.splitlines():
+        path, flushed = line.split()
+        length = steps_of(path)
+        if length == 0:
+            assert flushed == "0"
+            continue
+        # At most what was not flushed yet is lost.
+        assert length >= int(flushed)
+        check_rows(path, range(1, length + 1))
+        with Reader(path) as run:
+            torch.testing.assert_close(run.losses(), run.steps().double(), rtol=0, atol=0)
+        record_after(path, length)
+        lengths.append(length)
+    assert len(lengths) > times / 2
+    assert len(set(lengths)) > times / 4  # they were killed at different moments
+
+
+def steps_of(path):
+    """How many steps a file holds; a process may have been killed before it wrote any."""
+    if not Path(path).exists():
+        return 0
+    try:
+        with Reader(path) as run:
+            return len(run)
+    except RecordError as error:
+        if "no step has been recorded yet" in str(error):
+            return 0
+        raise
+
+
+def record_after(path, length):
+    """A killed run's record can be continued."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Recorder(path).close()
+    assert not Path(f"{path}-lock").exists()
+    with Reader(path) as run:
+        assert len(run) == length
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+def test_kill_9_never_corrupts(tmp_path):
+    kill_many(tmp_path, 20)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+def test_kill_9_at_100_moments_never_corrupts(tmp_path):
+    kill_many(tmp_path, 100)
+
+
+def test_a_copied_record_is_whole_after_closing(tmp_path, make_report):
+    record(tmp_path / "run.keel", make_report, range(1, 70))
+    shutil.copy(tmp_path / "run.keel", tmp_path / "copy.keel")
+    check_rows(tmp_path / "copy.keel", range(1, 70))

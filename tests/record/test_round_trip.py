@@ -1,0 +1,274 @@
+"""What goes into a record comes out of it, for every kind of policy, through a real guard."""
+
+import math
+import sqlite3
+
+import pytest
+import torch
+from torch import nn
+
+import gradkeel as gk
+from gradkeel.policies import parse
+from gradkeel.record import Reader, Recorder
+from gradkeel.record.schema import SERIES, TABLES
+
+
+def network():
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+
+
+def train(path, policy, steps=8, *, spoil=(), optimizer=None, log=True, **options):
+    """Train for a few steps; returns what the guard reported at each."""
+    model = network()
+    optimizer = (optimizer or (lambda m: torch.optim.SGD(m.parameters(), lr=0.5)))(model)
+    guard = gk.attach(optimizer, policy, model=model, record=path, **options)
+    seen = []
+    for step in range(1, steps + 1):
+        loss = (model(torch.randn(6, 3)) ** 2).sum() * (math.nan if step in spoil else 1.0)
+        loss.backward()
+        if log:
+            guard.log(loss=loss, accuracy=step / 10)
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(guard.report)
+    guard.detach()
+    return seen
+
+
+@pytest.mark.parametrize("policy", [None, "global-norm:0.5", "norm:0.2", "global-norm:0.5,norm_type=inf"])
+def test_record_equals_the_reports(tmp_path, policy):
+    reports = train(tmp_path / "run.keel", policy)
+    with Reader(tmp_path / "run.keel") as run:
+        assert run.names == ("0.weight", "0.bias", "2.weight", "2.bias")
+        assert run.policy == parse(policy or "none").spec
+        assert run.norm_type == reports[0].norm_type
+        assert run.steps().tolist() == [report.step for report in reports]
+        # Bit-equal: norms are float64 from the measurement to the file.
+        assert run.totals().tolist() == [report.norm for report in reports]
+        assert run.coefficients().tolist() == [report.coefficient for report in reports]
+        assert run.clipped().tolist() == [report.clipped for report in reports]
+        assert run.stepped().all()
+        assert not run.nonfinite().any()
+        assert run.norms().tolist() == [list(report.norms.values()) for report in reports]
+        assert run.losses().tolist() == [float(report.scalars["loss"]) for report in reports]
+        assert run.scalar("accuracy").tolist() == [step / 10 for step in range(1, 9)]
+        assert run.scalar("lr").tolist() == [0.5] * 8
+        assert run.scalar_names == ["accuracy", "loss", "lr"]
+        # One multiplication or one root of a sum may round differently on the way to the clipped norm.
+        torch.testing.assert_close(
+            run.clipped_totals().tolist(), [report.clipped_norm for report in reports], rtol=1e-12, atol=0
+        )
+        assert run.parameter_coefficients().tolist() == [
+            list(report.selections[0].coefficients.values()) for report in reports
+        ]
+
+
+def test_value_clip_is_measured_again_for_the_record(tmp_path):
+    reports = train(tmp_path / "run.keel", gk.ClipByValue(0.1))
+    with Reader(tmp_path / "run.keel") as run:
+        assert run.clipped().any()
+        assert run.clipped().tolist() == [report.clipped for report in reports]
+        assert (run.clipped_totals() < run.totals()).all()
+        # 32 entries of at most 0.1 each (a little more in float32).
+        assert (run.clipped_totals() <= 0.1 * math.sqrt(32) + 1e-6).all()
+        peaks = run.series("peaks")
+        assert peaks.shape == (8, 4, 2)
+        assert (peaks[..., 0] <= peaks[..., 1]).all()
+        assert run.bounds().tolist() == pytest.approx([0.1] * 8)  # stored as a float64 on the way
+
+
+def test_skipped_steps_are_recorded_with_their_reason(tmp_path):
+    with pytest.warns(gk.GradkeelWarning, match="not finite"):
+        train(tmp_path / "run.keel", gk.ClipByGlobalNorm(1.0), spoil={3})
+    with Reader(tmp_path / "run.keel") as run:
+        assert run.stepped().tolist() == [step != 3 for step in range(1, 9)]
+        assert run.nonfinite().tolist() == [step == 3 for step in range(1, 9)]
+        assert [step for step, _ in run.skips()] == [3]
+        assert "'0.weight' is not finite (NaN)" in run.skips()[0][1]
+        assert run.coefficients()[2] == 1
+        assert math.isnan(run.totals()[2])
+
+
+def test_excluded_parameters_and_group_policies(tmp_path):
+    def optimizer(model):
+        head = {"params": model[2].parameters(), "clip": "norm:0.05"}
+        return torch.optim.SGD([{"params": model[0].parameters()}, head], lr=0.1)
+
+    reports = train(tmp_path / "run.keel", "global-norm:0.2", optimizer=optimizer, exclude=["0.bias"])
+    with Reader(tmp_path / "run.keel") as run:
+        assert run.names == (
+            "0.weight",
+            "0.bias",
+            "2.weight",
+            "2.bias",
+        )  # the model's order, not the selections'
+        assert [p.selection for p in run.parameters] == ["main", "excluded", "group 1", "group 1"]
+        assert [p.optimizer_group for p in run.parameters] == [0, 0, 1, 1]
+        assert [p.shape for p in run.parameters] == [(5, 3), (5,), (2, 5), (2,)]
+        assert "max_norm=0.05" in run.parameters[2].policy
+        assert run.parameters[1].policy == "None"
+        assert run.main.tolist() == [True, False, False, False]
+        coefficients = run.parameter_coefficients()
+        assert (coefficients[:, 1] == 1).all()
+        for row, report in zip(coefficients, reports, strict=True):
+            expected = {name: c for s in report.selections for name, c in s.coefficients.items()}
+            assert dict(zip(run.names, row.tolist(), strict=True)) == expected
+            assert report.norm == pytest.approx(report.norms["0.weight"])
+
+
+def test_coefficients_that_follow_from_the_policy_take_no_room(tmp_path):
+    train(tmp_path / "one.keel", "global-norm:0.2", exclude=["0.bias"])
+    train(tmp_path / "each.keel", "norm:0.2")
+    for name, stored in (("one", 0), ("each", 1)):
+        with Reader(tmp_path / f"{name}.keel") as run:
+            rows = run.store.query("SELECT count(*) FROM series WHERE name = 'coefficients'")
+            assert rows == [(stored,)]
+            assert run.parameter_coefficients().shape == (8, 4)
+
+
+def test_parameters_without_gradients(tmp_path):
+    class Unused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(2, 1), nn.Linear(2, 1)
+
+    model = Unused()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = gk.attach(optimizer, None, model=model, record=tmp_path / "run.keel")
+    for _ in range(3):
+        model.used(torch.randn(4, 2)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    guard.detach()
+    with Reader(tmp_path / "run.keel") as run:
+        assert run.present().tolist() == [[True, True, False, False]] * 3
+        assert (run.norms()[:, 2:] == 0).all()
+
+
+def test_weights_and_updates_are_sampled(tmp_path):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = gk.attach(optimizer, None, model=model, record=tmp_path / "run.keel")
+    weights, updates = [], []
+    for _ in range(160):
+        model(torch.randn(6, 3)).square().sum().backward()
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.step()
+        optimizer.zero_grad()
+        weights.append([float(b.norm()) for b in before])
+        updates.append(
+            [float((p.detach() - b).norm()) for p, b in zip(model.parameters(), before, strict=True)]
+        )
+    guard.detach()
+    with Reader(tmp_path / "run.keel") as run:
+        steps, weight_norms, update_norms = run.weight_samples()
+        assert {*range(1, 101), 150} <= set(steps.tolist())
+        assert len(steps) < 140
+        index = steps - 1
+        # The measured norms are float64 over float32 entries; torch's own are float32.
+        torch.testing.assert_close(
+            weight_norms, torch.tensor(weights, dtype=torch.float64)[index], rtol=1e-5, atol=0
+        )
+        torch.testing.assert_close(
+            update_norms, torch.tensor(updates, dtype=torch.float64)[index], rtol=1e-5, atol=1e-9
+        )
+
+
+def test_a_jump_of_the_norm_is_sampled_whatever_the_interval(tmp_path):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    guard = gk.attach(optimizer, None, model=model, record=tmp_path / "run.keel")
+    for step in range(1, 141):
+        (model(torch.randn(6, 3)).square().sum() * (1000 if step == 123 else 1)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    guard.detach()
+    with Reader(tmp_path / "run.keel") as run:
+        assert [step for step in run.weight_samples()[0].tolist() if step > 100] == list(range(123, 134))
+
+
+def test_many_blocks_and_every_way_to_slice_them(tmp_path, make_report):
+    recorder = Recorder(tmp_path / "run.keel")
+    for step in range(1, 301):
+        recorder.record(make_report(step))
+    recorder.close()
+    with Reader(tmp_path / "run.keel") as run:
+        assert len(run.store.blocks) == 5
+        whole = torch.arange(1, 301)
+        norms = torch.stack([whole + i / 10 for i in range(3)], dim=1).double()
+        for start, stop, stride in [
+            (None, None, 1), (1, 301, 1), (64, 65, 1), (65, 200, 1), (10, 290, 7), (3, 280, 64), (5, 299, 100),
+            (100, 100, 1), (200, 100, 1), (0, 9999, 3), (250, None, 1), (None, 3, 2), (1, 300, 299),
+        ]:  # fmt: skip
+            expected = [s for s in range(1, 301) if (start or 0) <= s < (stop or 9999)][::stride]
+            assert run.steps(start, stop, stride).tolist() == expected
+            rows = torch.tensor(expected, dtype=torch.int64) - 1
+            torch.testing.assert_close(
+                run.norms(start, stop, stride), norms[rows], rtol=1e-6, atol=0
+            )  # from float32
+            assert run.bounds(start, stop, stride).tolist() == [50.0] * len(expected)
+            assert run.losses(start, stop, stride).isnan().all()  # never logged
+        with pytest.raises(ValueError, match="stride=0: it must be 1 or more"):
+            run.steps(stride=0)
+
+
+def test_scalars_that_come_and_go(tmp_path, make_report):
+    recorder = Recorder(tmp_path / "run.keel")
+    for step in range(1, 101):
+        recorder.record(make_report(step, **({"loss": torch.tensor(float(step))} if step % 2 else {})))
+    recorder.close()
+    with Reader(tmp_path / "run.keel") as run:
+        losses = run.losses()
+        assert losses[::2].tolist() == list(range(1, 101, 2))
+        assert losses[1::2].isnan().all()
+
+
+def test_a_logged_tensor_is_taken_at_once(tmp_path, make_report):
+    recorder = Recorder(tmp_path / "run.keel")
+    running = torch.zeros((), requires_grad=True)
+    buffer = running * 1.0
+    for step in range(1, 4):
+        with torch.no_grad():
+            buffer.fill_(step)
+        recorder.record(make_report(step, loss=buffer))
+    recorder.close()
+    with Reader(tmp_path / "run.keel") as run:
+        assert run.losses().tolist() == [1.0, 2.0, 3.0]
+
+
+def test_parameters_added_later(tmp_path):
+    model = network()
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    guard = gk.attach(optimizer, None, record=tmp_path / "run.keel")
+    for step in range(1, 7):
+        if step == 4:
+            optimizer.add_param_group({"params": list(model[2].parameters())})
+        model(torch.randn(6, 3)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    guard.detach()
+    with Reader(tmp_path / "run.keel") as run:
+        assert run.names == ("0", "1", "2", "3")
+        norms = run.norms()
+        assert norms[:3, 2:].isnan().all()
+        assert norms[3:].isfinite().all()
+        assert len(run.store.blocks) == 2
+        assert run.parameters[3].optimizer_group == 1
+
+
+def test_the_file_says_what_is_in_it(tmp_path):
+    train(tmp_path / "run.keel", gk.ClipByValue(0.1))
+    connection = sqlite3.connect(tmp_path / "run.keel")
+    described = {name for (name,) in connection.execute("SELECT name FROM series_types")}
+    stored = {name for (name,) in connection.execute("SELECT DISTINCT name FROM series")}
+    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    assert described == {*SERIES, "scalar:NAME"}
+    assert {name for name in stored if not name.startswith("scalar:")} <= described
+    assert tables == {line.split()[2] for line in TABLES.splitlines() if line.startswith("CREATE TABLE")}
+    assert connection.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchone() == ("1",)
+    connection.close()
+
+
+def test_only_the_record_is_left_behind(tmp_path):
+    train(tmp_path / "run.keel", gk.ClipByGlobalNorm(1.0))
+    assert [path.name for path in tmp_path.iterdir()] == ["run.keel"]
