@@ -78,7 +78,7 @@ class Guard:
         )
         self._staged: tuple[StepReport, dict[str, State]] | None = None
         self._loss_scale = LossScale()
-        self._folded: Tensor | None = None
+        self._own_attributes: dict[str, Tensor] = {}
         self._snapshot: Snapshot | None = None
         self._canary = hooks.Canary(next((p for p in self.parameters if p.requires_grad), None))
         self._hooks = hooks.Hooks(optimizer, self, self._begin, self._evaluate, self._finish)
@@ -175,8 +175,8 @@ class Guard:
         self._skips.look()
         if signature(self.optimizer) != self._signature:
             self._select(self._owners())
-        self._loss_scale = take_loss_scale(self.optimizer, self._folded)
-        self._folded = None
+        self._loss_scale = take_loss_scale(self.optimizer, self._own_attributes)
+        self._own_attributes = {}
 
     @torch.no_grad()
     def _evaluate(self) -> None:
@@ -197,7 +197,7 @@ class Guard:
         here = [p for p in self.parameters if p.grad is not None]
         if self.nonfinite == "skip" and here and can_skip_on_device(self.optimizer, self.device, here):
             self._carry_out(parts, factor)
-            set_attribute(self.optimizer, "found_inf", (~may_step).float())
+            self._set_attribute("found_inf", (~may_step).float())
             self._stage(parts, factor, commit=finite, stepped=may_step)
         elif here and bool(may_step):
             self._carry_out(parts, factor)
@@ -242,9 +242,14 @@ class Guard:
         return finite, may_step
 
     def _carry_out(self, parts: list[Part], factor: Tensor | float) -> None:
-        self._folded = carry_out(self.optimizer, parts, factor)
-        if self._folded is not None:
-            set_attribute(self.optimizer, "grad_scale", self._folded)
+        folded = carry_out(self.optimizer, parts, factor)
+        if folded is not None:
+            self._set_attribute("grad_scale", folded)
+
+    def _set_attribute(self, name: str, value: Tensor) -> None:
+        """Set what a fused kernel reads, and remember it: a step that raises leaves it behind."""
+        set_attribute(self.optimizer, name, value)
+        self._own_attributes[name] = value
 
     def _abandon(
         self, parts: list[Part], factor: Tensor | float, *, is_finite: bool, any_gradient: bool
@@ -311,7 +316,7 @@ class Guard:
     def _finish(self) -> None:
         """After the optimizer's step: commit, leave no attribute behind, tell the recorders."""
         put_back(self.optimizer, self._loss_scale)
-        self._folded = None
+        self._own_attributes = {}
         if self._staged is None:
             return
         (self.report, self._states), self._staged = self._staged, None

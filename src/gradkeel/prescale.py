@@ -4,6 +4,7 @@ The attributes by which ``torch.amp.GradScaler`` talks to an optimizer, ``grad_s
 go out here and nowhere else.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,24 +30,23 @@ class LossScale:
     found_inf: Tensor | None = None
 
 
-def take_loss_scale(optimizer: Optimizer, stale: Tensor | None) -> LossScale:
+def take_loss_scale(optimizer: Optimizer, own: Mapping[str, Tensor]) -> LossScale:
     """Take the scaler's attributes off the optimizer (non-fused optimizers refuse to run with them).
 
     Args:
         optimizer: the optimizer about to step.
-        stale: a scale that gradkeel folded into a step that then raised. The scaler has multiplied its own into it,
-            or, without a scaler, it is still there by itself.
+        own: the attributes that gradkeel itself set for a step that then raised, and so left behind. A scaler
+            multiplies its scale into the one it finds, or, after an explicit ``unscale_``, passes it on as it is.
     """
-    if not hasattr(optimizer, "found_inf") and not hasattr(optimizer, "grad_scale"):
-        return LossScale()
-    scale: Tensor | None = getattr(optimizer, "grad_scale", None)
-    found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
+    given = {name: vars(optimizer)[name] for name in _ATTRIBUTES if name in vars(optimizer)}
     remove_attributes(optimizer)
-    if stale is not None:
-        if scale is stale:
-            return LossScale()
-        scale = None if scale is None else scale / stale.to(scale.device)
-    return LossScale(present=True, scale=scale, found_inf=found_inf)
+    given = {name: value for name, value in given.items() if value is not own.get(name, given)}
+    scale = given.get("grad_scale")
+    if scale is not None and "grad_scale" in own:
+        scale = scale / own["grad_scale"].to(scale.device)
+    found_inf = given.get("found_inf")
+    # Where no parameter had a gradient the scaler passes the number 0.
+    return LossScale(bool(given), scale, found_inf if isinstance(found_inf, Tensor) else None)
 
 
 def put_back(optimizer: Optimizer, loss_scale: LossScale) -> None:
