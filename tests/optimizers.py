@@ -1,4 +1,4 @@
-"""Every optimizer of torch.optim in each implementation that it has, a small problem for it, and what it consists of."""
+"""Every optimizer of torch.optim in each of its implementations, a small problem for it, and its contents."""
 
 import copy
 from collections.abc import Callable
@@ -35,7 +35,8 @@ class Case:
         def loss(step):
             data = torch.Generator().manual_seed(100 + step)
             if self.sparse:
-                rows = torch.randint(0, 6, (5,), generator=data)  # with repetitions: the gradient is not coalesced
+                # with repetitions: the gradient is not coalesced
+                rows = torch.randint(0, 6, (5,), generator=data)
                 return 10.0 * model(rows).square().sum()
             inputs = 5.0 * torch.randn(8, 4, generator=data, dtype=dtype)
             return model(inputs).square().mean()

@@ -8,10 +8,10 @@ import weakref
 
 import pytest
 import torch
-from optimizers import BY_NAME
 from torch import nn
 
 import gradkeel as gk
+from optimizers import BY_NAME
 
 
 @pytest.fixture
@@ -41,7 +41,11 @@ class Wrapper(torch.optim.Optimizer):
 @pytest.mark.parametrize(
     ("arguments", "kind", "words"),
     [
-        ({"policy": 1.0}, TypeError, r"attach\(policy=1.0\): policy must be a policy such as ClipByGlobalNorm"),
+        (
+            {"policy": 1.0},
+            TypeError,
+            r"attach\(policy=1.0\): policy must be a policy such as ClipByGlobalNorm",
+        ),
         ({"policy": gk.ClipByNorm}, TypeError, "policy must be a policy"),
         ({"policy": "nrm:1"}, gk.PolicySpecError, "unknown policy"),
         ({"nonfinite": "ignore"}, ValueError, "nonfinite must be 'skip', 'raise' or 'keep'"),
@@ -58,7 +62,9 @@ def test_wrong_arguments_are_named(optimizer, arguments, kind, words):
 
 
 def test_only_optimizers_can_be_guarded(net):
-    with pytest.raises(TypeError, match=r"attach\(optimizer=Linear\): optimizer must be a torch.optim.Optimizer"):
+    with pytest.raises(
+        TypeError, match=r"attach\(optimizer=Linear\): optimizer must be a torch.optim.Optimizer"
+    ):
         gk.attach(net, None)
 
 
@@ -188,7 +194,9 @@ def test_a_second_optimizer_may_take_over_the_parameters(net):
 )
 def test_a_copied_optimizer_warns_and_can_be_guarded(optimizer, copied):
     gk.attach(optimizer, gk.ClipByNorm(0.1))
-    with pytest.warns(gk.errors.UnguardedCopyWarning, match="carries no gradkeel guard and would train unclipped"):
+    with pytest.warns(
+        gk.errors.UnguardedCopyWarning, match="carries no gradkeel guard and would train unclipped"
+    ):
         other = copied(optimizer)
     guard = gk.attach(other, gk.ClipByNorm(0.1))
     for parameter in other.param_groups[0]["params"]:
@@ -235,7 +243,9 @@ def test_repr_lists_what_is_guarded_by_what():
         "  excluded: measured, not clipped; 1 parameter",
         "    0.bias",
     ]
-    assert "measured, not clipped; 2 parameters" in repr(gk.attach(torch.optim.SGD(model[0].parameters()), None))
+    assert "measured, not clipped; 2 parameters" in repr(
+        gk.attach(torch.optim.SGD(model[0].parameters()), None)
+    )
 
 
 def test_policies_say_what_they_bound():

@@ -3,12 +3,12 @@
 import math
 
 import pytest
-import reference
 import torch
-from optimizers import BY_NAME, CASES, FUSED, contents, is_same
 from torch import optim
 
 import gradkeel as gk
+import reference
+from optimizers import BY_NAME, CASES, FUSED, contents, is_same
 
 BOUND = 0.5
 

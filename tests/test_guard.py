@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from optimizers import contents, is_same
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradkeel as gk
 from gradkeel.norms import Decision, Needs
 from gradkeel.policies import Policy
+from optimizers import contents, is_same
 
 
 def parameters_of(*gradients, dtype=torch.float32):
@@ -76,7 +76,13 @@ class Gradients(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-VIEWS = {"aten.detach.default", "aten.view.default", "aten.alias.default", "aten.slice.Tensor", "aten.t.default"}
+VIEWS = {
+    "aten.detach.default",
+    "aten.view.default",
+    "aten.alias.default",
+    "aten.slice.Tensor",
+    "aten.t.default",
+}
 
 
 def traffic(policy, *, fused, large=False):
@@ -219,14 +225,16 @@ def test_an_optimizer_of_nothing_but_frozen_parameters_steps_in_peace():
 # -- what is not finite ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("bad", "kind"), [(math.nan, "NaN"), (math.inf, "inf"), (-math.inf, "inf")])
 @pytest.mark.parametrize(
-    ("bad", "kind"), [(math.nan, "NaN"), (math.inf, "inf"), (-math.inf, "inf")]
+    "policy", ["global-norm:1.0", "norm:1.0", "value:1.0", "global-norm:1.0,norm_type=inf", "none"]
 )
-@pytest.mark.parametrize("policy", ["global-norm:1.0", "norm:1.0", "value:1.0", "global-norm:1.0,norm_type=inf", "none"])
 def test_a_skip_names_the_parameter_and_the_kind(policy, bad, kind):
     parameters = parameters_of([1.0, 2.0], [bad, 1.0])
     guard = gk.attach(sgd(parameters), policy)
-    with pytest.warns(gk.errors.SkippedStepWarning, match=rf"step 1: the gradient of '1' is not finite \({kind}\)"):
+    with pytest.warns(
+        gk.errors.SkippedStepWarning, match=rf"step 1: the gradient of '1' is not finite \({kind}\)"
+    ):
         guard.optimizer.step()
     assert guard.report.reason == f"step 1: the gradient of '1' is not finite ({kind})"
     assert [p.tolist() for p in parameters] == [[0.0, 0.0], [0.0, 0.0]]
@@ -251,7 +259,8 @@ def test_skips_after_the_first_are_silent():
 def test_too_many_skips_in_a_row_raise_with_their_history():
     (parameter,) = parameters_of([0.0, 0.0])
     guard = gk.attach(sgd([parameter]), "none", max_consecutive_skips=2)
-    for bad in (math.nan, math.inf, 1.0, math.nan, math.inf):  # a good step in between starts the count afresh
+    # a good step in between starts the count afresh
+    for bad in (math.nan, math.inf, 1.0, math.nan, math.inf):
         give([parameter], [bad, 0.0])
         guard.optimizer.step()
     before = parameter.clone()
@@ -268,7 +277,9 @@ def test_too_many_skips_in_a_row_raise_with_their_history():
 def test_raise_modifies_nothing():
     parameters = parameters_of([30.0, 40.0], [math.inf, 1.0])
     guard = gk.attach(sgd(parameters), gk.ClipByGlobalNorm(1.0), nonfinite="raise")
-    with pytest.raises(gk.NonFiniteGradientError, match=r"the gradient of '1' is not finite \(inf\); nothing has"):
+    with pytest.raises(
+        gk.NonFiniteGradientError, match=r"the gradient of '1' is not finite \(inf\); nothing has"
+    ):
         guard.optimizer.step()
     assert [p.tolist() for p in parameters] == [[0.0, 0.0], [0.0, 0.0]]
     assert [p.grad.tolist() for p in parameters] == [[30.0, 40.0], [math.inf, 1.0]]

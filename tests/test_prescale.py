@@ -5,12 +5,12 @@ import types
 
 import pytest
 import torch
-from optimizers import CASES, contents, is_same
 from torch import nn
 
 import gradkeel as gk
 from gradkeel import prescale
 from gradkeel.prescale import put_back, take_loss_scale
+from optimizers import CASES, contents, is_same
 
 SCALE = 65536.0
 SCALABLE = [case for case in CASES if not case.closure]  # GradScaler takes no closures

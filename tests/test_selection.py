@@ -39,7 +39,9 @@ def stepped(model, optimizer, policy, **arguments):
     fill(model)
     optimizer.step()
     names = dict(zip(map(id, model.parameters()), dict(model.named_parameters()), strict=True))
-    return guard, {names[id(p)] for p in model.parameters() if not torch.equal(p.grad, torch.full_like(p, BIG))}
+    return guard, {
+        names[id(p)] for p in model.parameters() if not torch.equal(p.grad, torch.full_like(p, BIG))
+    }
 
 
 # -- names ----------------------------------------------------------------------------------------------------
@@ -85,7 +87,10 @@ def test_parameters_that_the_model_does_not_have_are_positions_and_warned_of(mod
         (lambda model: model.norm, {"norm.weight", "norm.bias"}),
         (lambda model: [model.norm, model.head.bias], {"norm.weight", "norm.bias", "head.bias"}),
         (lambda model: model.embed.weight, {"embed.weight"}),
-        (lambda model: lambda name, parameter: parameter.dim() < 2, {"norm.weight", "norm.bias", "head.bias"}),
+        (
+            lambda model: lambda name, parameter: parameter.dim() < 2,
+            {"norm.weight", "norm.bias", "head.bias"},
+        ),
         (lambda model: (p for p in model.head.parameters()), {"head.weight", "head.bias"}),
         (lambda model: "*", set(NAMES)),
     ],
@@ -114,7 +119,9 @@ def test_an_excluded_gradient_counts_in_the_nonfinite_check(model):
 
 def test_a_pattern_that_matches_nothing_lists_near_names(model):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(gk.SelectionError, match=r"'head\.wieght' matches no parameter; near names: head\.weight"):
+    with pytest.raises(
+        gk.SelectionError, match=r"'head\.wieght' matches no parameter; near names: head\.weight"
+    ):
         gk.attach(optimizer, None, model=model, exclude="head.wieght")
 
 
@@ -144,8 +151,8 @@ def test_an_entry_that_selects_nothing_is_an_error(model, exclude, words):
 
 
 def test_excluded_in_two_places_is_refused(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="say what is excluded in one place only"):
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         gk.attach(optimizer, "norm:1.0,exclude=*.bias", model=model, exclude="*.weight")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.weak import TensorWeakRef
 
 from gradkeel.errors import AttachError, DoubleClippingWarning, UnguardedCopyWarning
 
@@ -118,7 +119,7 @@ class Canary:
 
     def __init__(self, parameter: Tensor | None) -> None:
         self.has_warned = False
-        self._seen: tuple[int, int] | None = None
+        self._seen: tuple[TensorWeakRef, int] | None = None
         self._parameter = parameter
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         self._handle = None
@@ -127,18 +128,15 @@ class Canary:
 
     def _note(self, parameter: Tensor) -> None:
         if parameter.grad is not None and parameter.grad.layout == torch.strided:
-            self._seen = (id(parameter.grad), parameter.grad._version)
+            self._seen = (TensorWeakRef(parameter.grad), parameter.grad._version)
 
     def was_touched(self) -> bool:
         """Whether the gradient that backward left has been modified in place since; forgets it."""
         seen, self._seen = self._seen, None
         gradient = self._parameter.grad if self._parameter is not None else None
-        return (
-            seen is not None
-            and gradient is not None
-            and id(gradient) == seen[0]
-            and gradient._version != seen[1]
-        )
+        if seen is None or gradient is None or gradient is not seen[0]():
+            return False
+        return gradient._version != seen[1]
 
     def remove(self) -> None:
         """Stop watching."""

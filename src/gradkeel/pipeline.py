@@ -1,12 +1,12 @@
 """One step's way from gradients to decisions: measure every selection, let its policy decide, judge the whole."""
 
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.weak import TensorWeakRef
 
 from gradkeel.apply import apply, factors
 from gradkeel.apply.fused import can_fold, kernel_scale
@@ -119,20 +119,13 @@ def _norm_while_untouched(
     parameters: Sequence[Tensor], measured: GradientNorms
 ) -> Callable[[], Tensor | None]:
     """Measures the gradients when called, or returns None once one of them is gone or was changed."""
-    seen: list[tuple[weakref.ref[Tensor], int]] | None = None
+    seen = [(TensorWeakRef(p.grad), p.grad._version) for p in parameters if p.grad is not None]
 
     def norm() -> Tensor | None:
-        gradients = [reference() for reference, _ in seen or []]
-        versions = [version for _, version in seen or []]
-        alive = [
-            g
-            for g, version in zip(gradients, versions, strict=True)
-            if g is not None and g._version == version
-        ]
-        if len(alive) != len(gradients):
+        gradients = [(reference(), version) for reference, version in seen]
+        untouched = [g for g, version in gradients if g is not None and g._version == version]
+        if len(untouched) != len(seen):
             return None
-        return measure_total(alive, measured.norm_type, measured.norms.device)
+        return measure_total(untouched, measured.norm_type, measured.norms.device)
 
-    held = [p.grad for p in parameters if p.grad is not None]
-    seen = [(weakref.ref(g), g._version) for g in held]
     return norm
