@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 
 import torch
 
@@ -35,7 +36,7 @@ class Row:
         try:
             return self.policy.spec
         except TypeError:
-            return repr(self.policy)
+            return re.sub(r" at 0x[0-9a-f]+", "", repr(self.policy))  # the same in every worker of pytest-xdist
 
 
 ROWS = [
