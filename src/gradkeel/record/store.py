@@ -164,7 +164,8 @@ class Store:
                     series.fill,
                 )
             )
-            yield offset + skip, rows[skip : last - offset : stride]
+            rows = rows[skip : last - offset : stride]
+            yield offset + skip, rows if stride == 1 else rows.clone()  # a view would keep the whole block
 
     def block_summaries(self, first: int, last: int) -> Tensor:
         """[b, 3, n] lowest, median and highest norm of each parameter in each of the blocks ``first`` to ``last``."""

@@ -294,7 +294,6 @@ def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=_WAIT_SECONDS, isolation_level=None, check_same_thread=False)
     try:
         if is_empty(connection, path):
-            connection.execute("PRAGMA page_size=16384")  # blobs of some 100 KB: fewer pages to chain
             connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
         check(connection, path, may_be_empty=True)
         # Readers do not stop the writer, and a killed process leaves whole transactions. Where the file system
