@@ -1,0 +1,324 @@
+"""Who falls into which trap: the same few lines of training code, run with gradkeel and with each installed peer.
+
+    python -m benchmarks.traps            # prints the table
+    python -m benchmarks.traps --write    # also writes it into docs/comparison.md
+
+Nothing here is claimed, everything is run. The oracle is float64, one process, the window's items as one batch. A
+peer is used as its own documentation shows it; where a trap is about something that a peer has no words for, the
+cell says so.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import io
+import json
+import logging
+import math
+import platform
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from benchmarks.trap_trainers import TRAINERS, Train, exact, make_batches, make_model
+from torch import Tensor, nn
+
+import gradkeel as gk
+
+BEGIN, END = "<!-- traps:begin -->", "<!-- traps:end -->"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a contender did in a trap: right, or what went wrong."""
+
+    is_right: bool | None
+    words: str
+
+    def __str__(self) -> str:
+        """The cell as it stands in the table."""
+        mark = {True: "right", False: "**falls in**", None: "-"}[self.is_right]
+        return f"{mark}: {self.words}" if self.words else mark
+
+
+def same_as_oracle(train: Train, counts: Sequence[int], steps: int, bound: float | None) -> Cell:
+    """Train on micro-batches of these sizes and compare the update with the oracle's."""
+    batches = make_batches(counts)
+    start = nn.utils.parameters_to_vector(make_model().parameters()).detach().double()
+    want = exact(batches, steps, bound) - start
+    got = train(batches, steps, bound).double() - start
+    if not torch.isfinite(got).all():
+        return Cell(is_right=False, words="the weights are NaN")
+    error = float((got - want).norm() / want.norm())
+    return Cell(is_right=error < 1e-5, words="" if error < 1e-5 else f"off by {error:.2g}")
+
+
+def skips_nonfinite(train: Train) -> Cell:
+    """One NaN target in the first of two windows: the second one's update should be all that happens."""
+    batches = make_batches([4, 4])
+    batches[0] = (batches[0][0], torch.full((4, 1), math.nan))
+    start = nn.utils.parameters_to_vector(make_model().parameters()).detach().double()
+    want = exact(batches[1:], 1, 1.0) - start
+    got = train(batches, 1, 1.0).double() - start
+    if not torch.isfinite(got).all():
+        return Cell(is_right=False, words="the weights are NaN from then on")
+    return Cell(is_right=float((got - want).norm() / want.norm()) < 1e-5, words="")
+
+
+TRAINING_TRAPS: dict[str, Callable[[Train], Cell]] = {
+    "1 partition_invariance: micro-batches of 3 and 50 items": lambda t: same_as_oracle(t, [3, 50], 2, None),
+    "1 the same, clipped": lambda t: same_as_oracle(t, [3, 50], 2, 0.5),
+    "2 short_last_window: 7 equal micro-batches, window 4": lambda t: same_as_oracle(t, [4] * 7, 4, None),
+    "3 zero_weight: a micro-batch without items": lambda t: same_as_oracle(t, [3, 0], 2, None),
+    "8 clip_once_per_window: 4 equal micro-batches, clipped": lambda t: same_as_oracle(t, [4] * 4, 4, 0.5),
+    "10 nonfinite_skip: one NaN batch": skips_nonfinite,
+}
+
+
+# ---- clipping functions: gradients in, clipped gradients out ---------------------------------------------------
+
+
+def _leaf(values: Tensor) -> nn.Parameter:
+    parameter = nn.Parameter(
+        torch.zeros_like(values), requires_grad=values.is_floating_point() or values.is_complex()
+    )
+    parameter.grad = values.clone()
+    return parameter
+
+
+def _clipped_norm(clip: Callable[..., Tensor], gradients: list[Tensor], norm: float) -> Cell:
+    """Clip to norm 1: the returned norm should be ``norm``, the clipped one 1 (to the dtype's rounding)."""
+    parameters = [_leaf(g) for g in gradients]
+    returned = float(clip(parameters, 1.0))
+    after = math.sqrt(sum(float(p.grad.double().square().sum()) for p in parameters if p.grad is not None))
+    if math.isclose(returned, norm, rel_tol=1e-3) and math.isclose(after, 1.0, rel_tol=1e-2):
+        return Cell(is_right=True, words="")
+    return Cell(is_right=False, words=f"norm {returned:.4g}, after clipping {after:.4g}")
+
+
+def _keeps_finite_entries(clip: Callable[..., Tensor]) -> Cell:
+    parameters = [_leaf(torch.tensor([1.0, 2.0])), _leaf(torch.tensor([math.inf, 1.0]))]
+    clip(parameters, 1.0)
+    left = parameters[0].grad
+    return Cell(
+        is_right=bool(torch.equal(left, torch.tensor([1.0, 2.0]))),
+        words=f"[1, 2] beside an inf becomes {left.tolist()}",
+    )
+
+
+def _tied(clip: Callable[..., Tensor]) -> Cell:
+    parameter = _leaf(torch.tensor([3.0, 4.0]))
+    norm = float(clip([parameter, parameter], 100.0))
+    return Cell(is_right=norm == 5.0, words=f"norm of [3, 4] given twice is {norm:.4g}")
+
+
+def _negative(clip: Callable[..., Tensor]) -> Cell:
+    parameter = _leaf(torch.tensor([3.0, 4.0]))
+    try:
+        clip([parameter], -1.0)
+    except (TypeError, ValueError) as error:
+        return Cell(is_right=True, words=type(error).__name__)
+    return Cell(
+        is_right=False,
+        words=f"max_norm=-1 turns [3, 4] into {[round(v, 3) for v in parameter.grad.tolist()]}",
+    )
+
+
+def _sparse(clip: Callable[..., Tensor]) -> Cell:
+    parameter = nn.Parameter(torch.zeros(3, 1))
+    parameter.grad = torch.sparse_coo_tensor(
+        torch.tensor([[0, 0, 2]]), torch.tensor([[1.0], [2.0], [4.0]]), (3, 1)
+    )
+    try:
+        norm = float(clip([parameter], 1.0))
+    except (RuntimeError, NotImplementedError) as error:
+        return Cell(is_right=False, words=type(error).__name__)
+    return Cell(is_right=math.isclose(norm, 5.0, rel_tol=1e-6), words=f"norm {norm:.4g}")
+
+
+def _complex_value(clip_value: Callable[..., None]) -> Cell:
+    parameter = _leaf(torch.tensor([3.0 + 0.5j]))
+    try:
+        clip_value([parameter], 1.0)
+    except RuntimeError as error:
+        return Cell(is_right=False, words=type(error).__name__)
+    return Cell(is_right=complex(parameter.grad[0]) == 1.0 + 0.5j, words="")
+
+
+def function_traps() -> dict[str, tuple[Cell, Cell]]:
+    """Each trap of the clipping functions for gradkeel and for torch, which the other peers call."""
+    half = [torch.full((1000,), 3000.0, dtype=torch.float16)]
+    tests: dict[str, Callable[[Callable[..., Tensor]], Cell]] = {
+        "12 finite_overflow_fp32: 100 entries of 1e20": lambda c: _clipped_norm(
+            c, [torch.full((100,), 1e20)], 1e21
+        ),
+        "12 finite_underflow_fp32: 100 entries of 1e-25, bound 1": _underflow,
+        "13 finite_overflow_fp16: 1,000 entries of 3,000": lambda c: _clipped_norm(c, half, 94868.3),
+        "10 one inf beside finite entries": _keeps_finite_entries,
+        "19 tied_parameters: a parameter given twice": _tied,
+        "23 inputs: a negative bound": _negative,
+        "25 sparse: duplicate indices": _sparse,
+    }
+    table = {name: (test(gk.clip_grad_norm_), test(nn.utils.clip_grad_norm_)) for name, test in tests.items()}
+    table["37 complex: clipped by value"] = (
+        _complex_value(gk.clip_grad_value_),
+        _complex_value(nn.utils.clip_grad_value_),
+    )
+    return table
+
+
+def _underflow(clip: Callable[..., Tensor]) -> Cell:
+    norm = float(clip([_leaf(torch.full((100,), 1e-25))], 1.0))
+    return Cell(is_right=math.isclose(norm, 1e-24, rel_tol=1e-5), words="" if norm else "norm 0")
+
+
+# ---- mixed precision -------------------------------------------------------------------------------------------
+
+
+def loss_scale_traps() -> dict[str, tuple[Cell, Cell]]:
+    """The loss scale: the idiom with its one line forgotten against the guard, where there is no such line."""
+
+    def run(*, guarded: bool) -> float:
+        weight = nn.Parameter(torch.zeros(2))
+        optimizer = torch.optim.SGD([weight], lr=1.0)
+        if guarded:
+            gk.attach(optimizer, gk.ClipByGlobalNorm(1.0))
+        scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
+        scaler.scale((weight * torch.tensor([30.0, 40.0])).sum()).backward()
+        if not guarded:
+            nn.utils.clip_grad_norm_(
+                [weight], 1.0
+            )  # before scaler.unscale_: the line that most people forget
+        scaler.step(optimizer)
+        return float(weight.detach().norm())
+
+    def cell(norm: float) -> Cell:
+        return Cell(is_right=math.isclose(norm, 1.0, rel_tol=1e-5), words=f"the update's norm is {norm:.2g}")
+
+    def low_precision(dtype: torch.dtype | None, *, guarded: bool) -> Cell:
+        weight = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+        optimizer = torch.optim.SGD([weight], lr=1.0)
+        parts = [1.0] + [0.003] * 256
+        if guarded:
+            accumulate = gk.Accumulator(gk.attach(optimizer, None), len(parts), accumulate_dtype=dtype)
+            for micro in accumulate(parts):
+                with micro:
+                    micro.backward(weight.sum() * micro.batch, weight=1 / len(parts))
+                if micro.closes_window:
+                    optimizer.step()
+        else:
+            for part in parts:
+                (weight.sum() * part).backward()
+            optimizer.step()
+        total = -float(weight.detach())
+        return Cell(is_right=math.isclose(total, 1.768, rel_tol=2**-8), words=f"sum {total:.4g}")
+
+    return {
+        "6 unscale_order: loss scale 65536, bound 1": (cell(run(guarded=True)), cell(run(guarded=False))),
+        "14 low_precision_accumulation: 1 + 256 x 0.003 in bfloat16": (
+            low_precision(torch.float32, guarded=True),
+            low_precision(None, guarded=False),
+        ),
+    }
+
+
+# ---- the table ------------------------------------------------------------------------------------------------
+
+
+def optax_cells(python: Path) -> dict[str, Cell]:
+    """What optax does, run in the environment of the peers; empty where there is none."""
+    if not python.exists():
+        return {}
+    script = Path(__file__).with_name("traps_optax.py")
+    found = json.loads(subprocess.run([python, script], capture_output=True, text=True, check=True).stdout)
+    cells = {name: Cell(is_right=right, words=words) for name, (right, words) in found["cells"].items()}
+    return {**cells, "version": Cell(is_right=None, words=found["version"])}
+
+
+def training_table() -> list[str]:
+    """One row a trap, one column a contender."""
+    lines = ["| trap | " + " | ".join(TRAINERS) + " |", "|---" * (len(TRAINERS) + 1) + "|"]
+    for name, trap in TRAINING_TRAPS.items():
+        cells = []
+        for train in TRAINERS.values():
+            with contextlib.redirect_stdout(io.StringIO()):
+                try:
+                    cells.append(str(trap(train)))
+                except ImportError as error:
+                    cells.append(str(Cell(is_right=None, words=f"{error.name} is not installed")))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def function_table(optax: dict[str, Cell]) -> list[str]:
+    """The traps of single calls, where every peer but optax calls torch's function."""
+    lines = ["| trap | gradkeel | torch (and whoever calls it) | optax |", "|---|---|---|---|"]
+    for name, (mine, theirs) in {**function_traps(), **loss_scale_traps()}.items():
+        other = next((str(cell) for start, cell in optax.items() if name.startswith(start)), "-")
+        lines.append(f"| {name} | {mine} | {theirs} | {other} |")
+    if "partition" in optax:
+        lines.append(
+            f"| 1 partition_invariance: means of 3 and 50 items | right (above) | (above) | {optax['partition']} |"
+        )
+    return lines
+
+
+def versions() -> str:
+    """What was run, in one line."""
+    found = [f"Python {platform.python_version()}"]
+    for package in ("torch", "accelerate", "lightning", "transformers"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{package} {importlib.metadata.version(package)}")
+    return ", ".join(found)
+
+
+def write(text: str, path: Path) -> None:
+    """Put the tables between their markers."""
+    page = path.read_text() if path.exists() else f"# Comparison with peers\n\n{BEGIN}\n{END}\n"
+    if BEGIN not in page:
+        page = f"{page.rstrip()}\n\n{BEGIN}\n{END}\n"
+    before, rest = page.split(BEGIN)
+    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+
+
+def main() -> None:
+    """Run everything and print it."""
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    arguments.add_argument(
+        "--peers-python", type=Path, default=Path(".venv-peers/bin/python"), help="a Python that has optax"
+    )
+    arguments.add_argument("--write", action="store_true", help="write the tables into docs/comparison.md")
+    chosen = arguments.parse_args()
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")  # peers warn of much that is not the trap
+    optax = optax_cells(chosen.peers_python)
+    with_optax = f", optax {optax['version'].words}" if optax else ""
+    lines = [
+        "## Who falls into which trap",
+        "",
+        f"Written by `python -m benchmarks.traps --write` on {datetime.now(UTC).date().isoformat()} with {versions()}{with_optax}.",
+        "Each cell is a run; the oracle is float64, one process, the window's items as one batch.",
+        "",
+        "### Training loops, each as its own documentation shows it",
+        "",
+        *training_table(),
+        "",
+        "### Single calls",
+        "",
+        *function_table(optax),
+    ]
+    text = "\n".join(lines)
+    sys.stdout.write(text + "\n")
+    if chosen.write:
+        write(text, Path("docs/comparison.md"))
+
+
+if __name__ == "__main__":
+    main()
