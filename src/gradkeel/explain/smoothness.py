@@ -145,8 +145,7 @@ class SmoothnessProbe:
     training bit by bit as it is without it. A skipped step is not measured.
 
     A measurement costs K + 1 gradients of ``loss``, two more copies of the parameters, and syncs the host; the other
-    steps cost nothing. Fit (L0, L1) to runs of plain SGD only: under Adam the step does not follow the gradient, and
-    the relation between the two says nothing about a bound.
+    steps cost nothing.
 
     Args:
         optimizer: the optimizer whose steps are measured.
@@ -179,6 +178,7 @@ class SmoothnessProbe:
         points: int = 4,
     ) -> None:
         self.loss = loss
+        self._optimizer = optimizer
         self.every = at_least_one("SmoothnessProbe", "every", every)
         self.points = at_least_one("SmoothnessProbe", "points", points)
         self._module = model
@@ -197,9 +197,20 @@ class SmoothnessProbe:
         return tuple(self._measurements)
 
     def fit(self) -> SmoothnessFit:
-        """Fit (L0, L1) to the measurements that stand out of rounding noise; see `fit_smoothness`."""
+        """Fit (L0, L1) to the measurements that stand out of rounding noise; see `fit_smoothness`.
+
+        Other optimizers than plain SGD get the correlation and no (L0, L1), and ``related`` is False.
+        """
         chosen = [m for m in self._measurements if m.resolved]
-        return fit_smoothness([m.norm for m in chosen], [m.smoothness for m in chosen])
+        fit = fit_smoothness([m.norm for m in chosen], [m.smoothness for m in chosen])
+        return (
+            fit
+            if is_plain_sgd(self._optimizer)
+            else fit.without_constants(
+                f"no (L0, L1) is fitted under {type(self._optimizer).__name__} (or momentum): its steps do not follow the "
+                "gradient, so a bound on the gradient's norm does not bound them"
+            )
+        )
 
     def detach(self) -> None:
         """Take the hooks off the optimizer; the measurements stay."""
@@ -231,6 +242,13 @@ class SmoothnessProbe:
             step=self._steps,
         )
         self._measurements.append(measured)
+
+
+def is_plain_sgd(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step is the learning rate times the gradient (weight decay aside)."""
+    return type(optimizer) is torch.optim.SGD and all(
+        not group["momentum"] for group in optimizer.param_groups
+    )
 
 
 def trainable(model: nn.Module | Iterable[Tensor]) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -53,6 +53,20 @@ class SmoothnessFit:
     slope_interval: Interval
     related: bool
     reason: str
+
+    def without_constants(self, reason: str) -> "SmoothnessFit":
+        """The correlation and slope alone, not related for the ``reason`` given."""
+        nan = (math.nan, math.nan)
+        return replace(
+            self,
+            L0=math.nan,
+            L1=math.nan,
+            L0_interval=nan,
+            L1_interval=nan,
+            envelope=nan,
+            related=False,
+            reason=reason,
+        )
 
     @property
     def max_step(self) -> float | None:
@@ -183,7 +197,8 @@ def _fit_rows(n: Tensor, smoothness: Tensor) -> tuple[Tensor, Tensor]:
         width = (high - low) / 32
         centre = grid.gather(1, best)[:, 0]
         low, high = centre - width, centre + width
-    ratio = centre.exp()
+    # A ratio that no norm comes near is no constant that the pairs could show.
+    ratio = torch.where(centre.exp() < 0.01 * n.amin(1), 0.0, centre.exp())
     l1 = (target - (ratio[:, None] + n).log()).mean(1).exp()
     return ratio * l1, l1
 

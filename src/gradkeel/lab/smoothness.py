@@ -1,6 +1,7 @@
 """Train a task with the smoothness probe attached, for ``gradkeel smoothness`` and the experiments."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -9,7 +10,10 @@ import gradkeel as gk
 from gradkeel.explain.smoothness import LocalSmoothness, SmoothnessProbe
 from gradkeel.explain.smoothness_fit import SmoothnessFit
 from gradkeel.lab.task import Task, endless
+from gradkeel.lab.words import bound_of, count
 from gradkeel.policies import parse
+from gradkeel.report.page import Line, Section, page
+from gradkeel.report.smoothness_figures import smoothness_figure
 
 
 @dataclass(frozen=True)
@@ -79,4 +83,73 @@ def probed_run(
         losses=tuple(losses),
         measurements=probe.measurements,
         fit=probe.fit(),
+    )
+
+
+def default_policy(task: Task) -> str:
+    """The first of the task's policies that bounds the global norm, else the first that clips, else none."""
+    clipping = [policy for policy in task.policies if parse(policy).policy is not None]
+    return next((policy for policy in clipping if policy.startswith("global-norm")), (clipping or ["none"])[0])
+
+
+def words(run: ProbedRun) -> list[Line]:
+    """What was found, the constants, and which bound follows, as labelled lines."""
+    fit, bound = run.fit, bound_of(run.policy)
+    lines = [Line("FOUND", fit.reason)]
+    if not fit.related:
+        return [*lines, Line("BOUND", "none follows from these measurements; see gradkeel explain for the norms' own advice")]
+    l0, l1 = fit.envelope
+    fitted = (
+        f"L0 = {fit.L0:.3g} ({fit.L0_interval[0]:.3g} to {fit.L0_interval[1]:.3g}), L1 = {fit.L1:.3g} "
+        f"({fit.L1_interval[0]:.3g} to {fit.L1_interval[1]:.3g}); no measurement exceeds L0 = {l0:.3g}, L1 = {l1:.3g}"
+    )
+    safe = fit.safe_bound(run.lr)
+    if safe is None:
+        advice = f"none makes lr {run.lr:g} safe: it is above 1 / L0 = {1 / l0:.3g}; take a lower learning rate"
+    else:
+        advice = (
+            f"{safe:.3g} or less at lr {run.lr:g}: no step then increases the loss of its own batch, by the largest "
+            "smoothness measured; conservative, training often goes well above it"
+        )
+    used = "" if bound is None else f"; this run had lr * bound = {run.lr * bound:.3g}"
+    step = f"lr * bound below {fit.max_step:.3g} at any learning rate: when you halve lr, double the bound{used}"
+    return [*lines, Line("FIT", fitted), Line("BOUND", advice), Line("STEP", step)]
+
+
+def document(run: ProbedRun) -> dict[str, Any]:
+    """The run as plain numbers, lists and dicts; a number that is not finite is None."""
+    result = {
+        "task": run.task,
+        "policy": run.policy,
+        "lr": run.lr,
+        "seed": run.seed,
+        "optimizer": run.optimizer,
+        "losses": run.losses,
+        "fit": asdict(run.fit),
+        "safe_bound": run.fit.safe_bound(run.lr),
+        "max_step": run.fit.max_step,
+        "measurements": [asdict(m) for m in run.measurements],
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(result), parse_constant=lambda _: None)
+    return plain
+
+
+def smoothness_page(run: ProbedRun) -> str:
+    """The page of a run, as HTML.
+
+    Raises:
+        MissingExtraError: without plotly.
+    """
+    subtitle = (
+        f"{run.policy} at lr {run.lr:g}, seed {run.seed}: {count(len(run.losses), 'step')}, "
+        f"{count(len(run.measurements), 'measurement')}"
+    )
+    text = (
+        "Each point is one step: how fast the gradient changed along it, against the gradient's norm where it began, "
+        "both on the batch that the step was made with. The line is the fit, the dotted one its smallest multiple that no "
+        "point exceeds."
+    )
+    figure = smoothness_figure(run.measurements, run.fit)
+    return page(
+        f"gradkeel smoothness {run.task}", subtitle, words(run), [Section("Smoothness and gradient norm", text, figure=figure)]
     )

@@ -112,3 +112,47 @@ def noise_scale() -> Outcome:
         f"known 100; from the parts {values[0]:.1f}, from the running sums {values[1]:.1f}, naive {naive:.1f}",
         all(abs(value / 100 - 1) < 0.03 for value in values) and abs(naive / 100 - 1) > 0.2,
     )
+
+
+def displacement(how: str, policy: gk.policies.Policy | None) -> Tensor:
+    """[all parameters] what one SGD step on 53 items does, in float64: "full", "exact" or "mean of means"."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 1)).double()
+    inputs = torch.randn(53, 6, dtype=torch.float64)
+    # The first three items are unlike the others, as a short sequence often is.
+    targets = inputs.sum(1, keepdim=True) + torch.where(torch.arange(53) < 3, 5.0, 0.0)[:, None]
+    parts = [slice(0, 3), slice(3, 53)]
+    before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = gk.attach(optimizer, policy, model=model)
+
+    def loss(rows: slice, reduction: str) -> Tensor:
+        return nn.functional.mse_loss(model(inputs[rows]), targets[rows], reduction=reduction)
+
+    if how == "exact":
+        for micro in gk.Accumulator(guard, steps=2)(parts):
+            with micro:
+                micro.backward(loss(micro.batch, "sum"), weight=micro.batch.stop - micro.batch.start)
+    elif how == "mean of means":
+        for rows in parts:
+            (loss(rows, "mean") / len(parts)).backward()
+    else:
+        loss(slice(0, 53), "mean").backward()
+    optimizer.step()
+    guard.detach()
+    return nn.utils.parameters_to_vector(model.parameters()).detach() - before
+
+
+@experiment("R13", "Accumulated micro-batches equal the full batch", "float64 < 1e-12; mean-of-means off by > 10%")
+def accumulation() -> Outcome:
+    """Micro-batches of 3 and 50 items through the accumulator, unclipped and clipped to a norm of 0.1."""
+    exact, means = [], []
+    for policy in (None, gk.ClipByGlobalNorm(0.1)):
+        full = displacement("full", policy)
+        size = torch.linalg.vector_norm(full)
+        exact.append(float(torch.linalg.vector_norm(displacement("exact", policy) - full) / size))
+        means.append(float(torch.linalg.vector_norm(displacement("mean of means", policy) - full) / size))
+    return Outcome(
+        f"exact {max(exact):.1e}; mean of means off by {means[0]:.0%} unclipped, {means[1]:.0%} clipped",
+        max(exact) < 1e-12 and min(means) > 0.1,
+    )

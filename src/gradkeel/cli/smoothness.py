@@ -1,0 +1,69 @@
+"""``gradkeel smoothness``: train with the probe, say whether smoothness grows with the gradient norm, and draw it."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gradkeel.cli.errors import reported
+
+if TYPE_CHECKING:
+    from gradkeel.lab.smoothness import ProbedRun
+
+
+@reported
+def command(
+    task: Annotated[str, typer.Argument(help="a built-in task, or yours: mypkg.mymodule:make_task")] = "char-lstm",
+    policy: Annotated[str | None, typer.Option(help="a policy, such as none or global-norm:0.25")] = None,
+    lr: Annotated[float | None, typer.Option(help="learning rate (default: the task's highest)")] = None,
+    steps: Annotated[int | None, typer.Option(help="optimizer steps")] = None,
+    seed: Annotated[int, typer.Option(help="of weights and batches")] = 0,
+    every: Annotated[int, typer.Option(help="measure one step in so many")] = 2,
+    points: Annotated[int, typer.Option(help="gradients along each step measured")] = 4,
+    out: Annotated[Path, typer.Option(help="directory for the page, pictures and JSON")] = Path("gradkeel-smoothness"),
+    as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON, and nothing else, to stdout")] = False,
+) -> None:
+    """Train a task, measure local smoothness along its steps, and say which bound on the gradient norm follows."""
+    from gradkeel.lab.smoothness import default_policy, document, probed_run, words
+    from gradkeel.lab.task import load_task
+
+    loaded = load_task(task)
+    run = probed_run(
+        loaded,
+        policy=policy or default_policy(loaded),
+        lr=lr or max(loaded.learning_rates),
+        seed=seed,
+        steps=steps or loaded.steps,
+        every=every,
+        points=points,
+    )
+    text = json.dumps(document(run), allow_nan=False)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "smoothness.json").write_text(text + "\n", encoding="utf-8")
+    written = [out / "smoothness.json", *_write_figures(run, out)]
+    if as_json:
+        print(text)
+        return
+    for line in words(run):
+        print(f"{line.label:6} {line.text}")
+    print(f"Written: {', '.join(map(str, written))}")
+
+
+def _write_figures(run: "ProbedRun", out: Path) -> list[Path]:
+    """Write page and pictures, or say on stderr which extra they need; what was written."""
+    from gradkeel.errors import MissingExtraError
+    from gradkeel.lab.smoothness import smoothness_page
+    from gradkeel.report.smoothness_figures import save_smoothness
+
+    written = []
+    try:
+        (out / "smoothness.html").write_text(smoothness_page(run), encoding="utf-8")
+        written.append(out / "smoothness.html")
+        for path in (out / "smoothness.png", out / "smoothness.svg"):
+            save_smoothness(path, run.measurements, run.fit, title=f"{run.task}, {run.policy}, lr {run.lr:g}")
+            written.append(path)
+    except MissingExtraError as error:
+        print(f"Not everything was written: {error}", file=sys.stderr)
+    return written
