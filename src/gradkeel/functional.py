@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterable, Iterator
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -119,6 +120,7 @@ def get_total_norm(
     Does not sync the host on an accelerator, except for ``error_if_nonfinite``.
     """
     given = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    _check_tensors("get_total_norm", "tensors", given)
     if any(isinstance(tensor, nn.Parameter) for tensor in given):
         raise TypeError(
             "get_total_norm(tensors=...): parameters were given, whose norm is that of the weights; pass the gradients "
@@ -139,11 +141,7 @@ def _parameters(function: str, parameters: Tensor | Iterable[Tensor]) -> list[Te
                 "call model.parameters() again",
                 stacklevel=4,
             )
-    for tensor in given:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(
-                f"{function}(parameters=...): parameters must be tensors, not {type(tensor).__name__}"
-            )
+    _check_tensors(function, "parameters", given)
     if given and not any(isinstance(t, nn.Parameter) or t.requires_grad or t.grad is not None for t in given):
         raise TypeError(
             f"{function}(parameters=...): these tensors have no .grad and need none, so they look like gradients; "
@@ -152,10 +150,20 @@ def _parameters(function: str, parameters: Tensor | Iterable[Tensor]) -> list[Te
     return list({id(tensor): tensor for tensor in given}.values())
 
 
+def _check_tensors(function: str, argument: str, given: list[Tensor]) -> None:
+    for tensor in given:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"{function}({argument}=...): {argument} must be tensors, not {type(tensor).__name__}"
+            )
+
+
 def _bound(function: str, argument: str, value: float) -> float:
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(
+        value, Real
+    ):  # NumPy's numbers are Real, as in torch's functions
         raise TypeError(
             f"{function}({argument}={value!r}): {argument} must be a number, not {type(value).__name__}"
         )
