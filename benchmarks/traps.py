@@ -303,7 +303,8 @@ def main() -> None:
     lines = [
         "## Who falls into which trap",
         "",
-        f"Written by `python -m benchmarks.traps --write` on {datetime.now(UTC).date().isoformat()} with {versions()}{with_optax}.",
+        f"Written by `python -m benchmarks.traps --write` on {datetime.now(UTC).date().isoformat()}",
+        f"with {versions()}{with_optax}.",
         "Each cell is a run; the oracle is float64, one process, the window's items as one batch.",
         "",
         "### Training loops, each as its own documentation shows it",
