@@ -1,0 +1,173 @@
+"""What a report says of a step, and when it reads it."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import gradkeel as gk
+import reference
+from optimizers import CASES
+
+
+def guarded(policy, *gradients, make=torch.optim.SGD, **arguments):
+    """A guard after one step on these gradients."""
+    parameters = [nn.Parameter(torch.ones(len(g) if g is not None else 2)) for g in gradients]
+    guard = gk.attach(make(parameters, lr=0.1), policy, **arguments)
+    give(guard, *gradients)
+    guard.optimizer.step()
+    return guard
+
+
+def give(guard, *gradients):
+    for parameter, gradient in zip(guard.parameters, gradients, strict=True):
+        parameter.grad = None if gradient is None else torch.tensor(gradient)
+
+
+def test_before_the_first_step():
+    guard = gk.attach(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1), gk.ClipByGlobalNorm(1.0))
+    report = guard.report
+    assert (report.step, report.stepped, report.reason, report.norm) == (0, False, "no step yet", 0.0)
+    assert (report.coefficient, report.clipped, report.norms) == (1.0, False, {})
+    assert "no step yet" in repr(report)
+
+
+def test_a_clipped_step():
+    guard = guarded("global-norm:1.0", [3.0, 0.0], [0.0, 4.0], None)
+    report = guard.report
+    assert (report.step, report.norm_type, report.norm) == (1, 2.0, 5.0)
+    assert report.clipped_norm == pytest.approx(1.0, rel=1e-12)
+    assert report.coefficient == pytest.approx(0.2, rel=1e-12)
+    assert (report.clipped, report.stepped, report.reason) == (True, True, None)
+    assert report.norms == {"0": 3.0, "1": 4.0}
+    assert repr(report) == "StepReport(step 1, 2-norm 5 -> 1, coefficient 0.2, clipped, stepped)"
+
+
+def test_a_step_below_the_bound():
+    report = guarded("global-norm:10.0", [3.0, 4.0]).report
+    assert (report.norm, report.clipped_norm, report.coefficient, report.clipped) == (5.0, 5.0, 1.0, False)
+    assert repr(report) == "StepReport(step 1, 2-norm 5, coefficient 1, not clipped, stepped)"
+
+
+def test_each_tensor_has_its_coefficient():
+    report = guarded("norm:1.0", [3.0, 4.0], [0.6, 0.0]).report
+    (main, _) = report.selections
+    assert main.coefficients == {"0": pytest.approx(0.2), "1": 1.0}
+    assert report.coefficient == pytest.approx(0.2)
+    assert report.clipped_norm == pytest.approx(reference.norm([torch.tensor([1.0, 0.6])]), rel=1e-6)
+    assert main.bound() == 1.0
+
+
+def test_the_norm_type_is_named():
+    report = guarded("global-norm:1.0,norm_type=inf", [3.0, 4.0]).report
+    assert (report.norm_type, report.norm) == (math.inf, 4.0)
+    assert "inf-norm 4 -> 1" in repr(report)
+    # excluded parameters are measured in the same norm
+    assert report.selections[-1].measured.norm_type == math.inf
+
+
+def test_the_last_report_stays_and_old_ones_keep_their_numbers():
+    guard = guarded("global-norm:1.0", [3.0, 4.0])
+    first = guard.report
+    give(guard, [6.0, 8.0])
+    guard.optimizer.step()
+    assert (first.step, first.norm, guard.report.step, guard.report.norm) == (1, 5.0, 2, 10.0)
+
+
+@pytest.mark.filterwarnings("ignore::gradkeel.errors.SkippedStepWarning")
+def test_a_skipped_step():
+    report = guarded("norm:1.0", [30.0, 40.0], [math.nan, 1.0]).report
+    assert (report.stepped, report.clipped, report.coefficient) == (False, False, 1.0)
+    assert report.norms["0"] == 50.0
+    assert math.isnan(report.norm)
+    assert "SKIPPED: step 1: the gradient of '1' is not finite (NaN)" in repr(report)
+
+
+def test_as_html_for_notebooks():
+    html = guarded("norm:1.0", [3.0, 4.0]).report._repr_html_()
+    assert "<td>0</td><td>5</td>" in html
+
+
+# -- the norm after a value or unit clip ------------------------------------------------------------------------
+
+
+def test_value_clips_measure_what_is_left_when_it_is_read():
+    guard = guarded("value:1.0", [3.0, 0.5])
+    assert guard.report.clipped
+    assert guard.report.clipped_norm == pytest.approx(math.hypot(1.0, 0.5), rel=1e-7)
+    give(guard, [0.3, 0.4])
+    guard.optimizer.step()
+    assert not guard.report.clipped
+    assert guard.report.clipped_norm == guard.report.norm == pytest.approx(0.5, rel=1e-6)
+
+
+def test_value_clips_do_not_measure_what_has_changed_since():
+    guard = guarded("value:1.0", [3.0, 0.5])
+    guard.parameters[0].grad.zero_()
+    assert guard.report.clipped_norm is None
+    guard = guarded("value:1.0", [3.0, 0.5])
+    guard.optimizer.zero_grad()
+    assert guard.report.clipped_norm is None
+    assert "2-norm" in repr(guard.report)
+    guard = guarded("value:1.0", [0.3, 0.5])
+    guard.optimizer.zero_grad()
+    assert guard.report.clipped_norm == guard.report.norm
+
+
+def test_value_clips_with_one_sided_limits():
+    assert guarded("value:-0.5,1", [-0.4, 0.9]).report.clipped is False
+    assert guarded("value:-0.5,1", [-0.6, 0.9]).report.clipped is True
+    assert guarded("value:-0.5,1", [-0.4, 1.1]).report.clipped_norm == pytest.approx(math.hypot(0.4, 1.0))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_norm_after_a_value_clip_is_right_or_none_under_every_optimizer(case):
+    model, loss = case.problem()
+    optimizer = case.make(list(model.parameters()))
+    guard = gk.attach(optimizer, "value:0.05", model=model)
+    clamped = []
+    optimizer.register_step_pre_hook(
+        lambda optimizer, args, kwargs: clamped.append(
+            reference.norm([p.grad for p in model.parameters() if p.grad is not None])
+        )
+    )
+    case.step(optimizer, lambda: loss(0))
+    assert guard.report.clipped
+    if not case.closure:
+        assert guard.report.clipped_norm in (None, pytest.approx(clamped[0], rel=2e-6))
+
+
+def test_unit_clips_know_the_norm_after():
+    parameter = nn.Parameter(torch.ones(2, 2))
+    guard = gk.attach(torch.optim.SGD([parameter], lr=0.1), "agc:0.01")
+    parameter.grad = torch.tensor([[3.0, 4.0], [0.001, 0.0]])
+    guard.optimizer.step()
+    left = reference.norm([parameter.grad])
+    guard.optimizer.zero_grad()
+    assert guard.report.clipped_norm == pytest.approx(left, rel=1e-6)
+    # a unit of weights (1, 1) may have a gradient of 0.01 times its norm
+    assert guard.report.coefficient == pytest.approx(0.01 * 2**0.5 / 5, rel=1e-6)
+
+
+# -- lazily --------------------------------------------------------------------------------------------------------
+
+
+def test_tensors_of_a_report_are_on_the_device_and_in_float64():
+    report = guarded("norm:1.0", [3.0, 4.0]).report
+    main = report.selections[0]
+    for tensor in (
+        main.measured.norms,
+        main.measured.total,
+        main.parameter_coefficients(),
+        main.clipped_total(),
+    ):
+        assert tensor.dtype == torch.float64
+        assert tensor.device == main.measured.norms.device
+    assert main.was_clipped().dtype == torch.bool
+    assert report.stepped_tensor().item() is True
+    assert report.stepped_or_pending is True
+
+
+def test_no_gradient_no_row():
+    assert guarded(None, [3.0, 4.0], None).report.norms == {"0": 5.0}
