@@ -15,15 +15,21 @@ if TYPE_CHECKING:
 
 @reported
 def command(
-    task: Annotated[str, typer.Argument(help="a built-in task, or yours: mypkg.mymodule:make_task")] = "char-lstm",
+    task: Annotated[
+        str, typer.Argument(help="a built-in task, or yours: mypkg.mymodule:make_task")
+    ] = "char-lstm",
     policy: Annotated[str | None, typer.Option(help="a policy, such as none or global-norm:0.25")] = None,
     lr: Annotated[float | None, typer.Option(help="learning rate (default: the task's highest)")] = None,
     steps: Annotated[int | None, typer.Option(help="optimizer steps")] = None,
     seed: Annotated[int, typer.Option(help="of weights and batches")] = 0,
     every: Annotated[int, typer.Option(help="measure one step in so many")] = 2,
     points: Annotated[int, typer.Option(help="gradients along each step measured")] = 4,
-    out: Annotated[Path, typer.Option(help="directory for the page, pictures and JSON")] = Path("gradkeel-smoothness"),
-    as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON, and nothing else, to stdout")] = False,
+    out: Annotated[Path, typer.Option(help="directory for the page, pictures and JSON")] = Path(
+        "gradkeel-smoothness"
+    ),
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print the result as JSON, and nothing else, to stdout")
+    ] = False,
 ) -> None:
     """Train a task, measure local smoothness along its steps, and say which bound on the gradient norm follows."""
     from gradkeel.lab.smoothness import default_policy, document, probed_run, words

@@ -207,8 +207,8 @@ class SmoothnessProbe:
             fit
             if is_plain_sgd(self._optimizer)
             else fit.without_constants(
-                f"no (L0, L1) is fitted under {type(self._optimizer).__name__} (or momentum): its steps do not follow the "
-                "gradient, so a bound on the gradient's norm does not bound them"
+                f"no (L0, L1) is fitted under {type(self._optimizer).__name__}, which is not plain SGD: its steps do "
+                "not follow the gradient, so a bound on the gradient's norm does not bound them"
             )
         )
 

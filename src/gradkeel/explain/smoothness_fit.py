@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from gradkeel.policies import ClipByGlobalNorm
+from gradkeel.policies.base import positive
+
 Interval = tuple[float, float]
 
 FEWEST = 20
@@ -142,6 +145,29 @@ def fit_smoothness(norms: Sequence[float], smoothness: Sequence[float]) -> Smoot
         related=related,
         reason=reason,
     )
+
+
+def theorem_3(L0: float, L1: float) -> tuple[float, ClipByGlobalNorm]:
+    """The learning rate and the clipping for which the paper proves that the largest gradient does not matter.
+
+    ``lr = 1 / (10 L0)`` and ``bound = min(1 / lr, 1 / (10 L1 lr))``, for plain gradient descent.
+
+    Args:
+        L0: smoothness at a vanishing gradient, above 0.
+        L1: growth of smoothness with the gradient norm, above 0.
+
+    Raises:
+        ValueError, TypeError: if one is no positive number.
+
+    Source:
+        Zhang, He, Sra, Jadbabaie, "Why gradient clipping accelerates training", ICLR 2020, theorem 3.
+
+    Example:
+        >>> theorem_3(16.0, 1.0)
+        (0.00625, ClipByGlobalNorm(max_norm=16.0)  # all tensors together)
+    """
+    lr = 1 / (10 * positive("theorem_3", "L0", L0))
+    return lr, ClipByGlobalNorm(min(1 / lr, 1 / (10 * positive("theorem_3", "L1", L1) * lr)))
 
 
 def _checked(name: str, values: Sequence[float]) -> Tensor:

@@ -59,10 +59,17 @@ def probed_run(
     torch.manual_seed(seed)
     model = task.model()
     optimizer = task.optimizer(model, lr)
-    nonfinite = "keep" if spec.policy is None else "skip"
-    guard = gk.attach(optimizer, spec.policy, model=model, exclude=spec.exclude or None, nonfinite=nonfinite)
+    guard = gk.attach(
+        optimizer,
+        spec.policy,
+        model=model,
+        exclude=spec.exclude or None,
+        nonfinite="keep" if spec.policy is None else "skip",
+    )
     batch: Any = None
-    probe = SmoothnessProbe(optimizer, lambda: task.loss(model, batch), model=model, every=every, points=points)
+    probe = SmoothnessProbe(
+        optimizer, lambda: task.loss(model, batch), model=model, every=every, points=points
+    )
     losses: list[float] = []
     for _, batch in zip(range(steps), endless(task, seed), strict=False):
         loss = task.loss(model, batch)
@@ -89,7 +96,9 @@ def probed_run(
 def default_policy(task: Task) -> str:
     """The first of the task's policies that bounds the global norm, else the first that clips, else none."""
     clipping = [policy for policy in task.policies if parse(policy).policy is not None]
-    return next((policy for policy in clipping if policy.startswith("global-norm")), (clipping or ["none"])[0])
+    return next(
+        (policy for policy in clipping if policy.startswith("global-norm")), (clipping or ["none"])[0]
+    )
 
 
 def words(run: ProbedRun) -> list[Line]:
@@ -97,7 +106,13 @@ def words(run: ProbedRun) -> list[Line]:
     fit, bound = run.fit, bound_of(run.policy)
     lines = [Line("FOUND", fit.reason)]
     if not fit.related:
-        return [*lines, Line("BOUND", "none follows from these measurements; see gradkeel explain for the norms' own advice")]
+        return [
+            *lines,
+            Line(
+                "BOUND",
+                "none follows from these measurements; see gradkeel explain for the norms' own advice",
+            ),
+        ]
     l0, l1 = fit.envelope
     fitted = (
         f"L0 = {fit.L0:.3g} ({fit.L0_interval[0]:.3g} to {fit.L0_interval[1]:.3g}), L1 = {fit.L1:.3g} "
@@ -105,14 +120,18 @@ def words(run: ProbedRun) -> list[Line]:
     )
     safe = fit.safe_bound(run.lr)
     if safe is None:
-        advice = f"none makes lr {run.lr:g} safe: it is above 1 / L0 = {1 / l0:.3g}; take a lower learning rate"
+        advice = (
+            f"none makes lr {run.lr:g} safe: it is above 1 / L0 = {1 / l0:.3g}; take a lower learning rate"
+        )
     else:
         advice = (
             f"{safe:.3g} or less at lr {run.lr:g}: no step then increases the loss of its own batch, by the largest "
             "smoothness measured; conservative, training often goes well above it"
         )
     used = "" if bound is None else f"; this run had lr * bound = {run.lr * bound:.3g}"
-    step = f"lr * bound below {fit.max_step:.3g} at any learning rate: when you halve lr, double the bound{used}"
+    step = (
+        f"lr * bound below {fit.max_step:.3g} at any learning rate: when you halve lr, double the bound{used}"
+    )
     return [*lines, Line("FIT", fitted), Line("BOUND", advice), Line("STEP", step)]
 
 
@@ -146,10 +165,13 @@ def smoothness_page(run: ProbedRun) -> str:
     )
     text = (
         "Each point is one step: how fast the gradient changed along it, against the gradient's norm where it began, "
-        "both on the batch that the step was made with. The line is the fit, the dotted one its smallest multiple that no "
-        "point exceeds."
+        "both on the batch that the step was made with. The line is the fit, the dotted one its smallest multiple "
+        "that no point exceeds."
     )
     figure = smoothness_figure(run.measurements, run.fit)
     return page(
-        f"gradkeel smoothness {run.task}", subtitle, words(run), [Section("Smoothness and gradient norm", text, figure=figure)]
+        f"gradkeel smoothness {run.task}",
+        subtitle,
+        words(run),
+        [Section("Smoothness and gradient norm", text, figure=figure)],
     )

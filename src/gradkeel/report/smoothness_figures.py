@@ -27,7 +27,8 @@ def smoothness_figure(measurements: Sequence[LocalSmoothness], fit: SmoothnessFi
             "colorbar": {"title": {"text": "step"}, "thickness": 12, "outlinewidth": 0},
         },
         customdata=[[m.step, m.loss] for m in points],
-        hovertemplate="step %{customdata[0]}<br>norm %{x:.4g}<br>smoothness %{y:.4g}<br>loss %{customdata[1]:.4g}<extra></extra>",
+        hovertemplate="step %{customdata[0]}, loss %{customdata[1]:.4g}<br>"
+        "norm %{x:.4g}, smoothness %{y:.4g}<extra></extra>",
     )  # fmt: skip
     for name, line, dash in lines_of(fit, [m.norm for m in points]):
         figure.add_scatter(
@@ -80,14 +81,24 @@ def save_smoothness(
     save(figure, path)
 
 
-def draw_smoothness(axes: Any, points: Sequence[LocalSmoothness], fit: SmoothnessFit, *, title: str = "") -> None:
+def draw_smoothness(
+    axes: Any, points: Sequence[LocalSmoothness], fit: SmoothnessFit, *, title: str = ""
+) -> None:
     """Draw points and lines into matplotlib axes."""
     shown = axes.scatter(
-        [m.norm for m in points], [m.smoothness for m in points], c=[m.step or 0 for m in points], cmap="viridis", s=16
+        [m.norm for m in points],
+        [m.smoothness for m in points],
+        c=[m.step or 0 for m in points],
+        cmap="viridis",
+        s=16,
     )
     for name, line, dash in lines_of(fit, [m.norm for m in points]):
         axes.plot(
-            [x for x, _ in line], [y for _, y in line], color=COLORS[0], linestyle="-" if dash == "solid" else ":", label=name
+            [x for x, _ in line],
+            [y for _, y in line],
+            color=COLORS[0],
+            linestyle="-" if dash == "solid" else ":",
+            label=name,
         )
     axes.set(xscale="log", yscale="log", xlabel=NORM, ylabel=SMOOTHNESS, title=title)
     plain_ticks(axes)

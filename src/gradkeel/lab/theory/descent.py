@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradkeel.explain.smoothness_fit import theorem_3
 from gradkeel.policies import Hard
 
 
@@ -68,10 +69,12 @@ def clipped_step(norms: Tensor, lr: Tensor, bound: Tensor) -> Tensor:
     return lr * Hard().coefficient(norms, bound)
 
 
-def theorem_3(l0: Tensor, l1: Tensor) -> tuple[Tensor, Tensor]:
-    """The learning rate ``1 / (10 L0)`` and the bound ``min(1/lr, 1 / (10 L1 lr))`` of the paper's Theorem 3."""
-    lr = 1 / (10 * l0)
-    return lr, torch.minimum(1 / lr, 1 / (10 * l1 * lr))
+def theorem_3_steps(problems: Problems) -> Callable[[Tensor], Tensor]:
+    """From [k] gradient norms to [k] step sizes, with the learning rate and bound of the paper's Theorem 3."""
+    chosen = [theorem_3(l0, l1) for l0, l1 in zip(problems.l0.tolist(), problems.l1.tolist(), strict=True)]
+    lr = torch.tensor([lr for lr, _ in chosen], dtype=torch.float64)
+    bound = torch.tensor([policy.max_norm for _, policy in chosen], dtype=torch.float64)
+    return lambda norms: clipped_step(norms, lr, bound)
 
 
 def iterations(
@@ -100,7 +103,9 @@ def iterations(
     return count
 
 
-def best_fixed_step(problems: Callable[[int], Problems], rates: Tensor, accuracy: float, *, limit: int) -> float:
+def best_fixed_step(
+    problems: Callable[[int], Problems], rates: Tensor, accuracy: float, *, limit: int
+) -> float:
     """The fewest iterations that any of the fixed ``rates`` takes on a problem; ``problems(k)`` gives k copies."""
     copies = problems(len(rates))
     return float(iterations(copies, lambda _: rates, accuracy, limit=limit, first=True).amin())

@@ -1,5 +1,7 @@
 """R1 to R3, R17 to R19: what can be shown without noise, on functions whose (L0, L1) is known."""
 
+import functools
+import itertools
 import math
 
 import torch
@@ -13,7 +15,7 @@ from gradkeel.lab.theory.descent import (
     iterations,
     log_slope,
     quartic_problems,
-    theorem_3,
+    theorem_3_steps,
 )
 from gradkeel.lab.theory.experiment import Outcome, experiment
 from gradkeel.policies import Hard, Smooth
@@ -71,7 +73,9 @@ def violations(problems: Problems, lr: Tensor, bound: Tensor, *, steps: int) -> 
     return failed
 
 
-@experiment("R1", "Clipped descent never increases the loss if lr (L0 + L1 c) <= 1", f"0 violations in {CASES:,}")
+@experiment(
+    "R1", "Clipped descent never increases the loss if lr (L0 + L1 c) <= 1", f"0 violations in {CASES:,}"
+)
 def monotonicity() -> Outcome:
     """Random functions, bounds, and learning rates up to the limit; and, so that it could fail, 8 times beyond."""
     generator = torch.Generator().manual_seed(0)
@@ -90,7 +94,11 @@ def monotonicity() -> Outcome:
     )
 
 
-@experiment("R2", "Clipping removes the dependence on the largest gradient M", "log-log slope: GD > 0.7, clipped < 0.15")
+@experiment(
+    "R2",
+    "Clipping removes the dependence on the largest gradient M",
+    "log-log slope: GD > 0.7, clipped < 0.15",
+)
 def dependence_on_m() -> Outcome:
     """``f = 2 cosh(x)`` from x0 = 2 to 12 to a gradient of 0.01: the best of 60 fixed steps against Theorem 3's."""
     starts = torch.arange(2.0, 13.0, dtype=torch.float64)
@@ -99,15 +107,16 @@ def dependence_on_m() -> Outcome:
     def problem(x0: Tensor, k: int) -> Problems:
         return cosh_problems(one.expand(k), one.expand(k), x0.expand(k))
 
-    largest = torch.cat([torch.linalg.vector_norm(problem(x0, 1).gradient(x0[None, None]), dim=1) for x0 in starts])
+    largest = torch.cat(
+        [torch.linalg.vector_norm(problem(x0, 1).gradient(x0[None, None]), dim=1) for x0 in starts]
+    )
     fixed = []
     for x0, m in zip(starts, largest, strict=True):
         # f'' at x0 is about M, and steps above 2 x0 / M overshoot to beyond -x0.
         rates = torch.logspace(-1, 1, 60, dtype=torch.float64) * 2 * x0 / m
-        fixed.append(best_fixed_step(lambda k, x0=x0: problem(x0, k), rates, 0.01, limit=10**6))
+        fixed.append(best_fixed_step(functools.partial(problem, x0), rates, 0.01, limit=10**6))
     many = cosh_problems(one.expand(len(starts)), one.expand(len(starts)), starts)
-    lr, bound = theorem_3(many.l0, many.l1)
-    clipped = iterations(many, lambda n: clipped_step(n, lr, bound), 0.01, limit=10**5)
+    clipped = iterations(many, theorem_3_steps(many), 0.01, limit=10**5)
     slopes = log_slope(largest, torch.tensor(fixed, dtype=torch.float64)), log_slope(largest, clipped)
     return Outcome(
         f"GD {slopes[0]:.2f}, clipped {slopes[1]:.2f}; at M = {largest[-1]:.3g} GD takes {fixed[-1]:.0f} iterations, "
@@ -128,23 +137,24 @@ def quartic_in_three_variables() -> Outcome:
     weights, turn = torch.tensor([[1.0, 0.5, 0.25]], dtype=torch.float64), _rotations(1, 3, generator)[0]
     direction = torch.randn(1, 3, dtype=torch.float64, generator=generator)
 
-    def problem(k: int, x: Tensor) -> Problems:
-        l1 = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64) if k == 3 else torch.ones(k, dtype=torch.float64)
+    def problem(x: Tensor, k: int) -> Problems:
+        l1 = (
+            torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+            if k == 3
+            else torch.ones(k, dtype=torch.float64)
+        )
         return quartic_problems(weights.expand(k, 3), turn, l1, x.expand(k, 3))
 
     largest, fixed, clipped = [15.0, 1.5e3, 1.5e5], [], []
-    norm = float(torch.linalg.vector_norm(problem(1, direction).gradient(direction)))
+    norm = float(torch.linalg.vector_norm(problem(direction, 1).gradient(direction)))
     for m in largest:
         x = direction * (m / norm) ** (1 / 3)  # the gradient is homogeneous of degree 3
-        three = problem(3, x)
-        lr, bound = theorem_3(three.l0, three.l1)
-        counts = iterations(
-            three, lambda n, lr=lr, c=bound: clipped_step(n, lr, c), 0.001, limit=10**5, first=True
-        )
+        three = problem(x, 3)
+        counts = iterations(three, theorem_3_steps(three), 0.001, limit=10**5, first=True)
         clipped.append(float(counts.amin()))
         curvature = 12 * float((weights * (x @ turn) ** 2).amax())
         rates = torch.linspace(1, 8, 24, dtype=torch.float64) / curvature
-        fixed.append(best_fixed_step(lambda k, x=x: problem(k, x), rates, 0.001, limit=10**6))
+        fixed.append(best_fixed_step(functools.partial(problem, x), rates, 0.001, limit=10**6))
     ratio = fixed[-1] / clipped[-1]
     return Outcome(
         f"at M = {largest[-1]:.3g} the best fixed step takes {fixed[-1]:.0f} iterations, clipped {clipped[-1]:.0f}: "
@@ -172,7 +182,9 @@ def forms() -> Outcome:
 
 
 @experiment(
-    "R18", "On a quadratic of curvature L the limit of the step is 2 / L", "descends below 2/L, best at 1/L, diverges above"
+    "R18",
+    "On a quadratic of curvature L the limit of the step is 2 / L",
+    "descends below 2/L, best at 1/L, diverges above",
 )
 def fixed_steps_on_a_quadratic() -> Outcome:
     """Curvatures up to L = 3, 1000 random starts and the one of steepest curvature, lr from 0.05 / L to 2.5 / L."""
@@ -203,7 +215,11 @@ def fixed_steps_on_a_quadratic() -> Outcome:
     )
 
 
-@experiment("R19", "x^4 has no L, but (L0, L1) = (16, 1)", "holds everywhere on the grid; the best L grows with the grid")
+@experiment(
+    "R19",
+    "x^4 has no L, but (L0, L1) = (16, 1)",
+    "holds everywhere on the grid; the best L grows with the grid",
+)
 def quartic_has_no_lipschitz_gradient() -> Outcome:
     """``12 x^2 <= 16 + |4 x^3|`` on 100,001 points of [-R, R], and the largest 12 x^2 there, for R = 1 to 1000."""
     radii = [1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0]
@@ -213,7 +229,7 @@ def quartic_has_no_lipschitz_gradient() -> Outcome:
         curvature = 12 * x**2
         held = held and bool((curvature <= 16 + (4 * x**3).abs()).all())
         largest.append(float(curvature.amax()))
-    grows = all(a < b for a, b in zip(largest, largest[1:], strict=False))
+    grows = all(a < b for a, b in itertools.pairwise(largest))
     return Outcome(
         f"(16, 1) holds on all grids: {held}; best L from {largest[0]:.0f} (R = 1) to {largest[-1]:.3g} (R = 1000)",
         held and grows,

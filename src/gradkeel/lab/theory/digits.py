@@ -30,7 +30,7 @@ def digits() -> Digits:
         MissingExtraError: without scikit-learn.
     """
     try:
-        from sklearn.datasets import load_digits
+        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
     except ImportError:
         raise MissingExtraError("scikit-learn", "theory", "the experiments on digits") from None
     images, labels = load_digits(return_X_y=True)

@@ -64,7 +64,10 @@ def depth() -> Outcome:
             slopes[name, gain] = growth(norms)
     # Random inputs and read-outs scatter the five norms by some 5%, over a range of 60 layers.
     exact = all(abs(slopes["linear", gain] - math.log(gain)) < 0.005 for gain in GAINS)
-    ordered = all(slopes[name, 0.5] < -0.05 < slopes[name, 1.0] < 0.05 < slopes[name, 1.5] for name in ("linear", "tanh"))
+    ordered = all(
+        slopes[name, 0.5] < -0.05 < slopes[name, 1.0] < 0.05 < slopes[name, 1.5]
+        for name in ("linear", "tanh")
+    )
     shown = "; ".join(
         f"{name} " + ", ".join(f"{slopes[name, gain]:+.3f}" for gain in GAINS) for name in ("linear", "tanh")
     )
@@ -108,10 +111,15 @@ def cliff() -> Outcome:
     highest, end = max(free["loss"]), statistics.median(free["loss"][-10:])
     clipped_highest, clipped_end = max(held["loss"]), statistics.median(held["loss"][-10:])
     start = held["loss"][0]
-    series = {f"{name} {key}": values for name, path in (("free", free), ("clipped", held)) for key, values in path.items()}
+    series = {
+        f"{name} {key}": values
+        for name, path in (("free", free), ("clipped", held))
+        for key, values in path.items()
+    }
     return Outcome(
-        f"from loss {start:.2f}: unclipped meets a gradient of {max(free['norm']):.0f}, is thrown to loss {highest:.0f}, "
-        f"and ends at {end:.2f}; clipped never exceeds {clipped_highest:.2f}, and ends at {clipped_end:.2f}",
+        f"from loss {start:.2f}: unclipped meets a gradient of {max(free['norm']):.0f}, is thrown to loss "
+        f"{highest:.0f}, and ends at {end:.2f}; clipped never exceeds {clipped_highest:.2f}, "
+        f"and ends at {clipped_end:.2f}",
         highest > 10 * start and clipped_highest < 2 * start and clipped_end < 0.1 * start,
         series,
     )

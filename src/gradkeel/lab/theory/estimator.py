@@ -1,5 +1,7 @@
 """R4, R7 and R8: whether the estimator measures what it should, and says nothing where there is nothing."""
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
@@ -21,14 +23,18 @@ def known_quadratic() -> Outcome:
     matrix = root @ root.T / 50
     x = torch.randn(50, dtype=torch.float64, generator=generator).requires_grad_()
     largest, vectors = torch.linalg.eigh(matrix)
-    steps = [0.1 * torch.randn(50, dtype=torch.float64, generator=generator) for _ in range(20)] + [vectors[:, -1]]
+    steps = [0.1 * torch.randn(50, dtype=torch.float64, generator=generator) for _ in range(20)] + [
+        vectors[:, -1]
+    ]
     worst = 0.0
     for step in steps:
         measured = local_smoothness(lambda: 0.5 * x @ matrix @ x, [x], [step]).smoothness
         known = float(torch.linalg.vector_norm(matrix @ step) / torch.linalg.vector_norm(step))
         worst = max(worst, abs(measured / known - 1))
     along_largest = abs(measured / float(largest[-1]) - 1)
-    return Outcome(f"worst of {len(steps)} steps {max(worst, along_largest):.1e}", max(worst, along_largest) < 1e-6)
+    return Outcome(
+        f"worst of {len(steps)} steps {max(worst, along_largest):.1e}", max(worst, along_largest) < 1e-6
+    )
 
 
 def _convolutional() -> nn.Module:
@@ -52,7 +58,11 @@ def _correlation(measured: list[LocalSmoothness]) -> float:
     return fit_smoothness([m.norm for m in measured], [m.smoothness for m in measured]).correlation
 
 
-@experiment("R7", "Smoothness must be measured on one fixed batch", "correlation: fixed batch > 0.7, fresh batches < 0.3")
+@experiment(
+    "R7",
+    "Smoothness must be measured on one fixed batch",
+    "correlation: fixed batch > 0.7, fresh batches < 0.3",
+)
 def fixed_batch() -> Outcome:
     """A small convolutional net on digits, SGD with lr 0.1: the same steps measured both ways."""
     data = digits()
@@ -71,7 +81,7 @@ def fixed_batch() -> Outcome:
         _loss(model, data, rows).backward()
         if k % EVERY == 0:
             step = [-0.1 * p.grad for p in model.parameters() if p.grad is not None]
-            fixed_measured.append(local_smoothness(lambda rows=rows: _loss(model, data, rows), model, step))
+            fixed_measured.append(local_smoothness(functools.partial(_loss, model, data, rows), model, step))
             fresh_measured.append(
                 local_smoothness(lambda: _loss(model, data, draw(fresh)), model, step, repeatable=False)
             )
@@ -80,7 +90,11 @@ def fixed_batch() -> Outcome:
     return Outcome(f"fixed batch r = {fixed:.2f}, fresh batches r = {other:.2f}", fixed > 0.7 and other < 0.3)
 
 
-@experiment("R8", "Negative control: image training without a relation", 'reports "no (L0, L1) relation", and gives no bound')
+@experiment(
+    "R8",
+    "Negative control: image training without a relation",
+    'reports "no (L0, L1) relation", and gives no bound',
+)
 def negative_control() -> Outcome:
     """A tanh network on digits, SGD with lr 0.1 and no clipping."""
     data = digits()
@@ -102,4 +116,8 @@ def negative_control() -> Outcome:
         "step": [float(m.step or 0) for m in probe.measurements],
     }
     silent = not fit.related and fit.safe_bound(0.1) is None and fit.max_step is None
-    return Outcome(f"“{fit.reason}”; bound: {fit.safe_bound(0.1)}", silent and "no (L0, L1) relation" in fit.reason, series)
+    return Outcome(
+        f"“{fit.reason}”; bound: {fit.safe_bound(0.1)}",
+        silent and "no (L0, L1) relation" in fit.reason,
+        series,
+    )

@@ -56,7 +56,10 @@ def relation() -> Outcome:
 
 
 @experiment(
-    "R6", "Without clipping and with small steps the relation is weak", "r < 0.45 over the full run, and below R5", quick=False
+    "R6",
+    "Without clipping and with small steps the relation is weak",
+    "r < 0.45 over the full run, and below R5",
+    quick=False,
 )
 def weak_relation() -> Outcome:
     """char-lstm, lr 0.5 and 2, no clipping, 2 seeds each."""
@@ -64,7 +67,9 @@ def weak_relation() -> Outcome:
     clipped = min(probed(CLIPPED, 16.0, seed).fit.correlation for seed in (0, 1))
     shown = ", ".join(f"{run.fit.correlation:.2f} (lr {lr:g})" for (lr, _), run in runs.items())
     highest = max(run.fit.correlation for run in runs.values())
-    return Outcome(f"r = {shown}; R5: {clipped:.2f} or more", highest < 0.45 and highest < clipped, _points(runs[2.0, 0]))
+    return Outcome(
+        f"r = {shown}; R5: {clipped:.2f} or more", highest < 0.45 and highest < clipped, _points(runs[2.0, 0])
+    )
 
 
 @experiment(

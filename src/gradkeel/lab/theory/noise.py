@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import gradkeel as gk
-from gradkeel.noise_scale import NoiseScale
 from gradkeel.lab.theory.descent import clipped_step
 from gradkeel.lab.theory.experiment import Outcome, experiment
+from gradkeel.noise_scale import NoiseScale
 
 SIZES = (1, 2, 5, 24)
 WINDOWS = 20_000
@@ -65,13 +65,19 @@ def regression_error(policy: gk.policies.Policy | None, seed: int) -> float:
     return statistics.mean(errors)
 
 
-@experiment("R11", "Under noise clipping is biased, and robust", "bias shows under skewed noise; robustness shows under 1% outliers")
+@experiment(
+    "R11",
+    "Under noise clipping is biased, and robust",
+    "bias shows under skewed noise; robustness shows under 1% outliers",
+)
 def bias_and_robustness() -> Outcome:
     """Bias: more than 10 standard errors from 0, within 5% of theory. Robustness: a fifth of the error, every seed."""
     (free, free_error), (held, held_error) = skewed_end(None), skewed_end(0.5)
     expected = where_clipped_noise_balances(0.5)
     biased = abs(free) < 4 * free_error and abs(held) > 10 * held_error and abs(held / expected - 1) < 0.05
-    pairs = [(regression_error(None, seed), regression_error(gk.ClipByGlobalNorm(1.0), seed)) for seed in range(3)]
+    pairs = [
+        (regression_error(None, seed), regression_error(gk.ClipByGlobalNorm(1.0), seed)) for seed in range(3)
+    ]
     ratio = max(clipped / unclipped for unclipped, clipped in pairs)
     return Outcome(
         f"skewed noise: SGD ends at {free:+.3f} ± {free_error:.3f} from the minimum, clipped at {held:+.3f} ± "
@@ -84,7 +90,9 @@ def window_sums(count: int) -> Tensor:
     """[count, 4, 30] summed micro-batch gradients of ``SIZES`` items; an item's gradient is N(0.1, 1) in 30 entries."""
     generator = torch.Generator().manual_seed(0)
     sizes = torch.tensor(SIZES, dtype=torch.float64)[:, None]
-    return 0.1 * sizes + sizes.sqrt() * torch.randn(count, len(SIZES), 30, dtype=torch.float64, generator=generator)
+    return 0.1 * sizes + sizes.sqrt() * torch.randn(
+        count, len(SIZES), 30, dtype=torch.float64, generator=generator
+    )
 
 
 def naive_scale(sums: Tensor) -> float:
@@ -96,7 +104,9 @@ def naive_scale(sums: Tensor) -> float:
     return float(spread * sizes.mean() / signal)
 
 
-@experiment("R12", "The gradient noise scale from unequal micro-batches", "within 3%; the naive formula off by > 20%")
+@experiment(
+    "R12", "The gradient noise scale from unequal micro-batches", "within 3%; the naive formula off by > 20%"
+)
 def noise_scale() -> Outcome:
     """Micro-batches of 1, 2, 5, 24 items whose gradients have tr(Sigma) = 30 and |G|^2 = 0.3: the answer is 100."""
     sums = window_sums(WINDOWS)
@@ -143,7 +153,9 @@ def displacement(how: str, policy: gk.policies.Policy | None) -> Tensor:
     return nn.utils.parameters_to_vector(model.parameters()).detach() - before
 
 
-@experiment("R13", "Accumulated micro-batches equal the full batch", "float64 < 1e-12; mean-of-means off by > 10%")
+@experiment(
+    "R13", "Accumulated micro-batches equal the full batch", "float64 < 1e-12; mean-of-means off by > 10%"
+)
 def accumulation() -> Outcome:
     """Micro-batches of 3 and 50 items through the accumulator, unclipped and clipped to a norm of 0.1."""
     exact, means = [], []
