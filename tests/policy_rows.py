@@ -36,7 +36,8 @@ class Row:
         try:
             return self.policy.spec
         except TypeError:
-            return re.sub(r" at 0x[0-9a-f]+", "", repr(self.policy))  # the same in every worker of pytest-xdist
+            # Without addresses, for every worker of pytest-xdist must find the same names.
+            return re.sub(r" at 0x[0-9a-f]+", "", repr(self.policy))
 
 
 ROWS = [
