@@ -1,0 +1,23 @@
+"""The typer application: every command registers here."""
+
+import typer
+
+from gradkeel.cli import compare, smoothness
+
+app = typer.Typer(
+    help="Gradient clipping for PyTorch: compare policies, and see why a run diverged.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.callback()
+def _commands() -> None:
+    # With a callback, a single command keeps its name.
+    pass
+
+
+app.command("compare")(compare.command)
+app.command("smoothness")(smoothness.command)

@@ -1,0 +1,102 @@
+"""``gradkeel compare``: run a plan, show the table and the four lines, write compare.json and compare.html."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gradkeel.cli.errors import reported
+
+if TYPE_CHECKING:
+    from gradkeel.lab.compare import Comparison
+
+INTERRUPTED = 130  # what shells give for SIGINT
+
+
+@reported
+def command(
+    task: Annotated[
+        str | None,
+        typer.Argument(help="char-lstm (default), exploding-linear, or yours: mypkg.mymodule:make_task"),
+    ] = None,
+    policy: Annotated[
+        list[str] | None, typer.Option(help="a policy, such as none or global-norm:0.25; may be repeated")
+    ] = None,
+    sweep: Annotated[
+        str | None, typer.Option(help="a range of bounds, such as global-norm:0.01..100")
+    ] = None,
+    lr: Annotated[list[float] | None, typer.Option(help="a learning rate; may be repeated")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="items in a batch")] = None,
+    seeds: Annotated[int | None, typer.Option(help="how many seeds")] = None,
+    steps: Annotated[int | None, typer.Option(help="optimizer steps in a run")] = None,
+    jobs: Annotated[int | None, typer.Option(help="worker processes (default: one a core)")] = None,
+    out: Annotated[Path, typer.Option(help="directory for compare.json and compare.html")] = Path(
+        "gradkeel-compare"
+    ),
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print the result as JSON, and nothing else, to stdout")
+    ] = False,
+) -> None:
+    """Train the same task under several policies, learning rates and seeds, and say what clipping changed."""
+    from gradkeel.cli.progress import Progress
+    from gradkeel.lab import compare, make_plan
+
+    # They would take the place of every policy that is compared.
+    os.environ.pop("GRADKEEL_POLICY", None)
+    os.environ.pop("GRADKEEL_RECORD", None)
+    plan = make_plan(
+        task or "char-lstm",
+        policies=policy,
+        learning_rates=lr,
+        seeds=seeds,
+        steps=steps,
+        batch_size=batch_size,
+        sweep=sweep,
+    )
+    with Progress(plan, quiet=as_json) as progress:
+        result = compare(plan, jobs=jobs, on_run=progress.update)
+    _deliver(result, out, as_json=as_json)
+
+
+def _deliver(result: "Comparison", out: Path, *, as_json: bool) -> None:
+    """Table, words and files of whatever has finished."""
+    from gradkeel.cli.progress import print_result
+    from gradkeel.lab.results import document
+
+    text = json.dumps(document(result), allow_nan=False)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "compare.json"
+    path.write_text(text + "\n", encoding="utf-8")
+    written = [path, *_write_page(result, out / "compare.html")]
+    if as_json:
+        print(text)
+    else:
+        print_result(result)
+        print(f"Written: {', '.join(map(str, written))}")
+    if result.interrupted:
+        planned = len(result.plan.trials)
+        print(
+            f"Interrupted: {len(result.runs)} of {planned} runs had finished, and are kept.", file=sys.stderr
+        )
+        raise typer.Exit(INTERRUPTED)
+
+
+def _write_page(result: "Comparison", path: Path) -> list[Path]:
+    """Write the page, unless nothing has finished or plotly is missing; what was written."""
+    from gradkeel.errors import MissingExtraError
+    from gradkeel.lab.findings import findings
+    from gradkeel.lab.page import compare_page
+    from gradkeel.lab.summary import summarize
+
+    if not result.runs:
+        return []
+    try:
+        html = compare_page(result, summarize(result.runs, result.plan.target_loss), findings(result))
+    except MissingExtraError as error:
+        print(f"No page was written: {error}", file=sys.stderr)
+        return []
+    path.write_text(html, encoding="utf-8")
+    return [path]

@@ -1,0 +1,24 @@
+"""How commands fail: one line on stderr and exit code 2 for what the user can fix, a traceback for the rest."""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import ParamSpec
+
+P = ParamSpec("P")
+
+
+def reported(command: Callable[P, None]) -> Callable[P, None]:
+    """Print gradkeel's own errors, and those about values, as one line, and exit with 2."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        from gradkeel.errors import GradkeelError
+
+        try:
+            command(*args, **kwargs)
+        except (GradkeelError, OSError) as error:
+            print(f"gradkeel: {error}", file=sys.stderr)
+            sys.exit(2)
+
+    return wrapped

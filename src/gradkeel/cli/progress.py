@@ -1,0 +1,101 @@
+"""What ``gradkeel compare`` shows: a table that fills while runs finish, and the four lines under the last one."""
+
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.padding import Padding
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from gradkeel.lab.compare import Comparison, Plan
+
+EVERY = 20.0  # seconds between provisional tables where they cannot be drawn over each other
+WIDTH = 110  # of tables that go to no terminal
+
+
+class Progress:
+    """A live display on stderr; provisional tables where stderr is no terminal; nothing at all when ``quiet``."""
+
+    def __init__(self, plan: "Plan", *, quiet: bool) -> None:
+        self._console = _console(stderr=True)
+        self._quiet = quiet
+        self._live: Live | None = None
+        self._shown = time.monotonic()
+        self._total = len(plan.trials)
+        self._what = f"{plan.target}: " if plan.target else ""
+        self._bar = Bar(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            console=self._console,
+        )  # fmt: skip
+        self._task = self._bar.add_task(f"{self._what}starting workers", total=self._total)
+
+    def __enter__(self) -> Self:
+        """Start the display."""
+        if not self._quiet and self._console.is_terminal:
+            self._live = Live(self._bar, console=self._console, refresh_per_second=8, transient=True)
+            self._live.start()
+        elif not self._quiet:
+            self._console.print(f"{self._what}{self._total} runs ...")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take the display away."""
+        if self._live is not None:
+            self._live.stop()
+
+    def update(self, comparison: "Comparison") -> None:
+        """Show what has finished so far."""
+        if self._quiet:
+            return
+        done = len(comparison.runs)
+        self._bar.update(self._task, completed=done, description=f"{self._what}running")
+        if self._live is not None:
+            self._live.update(Group(_table(comparison, "so far"), self._bar))
+        elif time.monotonic() - self._shown > EVERY and done < self._total:
+            self._shown = time.monotonic()
+            self._console.print(_table(comparison, f"so far: {done} of {self._total} runs"))
+
+
+def print_result(comparison: "Comparison") -> None:
+    """The final table and the four lines, on stdout."""
+    from gradkeel.lab.findings import findings
+
+    if not comparison.runs:
+        print("No run finished.", file=sys.stderr)
+        return
+    console = _console(stderr=False)
+    console.print(_table(comparison, comparison.plan.target))
+    for label, text in findings(comparison).lines():
+        # A command is not wrapped: it must survive being copied.
+        words = Text(text)
+        console.print(Text(f"{label:<9}", style="bold cyan"), words, sep="", soft_wrap=True)
+    console.print()
+
+
+def _console(*, stderr: bool) -> Console:
+    console = Console(stderr=stderr, highlight=False)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=WIDTH)
+
+
+def _table(comparison: "Comparison", title: str) -> Padding:
+    from gradkeel.lab.page import table
+    from gradkeel.lab.summary import summarize
+
+    cells = table(summarize(comparison.runs, comparison.plan.target_loss), comparison)
+    drawn = Table(
+        title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim"
+    )
+    for i, header in enumerate(cells.headers):
+        drawn.add_column(header, justify="right" if i else "left", overflow="fold")
+    for row in cells.rows:
+        drawn.add_row(*(Text(cell) for cell in row))
+    return Padding(drawn, (1, 0))

@@ -1,0 +1,143 @@
+"""What a task is, and how a name on the command line becomes one."""
+
+import difflib
+import importlib
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradkeel.errors import GradkeelError
+
+BUILTIN = {
+    "char-lstm": "gradkeel.lab.tasks.char_lstm:CharLSTM",
+    "exploding-linear": "gradkeel.lab.tasks.exploding_linear:ExplodingLinear",
+}
+
+
+class TaskError(GradkeelError, ValueError):
+    """A task that cannot be found, is no task, or cannot be run as asked."""
+
+
+class Task(ABC):
+    """Something to train: subclass it, and give ``model``, ``batches`` and ``loss``; the rest has defaults.
+
+    Every run builds its own model: ``torch.manual_seed(seed)`` is called right before ``model()``, and
+    ``batches(seed)`` draws from a generator of its own, so that all policies start from the same weights and see
+    the same batches in the same order.
+
+    Attributes:
+        name: what tables and pages call it.
+        policies: specs to compare unless ``--policy`` is given.
+        learning_rates: those to try unless ``--lr`` is given.
+        steps: optimizer steps in a run.
+        seeds: how many seeds.
+        batch_size: for ``batches`` to use; ``--batch-size`` sets it.
+        target_loss: the table counts the steps to it; None takes the final loss of the last-ranked policy that trains.
+
+    Example: ``examples/own_task.py``, run by ``gradkeel compare examples.own_task:make_task``.
+    """
+
+    name: str = ""
+    policies: tuple[str, ...] = ("none", "global-norm:1.0")
+    learning_rates: tuple[float, ...] = (0.1,)
+    steps: int = 100
+    seeds: int = 3
+    batch_size: int = 16
+    target_loss: float | None = None
+
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """A new model, initialized from torch's global generator."""
+
+    @abstractmethod
+    def batches(self, seed: int) -> Iterable[Any]:
+        """The batches in the order that ``seed`` gives; when they end they are started anew."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """[] the mean loss over the items of ``batch``."""
+
+    def optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+        """The optimizer to guard: plain SGD unless overridden."""
+        return torch.optim.SGD(model.parameters(), lr=lr)
+
+    def weight(self, batch: Any) -> float:
+        """How many items (or tokens) the mean in ``loss`` was taken over; used when batches are accumulated."""
+        return 1.0
+
+    def validation_loss(self, model: nn.Module) -> float | None:
+        """The loss on data that ``batches`` never yields; None ranks policies by their training loss."""
+        return None
+
+
+def endless(task: Task, seed: int) -> Iterator[Any]:
+    """The task's batches, started anew whenever they end."""
+    while True:
+        empty = True
+        for batch in task.batches(seed):
+            empty = False
+            yield batch
+        if empty:
+            raise TaskError(
+                f"task {task.name!r}: batches({seed}) yielded nothing; it must yield at least one batch"
+            )
+
+
+def load_task(target: str) -> Task:
+    """The task that ``target`` names: a built-in one, or ``package.module:make_task``.
+
+    Args:
+        target: a name in ``BUILTIN``, or a module and the name of a Task subclass, of a Task, or of a function that
+            returns one. The current directory can be imported from.
+
+    Raises:
+        TaskError: for an unknown name, a module or attribute that is not there, or something that is no task.
+    """
+    if target not in BUILTIN and ":" not in target:
+        near = difflib.get_close_matches(target, BUILTIN, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise TaskError(
+            f"unknown task {target!r}; {hint}Known tasks: {', '.join(BUILTIN)}. "
+            "One of your own is named by its module and a function that returns it: mypkg.mymodule:make_task"
+        )
+    module_name, _, attribute = BUILTIN.get(target, target).partition(":")
+    made = getattr(_module(target, module_name), attribute, None) if attribute else None
+    if made is None:
+        raise TaskError(
+            f"task {target!r}: module {module_name!r} has no {attribute!r}; write {module_name}:make_task"
+        )
+    task = made() if callable(made) and not isinstance(made, Task) else made
+    if not isinstance(task, Task):
+        raise TaskError(
+            f"task {target!r} gives a {type(task).__name__}, which is not a gradkeel.lab.Task; "
+            f"make {attribute} a subclass of Task, or a function that returns one"
+        )
+    task.name = task.name or target
+    return task
+
+
+def _module(target: str, name: str) -> Any:
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = str(error.name)
+        if name != missing and not name.startswith(f"{missing}."):
+            raise TaskError(
+                f"task {target!r}: its module {name!r} needs {missing!r}, which is not installed"
+            ) from None
+        raise TaskError(
+            f"task {target!r}: there is no module {missing!r} here ({here}) or on Python's path; "
+            "run from the directory that holds it, or install it"
+        ) from None
+    except ValueError:
+        raise TaskError(
+            f"task {target!r}: {name!r} is not a module's name; write mypkg.mymodule:make_task"
+        ) from None

@@ -1,0 +1,37 @@
+"""Numbers and policy specs as people read them."""
+
+import math
+
+from gradkeel.policies import parse
+
+
+def number(value: float | None) -> str:
+    """Four significant digits; a dash for None and NaN."""
+    return "–" if value is None or math.isnan(value) else f"{value:.4g}"
+
+
+def count(n: int, noun: str) -> str:
+    """``1 seed``, ``2 seeds``."""
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
+def is_unclipped(policy: str) -> bool:
+    """Whether the spec clips nothing."""
+    return parse(policy).policy is None
+
+
+def without_exclude(policy: str) -> str:
+    """The spec without its ``exclude=`` words."""
+    name, _, rest = policy.partition(":")
+    words = [word for word in rest.split(",") if not word.strip().startswith("exclude=")]
+    return f"{name}:{','.join(words)}" if any(words) else name
+
+
+def bound_of(policy: str) -> float | None:
+    """The bound of a spec whose first argument is a single number, and None for any other."""
+    words = policy.partition(":")[2].split(",")
+    plain = [word for word in words if word.strip() and "=" not in word]
+    try:
+        return float(plain[0]) if len(plain) == 1 and words[0] == plain[0] else None
+    except ValueError:
+        return None

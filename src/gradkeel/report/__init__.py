@@ -1,0 +1,1 @@
+"""Results as figures and pages; nothing here reads files or measures."""

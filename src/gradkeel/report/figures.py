@@ -1,0 +1,218 @@
+"""Figures: numbers in, plotly figures out. Needs the extra ``report``.
+
+Colours of text and grid come from the page (page.py), so that one figure serves light and dark.
+"""
+
+import html
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gradkeel.errors import MissingExtraError
+
+# Told apart by most colour-blind readers, and legible on white and on near-black.
+COLORS = ("#d1495b", "#2f8fc4", "#d98c21", "#35a06b", "#9a6fd0", "#7f8c8d", "#b5651d", "#c2539b")
+SHADES = {"bad": "#d1495b", "good": "#35a06b", "weak": "#2f8fc4"}
+
+
+@dataclass(frozen=True)
+class Curves:
+    """One policy's curves: a line a seed, over the number of updates made.
+
+    Attributes:
+        name: for the legend.
+        lines: values by step; non-finite ones are left out, and mark the line's end with a cross.
+        color: index into ``COLORS``.
+    """
+
+    name: str
+    lines: Sequence[Sequence[float]]
+    color: int
+
+
+@dataclass(frozen=True)
+class Point:
+    """A median with its range; a median that is not finite is drawn as a cross above all others."""
+
+    x: float
+    median: float
+    lowest: float
+    highest: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points that belong together."""
+
+    name: str
+    points: Sequence[Point]
+    color: int
+
+
+@dataclass(frozen=True)
+class Band:
+    """A shaded range of x with a label; ``kind`` is a key of ``SHADES``."""
+
+    first: float
+    last: float
+    label: str
+    kind: str
+
+
+def curves(groups: Sequence[Curves], *, x_title: str, y_title: str) -> Any:
+    """A plotly figure of every seed as a thin line and each group's median as a thick one; logarithmic y."""
+    go = _plotly()
+    figure = go.Figure()
+    for group in groups:
+        color, name = COLORS[group.color % len(COLORS)], html.escape(group.name)
+        for i, line in enumerate(group.lines):
+            style = {"color": color, "width": 1}
+            figure.add_scatter(
+                y=_finite(line), mode="lines", line=style, opacity=0.3, legendgroup=name, showlegend=False,
+                hovertemplate=f"{name}, seed {i}<br>step %{{x}}: %{{y:.4g}}<extra></extra>",
+            )  # fmt: skip
+        end = [
+            (len(kept) - 1, kept[-1])
+            for line in group.lines
+            if (kept := _until_bad(line)) and len(kept) < len(line)
+        ]
+        if end:
+            figure.add_scatter(
+                x=[x for x, _ in end], y=[y for _, y in end], mode="markers", legendgroup=name, showlegend=False,
+                marker={"symbol": "x", "size": 8, "color": color},
+                hovertemplate=f"{name}<br>not finite after step %{{x}}<extra></extra>",
+            )  # fmt: skip
+        figure.add_scatter(
+            y=_finite(median_line(group.lines)), mode="lines", name=name, legendgroup=name,
+            line={"color": color, "width": 2.5},
+            hovertemplate=f"{name}, median<br>step %{{x}}: %{{y:.4g}}<extra></extra>",
+        )  # fmt: skip
+    _style(figure, x_title, y_title)
+    return figure
+
+
+def against(
+    series: Sequence[Series], *, x_title: str, y_title: str, failed: str, bands: Sequence[Band] = ()
+) -> Any:
+    """A plotly figure of medians and ranges against x, both logarithmic.
+
+    Args:
+        series: one line each.
+        x_title, y_title: of the axes.
+        failed: what a median that is not finite means, written beside the crosses.
+        bands: shaded ranges of x behind the lines.
+    """
+    go = _plotly()
+    figure = go.Figure()
+    heights = [
+        value for one in series for p in one.points for value in (p.median, p.highest) if 0 < value < math.inf
+    ]
+    depths = [value for one in series for p in one.points if 0 < (value := p.median) < math.inf]
+    top = max(heights, default=1.0)
+    # A tenth of the plot above everything that is finite.
+    ceiling = top * (top / min(depths, default=top)) ** 0.12 * 1.15
+    for one in series:
+        color, name = COLORS[one.color % len(COLORS)], html.escape(one.name)
+        fine = [point for point in one.points if math.isfinite(point.median)]
+        figure.add_scatter(
+            x=[p.x for p in fine], y=[p.median for p in fine], mode="lines+markers", name=name, legendgroup=name,
+            line={"color": color, "width": 2.5}, marker={"size": 8}, customdata=[html.escape(p.note) for p in fine],
+            error_y={
+                "type": "data", "symmetric": False, "thickness": 1.2, "width": 4,
+                "array": [_gap(p.highest, p.median) for p in fine],
+                "arrayminus": [_gap(p.median, p.lowest) for p in fine],
+            },
+            hovertemplate=f"{name}<br>%{{x:.4g}}: %{{y:.4g}}<br>%{{customdata}}<extra></extra>",
+        )  # fmt: skip
+        lost = [point for point in one.points if not math.isfinite(point.median)]
+        if lost:
+            figure.add_scatter(
+                x=[p.x for p in lost], y=[ceiling] * len(lost), mode="markers", legendgroup=name,
+                showlegend=not fine, name=name, customdata=[html.escape(p.note) for p in lost],
+                marker={"symbol": "x", "size": 10, "color": color},
+                hovertemplate=f"{name}<br>%{{x:.4g}}: {failed}<br>%{{customdata}}<extra></extra>",
+            )  # fmt: skip
+    _style(figure, x_title, y_title)
+    xs = [point.x for one in series for point in one.points]
+    _ticks_at(figure, sorted(set(xs)))
+    if any(not math.isfinite(p.median) for one in series for p in one.points):
+        figure.add_hline(y=ceiling, line={"dash": "dot", "width": 1, "color": "#888"})
+        figure.add_annotation(
+            x=0, xref="paper", y=math.log10(ceiling), text=html.escape(failed), showarrow=False,
+            xanchor="left", yanchor="bottom", font={"size": 12},
+        )  # fmt: skip
+    for band in bands:
+        figure.add_vrect(
+            x0=band.first,
+            x1=band.last,
+            fillcolor=SHADES[band.kind],
+            opacity=0.12,
+            line_width=0,
+            layer="below",
+        )
+        figure.add_annotation(
+            x=(math.log10(band.first) + math.log10(band.last)) / 2, y=1, yref="paper", yanchor="bottom",
+            text=html.escape(band.label), showarrow=False, font={"size": 12},
+        )  # fmt: skip
+    return figure
+
+
+def median_line(lines: Sequence[Sequence[float]]) -> list[float]:
+    """Median over seeds at each step, a line that has ended counting as infinitely high."""
+    length = max(map(len, lines), default=0)
+    columns = [
+        [line[i] if i < len(line) and math.isfinite(line[i]) else math.inf for line in lines]
+        for i in range(length)
+    ]
+    return [statistics.median(column) for column in columns]
+
+
+def _plotly() -> Any:
+    try:
+        import plotly.graph_objects as go
+    except ImportError:
+        raise MissingExtraError("plotly", "report", "a figure") from None
+    return go
+
+
+def _style(figure: Any, x_title: str, y_title: str) -> None:
+    clear = "rgba(0,0,0,0)"
+    figure.update_layout(
+        paper_bgcolor=clear, plot_bgcolor=clear, height=380, dragmode=False, hovermode="closest",
+        margin={"l": 58, "r": 14, "t": 26, "b": 46}, font={"family": "system-ui, sans-serif", "size": 13},
+        legend={"orientation": "h", "x": 0, "y": -0.22, "yanchor": "top", "bgcolor": clear},
+    )  # fmt: skip
+    axis = {
+        "zeroline": False,
+        "showline": False,
+        "ticks": "outside",
+        "ticklen": 4,
+        "gridcolor": "rgba(128,128,128,.25)",
+    }
+    figure.update_xaxes(title={"text": x_title, "standoff": 8}, **axis)
+    figure.update_yaxes(
+        title={"text": y_title, "standoff": 4}, type="log", exponentformat="power", nticks=8,
+        minor={"showgrid": False}, **axis,
+    )  # fmt: skip
+
+
+def _ticks_at(figure: Any, values: Sequence[float]) -> None:
+    """A logarithmic x axis that names the values tried, every second or third of them where there are many."""
+    step = 1 + (len(values) - 1) // 8
+    shown = values[::step]
+    figure.update_xaxes(type="log", tickvals=list(shown), ticktext=[f"{value:g}" for value in shown])
+
+
+def _finite(values: Sequence[float]) -> list[float | None]:
+    return [value if math.isfinite(value) else None for value in values]
+
+
+def _until_bad(line: Sequence[float]) -> Sequence[float]:
+    return next((line[:i] for i, value in enumerate(line) if not math.isfinite(value)), line)
+
+
+def _gap(high: float, low: float) -> float:
+    return high - low if math.isfinite(high - low) else 0.0

@@ -1,0 +1,145 @@
+"""One self-contained HTML page: a title, words, sections with tables and figures; offline, light and dark."""
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gradkeel.errors import MissingExtraError
+
+_CONFIG = {"responsive": True, "displaylogo": False, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Headers and rows of plain text; columns after the first are numbers, set to the right."""
+
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A labelled line at the top of a page; a command is set as one."""
+
+    label: str
+    text: str
+    command: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, plain text, and under it a table, a figure, both or neither.
+
+    Attributes:
+        title: the heading.
+        text: a paragraph, or nothing.
+        table: what stands under the text.
+        figure: a plotly figure, or None.
+    """
+
+    title: str
+    text: str = ""
+    table: Table | None = None
+    figure: Any = None
+
+
+def page(title: str, subtitle: str, lines: Sequence[Line], sections: Sequence[Section]) -> str:
+    """The page as HTML, with plotly's script in it once, if a section has a figure. All text is escaped.
+
+    Args:
+        title, subtitle: what the page is about.
+        lines: the result in words, on top.
+        sections: in order.
+
+    Raises:
+        MissingExtraError: a section has a figure, and plotly is not installed.
+    """
+    script = f"<script>{_plotly_script()}</script>" if any(s.figure is not None for s in sections) else ""
+    heads = "".join(f"<dt>{html.escape(line.label)}</dt><dd>{_text(line)}</dd>" for line in lines)
+    body = "\n".join(_section(section, i) for i, section in enumerate(sections))
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n{script}\n</head>\n<body>\n<main>\n"
+        f"<h1>{html.escape(title)}</h1>\n<p class=subtitle>{html.escape(subtitle)}</p>\n"
+        f"<dl>{heads}</dl>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _text(line: Line) -> str:
+    return f"<code>{html.escape(line.text)}</code>" if line.command else html.escape(line.text)
+
+
+def _section(section: Section, index: int) -> str:
+    parts = [f"<h2>{html.escape(section.title)}</h2>"]
+    if section.text:
+        parts.append(f"<p>{html.escape(section.text)}</p>")
+    if section.table is not None:
+        parts.append(_table(section.table))
+    if section.figure is not None:
+        inner = section.figure.to_html(
+            full_html=False,
+            include_plotlyjs=False,
+            config=_CONFIG,
+            div_id=f"figure-{index}",
+            default_width="100%",
+        )
+        parts.append(
+            f'<div class="figure" role="img" aria-label="{html.escape(section.title)}">{inner}</div>'
+        )
+    return "<section>" + "\n".join(parts) + "</section>"
+
+
+def _table(table: Table) -> str:
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.headers)
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def _plotly_script() -> str:
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError:
+        raise MissingExtraError("plotly", "report", "a page with figures") from None
+    script: str = get_plotlyjs()
+    return script
+
+
+# plotly writes colours into its SVG's style attributes, which only !important can override from outside.
+_STYLE = """
+:root { --paper: #fff; --ink: #1d2430; --soft: #5b6675; --line: #dfe4ea; --card: #f5f7f9; --accent: #20699c; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #14181d; --ink: #e4e8ed; --soft: #9aa6b4; --line: #323a44; --card: #1c2229; --accent: #79b8e8; }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, "Segoe UI", sans-serif; }
+main { max-width: 1060px; margin: 0 auto; padding: 28px 22px 60px; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.12rem; margin: 40px 0 4px; }
+p { margin: 0 0 10px; max-width: 76ch; }
+p, .subtitle { color: var(--soft); }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 10px 18px; margin: 20px 0 0; padding: 18px 20px;
+  background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
+dt { font-weight: 600; font-size: .8rem; letter-spacing: .05em; color: var(--accent); padding-top: 2px; }
+dd { margin: 0; overflow-wrap: anywhere; }
+code { font: .9em/1.5 ui-monospace, "SFMono-Regular", Menlo, monospace; overflow-wrap: anywhere; }
+.scroll { overflow-x: auto; margin-top: 10px; }
+table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 7px 10px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th { font-weight: 600; color: var(--soft); vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+.figure { margin: 6px -6px 0; }
+.figure .main-svg text { fill: var(--ink) !important; }
+.figure .hoverlayer text { fill: #fff !important; }
+.figure .modebar { opacity: .5; }
+@media (max-width: 640px) {
+  main { padding: 18px 14px 40px; }
+  dl { grid-template-columns: 1fr; gap: 2px; padding: 14px; }
+  dd { margin-bottom: 10px; }
+  h1 { font-size: 1.3rem; }
+}
+"""
