@@ -83,9 +83,8 @@ class SelectionReport:
                 result = result | (part < 1).any()
         if decision.clamp is not None and self.measured.peaks is not None:
             low, high = decision.clamp
-            result = (
-                result | (self.measured.peaks[:, 0] < low).any() | (self.measured.peaks[:, 1] > high).any()
-            )
+            peaks = self.measured.peaks * self.parameter_coefficients().unsqueeze(1)  # the clamp comes last
+            result = result | (peaks[:, 0] < low).any() | (peaks[:, 1] > high).any()
         return result
 
     @property
@@ -99,7 +98,8 @@ class SelectionReport:
 
         Under the value scope it is measured when read, and None once the gradients are cleared or changed.
         """
-        if self.decision.clamp is not None and not self.clipped:
+        untouched = self.decision.coefficients is None and self.decision.unit_coefficients is None
+        if self.decision.clamp is not None and untouched and not self.clipped:
             return self.norm
         total = self.clipped_total()
         return None if total is None else float(total)

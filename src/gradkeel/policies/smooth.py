@@ -79,8 +79,8 @@ class Normalize(NamedPolicy):
         Hazan, Levy, Shalev-Shwartz, "Beyond convexity: Stochastic quasi-convex optimization", 2015, algorithm 1.
 
     Example:
-        >>> Normalize(1.0)
-        Normalize(norm=1.0)  # all tensors together
+        >>> Normalize(0.5)
+        Normalize(norm=0.5)  # all tensors together
     """
 
     spec_name: ClassVar[str] = "normalize"
