@@ -4,6 +4,7 @@ import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ Exclude = str | nn.Module | Tensor | Callable[[str, Tensor], bool]
 MAIN, EXCLUDED = "main", "excluded"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Selection:
     """The parameters that one policy looks at together.
 
@@ -33,6 +34,11 @@ class Selection:
     names: tuple[str, ...]
     parameters: tuple[Tensor, ...]
     groups: tuple[int, ...]
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """The parameters' numbers of entries."""
+        return tuple(parameter.numel() for parameter in self.parameters)
 
 
 def name_parameters(optimizer: Optimizer, model: nn.Module | None) -> dict[int, str]:

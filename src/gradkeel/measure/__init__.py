@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from gradkeel.measure.placement import entries_by_position, entries_to_read
-from gradkeel.measure.powers import peaks, tensor_norms, unit_count, unit_norms, wide_dtype
+from gradkeel.measure.powers import Reading, read, tensor_norms, unit_count, wide_dtype
 from gradkeel.norms import GradientNorms, Needs, combine
 from gradkeel.selection import Selection
 
@@ -34,22 +33,18 @@ def measure(
     Does not sync the host on an accelerator.
     """
     gradients = [parameter.grad for parameter in selection.parameters]
+    held = [gradient for gradient in gradients if gradient is not None]
     present = tuple(gradient is not None for gradient in gradients)
-    entries = [entries_to_read(gradient) for gradient in gradients if gradient is not None]
-    norms = _spread(tensor_norms(entries, needs.norm_type, device), present) * prescale
-    weights = units = unit_weights = extremes = None
+    reading = read(held, needs.norm_type, device, unit_dim=needs.unit_dim, with_peaks=needs.peaks)
+    norms = _times(_spread(reading.norms, present), prescale)
     counts: tuple[int, ...] = ()
-    unit_sizes: tuple[int, ...] = ()
-    if needs.weights:
-        weights = tensor_norms([entries_to_read(p) for p in selection.parameters], needs.norm_type, device)
     if needs.unit_dim is not None:
         counts = tuple(unit_count(p.shape, needs.unit_dim) for p in selection.parameters)
-        unit_sizes = tuple(p.numel() // max(1, k) for p, k in zip(selection.parameters, counts, strict=True))
-        units = _units(gradients, counts, needs, device) * prescale
-        if needs.weights:
-            unit_weights = _units(list(selection.parameters), counts, needs, device)
-    if needs.peaks:
-        extremes = _spread(peaks(entries, device), present) * prescale
+    units = None if reading.units is None else _times(_spread_units(reading.units, counts, present), prescale)
+    extremes = None if reading.peaks is None else _times(_spread(reading.peaks, present), prescale)
+    weights = Reading(norms)
+    if needs.weights:
+        weights = read(selection.parameters, needs.norm_type, device, unit_dim=needs.unit_dim)
     measured = GradientNorms(
         names=selection.names,
         norms=norms,
@@ -57,12 +52,12 @@ def measure(
         norm_type=needs.norm_type,
         groups=selection.groups,
         step=step,
-        sizes=tuple(p.numel() for p in selection.parameters),
-        weights=weights,
+        sizes=selection.sizes,
+        weights=weights.norms if needs.weights else None,
         units=units,
-        unit_weights=unit_weights,
+        unit_weights=weights.units,
         unit_counts=counts,
-        unit_sizes=unit_sizes,
+        unit_sizes=tuple(p.numel() // max(1, k) for p, k in zip(selection.parameters, counts, strict=False)),
         peaks=extremes,
         loss=loss,
     )
@@ -71,7 +66,7 @@ def measure(
 
 def measure_total(gradients: list[Tensor], norm_type: float, device: torch.device) -> Tensor:
     """[] float64 norm of all these tensors taken together."""
-    return combine(tensor_norms([entries_to_read(g) for g in gradients], norm_type, device), norm_type)
+    return combine(tensor_norms(gradients, norm_type, device), norm_type)
 
 
 def _spread(values: Tensor, present: tuple[bool, ...]) -> Tensor:
@@ -83,12 +78,17 @@ def _spread(values: Tensor, present: tuple[bool, ...]) -> Tensor:
     return torch.stack([next(rows) if here else zero for here in present])
 
 
-def _units(tensors: list[Tensor | None], counts: tuple[int, ...], needs: Needs, device: torch.device) -> Tensor:
-    assert needs.unit_dim is not None
-    parts = [
-        torch.zeros(count, dtype=wide_dtype(device), device=device)
-        if tensor is None
-        else unit_norms(entries_by_position(tensor), count, needs.unit_dim, needs.norm_type).to(device)
-        for tensor, count in zip(tensors, counts, strict=True)
-    ]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=wide_dtype(device), device=device)
+def _spread_units(values: Tensor, counts: tuple[int, ...], present: tuple[bool, ...]) -> Tensor:
+    if all(present):
+        return values
+    parts = iter(values.split([count for count, here in zip(counts, present, strict=True) if here]))
+    return torch.cat(
+        [
+            next(parts) if here else values.new_zeros(count)
+            for count, here in zip(counts, present, strict=True)
+        ]
+    )
+
+
+def _times(values: Tensor, prescale: Tensor | float) -> Tensor:
+    return values if isinstance(prescale, float) and prescale == 1.0 else values * prescale

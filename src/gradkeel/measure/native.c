@@ -67,13 +67,15 @@ static int is_dense(const struct dltensor *t) {
     return 1;
 }
 
-/* Fills `table` with the tensors of a Python list, each one row, or one row for each index of dimension `dim`.
+/* Fills `table` with the tensors of a Python list, each one row or, with more dimensions than one, as many as it is
+ * long along `dim`, unless that is negative.
  *
  * Returns how many were taken: fewer than `count` at the first that is not a dense float tensor on CPU, or whose rows
  * do not lie one after the other, or that torch cannot export (a Python exception is then set). Needs the GIL.
  */
 EXPORT int64_t gradkeel_table(void *list, int64_t count, item_of_list item, export_tensor export, int32_t dim,
-                              struct tensor *table) {
+                              struct tensor *table, int64_t *all_rows) {
+    *all_rows = 0;
     for (int64_t i = 0; i < count; i++) {
         struct dltensor t;
         void *object = item(list, (intptr_t)i);
@@ -90,6 +92,7 @@ EXPORT int64_t gradkeel_table(void *list, int64_t count, item_of_list item, expo
         }
         if (entries > 0 && (!is_dense(&t) || (rows > 1 && t.strides[dim] != entries / rows))) return i;
         table[i] = (struct tensor){t.data, entries, rows, kind};
+        *all_rows += rows;
     }
     return count;
 }

@@ -9,6 +9,7 @@ import functools
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ _NORMS = {math.inf: 0, 1.0: 1, 2.0: 2}
 # A subclass may hold its entries elsewhere; `placement` knows these.
 _PLAIN = {Tensor, nn.Parameter}
 _BYTES_OF_A_TENSOR = 32
+# What torch raises for a tensor without memory of its own: sparse, meta, wrapped.
+_NO_ADDRESS = (RuntimeError, BufferError, TypeError, ValueError)
 
 
 class _Team(ctypes.Structure):
@@ -53,14 +56,19 @@ class UnavailableError(Exception):
     """Why the native kernels are not in use."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class Table:
-    """Addresses, sizes and dtypes of dense CPU tensors; valid as long as ``tensors`` is held and not resized."""
+    """Addresses, sizes and dtypes of dense CPU tensors; valid while none of them is resized.
 
-    __slots__ = ("address", "tensors")
+    Attributes:
+        tensors: the tensors, so that they live as long.
+        address: the table as the library reads it.
+        rows: how many units the tensors have; each is one where it was not cut.
+    """
 
-    def __init__(self, tensors: list[Tensor], address: Any) -> None:
-        self.tensors = tensors
-        self.address = address
+    tensors: list[Tensor]
+    address: Any
+    rows: int
 
 
 class Kernels:
@@ -84,7 +92,8 @@ class Kernels:
         self._fill = held.gradkeel_table
         self._fill.restype = ctypes.c_int64
         self._fill.argtypes = (
-            ctypes.py_object, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p
+            ctypes.py_object, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p,
+            ctypes.c_void_p,
         )  # fmt: skip
         self._item = ctypes.cast(ctypes.pythonapi.PyList_GetItem, ctypes.c_void_p)
         self._export = _exporter()
@@ -105,20 +114,21 @@ class Kernels:
             return None
         held = list(tensors)
         address = ctypes.create_string_buffer(_BYTES_OF_A_TENSOR * len(held) + 1)
+        rows = ctypes.c_int64()
         dim = -1 if unit_dim is None else unit_dim
         try:
-            taken = self._fill(held, len(held), self._item, self._export, dim, address)
-        except (RuntimeError, BufferError, TypeError, ValueError):  # sparse, meta, wrapped: torch gives no address
+            taken = self._fill(held, len(held), self._item, self._export, dim, address, ctypes.byref(rows))
+        except _NO_ADDRESS:
             return None
-        return Table(held, address) if taken == len(held) else None
+        return Table(held, address, rows.value) if taken == len(held) else None
 
     def read(
-        self, table: Table, norm_type: float, *, units: int | None = None, peaks: bool = False
+        self, table: Table, norm_type: float, *, units: bool = False, peaks: bool = False
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Read each tensor once: float64 norms [k], norms of all ``units`` [units], and peaks [k, 2]."""
+        """Read each tensor once, in float64: norms [k], norms of the units [u], and peaks [k, 2]."""
         count = len(table.tensors)
         norms = torch.empty(count, dtype=torch.float64)
-        unit_norms = None if units is None else torch.empty(units, dtype=torch.float64)
+        unit_norms = torch.empty(table.rows, dtype=torch.float64) if units else None
         extremes = torch.empty(count, 2, dtype=torch.float64) if peaks else None
         self._check(
             self._read(
@@ -201,7 +211,9 @@ def _exporter() -> Any:
         pointer_in(("PyCapsule_GetPointer", ctypes.pythonapi))(capsule, b"dlpack_exchange_api")
     )
     if exchange.major != 1 or not exchange.tensor_from_object:
-        raise UnavailableError(f"torch {torch.__version__} has DLPack {exchange.major}.{exchange.minor}, not 1.x")
+        raise UnavailableError(
+            f"torch {torch.__version__} has DLPack {exchange.major}.{exchange.minor}, not 1.x"
+        )
     return exchange.tensor_from_object
 
 

@@ -1,10 +1,17 @@
-"""Norms of local tensors, exact to float64's last digits but for the rounding of 4096-entry blocks."""
+"""Norms of local tensors, exact to float64's last digits but for the rounding of 4096-entry blocks.
+
+On CPU the native kernels read where they are in use, torch's own operations elsewhere; the choice is made here.
+"""
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from gradkeel.measure import native
+from gradkeel.measure.placement import entries_by_position, entries_to_read
 
 BLOCK = 4096
 """Entries that torch's own kernel may sum in float32; longer sums are made of such blocks, in float64."""
@@ -14,18 +21,78 @@ _SAFE = {torch.float64: (1e-140, 1e150)}
 _SAFE_FLOAT32 = (1e-15, 1e18)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Reading:
+    """What one read of k tensors gave, in float64 (float32 on devices without it).
+
+    Attributes:
+        norms: [k] norm of each tensor.
+        units: [u] norm of each unit, tensor after tensor, where asked for.
+        peaks: [k, 2] each tensor's lowest and highest entry, where asked for; 0, 0 for an empty one.
+    """
+
+    norms: Tensor
+    units: Tensor | None = None
+    peaks: Tensor | None = None
+
+
+def read(
+    tensors: Sequence[Tensor],
+    norm_type: float,
+    device: torch.device,
+    *,
+    unit_dim: int | None = None,
+    with_peaks: bool = False,
+) -> Reading:
+    """Norms of tensors of any layout, and those of the units along ``unit_dim`` and the peaks where asked for.
+
+    A tensor whose entries are all finite has finite norms; a NaN or inf entry gives NaN or inf. On an accelerator all
+    sums are float64 to begin with, and the host is not synced.
+    """
+    if device.type == "cpu" and native.has_norm(norm_type):
+        reading = _native_reading(tensors, norm_type, unit_dim=unit_dim, with_peaks=with_peaks)
+        if reading is not None:
+            return reading
+    entries = [entries_to_read(tensor) for tensor in tensors]
+    return Reading(
+        _norms(entries, norm_type, device),
+        None if unit_dim is None else _units(tensors, norm_type, device, unit_dim),
+        peaks(entries, device) if with_peaks else None,
+    )
+
+
+def tensor_norms(tensors: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
+    """[k] norm of each tensor: `read` for norms alone."""
+    return read(tensors, norm_type, device).norms
+
+
+def unit_count(shape: Sequence[int], dim: int) -> int:
+    """How many units a tensor of this shape has: its size along ``dim``, or 1 with at most one dimension."""
+    return 1 if len(shape) <= 1 else shape[dim]
+
+
 def wide_dtype(device: torch.device) -> torch.dtype:
     """The dtype in which norms are combined: float64, or float32 on devices that have no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def tensor_norms(tensors: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
-    """[k] norm of each real strided tensor, in float64 on ``device``.
+def _native_reading(
+    tensors: Sequence[Tensor], norm_type: float, *, unit_dim: int | None, with_peaks: bool
+) -> Reading | None:
+    """The same by the native kernels; None where they are not in use or one of the tensors is not for them."""
+    kernels = native.kernels()
+    if kernels is None:
+        return None
+    table = kernels.table(tensors, unit_dim)
+    if table is None and unit_dim is None:  # sparse, complex, sharded: what they hold is dense
+        table = kernels.table([entries_to_read(tensor) for tensor in tensors])
+    if table is None or (with_peaks and any(map(Tensor.is_neg, table.tensors))):
+        return None
+    return Reading(*kernels.read(table, norm_type, units=unit_dim is not None, peaks=with_peaks))
 
-    A tensor whose entries are all finite has a finite norm; a NaN or inf entry gives NaN or inf. On CPU a norm whose
-    squares left float32's range is computed again in float64; on an accelerator all sums are float64 to begin with,
-    and the host is not synced.
-    """
+
+def _norms(tensors: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
+    """[k] norm of each real strided tensor by torch's operations; on CPU those that left float32's range are redone."""
     wide = wide_dtype(device)
     if not tensors:
         return torch.zeros(0, dtype=wide, device=device)
@@ -39,7 +106,7 @@ def tensor_norms(tensors: Sequence[Tensor], norm_type: float, device: torch.devi
         if kind.type == "cpu":
             values = _cpu_norms(chosen, norm_type).to(device, non_blocking=True)
         else:
-            norms = [n for n in torch._foreach_norm([_filled(t) for t in chosen], norm_type, dtype=wide)]
+            norms = list(torch._foreach_norm([_filled(t) for t in chosen], norm_type, dtype=wide))
             values = torch.stack(norms).to(device, non_blocking=True)
         if len(here) == len(tensors):
             return values
@@ -56,13 +123,16 @@ def _cpu_norms(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     """[k] float64 norms of CPU tensors: long ones by blocks, the rest in one foreach call a dtype."""
     result = torch.zeros(len(tensors), dtype=torch.float64)
     short: dict[torch.dtype, list[int]] = {}
+    # Other powers are rare, and their float32 sums lose more; they are summed in float64 throughout, which is slow.
+    usual = norm_type in (1.0, 2.0)
     for i, tensor in enumerate(tensors):
-        if tensor.numel() > BLOCK and norm_type > 0 and not math.isinf(norm_type) and tensor.dtype != torch.float64:
+        if tensor.numel() > BLOCK and usual and tensor.dtype != torch.float64:
             result[i] = _blocked_norm(tensor, norm_type)
         elif tensor.numel():
             short.setdefault(tensor.dtype, []).append(i)
     for dtype, indices in short.items():
-        sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        narrow = dtype != torch.float64 and (usual or math.isinf(norm_type))
+        sum_dtype = torch.float32 if narrow else torch.float64
         norms = torch._foreach_norm([tensors[i] for i in indices], norm_type, dtype=sum_dtype)
         values = torch.stack(list(norms)).double()
         if len(indices) == len(tensors):
@@ -85,9 +155,9 @@ def _blocked_norm(tensor: Tensor, norm_type: float) -> Tensor:
 
 def _storage_order(tensor: Tensor) -> Tensor:
     """All entries as a flat tensor, without a copy where they lie densely in memory in another order."""
-    order = sorted(range(tensor.dim()), key=lambda dim: -tensor.stride(dim))
-    permuted = tensor.permute(order)
-    return permuted.reshape(-1)
+    strides = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda dim: -strides[dim])
+    return tensor.permute(order).reshape(-1)
 
 
 def _redone(norms: Tensor, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
@@ -108,22 +178,27 @@ def _redone(norms: Tensor, tensors: Sequence[Tensor], norm_type: float) -> Tenso
     return norms
 
 
+def _units(tensors: Sequence[Tensor], norm_type: float, device: torch.device, dim: int) -> Tensor:
+    """[u] norm of each unit by torch's operations, tensor after tensor."""
+    parts = [torch.zeros(0, dtype=wide_dtype(device), device=device)]
+    for tensor in tensors:
+        units = unit_count(tensor.shape, dim)
+        parts.append(unit_norms(entries_by_position(tensor), units, dim, norm_type).to(device))
+    return torch.cat(parts)
+
+
 def unit_norms(tensor: Tensor, units: int, dim: int, norm_type: float) -> Tensor:
     """[units] norm of each slice along ``dim``, in float64; ``units == 1`` takes the tensor as one unit."""
     rows = tensor.reshape(1, -1) if units == 1 else tensor.movedim(dim, 0).flatten(1)
-    wide = wide_dtype(tensor.device)
+    if rows.numel() == 0:  # some norms of nothing are undefined in torch
+        return torch.zeros(units, dtype=wide_dtype(tensor.device), device=tensor.device)
     if tensor.device.type != "cpu" or tensor.dtype == torch.float64 or rows.shape[1] > BLOCK:
-        return torch.linalg.vector_norm(rows, norm_type, dim=1, dtype=wide)
+        return torch.linalg.vector_norm(rows, norm_type, dim=1, dtype=wide_dtype(tensor.device))
     norms = torch.linalg.vector_norm(rows, norm_type, dim=1, dtype=torch.float32)
     low, high = _SAFE_FLOAT32
     if ((norms > low) & (norms < high)).all():
         return norms.double()
     return torch.linalg.vector_norm(rows, norm_type, dim=1, dtype=torch.float64)
-
-
-def unit_count(shape: Sequence[int], dim: int) -> int:
-    """How many units a tensor of this shape has: its size along ``dim``, or 1 with at most one dimension."""
-    return 1 if len(shape) <= 1 else shape[dim]
 
 
 def peaks(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
