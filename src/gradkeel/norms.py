@@ -22,26 +22,26 @@ State = Mapping[str, Tensor]
 def combine(norms: Tensor, norm_type: float) -> Tensor:
     """Norm of a whole from the norms of its parts: ``(sum n_i^p)^(1/p)``, computed relative to the largest part.
 
-    ``norms`` has shape [k]; the result has shape [] and the same dtype. Scaling by the largest part keeps finite
-    parts from ever giving a non-finite or zero whole. No host sync.
+    ``norms`` has shape [..., k]; the result has shape [...] and the same dtype. Scaling by the largest part keeps
+    finite parts from ever giving a non-finite or zero whole. No host sync.
     """
     if norms.numel() == 0:
-        return norms.new_zeros(())
+        return norms.new_zeros(norms.shape[:-1])
     if norm_type == math.inf:
-        return norms.amax()
+        return norms.amax(-1)
     if norm_type == -math.inf:
-        return norms.amin()
+        return norms.amin(-1)
     if norm_type == 0:  # the number of entries that are not zero: counts add up
-        return norms.sum()
+        return norms.sum(-1)
     if norm_type < 0:  # a zero part makes the whole zero, so there is nothing to scale by
         return _vector_norm(norms, norm_type)
-    largest = norms.amax()
+    largest = norms.amax(-1)
     scale = torch.where((largest > 0) & torch.isfinite(largest), largest, torch.ones_like(largest))
-    return _vector_norm(norms / scale, norm_type) * scale
+    return _vector_norm(norms / scale.unsqueeze(-1), norm_type) * scale
 
 
 def _vector_norm(values: Tensor, norm_type: float) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(values, norm_type)
+    norm: Tensor = torch.linalg.vector_norm(values, norm_type, dim=-1)
     return norm
 
 
