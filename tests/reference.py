@@ -57,7 +57,7 @@ def clip_by_value(tensors, low, high):
 
 
 def agc(gradients, weights, ratio=0.01, floor=1e-3):
-    """Brock et al. 2021, equation 3: each row (each whole vector) against its own weights."""
+    """Brock et al. 2021: each row (each whole vector) against its own weights."""
     result = []
     for gradient, weight in zip(gradients, weights, strict=True):
         if gradient.dim() < 2:
@@ -113,7 +113,7 @@ def robust_plus(z):
 
 
 def geometric_quantile_bounds(norms, q, eta, initial=None):
-    """Andrew et al. 2021, equation 4, without noise; starts at the first norm unless told where."""
+    """Andrew et al. 2021, without noise; starts at the first norm unless told where."""
     bounds, bound = [], math.inf if initial is None else initial
     for n in norms:
         bounds.append(bound)

@@ -21,3 +21,4 @@ def _commands() -> None:
 
 app.command("compare")(compare.command)
 app.command("smoothness")(smoothness.command)
+app.command("policies")(policies.command)

@@ -88,7 +88,7 @@ class QuantileClip(NamedPolicy):
 
     Source:
         Andrew, Thakkar, McMahan, Ramaswamy, "Differentially private learning with adaptive clipping", 2021,
-        equation 4, without the noise.
+        without the noise.
 
     Example:
         >>> QuantileClip(0.9, scope="tensor")

@@ -28,7 +28,10 @@ class Chain(Composite):
     clamp must come last. All of them share one norm type.
 
     Formula:
-        coefficient = product of the stages' coefficients; spec: STAGE+STAGE+..., such as skip-step+zclip+value:1.0
+        coefficient = product of the stages' coefficients
+
+    Spec:
+        STAGE+STAGE+..., such as skip-step+zclip+value:1.0
 
     Args:
         stages: the policies, in order.
@@ -96,7 +99,10 @@ class Warmup(Composite):
     So the second one's statistics are ready when it takes over.
 
     Formula:
-        before while step <= steps, then after; spec: warmup:STEPS/BEFORE/AFTER, such as warmup:100/global-norm:1/zclip
+        before while step <= steps, then after
+
+    Spec:
+        warmup:STEPS/BEFORE/AFTER, such as warmup:100/global-norm:1.0/zclip
 
     Args:
         steps: how many steps the first policy has.

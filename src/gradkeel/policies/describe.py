@@ -6,8 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from gradkeel.policies.base import Policy, spec_value
-from gradkeel.policies.clip import Clip
+from gradkeel.policies.base import spec_value
 from gradkeel.policies.parse import COMPOSITES, REGISTRY
 
 
@@ -30,6 +29,7 @@ class PolicyDescription:
         summary: one sentence.
         details: the paragraphs that follow it.
         formula: what is done to a gradient.
+        spec: how it is written in a spec string: what is required in capitals, the rest with its default.
         parameters: in the order of the spec string.
         cost: passes over the gradients, and the size of the state.
         source: author, title, year.
@@ -40,6 +40,7 @@ class PolicyDescription:
     summary: str
     details: str
     formula: str
+    spec: str
     parameters: tuple[ParameterDescription, ...]
     cost: str
     source: str
@@ -55,34 +56,35 @@ def describe(policy: type[Any]) -> PolicyDescription:
     sections = _sections(inspect.getdoc(policy) or "")
     summary, _, details = sections[""].partition("\n\n")
     meanings = _meanings(sections.get("Args", ""))
+    parameters = tuple(
+        ParameterDescription(
+            field.name,
+            None if field.default is dataclasses.MISSING else spec_value(field.default),
+            meanings[field.name],
+        )
+        for field in dataclasses.fields(policy)
+    )
     return PolicyDescription(
         name=policy.spec_name,
         class_name=policy.__name__,
         summary=_line(summary),
         details="\n\n".join(_line(paragraph) for paragraph in details.split("\n\n")),
         formula=_line(sections["Formula"]),
-        parameters=tuple(
-            ParameterDescription(
-                field.name,
-                None if field.default is dataclasses.MISSING else spec_value(field.default),
-                meanings[field.name],
-            )
-            for field in dataclasses.fields(policy)
-        ),
+        spec=_line(sections["Spec"]) if "Spec" in sections else _spec(policy.spec_name, parameters),
+        parameters=parameters,
         cost=_line(sections["Cost"]),
         source=_line(sections["Source"]),
     )
 
 
+def _spec(name: str, parameters: tuple[ParameterDescription, ...]) -> str:
+    words = [p.name.upper() if p.default is None else f"{p.name}={p.default}" for p in parameters]
+    return f"{name}:{','.join(words)}" if words else name
+
+
 def descriptions() -> tuple[PolicyDescription, ...]:
     """Every policy that has a name, in the order in which they are listed."""
     return tuple(describe(policy) for policy in (*REGISTRY.values(), *COMPOSITES.values()))
-
-
-def parts_of(policy: Policy) -> str:
-    """Scope, bound and form of a policy in words, for the listing of one policy."""
-    parts = getattr(policy, "parts", policy)
-    return f"{parts.scope} x {parts.bound!r} x {parts.form!r}" if isinstance(parts, Clip) else repr(parts)
 
 
 def _sections(text: str) -> dict[str, str]:

@@ -30,7 +30,10 @@ class PerGroup(Composite):
     one norm type. A clamp is one for all groups, so it has no place here; use the groups' own ``"clip"`` key for it.
 
     Formula:
-        group i is clipped by policy i; spec: per-group:POLICY/POLICY/..., such as per-group:norm:0.1/none
+        group i is clipped by policy i
+
+    Spec:
+        per-group:POLICY/POLICY/..., such as per-group:norm:0.1/none
 
     Args:
         policies: one for each parameter group, in the optimizer's order; None leaves a group as it is.

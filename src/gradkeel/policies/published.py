@@ -25,7 +25,7 @@ class PublishedZScore(Bound):
     State: ``seen`` [k] int64, ``mean`` [k], ``variance`` [k].
 
     Source:
-        Kumar, Owen, Chowdhury, Güra, "ZClip: Adaptive spike mitigation for LLM pre-training", 2025, equations 4 to 10.
+        Kumar, Owen, Chowdhury, Güra, "ZClip: Adaptive spike mitigation for LLM pre-training", 2025.
     """
 
     z: float

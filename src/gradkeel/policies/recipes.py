@@ -32,7 +32,7 @@ class ClipByValue(NamedPolicy):
         ValueError, TypeError: for limits that are not numbers in ascending order.
 
     Source:
-        Mikolov, "Statistical language models based on neural networks", 2012, section 3.2.2.
+        Mikolov, "Statistical language models based on neural networks", 2012.
 
     Example:
         >>> ClipByValue(1.0)
@@ -179,8 +179,7 @@ class AdaptiveGradientClip(NamedPolicy):
         ValueError, TypeError: for arguments out of range.
 
     Source:
-        Brock, De, Smith, Simonyan, "High-performance large-scale image recognition without normalization", 2021,
-        equation 3.
+        Brock, De, Smith, Simonyan, "High-performance large-scale image recognition without normalization", 2021.
 
     Example:
         >>> AdaptiveGradientClip(0.01)
@@ -218,8 +217,8 @@ class BlockRms(NamedPolicy):
         ValueError, TypeError: if ``max_rms`` is no positive number.
 
     Source:
-        Shazeer, Stern, "Adafactor: Adaptive learning rates with sublinear memory cost", 2018, section 6;
-        optax, ``clip_by_block_rms``.
+        optax, ``clip_by_block_rms``, after Shazeer, Stern, "Adafactor: Adaptive learning rates with sublinear memory
+        cost", 2018, who clip updates so.
 
     Example:
         >>> BlockRms(1.0)

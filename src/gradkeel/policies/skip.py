@@ -74,7 +74,7 @@ class SkipStep(NamedPolicy):
         ValueError, TypeError: for arguments out of range.
 
     Source:
-        OLMo team, "2 OLMo 2 Furious", 2024, and OLMo-core's ``SkipStepOptimizer``.
+        Allen Institute for AI, OLMo-core's ``SkipStepOptimizer``, 2024.
 
     Example:
         >>> SkipStep()

@@ -31,8 +31,8 @@ class SmoothClip(NamedPolicy):
         ValueError, TypeError: for arguments out of range.
 
     Source:
-        Zhang, He, Sra, Jadbabaie, "Why gradient clipping accelerates training", 2020, the smooth form of their
-        equation 5.
+        Zhang, He, Sra, Jadbabaie, "Why gradient clipping accelerates training", 2020: their clipped
+        gradient descent in smooth form.
 
     Example:
         >>> SmoothClip(1.0)
@@ -76,7 +76,7 @@ class Normalize(NamedPolicy):
         ValueError, TypeError: for arguments out of range.
 
     Source:
-        Hazan, Levy, Shalev-Shwartz, "Beyond convexity: Stochastic quasi-convex optimization", 2015, algorithm 1.
+        Hazan, Levy, Shalev-Shwartz, "Beyond convexity: Stochastic quasi-convex optimization", 2015.
 
     Example:
         >>> Normalize(0.5)
@@ -121,7 +121,7 @@ class SmoothnessStep(NamedPolicy):
         ValueError, TypeError: for arguments out of range.
 
     Source:
-        Zhang, He, Sra, Jadbabaie, "Why gradient clipping accelerates training", 2020, section 3.
+        Zhang, He, Sra, Jadbabaie, "Why gradient clipping accelerates training", 2020.
 
     Example:
         >>> SmoothnessStep(16.0, 1.0)
