@@ -16,8 +16,8 @@ FEWEST = 20
 """Pairs below which no relation is claimed."""
 LEAST_CORRELATION = 0.5
 """Of the logarithms: below it the norm explains less than a quarter of the smoothness' variation."""
-SLOPES = (0.5, 2.0)
-"""Slopes in log-log for which a line through (L0, L1) is a fair description; L1 * norm alone has slope 1."""
+STEEPEST = 2.0
+"""Slope in log-log above which ``L0 + L1 * norm``, whose slope is at most 1, is no description."""
 RESAMPLES = 200
 COVERAGE = 0.9
 
@@ -125,7 +125,7 @@ def fit_smoothness(norms: Sequence[float], smoothness: Sequence[float]) -> Smoot
         return _nothing(n.numel())
     drawn = _resample(n.numel())
     l0, l1 = _fit_rows(n[None], smooth[None])
-    many_l0, many_l1 = _fit_rows(n[drawn], smooth[drawn])
+    many_l0, many_l1 = _fit_rows(n[drawn], smooth[drawn], rounds=2)  # 4% in L0 / L1, well within the interval
     r, slope = _line(n[None].log(), smooth[None].log())
     many_r, many_slope = _line(n[drawn].log(), smooth[drawn].log())
     cover = float((smooth / (l0 + l1 * n)).amax())
@@ -208,15 +208,15 @@ def _resample(count: int) -> Tensor:
     return ((starts + torch.arange(length)) % count).flatten(1)[:, :count]
 
 
-def _fit_rows(n: Tensor, smoothness: Tensor) -> tuple[Tensor, Tensor]:
+def _fit_rows(n: Tensor, smoothness: Tensor, *, rounds: int = 4) -> tuple[Tensor, Tensor]:
     """[b] L0 and [b] L1 of each row of [b, count] pairs.
 
-    With a = L0 / L1 the best log L1 is the mean of log smoothness - log(a + n), so a alone is searched: three grids in
-    log a, each around the best of the one before.
+    With a = L0 / L1 the best log L1 is the mean of log smoothness - log(a + n), so a alone is searched: grids in log a,
+    each around the best of the one before.
     """
     low, high = (n.amin(1).log() - 7.0), (n.amax(1).log() + 7.0)
     target = smoothness.log()
-    for _ in range(4):
+    for _ in range(rounds):
         grid = low[:, None] + (high - low)[:, None] * torch.linspace(0, 1, 33, dtype=n.dtype)
         residual = target[:, None] - (grid.exp()[:, :, None] + n[:, None]).log()
         best = residual.var(2, correction=0).argmin(1, keepdim=True)
@@ -251,10 +251,10 @@ def _verdict(count: int, r: float, r_interval: Interval, slope: float) -> tuple[
         return False, f"{no} can be seen in {count} measurements; at least {FEWEST} are needed {seen}"
     if not math.isfinite(r):
         return False, f"{no}: the gradient norm or the smoothness did not vary ({count} measurements)"
-    if slope < 0:
+    if high < 0:
         return False, f"{no}: smoothness falls while the gradient norm rises {seen}"
     if r < LEAST_CORRELATION or low <= 0:
         return False, f"{no}: the gradient norm says little about smoothness {seen}"
-    if not SLOPES[0] <= slope <= SLOPES[1]:
+    if slope > STEEPEST:
         return False, f"{no}: smoothness grows as the norm to the power {slope:.2f}, not 1 {seen}"
     return True, f"smoothness grows with the gradient norm {seen}"
