@@ -2,7 +2,7 @@
 
 import typer
 
-from gradkeel.cli import compare, smoothness
+from gradkeel.cli import compare, policies, smoothness
 
 app = typer.Typer(
     help="Gradient clipping for PyTorch: compare policies, and see why a run diverged.",
