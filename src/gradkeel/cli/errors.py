@@ -1,6 +1,7 @@
 """How commands fail: one line on stderr and exit code 2 for what the user can fix, a traceback for the rest."""
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from typing import ParamSpec
@@ -17,6 +18,10 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
 
         try:
             command(*args, **kwargs)
+        except BrokenPipeError:
+            # Whoever read stdout has gone; what is still to be flushed goes nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
         except (GradkeelError, OSError) as error:
             print(f"gradkeel: {error}", file=sys.stderr)
             sys.exit(2)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gradkeel.lab.compare import Comparison, Plan
 
 EVERY = 20.0  # seconds between provisional tables where they cannot be drawn over each other
-WIDTH = 110  # of tables that go to no terminal
+WIDTH = 120  # of tables that go to no terminal
 
 
 class Progress:
@@ -74,10 +74,13 @@ def print_result(comparison: "Comparison") -> None:
         return
     console = _console(stderr=False)
     console.print(_table(comparison, comparison.plan.target))
-    for label, text in findings(comparison).lines():
-        # A command is not wrapped: it must survive being copied.
-        words = Text(text)
-        console.print(Text(f"{label:<9}", style="bold cyan"), words, sep="", soft_wrap=True)
+    *lines, (label, command) = findings(comparison).lines()
+    grid = Table.grid(padding=(0, 2))
+    for name, text in lines:
+        grid.add_row(Text(name, style="bold cyan"), Text(text))
+    console.print(grid)
+    # A command is not wrapped: it must survive being copied.
+    console.print(Text(f"{label:<9}", style="bold cyan"), Text(command), sep="", soft_wrap=True)
     console.print()
 
 
@@ -94,8 +97,9 @@ def _table(comparison: "Comparison", title: str) -> Padding:
     drawn = Table(
         title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim"
     )
-    for i, header in enumerate(cells.headers):
-        drawn.add_column(header, justify="right" if i else "left", overflow="fold")
+    drawn.add_column(cells.headers[0], overflow="fold")
+    for header in cells.headers[1:]:
+        drawn.add_column(header, justify="right")
     for row in cells.rows:
         drawn.add_row(*(Text(cell) for cell in row))
     return Padding(drawn, (1, 0))

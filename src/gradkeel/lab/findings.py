@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from gradkeel.lab.compare import Comparison
 from gradkeel.lab.run import Run
 from gradkeel.lab.summary import Row, summarize
-from gradkeel.lab.words import bound_of, count, is_unclipped, number, without_exclude
+from gradkeel.lab.words import bound_of, capital, count, is_unclipped, named, number, without_exclude
 
 MOSTLY = 0.9  # a bound that clips more of the steps than this sets their length
 
@@ -84,23 +84,24 @@ def _found(contest: _Contest) -> str:
         return (
             f"Only {winner.policy} was run: it diverged in {winner.diverged} of {count(winner.runs, 'run')}."
         )
-    lower, higher, seeds = contest.wins()
-    words = [_rescue(contest)]
     if math.isinf(winner.loss) and math.isinf(rival.loss):
-        return f"{words[0]}No difference found: every policy diverged at every learning rate in most seeds.".strip()
-    if seeds and max(lower, higher) == seeds:
-        better, worse = (winner, rival) if lower else (rival, winner)
-        verb = "was the only one to train" if math.isinf(worse.loss) else "ended with the lower loss"
-        words.append(
-            f"{_at_best(better, contest)} {verb} in {seeds} of {count(seeds, 'seed')}: "
-            f"median {number(better.loss)}, against {_loss(worse)} for {_at_best(worse, contest)}."
-        )
-    else:
-        words.append(
+        return "No difference found: every policy diverged in most seeds, at every learning rate tried."
+    lower, higher, seeds = contest.wins()
+    rescue = _rescue(contest)
+    if max(lower, higher) < seeds or not seeds:
+        result = (
             f"No difference found between {_at_best(winner, contest)} and {_at_best(rival, contest)}: the first "
             f"ended lower in {lower} of {count(seeds, 'seed')}, higher in {higher}."
         )
-    return " ".join(word for word in words if word)
+    else:
+        better, worse = (winner, rival) if lower else (rival, winner)
+        result = (
+            f"{capital(_at_best(better, contest))} ended with the lower loss in {seeds} of {count(seeds, 'seed')}: "
+            f"median {number(better.loss)}"
+        )
+        against = f", against {number(worse.loss)} for {_at_best(worse, contest)}."
+        result += "." if math.isinf(worse.loss) else against
+    return f"{rescue} {result}".strip()
 
 
 def _rescue(contest: _Contest) -> str:
@@ -111,23 +112,21 @@ def _rescue(contest: _Contest) -> str:
     for lr in dict.fromkeys(run.lr for run in contest.runs):
         ours, theirs = contest.of(winner.policy, lr), contest.of(rival.policy, lr)
         seeds = ours.keys() & theirs.keys()
-        failed, kept = sum(theirs[s].diverged for s in seeds), sum(not ours[s].diverged for s in seeds)
-        if failed and kept == len(seeds) and (failed, lr == winner.lr) > (best[0], False):
-            at = "" if lr is None else f"at lr {number(lr)}, "
+        failed = sum(theirs[seed].diverged for seed in seeds)
+        if failed > best[0] and not any(ours[seed].diverged for seed in seeds):
+            at = "" if lr is None else f"at lr {number(lr)} "
             best = (
                 failed,
-                f"{at}{rival.policy} diverged in {failed} of {count(len(seeds), 'seed')}, {winner.policy} in none.",
+                f"{at}{named(rival.policy)} diverged in {failed} of {count(len(seeds), 'seed')}, "
+                f"{named(winner.policy)} in 0.",
             )
-    return best[1][:1].upper() + best[1][1:]
+    return capital(best[1])
 
 
 def _at_best(row: Row, contest: _Contest) -> str:
     several = len({run.lr for run in contest.runs}) > 1
-    return f"{row.policy} at its best lr ({number(row.lr)})" if several and row.lr is not None else row.policy
-
-
-def _loss(row: Row) -> str:
-    return "none that stayed finite" if math.isinf(row.loss) else number(row.loss)
+    best = f" at its best lr ({number(row.lr)})" if several and row.lr is not None else ""
+    return f"{named(row.policy)}{best}"
 
 
 def _why(contest: _Contest) -> str:
@@ -136,13 +135,39 @@ def _why(contest: _Contest) -> str:
         return "No run diverged, so there is no blow-up to explain."
     rival, winner = contest.rival, contest.winner
 
-    def known(run: Run) -> tuple[bool, bool, bool, int]:
-        """The best-known failure: the rival's, where the winner trains, with an onset, of the first seed."""
-        return (rival is None or run.policy != rival.policy, run.lr != winner.lr, run.onset is None, run.seed)
+    def twin(run: Run) -> Run | None:
+        """The winner's run from the same weights, on the same batches, at the same learning rate."""
+        return contest.of(winner.policy, run.lr).get(run.seed) if run.policy != winner.policy else None
+
+    def known(run: Run) -> tuple[bool, bool, bool, bool, int]:
+        """The best-known failure: the rival's, with an onset that its twin does not share, where the winner is best."""
+        other = twin(run)
+        shared = other is None or (other.onset is not None and run.onset is not None)
+        return (
+            rival is not None and run.policy != rival.policy,
+            run.onset is None,
+            shared,
+            run.lr != winner.lr,
+            run.seed,
+        )
 
     run = min(failed, key=known)
-    where = f"{run.policy}, " + ("" if run.lr is None else f"lr {number(run.lr)}, ") + f"seed {run.seed}: "
-    return where + _blow_up(run)
+    where = (
+        f"{capital(named(run.policy))}, "
+        + ("" if run.lr is None else f"lr {number(run.lr)}, ")
+        + f"seed {run.seed}: "
+    )
+    return where + _blow_up(run) + _contrast(run, twin(run))
+
+
+def _contrast(run: Run, twin: Run | None) -> str:
+    """What the same update came to under the winner."""
+    if run.onset is None or twin is None or twin.diverged:
+        return ""
+    if twin.onset is None:
+        return f" Under {named(twin.policy)} no update was that large."
+    times, step = f"{twin.onset.ratio:.3g}", twin.onset.step
+    return f" Under {named(twin.policy)} the first such update, at step {step}, was {times} times as large."
 
 
 def _blow_up(run: Run) -> str:
@@ -192,14 +217,18 @@ def _lengths(contest: _Contest) -> str:
         return f"{row.policy} never clipped at its best learning rate, so its result there is that of no clipping."
     if row.clip_rate <= MOSTLY:
         return ""
-    share = f"{row.policy} clipped {row.clip_rate:.0%} of the steps"
+    share = f"{row.policy} clipped in {row.clip_rate:.0%} of the steps"
     optimizer = next((run.optimizer for run in contest.runs if run.policy == row.policy), "")
     if optimizer and optimizer != "SGD":
         return f"{share}; {optimizer} rescales gradients itself, so this evens steps out more than it shortens them."
     bound = bound_of(row.policy)
     product = "" if bound is None or row.lr is None else f" (here {number(row.lr * bound)})"
-    kind = "is nearly normalized SGD" if row.policy.startswith("global-norm") else "bounds nearly every step"
-    return f"{share}, which {kind}: lr x bound{product} is what you tune."
+    kind = (
+        "which is nearly normalized SGD"
+        if row.policy.startswith("global-norm")
+        else "so the bound sets their length"
+    )
+    return f"{share}, {kind}: lr x bound{product} is what you tune."
 
 
 def _few(contest: _Contest) -> str:

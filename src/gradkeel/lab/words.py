@@ -15,6 +15,16 @@ def count(n: int, noun: str) -> str:
     return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
+def capital(text: str) -> str:
+    """The text with its first letter in upper case, unless it begins with a policy's name."""
+    return text if ":" in text.split(" ", 1)[0] else text[:1].upper() + text[1:]
+
+
+def named(policy: str) -> str:
+    """The policy as a sentence has it: "none" would be read as a number."""
+    return "no clipping" if is_unclipped(policy) else policy
+
+
 def is_unclipped(policy: str) -> bool:
     """Whether the spec clips nothing."""
     return parse(policy).policy is None

@@ -71,7 +71,7 @@ def curves(groups: Sequence[Curves], *, x_title: str, y_title: str) -> Any:
         for i, line in enumerate(group.lines):
             style = {"color": color, "width": 1}
             figure.add_scatter(
-                y=_finite(line), mode="lines", line=style, opacity=0.3, legendgroup=name, showlegend=False,
+                y=_finite(line), mode="lines", line=style, opacity=0.4, legendgroup=name, showlegend=False,
                 hovertemplate=f"{name}, seed {i}<br>step %{{x}}: %{{y:.4g}}<extra></extra>",
             )  # fmt: skip
         end = [
@@ -90,7 +90,7 @@ def curves(groups: Sequence[Curves], *, x_title: str, y_title: str) -> Any:
             line={"color": color, "width": 2.5},
             hovertemplate=f"{name}, median<br>step %{{x}}: %{{y:.4g}}<extra></extra>",
         )  # fmt: skip
-    _style(figure, x_title, y_title)
+    _style(figure, x_title, y_title, [value for group in groups for line in group.lines for value in line])
     return figure
 
 
@@ -135,7 +135,7 @@ def against(
                 marker={"symbol": "x", "size": 10, "color": color},
                 hovertemplate=f"{name}<br>%{{x:.4g}}: {failed}<br>%{{customdata}}<extra></extra>",
             )  # fmt: skip
-    _style(figure, x_title, y_title)
+    _style(figure, x_title, y_title, [*heights, *depths, ceiling])
     xs = [point.x for one in series for point in one.points]
     _ticks_at(figure, sorted(set(xs)))
     if any(not math.isfinite(p.median) for one in series for p in one.points):
@@ -178,7 +178,7 @@ def _plotly() -> Any:
     return go
 
 
-def _style(figure: Any, x_title: str, y_title: str) -> None:
+def _style(figure: Any, x_title: str, y_title: str, ys: Sequence[float] = ()) -> None:
     clear = "rgba(0,0,0,0)"
     figure.update_layout(
         paper_bgcolor=clear, plot_bgcolor=clear, height=380, dragmode=False, hovermode="closest",
@@ -194,9 +194,16 @@ def _style(figure: Any, x_title: str, y_title: str) -> None:
     }
     figure.update_xaxes(title={"text": x_title, "standoff": 8}, **axis)
     figure.update_yaxes(
-        title={"text": y_title, "standoff": 4}, type="log", exponentformat="power", nticks=8,
+        title={"text": y_title, "standoff": 4}, type="log", exponentformat="power", dtick=_log_ticks(ys),
         minor={"showgrid": False}, **axis,
     )  # fmt: skip
+
+
+def _log_ticks(values: Sequence[float]) -> str | int | None:
+    """Plotly's code for ticks on a logarithmic axis: its own choice, then 1, 2, 5, then every so many decades."""
+    shown = [value for value in values if 0 < value < math.inf]
+    decades = math.log10(max(shown) / min(shown)) if shown else 0
+    return None if decades < 0.8 else "D2" if decades < 3 else math.ceil(decades / 6)
 
 
 def _ticks_at(figure: Any, values: Sequence[float]) -> None:

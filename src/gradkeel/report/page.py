@@ -120,7 +120,7 @@ body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 sy
 main { max-width: 1060px; margin: 0 auto; padding: 28px 22px 60px; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.12rem; margin: 40px 0 4px; }
-p { margin: 0 0 10px; max-width: 76ch; }
+p { margin: 0 0 10px; max-width: 92ch; }
 p, .subtitle { color: var(--soft); }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 10px 18px; margin: 20px 0 0; padding: 18px 20px;
   background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
@@ -135,11 +135,14 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; }
 .figure { margin: 6px -6px 0; }
 .figure .main-svg text { fill: var(--ink) !important; }
 .figure .hoverlayer text { fill: #fff !important; }
-.figure .modebar { opacity: .5; }
+.figure .modebar { display: none; }
+.figure:hover .modebar { display: block; opacity: .7; }
+.figure .modebar-group { background: none !important; }
 @media (max-width: 640px) {
   main { padding: 18px 14px 40px; }
   dl { grid-template-columns: 1fr; gap: 2px; padding: 14px; }
   dd { margin-bottom: 10px; }
   h1 { font-size: 1.3rem; }
+  .figure:hover .modebar { display: none; }
 }
 """
