@@ -6,6 +6,7 @@ GradkeelError
 ├── AttachError              (RuntimeError)  an optimizer that cannot be guarded, or is guarded already
 ├── NonFiniteGradientError   (RuntimeError)  a NaN or inf gradient under ``nonfinite="raise"``
 ├── TooManySkipsError        (RuntimeError)  more skips in a row than ``max_consecutive_skips``
+├── RankError                (RuntimeError)  another rank of a distributed run raised, or disagrees with this one
 ├── WindowError              (RuntimeError)  a step, a clip or a zero_grad in the middle of an accumulation window
 ├── CheckpointError          (ValueError)    a state that does not belong to this guard, policy or accumulator
 ├── RecordError              (ValueError)    a file that is no gradkeel record, or one from a newer version
@@ -41,6 +42,10 @@ class NonFiniteGradientError(GradkeelError, RuntimeError):
 
 class TooManySkipsError(GradkeelError, RuntimeError):
     """More skipped steps in a row than ``max_consecutive_skips`` allows."""
+
+
+class RankError(GradkeelError, RuntimeError):
+    """Another rank of a distributed run raised, or is set up in another way; this one must not go on alone."""
 
 
 class WindowError(GradkeelError, RuntimeError):

@@ -118,16 +118,19 @@ def _excluded(
     elsewhere = [name for name, _ in model.named_parameters()] if model is not None else []
     result: set[int] = set()
     for entry in exclude:
-        matches = {
-            id(parameter) for parameter, _ in entries if _matches(entry, names[id(parameter)], parameter)
-        }
-        if not matches and not (isinstance(entry, str) and fnmatch.filter(elsewhere, entry)):
+        found = {id(parameter) for parameter, _ in entries if matches(entry, names[id(parameter)], parameter)}
+        if not found and not (isinstance(entry, str) and fnmatch.filter(elsewhere, entry)):
             raise SelectionError(_nothing_matches(entry, known))
-        result |= matches
+        result |= found
     return result
 
 
-def _matches(entry: Exclude, name: str, parameter: Tensor) -> bool:
+def matches(entry: Exclude, name: str, parameter: Tensor, argument: str = "exclude") -> bool:
+    """Whether an entry of ``argument`` means this parameter.
+
+    Raises:
+        SelectionError: for an entry of another kind.
+    """
     if isinstance(entry, str):
         return fnmatch.fnmatchcase(name, entry)
     if isinstance(entry, nn.Module):
@@ -137,7 +140,7 @@ def _matches(entry: Exclude, name: str, parameter: Tensor) -> bool:
     if callable(entry):
         return bool(entry(name, parameter))
     raise SelectionError(
-        f"exclude={entry!r}: each entry must be a name pattern, a module, a parameter, or a predicate "
+        f"{argument}={entry!r}: each entry must be a name pattern, a module, a parameter, or a predicate "
         f"of (name, parameter), not {type(entry).__name__}"
     )
 

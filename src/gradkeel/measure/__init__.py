@@ -1,13 +1,17 @@
 """Reads each gradient once and returns norms of the true gradients; nothing else reads gradients."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from gradkeel.measure.placement import local_parts
 from gradkeel.measure.powers import Reading, read, tensor_norms, unit_count, wide_dtype
+from gradkeel.measure.reduce import Readings
 from gradkeel.norms import GradientNorms, Needs, combine
 from gradkeel.selection import Selection
 
-__all__ = ["measure", "measure_total", "wide_dtype"]
+__all__ = ["measure", "measure_total", "readings", "true_norms", "wide_dtype"]
 
 
 @torch.no_grad()
@@ -32,36 +36,62 @@ def measure(
 
     Does not sync the host on an accelerator.
     """
-    gradients = [parameter.grad for parameter in selection.parameters]
-    held = [gradient for gradient in gradients if gradient is not None]
-    present = tuple(gradient is not None for gradient in gradients)
-    reading = read(held, needs.norm_type, device, unit_dim=needs.unit_dim, with_peaks=needs.peaks)
-    norms = _times(_spread(reading.norms, present), prescale)
     counts: tuple[int, ...] = ()
     if needs.unit_dim is not None:
         counts = tuple(unit_count(p.shape, needs.unit_dim) for p in selection.parameters)
-    units = None if reading.units is None else _times(_spread_units(reading.units, counts, present), prescale)
-    extremes = None if reading.peaks is None else _times(_spread(reading.peaks, present), prescale)
-    weights = Reading(norms)
-    if needs.weights:
-        weights = read(selection.parameters, needs.norm_type, device, unit_dim=needs.unit_dim)
-    measured = GradientNorms(
+    nothing = torch.zeros((), device=device)
+    blank = GradientNorms(
         names=selection.names,
-        norms=norms,
-        total=combine(norms, needs.norm_type),
+        norms=nothing,
+        total=nothing,
         norm_type=needs.norm_type,
         groups=selection.groups,
         step=step,
         sizes=selection.sizes,
-        weights=weights.norms if needs.weights else None,
-        units=units,
-        unit_weights=weights.units,
         unit_counts=counts,
         unit_sizes=tuple(p.numel() // max(1, k) for p, k in zip(selection.parameters, counts, strict=False)),
-        peaks=extremes,
         loss=loss,
     )
-    return measured, present
+    found = readings(selection, needs, device)
+    return true_norms(blank, found, prescale), found.present
+
+
+@torch.no_grad()
+def readings(selection: Selection, needs: Needs, device: torch.device) -> Readings:
+    """Norms of a selection's gradients as they are stored on this rank; does not sync the host on an accelerator."""
+    gradients = [parameter.grad for parameter in selection.parameters]
+    held = local_parts([gradient for gradient in gradients if gradient is not None])
+    present = tuple(gradient is not None for gradient in gradients)
+    reading = read(held, needs.norm_type, device, unit_dim=needs.unit_dim, with_peaks=needs.peaks)
+    weights = Reading(reading.norms)
+    if needs.weights:
+        weights = read(local_parts(selection.parameters), needs.norm_type, device, unit_dim=needs.unit_dim)
+    units = reading.units
+    if units is not None and needs.unit_dim is not None and not all(present):
+        shapes = [parameter.shape for parameter in local_parts(selection.parameters)]
+        units = _spread_units(units, [unit_count(shape, needs.unit_dim) for shape in shapes], present)
+    return Readings(
+        present=present,
+        norms=_spread(reading.norms, present),
+        units=units,
+        peaks=None if reading.peaks is None else _spread(reading.peaks, present),
+        weights=weights.norms if needs.weights else None,
+        unit_weights=weights.units,
+    )
+
+
+def true_norms(blank: GradientNorms, found: Readings, prescale: Tensor | float) -> GradientNorms:
+    """``blank`` with the norms of the true gradients: those of the stored ones times ``prescale``."""
+    norms = _times(found.norms, prescale)
+    return replace(
+        blank,
+        norms=norms,
+        total=combine(norms, blank.norm_type),
+        units=None if found.units is None else _times(found.units, prescale),
+        peaks=None if found.peaks is None else _times(found.peaks, prescale),
+        weights=found.weights,
+        unit_weights=found.unit_weights,
+    )
 
 
 def measure_total(gradients: list[Tensor], norm_type: float, device: torch.device) -> Tensor:
@@ -78,9 +108,7 @@ def _spread(values: Tensor, present: tuple[bool, ...]) -> Tensor:
     return torch.stack([next(rows) if here else zero for here in present])
 
 
-def _spread_units(values: Tensor, counts: tuple[int, ...], present: tuple[bool, ...]) -> Tensor:
-    if all(present):
-        return values
+def _spread_units(values: Tensor, counts: list[int], present: tuple[bool, ...]) -> Tensor:
     parts = iter(values.split([count for count, here in zip(counts, present, strict=True) if here]))
     return torch.cat(
         [

@@ -1,7 +1,16 @@
 """Where a gradient's entries lie: the one place that knows sparse, complex and distributed tensors."""
 
+import itertools
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+_PLAIN = {Tensor, nn.Parameter}
 
 
 def entries_to_read(gradient: Tensor) -> Tensor:
@@ -9,7 +18,7 @@ def entries_to_read(gradient: Tensor) -> Tensor:
 
     Shares memory with the gradient except where an uncoalesced sparse gradient must be summed first.
     """
-    local = _local(gradient.detach())
+    local = local_part(gradient)
     if local.layout != torch.strided:
         local = local.coalesce().values() if local.layout == torch.sparse_coo else local.values()
     return _real(local)
@@ -17,7 +26,7 @@ def entries_to_read(gradient: Tensor) -> Tensor:
 
 def entries_to_scale(gradient: Tensor) -> Tensor:
     """The entries as they are stored, to be multiplied in place: real, strided, sharing the gradient's memory."""
-    local = _local(gradient.detach())
+    local = local_part(gradient)
     if local.layout != torch.strided:
         local = local._values() if local.layout == torch.sparse_coo else local.values()
     return _real(local)
@@ -28,8 +37,154 @@ def entries_by_position(tensor: Tensor) -> Tensor:
     return entries_to_read(tensor.detach().to_dense() if tensor.layout != torch.strided else tensor)
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, in its own memory: all of a plain one."""
+    if not is_distributed(tensor):
+        return tensor.detach()
+    with torch.no_grad():
+        local: Any = tensor.to_local()  # type: ignore[attr-defined]  # a DTensor
+    local = local.detach()
+    return (
+        local.wait() if hasattr(local, "wait") else local
+    )  # still on its way from an asynchronous collective
+
+
+def local_parts(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What this rank holds of each tensor; plain ones are passed on as they are."""
+    if set(map(type, tensors)) <= _PLAIN:
+        return tensors
+    return [local_part(tensor) if is_distributed(tensor) else tensor for tensor in tensors]
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether the tensor is a DTensor: one tensor, whose entries lie on a mesh of ranks."""
+    if type(tensor) in _PLAIN:
+        return False
+    module = sys.modules.get("torch.distributed.tensor")  # where it was never imported there are none
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def settle(parameters: Iterable[Tensor]) -> None:
+    """Give every distributed gradient its parameter's placements, so that what ranks hold are parts, not addends.
+
+    A gradient that is ``Partial``, as tensor parallelism leaves it on replicated parameters, is reduced, which is a
+    collective for each; the optimizer would do the same. Others are left as they are.
+    """
+    for parameter in parameters:
+        gradient: Any = parameter.grad
+        if gradient is not None and is_distributed(gradient):
+            wanted = parameter.placements  # type: ignore[attr-defined]  # its gradient is distributed, so it is
+            if gradient.placements != wanted:
+                parameter.grad = gradient.redistribute(placements=wanted)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The part of a tensor that one rank holds.
+
+    Attributes:
+        key: which part it is; ranks with equal keys hold copies of the same.
+        row_key: which units it is of; pieces with equal row keys hold parts of the same units.
+        rows: these units' indices in the whole tensor, in the order in which they lie here.
+        size: number of entries here.
+    """
+
+    key: tuple[int, ...] = ()
+    row_key: tuple[int, ...] = ()
+    rows: Sequence[int] = ()
+    size: int = 0
+
+
+def pieces(tensor: Tensor, unit_dim: int | None) -> dict[int, Piece]:
+    """What each rank of its mesh holds of a distributed tensor; empty for a plain one.
+
+    Args:
+        tensor: known from its metadata alone, the same on every rank.
+        unit_dim: the dimension that counts units; None where nobody looks at units.
+    """
+    if not is_distributed(tensor):
+        return {}
+    given: Any = tensor
+    dim = None if unit_dim is None or tensor.dim() <= 1 else unit_dim
+    return _pieces(given.device_mesh, tuple(given.placements), tuple(tensor.shape), dim, unit_dim is not None)
+
+
+def shard_groups(tensor: Tensor) -> list[Any]:
+    """The process group of each mesh axis over which a distributed tensor is split; none for a plain tensor."""
+    if not is_distributed(tensor):
+        return []
+    given: Any = tensor
+    mesh = given.device_mesh
+    if not is_member(tensor):
+        return []
+    return [mesh.get_group(axis) for axis in _split_axes(given.placements) if mesh.size(axis) > 1]
+
+
+def placement_key(tensor: Tensor) -> object:
+    """Equal for distributed tensors that lie alike on the same mesh; None for a plain tensor."""
+    given: Any = tensor
+    return (given.device_mesh, tuple(given.placements)) if is_distributed(tensor) else None
+
+
+def is_member(tensor: Tensor) -> bool:
+    """Whether this rank is on the mesh of a distributed tensor."""
+    given: Any = tensor
+    return given.device_mesh.get_coordinate() is not None
+
+
+def mesh_ranks(tensor: Tensor) -> tuple[int, ...]:
+    """The ranks over which a distributed tensor is spread; none for a plain tensor."""
+    given: Any = tensor
+    return tuple(given.device_mesh.mesh.flatten().tolist()) if is_distributed(tensor) else ()
+
+
+def _split_axes(placements: Sequence[Any]) -> list[int]:
+    return [axis for axis, placement in enumerate(placements) if hasattr(placement, "dim")]
+
+
+@lru_cache(maxsize=4096)
+def _pieces(
+    mesh: Any, placements: tuple[Any, ...], shape: tuple[int, ...], dim: int | None, wants_units: bool
+) -> dict[int, Piece]:
+    axes = _split_axes(placements)
+    along = [axis for axis in axes if placements[axis].dim == dim]
+    result = {}
+    for coordinate in itertools.product(*(range(size) for size in mesh.mesh.shape)):
+        held = [_held(shape[d], d, mesh.mesh.shape, placements, coordinate) for d in range(len(shape))]
+        size = 1
+        for indices in held:
+            size *= len(indices)
+        rows: Sequence[int] = ()
+        if wants_units:
+            rows = (0,) if dim is None else held[dim]
+        result[int(mesh.mesh[coordinate])] = Piece(
+            tuple(coordinate[axis] for axis in axes), tuple(coordinate[axis] for axis in along), rows, size
+        )
+    return result
+
+
+def _held(
+    size: int, dim: int, mesh_shape: Sequence[int], placements: Sequence[Any], coordinate: Sequence[int]
+) -> Sequence[int]:
+    """Which indices along ``dim`` the rank at ``coordinate`` holds: each mesh axis splits what the earlier left."""
+    indices: Sequence[int] = range(size)
+    for axis in _split_axes(placements):
+        if placements[axis].dim == dim:
+            # A strided shard is interleaved: split first as a later axis does, then each part by this axis.
+            stride = int(getattr(placements[axis], "split_factor", 1))
+            split = [_chunk(part, mesh_shape[axis], coordinate[axis]) for part in _chunks(indices, stride)]
+            indices = split[0] if stride == 1 else tuple(itertools.chain.from_iterable(split))
+    return indices
+
+
+def _chunk(indices: Sequence[int], count: int, which: int) -> Sequence[int]:
+    """Part ``which`` of ``count``, as ``torch.chunk`` cuts: equal parts, then a shorter one, then empty ones."""
+    length = -(-len(indices) // count)
+    return indices[which * length : (which + 1) * length]
+
+
+def _chunks(indices: Sequence[int], count: int) -> list[Sequence[int]]:
+    return [_chunk(indices, count, which) for which in range(count)]
 
 
 def _real(tensor: Tensor) -> Tensor:
