@@ -319,6 +319,7 @@ class Guard:
         self._own_attributes = {}
         if self._staged is None:
             return
+        was_skipped = self._step > 0 and self.report.stepped_or_pending is False
         (self.report, self._states), self._staged = self._staged, None
         self._step += 1
         self._scalars = {}
@@ -326,6 +327,8 @@ class Guard:
             self._snapshot.restore()
         self._snapshot = None
         stepped = self.report.stepped_or_pending
+        if was_skipped or stepped is False:
+            hooks.tell_accelerate(stepped=stepped is not False)
         if isinstance(stepped, Tensor):
             if not self._loss_scale.present:
                 self._skips.watch(self.report, stepped)

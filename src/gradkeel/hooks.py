@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -164,9 +164,7 @@ def warn_of_other_clips(canary: Canary, *, first: bool) -> None:
 
 def _trainer_that_clips() -> str | None:
     """The trainer on the call stack that is set to clip too, and the argument that turns it off; None if nobody."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        owner = frame.f_locals.get("self")
+    for owner in _callers():
         module = type(owner).__module__.partition(".")[0]
         if module == "transformers" and getattr(getattr(owner, "args", None), "max_grad_norm", None):
             return "the Transformers Trainer clips too; set TrainingArguments(max_grad_norm=0)"
@@ -174,5 +172,24 @@ def _trainer_that_clips() -> str | None:
             trainer = getattr(owner, "trainer", None) or owner
             if getattr(trainer, "gradient_clip_val", None):
                 return "the Lightning Trainer clips too; leave Trainer(gradient_clip_val=None)"
-        frame = frame.f_back
     return None
+
+
+def tell_accelerate(*, stepped: bool) -> None:
+    """Make Accelerate's wrapper, if one is stepping, say truly whether the step was skipped.
+
+    Its schedulers and the Transformers Trainer ask it; by itself it takes a step that was called for one that was
+    made.
+    """
+    for owner in _callers():
+        if type(owner).__module__ == "accelerate.optimizer":
+            owner._accelerate_step_called = stepped  # looked at after the step of a loss scale
+            owner._is_overflow = not stepped
+
+
+def _callers() -> Iterator[Any]:
+    """The objects whose methods are on the call stack, innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame.f_locals.get("self")
+        frame = frame.f_back
