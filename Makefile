@@ -55,7 +55,9 @@ clean: ## remove the environments, caches and builds
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # -- environments ------------------------------------------------------------------------------------------
-# A stamp is as new as the last installation that succeeded.
+# A stamp is as new as the last installation that succeeded, which also compiles the native kernels.
+
+native := hatch_build.py src/gradkeel/measure/native.c
 
 define new-venv
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("gradkeel needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12 ...")'
@@ -66,15 +68,15 @@ $(VENV)/bin/python $(PEERS)/bin/python:
 	$(new-venv)
 
 # numpy: torch warns on import without it.
-$(VENV)/run.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/run.stamp: pyproject.toml constraints.txt $(native) | $(VENV)/bin/python
 	$(python) -m pip install --quiet -c constraints.txt -e '.[cli,report]' numpy
 	touch $@
 
-$(VENV)/dev.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/dev.stamp: pyproject.toml constraints.txt $(native) | $(VENV)/bin/python
 	$(python) -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $(VENV)/run.stamp $@
 
-$(PEERS)/peers.stamp: pyproject.toml constraints.txt constraints-peers.txt | $(PEERS)/bin/python
+$(PEERS)/peers.stamp: pyproject.toml constraints.txt constraints-peers.txt $(native) | $(PEERS)/bin/python
 	$(PEERS)/bin/python -m pip install --quiet -c constraints.txt -c constraints-peers.txt -e . \
 	    hypothesis numpy pytest pytest-timeout jax keras optax paddlepaddle
 	touch $@

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gradkeel.measure import native
 from gradkeel.measure.placement import entries_to_scale
 from gradkeel.norms import Decision, GradientNorms
 
@@ -41,7 +42,11 @@ def _peaks_after(decision: Decision, measured: GradientNorms) -> Tensor | None:
     """[n, 2] lowest and highest entries after the scaling that comes before the clamp; None where unknown."""
     if measured.peaks is None or decision.unit_coefficients is not None:
         return None
-    return measured.peaks if decision.coefficients is None else measured.peaks * decision.coefficients.reshape(-1, 1)
+    return (
+        measured.peaks
+        if decision.coefficients is None
+        else measured.peaks * decision.coefficients.reshape(-1, 1)
+    )
 
 
 def factors(decision: Decision, measured: GradientNorms, prescale: Tensor | float) -> Tensor | None:
@@ -57,18 +62,40 @@ def _scale(parameters: Sequence[Tensor], factor: Tensor | None) -> None:
     if factor is None:
         return
     if factor.device.type == "cpu":
-        values = factor.expand(len(parameters)).tolist()
-        chosen = [
-            (p.grad, v) for p, v in zip(parameters, values, strict=True) if p.grad is not None and v != 1.0
-        ]
-        if chosen:
-            # Python numbers are multiplied in the kernel's own wider type and rounded once, bfloat16 included.
-            torch._foreach_mul_([entries_to_scale(g) for g, _ in chosen], [v for _, v in chosen])
+        _scale_on_host(parameters, factor)
         return
     rows = [factor] * len(parameters) if factor.dim() == 0 else list(factor.unbind())
     for parameter, row in zip(parameters, rows, strict=True):
         if parameter.grad is not None:
             _multiply(entries_to_scale(parameter.grad), row)
+
+
+def _scale_on_host(parameters: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiply each gradient whose factor is not 1; the host knows the factors."""
+    if factor.dim() == 0:
+        values = [float(factor)] * len(parameters)
+        if values[:1] == [1.0]:
+            return
+    else:
+        values = factor.tolist()
+    chosen = [
+        (p.grad, value)
+        for p, value in zip(parameters, values, strict=True)
+        if value != 1.0 and p.grad is not None
+    ]
+    gradients, numbers = [gradient for gradient, _ in chosen], [value for _, value in chosen]
+    kernels = native.kernels()
+    table = None if kernels is None else kernels.table(gradients, otherwise=entries_to_scale)
+    if kernels is not None and table is not None:
+        kernels.scale(table, torch.tensor(numbers, dtype=torch.float64))
+        return
+    wide = [(entries_to_scale(g), v) for g, v in chosen if g.dtype in (torch.float32, torch.float64)]
+    if wide:
+        torch._foreach_mul_([entries for entries, _ in wide], [value for _, value in wide])
+    for gradient, value in chosen:
+        if gradient.dtype not in (torch.float32, torch.float64):
+            # mul_ multiplies in a wider type and rounds once; foreach would round the number first.
+            entries_to_scale(gradient).mul_(value)
 
 
 def _multiply(entries: Tensor, factor: Tensor) -> None:
@@ -81,12 +108,27 @@ def _multiply(entries: Tensor, factor: Tensor) -> None:
 
 
 def _scale_units(parameters: Sequence[Tensor], coefficients: Tensor, counts: Sequence[int], dim: int) -> None:
-    for parameter, part in zip(parameters, coefficients.split(list(counts)), strict=True):
-        if parameter.grad is None or (part.device.type == "cpu" and bool((part == 1).all())):
-            continue
-        entries = entries_to_scale(parameter.grad)
+    on_host = coefficients.device.type == "cpu"
+    touched = _touched(coefficients, counts) if on_host else range(len(parameters))
+    split = coefficients.split(list(counts))
+    parts = [(gradient, split[i]) for i in touched if (gradient := parameters[i].grad) is not None]
+    kernels = native.kernels() if on_host and parts else None
+    table = None if kernels is None else kernels.table([gradient for gradient, _ in parts], dim)
+    if kernels is not None and table is not None:
+        kernels.scale(table, torch.cat([part for _, part in parts]), by_unit=True)
+        return
+    for gradient, part in parts:
+        entries = entries_to_scale(gradient)
         wide = torch.promote_types(entries.dtype, torch.float32)
-        entries.mul_(_over_units(part.to(entries.device, wide), parameter.grad, entries.dim(), dim))
+        entries.mul_(_over_units(part.to(entries.device, wide), gradient, entries.dim(), dim))
+
+
+def _touched(coefficients: Tensor, counts: Sequence[int]) -> list[int]:
+    """Which parameters have a unit whose coefficient is not 1."""
+    ends = torch.tensor(counts).cumsum(0)
+    units = (coefficients != 1).nonzero().flatten()
+    touched: list[int] = torch.bucketize(units, ends, right=True).unique().tolist()
+    return touched
 
 
 def _over_units(factors: Tensor, gradient: Tensor, dims: int, dim: int) -> Tensor:
@@ -107,9 +149,18 @@ def _clamp(parameters: Sequence[Tensor], limits: tuple[float, float], extremes: 
     if extremes is not None and extremes.device.type == "cpu":
         # Written so that a NaN counts as outside.
         outside = (~((extremes[:, 0] >= low) & (extremes[:, 1] <= high))).tolist()
-    for parameter, must in zip(parameters, outside, strict=True):
-        if parameter.grad is None or not must:
-            continue
-        if parameter.grad.layout == torch.sparse_coo:
-            parameter.grad = parameter.grad.coalesce()
-        entries_to_scale(parameter.grad).clamp_(low, high)
+    chosen = [
+        (p, gradient)
+        for p, must in zip(parameters, outside, strict=True)
+        if must and (gradient := p.grad) is not None
+    ]
+    gradients = [gradient for _, gradient in chosen]
+    kernels = None if any(map(Tensor.is_neg, gradients)) else native.kernels()
+    table = None if kernels is None else kernels.table(gradients)
+    if kernels is not None and table is not None:
+        kernels.clamp(table, low, high)
+        return
+    for parameter, gradient in chosen:
+        once = gradient.coalesce() if gradient.layout == torch.sparse_coo else gradient
+        entries_to_scale(once).clamp_(low, high)
+        parameter.grad = once

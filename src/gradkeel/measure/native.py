@@ -8,7 +8,7 @@ import ctypes
 import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ VARIABLE = "GRADKEEL_NATIVE"
 """Environment variable: ``off`` leaves the kernels alone; ``baseline``, ``avx2`` or ``avx512`` names a level."""
 
 LEVELS = ("baseline", "avx2", "avx512")
+# What gradkeel_interface() of a library that fits must return.
+_INTERFACE = 1
 LIBRARY = Path(__file__).with_name("_native.so")
 
 # The C code's numbers for norm types.
@@ -89,9 +91,9 @@ class Kernels:
         self.shares_threads = self._parallel is not None
         self._teams: dict[int, Any] = {}
         # Filling the table needs the interpreter's lock, and raises what torch raises; the long calls release it.
-        self._fill = held.gradkeel_table
-        self._fill.restype = ctypes.c_int64
-        self._fill.argtypes = (
+        self._describe = held.gradkeel_table
+        self._describe.restype = ctypes.c_int64
+        self._describe.argtypes = (
             ctypes.py_object, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p,
             ctypes.c_void_p,
         )  # fmt: skip
@@ -105,22 +107,40 @@ class Kernels:
         self._clamp = library.gradkeel_clamp
         self._clamp.argtypes = (pointer, ctypes.c_int64, ctypes.c_double, ctypes.c_double, pointer)
 
-    def table(self, tensors: Sequence[Tensor], unit_dim: int | None = None) -> Table | None:
+    def table(
+        self,
+        tensors: Sequence[Tensor],
+        unit_dim: int | None = None,
+        *,
+        otherwise: Callable[[Tensor], Tensor] | None = None,
+    ) -> Table | None:
         """Where the tensors lie, each cut into the units of ``unit_dim`` if given; None if one is not fit for that.
 
         Fit are dense CPU tensors of float32, bfloat16, float16 and float64, whose units lie one after the other.
+
+        Args:
+            tensors: k tensors.
+            unit_dim: the dimension that counts units.
+            otherwise: where a tensor is not fit as it is, the table is of what this makes of each of them.
         """
-        if not set(map(type, tensors)) <= _PLAIN:
-            return None
         held = list(tensors)
         address = ctypes.create_string_buffer(_BYTES_OF_A_TENSOR * len(held) + 1)
         rows = ctypes.c_int64()
         dim = -1 if unit_dim is None else unit_dim
+        if self._fill(held, dim, address, rows):
+            return Table(held, address, rows.value)
+        return None if otherwise is None else self.table([otherwise(tensor) for tensor in held], unit_dim)
+
+    def _fill(self, tensors: list[Tensor], dim: int, address: Any, rows: Any) -> bool:
+        if not set(map(type, tensors)) <= _PLAIN:
+            return False
         try:
-            taken = self._fill(held, len(held), self._item, self._export, dim, address, ctypes.byref(rows))
+            taken = self._describe(
+                tensors, len(tensors), self._item, self._export, dim, address, ctypes.byref(rows)
+            )
         except _NO_ADDRESS:
-            return None
-        return Table(held, address, rows.value) if taken == len(held) else None
+            return False
+        return bool(taken == len(tensors))
 
     def read(
         self, table: Table, norm_type: float, *, units: bool = False, peaks: bool = False
@@ -196,9 +216,13 @@ def _load(kind: type[Any]) -> Any:
     if not LIBRARY.exists():
         raise UnavailableError("not built: gradkeel was installed where no C compiler was found")
     try:
-        return kind(str(LIBRARY))
-    except OSError as error:
+        library = kind(str(LIBRARY))
+        interface = library.gradkeel_interface()
+    except (OSError, AttributeError) as error:
         raise UnavailableError(f"cannot be loaded: {error}") from None
+    if interface != _INTERFACE:
+        raise UnavailableError("was built from other sources than these; install gradkeel again")
+    return library
 
 
 def _exporter() -> Any:

@@ -83,9 +83,8 @@ def _native_reading(
     kernels = native.kernels()
     if kernels is None:
         return None
-    table = kernels.table(tensors, unit_dim)
-    if table is None and unit_dim is None:  # sparse, complex, sharded: what they hold is dense
-        table = kernels.table([entries_to_read(tensor) for tensor in tensors])
+    # What sparse, complex and sharded tensors hold is dense, but not cut into units as they are.
+    table = kernels.table(tensors, unit_dim, otherwise=entries_to_read if unit_dim is None else None)
     if table is None or (with_peaks and any(map(Tensor.is_neg, table.tensors))):
         return None
     return Reading(*kernels.read(table, norm_type, units=unit_dim is not None, peaks=with_peaks))
