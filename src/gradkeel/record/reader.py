@@ -12,7 +12,7 @@ from torch import Tensor
 from gradkeel.errors import RecordError
 from gradkeel.record.described import Session
 from gradkeel.record.schema import CLIPPED, NONFINITE, SCALAR_PREFIX, STEPPED, from_blobs
-from gradkeel.record.store import Store, pad
+from gradkeel.record.store import Store
 
 
 class Reader:
@@ -185,13 +185,16 @@ class Reader:
         """
         rows = self.store.query("SELECT step, weights, updates FROM weight_samples ORDER BY step")
         steps = torch.tensor([step for step, _, _ in rows], dtype=torch.int64)
-        weights, updates = (
-            torch.stack([pad(from_blobs([row[i]], torch.float64), len(self.names), math.nan) for row in rows])
-            if rows
-            else torch.empty(0, len(self.names), dtype=torch.float64)
-            for i in (1, 2)
-        )
-        return steps, weights, updates
+        return steps, self._samples([row[1] for row in rows]), self._samples([row[2] for row in rows])
+
+    def _samples(self, blobs: list[bytes]) -> Tensor:
+        """[s, n] of blobs that may be shorter: parameters are added, and an empty one holds nothing."""
+        width = len(self.names)
+        result = torch.full((len(blobs), width), math.nan, dtype=torch.float64)
+        for size in {len(blob) for blob in blobs} - {0}:
+            rows = [i for i, blob in enumerate(blobs) if len(blob) == size]
+            result[rows, : size // 8] = from_blobs([blobs[i] for i in rows], torch.float64).reshape(len(rows), -1)
+        return result
 
     def skips(self) -> list[tuple[int, str]]:
         """Number and reason of each step that was skipped."""

@@ -52,8 +52,8 @@ class Recorder:
     less, and never harms the file.
 
     Besides what the guard measures anyway, the parameters' own 2-norms and those of their updates are recorded: at
-    each of the first 100 steps, then at every 50th; on the CPU also around a jump of the gradient norm. Such a step
-    copies the weights.
+    each of the first 100 steps, then at every 10th (updates, for which the weights are copied: every 50th); on the
+    CPU also around a jump of the gradient norm.
 
     In a distributed run every rank may have a recorder; only rank 0's writes.
 
@@ -103,9 +103,10 @@ class Recorder:
             return  # a closure may be evaluated several times within a step
         self._before_step = report.step
         self._before = None
-        if self._sampling.wants(report.selections[0].measured):
+        weights, updates = self._sampling.next(report.selections[0].measured)
+        if weights:
             device = report.selections[0].measured.norms.device
-            self._before = BeforeUpdate(self._guard.names, self._guard.parameters, device)
+            self._before = BeforeUpdate(self._guard.names, self._guard.parameters, device, updates=updates)
 
     def record(self, report: StepReport) -> None:
         """Take note of a step; does not sync the host."""

@@ -13,53 +13,63 @@ from gradkeel.norms import GradientNorms
 from gradkeel.record.rows import Sample
 
 FIRST_STEPS = 100
-INTERVAL = 50
-ALARM = 3.0  # times the largest norm of the last 64 steps; such steps are looked at whatever the interval
+WEIGHTS_EVERY = 10
+UPDATES_EVERY = 50
+SUSPICION, ALARM = 1.5, 3.0
+"""Times the highest norm of the last 20 steps: from there on weights, and also updates, are measured whatever the
+interval."""
 AFTER_ALARM = 10
 
 
 class Sampling:
-    """Chooses steps: each of the first 100, then every 50th; on the CPU also those around a jump of the norm.
+    """Chooses steps: each of the first 100; then every 10th for weights, every 50th for updates, which need a copy.
 
-    A jump is seen without waiting only where norms are on the host, which is why an accelerator has the interval
-    alone. What is measured are 2-norms.
+    On the CPU also those at which the gradient norm jumps, for these are what one wants to know about later: there
+    the host knows the norm without waiting for it. What is measured are 2-norms.
     """
 
     def __init__(self) -> None:
-        self._recent: deque[float] = deque(maxlen=64)
+        self._recent: deque[float] = deque(maxlen=20)
         self._seen = 0
         self._alarmed_until = 0
 
-    def wants(self, measured: GradientNorms) -> bool:
-        """Whether to measure the weights at this step; call it once a step."""
+    def next(self, measured: GradientNorms) -> tuple[bool, bool]:
+        """Whether to measure the weights at this step, and whether the update as well; call it once a step."""
         self._seen += 1
         step = measured.step
-        if measured.total.device.type == "cpu":
-            total = float(measured.total)
-            if self._recent and not total <= ALARM * max(self._recent):
-                self._alarmed_until = step + AFTER_ALARM
-            if math.isfinite(total):
-                self._recent.append(total)
-        return self._seen <= FIRST_STEPS or step % INTERVAL == 0 or step <= self._alarmed_until
+        jump = self._jump(measured) if measured.total.device.type == "cpu" else 0.0
+        if not jump <= ALARM:
+            self._alarmed_until = step + AFTER_ALARM
+        updates = self._seen <= FIRST_STEPS or step % UPDATES_EVERY == 0 or step <= self._alarmed_until
+        return updates or step % WEIGHTS_EVERY == 0 or not jump <= SUSPICION, updates
+
+    def _jump(self, measured: GradientNorms) -> float:
+        """The norm relative to the highest of the last steps; NaN where it is not finite."""
+        total = float(measured.total)
+        highest = max(self._recent, default=math.inf)
+        if not math.isfinite(total):
+            return math.nan
+        self._recent.append(total)
+        return total / highest if highest > 0 else 0.0
 
 
 class BeforeUpdate:
-    """The weights as they were before a step's update."""
+    """The norms of the weights before a step's update, and the weights themselves where the update is wanted."""
 
     @torch.no_grad()
-    def __init__(self, names: tuple[str, ...], parameters: Sequence[Tensor], device: torch.device) -> None:
+    def __init__(
+        self, names: tuple[str, ...], parameters: Sequence[Tensor], device: torch.device, *, updates: bool
+    ) -> None:
         self._names, self._parameters, self._device = names, parameters, device
-        self._before = [entries_to_read(parameter).clone() for parameter in parameters]
+        entries = [entries_to_read(parameter) for parameter in parameters]
+        self._weights = tensor_norms(entries, 2.0, device)
+        self._copies = [entry.clone() for entry in entries] if updates else None
 
     @torch.no_grad()
     def sample(self) -> Sample:
         """Norms of the weights before the update, and of the update; call it after the optimizer's step."""
-        updates = [
-            entries_to_read(parameter) - before
-            for parameter, before in zip(self._parameters, self._before, strict=True)
-        ]
-        return Sample(
-            self._names,
-            tensor_norms(self._before, 2.0, self._device),
-            tensor_norms(updates, 2.0, self._device),
-        )
+        if self._copies is None:
+            return Sample(self._names, self._weights, torch.full_like(self._weights, math.nan))
+        entries = [entries_to_read(parameter) for parameter in self._parameters]
+        updates = [after - before for after, before in zip(entries, self._copies, strict=True)]
+        return Sample(self._names, self._weights, tensor_norms(updates, 2.0, self._device))

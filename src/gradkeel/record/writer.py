@@ -186,10 +186,11 @@ class RecordFile:
         return result
 
     def _sampled(self, sample: Sample) -> tuple[bytes, bytes]:
-        values = torch.stack([sample.weights, sample.updates]).to(torch.float64)
+        names = [name for name in sample.names if name in self._positions]
         known = [i for i, name in enumerate(sample.names) if name in self._positions]
-        placed = self._placed(values[:, known], [sample.names[i] for i in known], float("nan"))
-        return to_blob(placed[0]), to_blob(placed[1])
+        values = torch.stack([sample.weights, sample.updates]).to(torch.float64)[:, known]
+        weights, updates = self._placed(values, names, float("nan"))
+        return to_blob(weights), b"" if bool(updates.isnan().all()) else to_blob(updates)
 
     def _append(self, new: dict[str, Tensor]) -> None:
         """Add rows to the open block; write it, and as many full ones as there are."""

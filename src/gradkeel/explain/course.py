@@ -1,0 +1,53 @@
+"""What all of a run's steps came to, read from the record once."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from gradkeel.explain.jumps import Jump, find_jumps
+from gradkeel.record import Reader
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Course:
+    """One number a step, and the samples of the weights.
+
+    Attributes:
+        reader: for what is not here: norms of single parameters.
+        steps: [k] numbers of the steps.
+        totals: [k] main norms before clipping.
+        losses, rates: [k] loss and learning rate, NaN where not logged.
+        nonfinite: [k] bool: steps with a gradient that was not finite.
+        skips: why steps were skipped, by number.
+        samples: steps [s], weight norms [s, n], update norms [s, n].
+        jumps: weights that changed without an update.
+    """
+
+    reader: Reader
+    steps: Tensor
+    totals: Tensor
+    losses: Tensor
+    rates: Tensor
+    nonfinite: Tensor
+    skips: dict[int, str]
+    samples: tuple[Tensor, Tensor, Tensor]
+    jumps: tuple[Jump, ...]
+
+    @classmethod
+    def read(cls, reader: Reader) -> "Course":
+        """The course of an open record."""
+        return cls(
+            reader=reader,
+            steps=reader.steps(),
+            totals=reader.totals(),
+            losses=reader.losses(),
+            rates=reader.scalar("lr"),
+            nonfinite=reader.nonfinite(),
+            skips=dict(reader.skips()),
+            samples=reader.weight_samples(),
+            jumps=tuple(find_jumps(reader)),
+        )
+
+    def step(self, row: int) -> int:
+        """Number of the step in a row."""
+        return int(self.steps[row])

@@ -1,0 +1,121 @@
+"""What an explanation rests on, in sentences; each says only what the record shows."""
+
+import math
+
+from gradkeel.explain.course import Course
+from gradkeel.explain.drift import Drift
+from gradkeel.explain.events import Event
+from gradkeel.explain.jumps import Jump
+from gradkeel.explain.spread import Reached
+
+_BACK = 20  # steps before an event in which a change of the learning rate is told
+
+
+def later(course: Course, event: Event, reached: list[Reached], jumps: list[Jump]) -> tuple[str, ...]:
+    """Of an explosion that left a past."""
+    assert event.baseline is not None
+    step, norm = course.step(event.start), float(course.totals[event.start])
+    usual = f"{event.baseline.norm:.3g}, the median of the steps before"
+    if math.isfinite(norm):
+        rise = (
+            f"At step {step} the gradient norm was {norm:.3g}, {norm / event.baseline.norm:.3g} times {usual}: a "
+            f"robust z-score of {event.baseline.score(norm):.1f} on the log norm."
+        )
+    else:
+        rise = f"At step {step} the gradient was not finite; its norm had been {usual}."
+    sentences = [
+        rise,
+        *map(jump, jumps),
+        _order(course, reached, step),
+        _rates(course, event),
+        _losses(course, event),
+    ]
+    return tuple(words for words in (*sentences, _skipped(course, event), _ending(course, event)) if words)
+
+
+def initial(course: Course, event: Event, onsets: list[tuple[str, int, float]]) -> tuple[str, ...]:
+    """Of an explosion from the first steps on."""
+    norms = ", ".join(f"{norm:.3g}" for norm in course.totals[:5].tolist())
+    sentences = [
+        f"There is no past to compare with: the gradient norm grew from the first steps on ({norms}"
+        f"{', ...' if len(course.totals) > 5 else ''})."
+    ]
+    if onsets:
+        name, step, ratio = onsets[0]
+        size = f"{ratio:.3g} times" if math.isfinite(ratio) else "beyond all measure"
+        sentences.append(
+            f"The first update larger than the weights it changed was that of {name} at step {step}: {size}."
+        )
+    sentences.append(
+        "Gradient norms do not tell why; initial weights and learning rate are what acted until then."
+    )
+    return tuple(words for words in (*sentences, _losses(course, event), _ending(course, event)) if words)
+
+
+def jump(jump: Jump) -> str:
+    """Of weights that changed without an update."""
+    when = (
+        f"at step {jump.step}"
+        if jump.is_exact
+        else f"after step {jump.after}, by the gradients at step {jump.step}"
+    )
+    return (
+        f"The weights of {jump.parameter} changed {when}: their norm went from {jump.before_norm:.3g} to "
+        f"{jump.after_norm:.3g} ({jump.ratio:.3g} times), and no update explains it: something else wrote to them."
+    )
+
+
+def drift(drift: Drift) -> tuple[str, ...]:
+    """Of a slow rise."""
+    return (
+        f"The level of the gradient norm (its median over {drift.stretch} steps) rose from {drift.before:.3g} to "
+        f"{drift.after:.3g}, {drift.after / drift.before:.3g} times, without a jump.",
+        f"The level of {drift.parameter} rose most: {drift.growths[0][1]:.3g} times.",
+    )
+
+
+def _order(course: Course, reached: list[Reached], step: int) -> str:
+    if not reached:
+        return ""
+    at_once = sum(r.step <= step for r in reached)
+    together = f"{at_once} of {len(course.reader.names)} parameters were reached at step {step}"
+    return f"{together}, and {len(reached)} within the event." if len(reached) > at_once else f"{together}."
+
+
+def _rates(course: Course, event: Event) -> str:
+    """The largest rise of the learning rate shortly before."""
+    first = max(1, event.start - _BACK)
+    before, after = course.rates[first - 1 : event.start], course.rates[first : event.start + 1]
+    growth = (after / before).nan_to_num(nan=0.0, posinf=0.0)
+    if not len(growth) or float(growth.max()) < 1.5:
+        return ""
+    row = first + int(growth.argmax())
+    return (
+        f"The learning rate rose from {float(course.rates[row - 1]):.3g} to {float(course.rates[row]):.3g} at step "
+        f"{course.step(row)}."
+    )
+
+
+def _losses(course: Course, event: Event) -> str:
+    part = course.losses[event.start : event.stop]
+    finite = part[part.isfinite()]
+    before = float(course.losses[max(0, event.start - 1)])
+    if not len(finite) or not float(finite.max()) > before:
+        return ""
+    return f"The loss rose from {before:.3g} to {float(finite.max()):.3g}."
+
+
+def _skipped(course: Course, event: Event) -> str:
+    first, last = course.step(event.start), course.step(event.stop - 1)
+    reasons = [reason for step, reason in course.skips.items() if first <= step <= last]
+    if not reasons:
+        return ""
+    return f"{len(reasons)} step{'s were' if len(reasons) > 1 else ' was'} skipped; the first: {reasons[0]}."
+
+
+def _ending(course: Course, event: Event) -> str:
+    last = course.step(event.stop - 1)
+    if event.ended == "recovered":
+        return f"After step {last} the norm was back."
+    state = "not finite" if event.ended == "non-finite" else "still high"
+    return f"It was {state} at step {last}, the last one recorded."

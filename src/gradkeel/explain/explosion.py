@@ -1,0 +1,229 @@
+"""When a run's gradients exploded, in which parameter first, how that spread and how it ended."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gradkeel.explain import evidence
+from gradkeel.explain.course import Course
+from gradkeel.explain.drift import find_drift
+from gradkeel.explain.events import Ended, Event, find_events
+from gradkeel.explain.jumps import Jump
+from gradkeel.explain.spread import Reached, spread
+from gradkeel.record import Reader
+
+Kind = Literal["explosion", "spike", "initialization", "overflow", "weights", "drift"]
+
+
+@dataclass(frozen=True, slots=True)
+class Explosion:
+    """One explosion, or that there is none (``found`` is False, and the rest is empty).
+
+    Attributes:
+        found: whether there is one.
+        kind: "explosion": norms rose and stayed high or left the finite numbers; "spike": they came back;
+            "initialization": they grew from the first steps on, so that there is no past to compare with;
+            "overflow": the loss scale overflowed, which GradScaler provokes by design; "weights": a parameter
+            changed without an update that explains it, and the gradient norm shows nothing; "drift": a slow rise.
+        step: at which it began.
+        parameter: in which it was first.
+        ended: "recovered", "non-finite" (to the end of the record), "high" (still, at the end).
+        last_step: the last step of it.
+        norm_before: the usual norm before it; None without a past.
+        peak_norm: largest finite norm of the main selection's gradients in it.
+        peak_step: when that was.
+        growth_per_step: mean factor by which the norm grew, from before it to its peak.
+        score: robust z-score of the first step's log norm; None without a past or where it was not finite.
+        spread: the parameters that it reached, in order.
+        altered: parameters whose weights changed then, although no update explains it.
+        evidence: what all this rests on, in sentences.
+    """
+
+    found: bool
+    kind: Kind | None = None
+    step: int | None = None
+    parameter: str | None = None
+    ended: Ended | None = None
+    last_step: int | None = None
+    norm_before: float | None = None
+    peak_norm: float | None = None
+    peak_step: int | None = None
+    growth_per_step: float | None = None
+    score: float | None = None
+    spread: tuple[Reached, ...] = ()
+    altered: tuple[str, ...] = ()
+    evidence: tuple[str, ...] = ()
+
+
+def find_explosions(reader: Reader) -> list[Explosion]:
+    """All explosions of a run, in order; empty for a healthy one."""
+    course = Course.read(reader)
+    found: list[Explosion] = []
+    used: set[Jump] = set()
+    for event in find_events(course.totals, course.nonfinite):
+        jumps = _jumps_of(event, course)
+        used.update(jumps)
+        found.append(_initial(course, event) if event.baseline is None else _later(course, event, jumps))
+    rest = [jump for jump in course.jumps if jump not in used]
+    found += [
+        _altered(course, [j for j in rest if j.step == step]) for step in dict.fromkeys(j.step for j in rest)
+    ]
+    if not found:
+        found += _drift(course)
+    return sorted(found, key=lambda explosion: explosion.step or 0)
+
+
+def worst(explosions: list[Explosion]) -> Explosion:
+    """The one to look at first: what the run ended with, else what is surely a fault, else the highest spike."""
+
+    def rank(explosion: Explosion) -> tuple[float, float]:
+        severity = {"non-finite": 3.0, "high": 2.0}.get(explosion.ended or "", 0.0) + 0.5 * bool(
+            explosion.altered
+        )
+        height = (explosion.peak_norm or 0.0) / explosion.norm_before if explosion.norm_before else 1.0
+        return severity, -1.0 if explosion.kind == "overflow" else height
+
+    return max(explosions, key=rank) if explosions else Explosion(found=False)
+
+
+def _jumps_of(event: Event, course: Course) -> list[Jump]:
+    """The changes of weights that belong to an event: shortly before it, in it, or first seen there."""
+    first, last = course.step(event.start), course.step(event.stop - 1)
+    return [
+        jump for jump in course.jumps if jump.after < last and first - 3 <= jump.step <= max(last, first + 10)
+    ]
+
+
+def _later(course: Course, event: Event, jumps: list[Jump]) -> Explosion:
+    """An explosion that left a past."""
+    assert event.baseline is not None
+    step = course.step(event.start)
+    first_jumps = [jump for jump in jumps if jump.step <= step or not jump.is_exact]
+    reached = spread(course, event)
+    if first_jumps:
+        step = min([step, *(jump.step for jump in first_jumps)])
+        own = {r.parameter: r.growth for r in reached}
+        altered = [jump.parameter for jump in first_jumps]
+        reached = [Reached(name, step, own.get(name)) for name in altered] + [
+            r for r in reached if r.parameter not in altered
+        ]
+    peak_row, peak = _peak(course.totals, event)
+    before, first = event.baseline.norm, float(course.totals[event.start])
+    overflow = "the loss scale overflowed" in course.skips.get(step, "")
+    return Explosion(
+        found=True,
+        kind="overflow" if overflow else "spike" if event.ended == "recovered" else "explosion",
+        step=step,
+        parameter=reached[0].parameter if reached else None,
+        ended=event.ended,
+        last_step=course.step(event.stop - 1),
+        norm_before=before,
+        peak_norm=peak,
+        peak_step=None if peak_row is None else course.step(peak_row),
+        growth_per_step=None
+        if peak is None or peak_row is None
+        else _rate(before, peak, peak_row - event.start + 1),
+        score=event.baseline.score(first) if 0 < first < math.inf else None,
+        spread=tuple(reached),
+        altered=tuple(jump.parameter for jump in first_jumps),
+        evidence=evidence.later(course, event, reached, first_jumps),
+    )
+
+
+def _initial(course: Course, event: Event) -> Explosion:
+    """An explosion that had no past: told by updates larger than the weights that they change."""
+    onsets = larger_updates(course, course.step(event.stop - 1))
+    reached = spread(course, event)
+    peak_row, peak = _peak(course.totals, event)
+    first = float(course.totals[0])
+    if onsets:
+        growth = {r.parameter: r.growth for r in reached}
+        order = [Reached(name, step, growth.get(name)) for name, step, _ in onsets]
+        reached = order + [r for r in reached if r.parameter not in {o.parameter for o in order}]
+    return Explosion(
+        found=True,
+        kind="initialization",
+        step=reached[0].step if reached else course.step(event.start),
+        parameter=reached[0].parameter if reached else None,
+        ended=event.ended,
+        last_step=course.step(event.stop - 1),
+        peak_norm=peak,
+        peak_step=None if peak_row is None else course.step(peak_row),
+        growth_per_step=None if peak is None or not peak_row else _rate(first, peak, peak_row),
+        spread=tuple(reached),
+        evidence=evidence.initial(course, event, onsets),
+    )
+
+
+def larger_updates(course: Course, last_step: int) -> list[tuple[str, int, float]]:
+    """Parameter, step and ratio of each first update larger than the weights it changed, ``|dw| / |w| > 1``.
+
+    In order of the steps, and of the ratio within one; a parameter whose weights are all zero has no ratio.
+    """
+    steps, weights, updates = course.samples
+    known = (weights > 0) & ~updates.isnan()
+    # A weight that became NaN has no finite norm, and is larger than anything.
+    ratios = torch.where(weights > 0, (updates / weights).nan_to_num(nan=math.inf), 0.0)
+    larger = (ratios > 1) & (steps <= last_step).unsqueeze(1) & (known | ~torch.isfinite(weights))
+    found = []
+    for j in larger.any(dim=0).nonzero().flatten().tolist():
+        row = int(larger[:, j].int().argmax())
+        found.append((course.reader.names[j], int(steps[row]), float(ratios[row, j])))
+    return sorted(found, key=lambda item: (item[1], -item[2]))
+
+
+def _altered(course: Course, jumps: list[Jump]) -> Explosion:
+    """Weights that changed by themselves, without a trace in the gradient norm."""
+    step = jumps[0].step
+    return Explosion(
+        found=True,
+        kind="weights",
+        step=step,
+        parameter=max(
+            jumps, key=lambda jump: abs(math.log(jump.ratio)) if jump.ratio else math.inf
+        ).parameter,
+        ended="recovered",
+        last_step=step,
+        spread=tuple(Reached(jump.parameter, step, None) for jump in jumps),
+        altered=tuple(jump.parameter for jump in jumps),
+        evidence=tuple(evidence.jump(jump) for jump in jumps),
+    )
+
+
+def _drift(course: Course) -> list[Explosion]:
+    drift = find_drift(course)
+    if drift is None:
+        return []
+    steps = course.step(len(course.steps) - 1) - drift.step
+    return [
+        Explosion(
+            found=True,
+            kind="drift",
+            step=drift.step,
+            parameter=drift.parameter,
+            ended="high",
+            last_step=course.step(len(course.steps) - 1),
+            norm_before=drift.before,
+            peak_norm=drift.after,
+            peak_step=course.step(len(course.steps) - 1),
+            growth_per_step=_rate(drift.before, drift.after, steps),
+            spread=tuple(Reached(name, drift.step, growth) for name, growth in drift.growths if growth > 1),
+            evidence=evidence.drift(drift),
+        )
+    ]
+
+
+def _peak(totals: Tensor, event: Event) -> tuple[int | None, float | None]:
+    """Row and value of the largest finite norm of an event."""
+    part = totals[event.start : event.stop]
+    finite = torch.where(torch.isfinite(part), part, -math.inf)
+    row = int(finite.argmax())
+    return (event.start + row, float(part[row])) if math.isfinite(float(finite[row])) else (None, None)
+
+
+def _rate(before: float, after: float, steps: int) -> float | None:
+    """Mean factor a step from one norm to another."""
+    return (after / before) ** (1 / max(1, steps)) if before > 0 and after > 0 else None

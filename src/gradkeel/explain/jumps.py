@@ -1,0 +1,124 @@
+"""Weights that changed although no update of the optimizer explains it: scaled, reloaded or overwritten."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradkeel.explain.events import log_norms
+from gradkeel.record import Reader
+from gradkeel.record.sampling import UPDATES_EVERY
+
+LEAST = 1.5
+_PAST = 10  # samples whose largest update stands for the ones that were not measured
+_SLACK = 3.0  # times that
+
+
+@dataclass(frozen=True, slots=True)
+class Jump:
+    """A parameter's norm before and after a change that the optimizer did not make.
+
+    Attributes:
+        parameter: its name.
+        step: the step before whose update the new norm was first there; where it was not measured at each step, the
+            one at which gradients and loss changed most.
+        after, until: the last step at which the old norm was measured, and the first at which the new one was.
+        before_norm, after_norm: 2-norms of the parameter.
+        is_exact: whether the norm was measured at the step before, so that the step is certain.
+    """
+
+    parameter: str
+    step: int
+    after: int
+    until: int
+    before_norm: float
+    after_norm: float
+    is_exact: bool
+
+    @property
+    def ratio(self) -> float:
+        """New norm over old norm."""
+        return self.after_norm / self.before_norm if self.before_norm else math.inf
+
+
+def find_jumps(reader: Reader) -> list[Jump]:
+    """All such changes that the samples of the weights show, in order.
+
+    A norm changes by no more than the norm of the update: ``| |w'| - |w| | <= |dw|``. Where the updates between two
+    samples were not measured, each is taken as up to three times the largest of the last ten that were, times the
+    growth of the learning rate since; and as that is only an estimate, a change of more than a quarter of all
+    parameters at once is then put down to the optimizer.
+    """
+    steps, weights, updates = reader.weight_samples()
+    if len(steps) < 2:
+        return []
+    gaps = steps[1:] - steps[:-1]
+    change = (weights[1:] - weights[:-1]).abs()
+    reach = torch.where((gaps == 1).unsqueeze(1), updates[:-1] * 1.001, math.nan)
+    estimated = reach.isnan()
+    usual = (
+        _SLACK * (gaps * _learning_rate_growth(reader, steps)).unsqueeze(1) * _largest_lately(updates)[:-1]
+    )
+    reach = torch.where(estimated, usual, reach) + 1e-5 * weights[:-1]
+    larger, smaller = torch.maximum(weights[1:], weights[:-1]), torch.minimum(weights[1:], weights[:-1])
+    jumped = (change > reach) & (larger > LEAST * smaller) & torch.isfinite(larger)
+    together = jumped.sum(dim=1, keepdim=True) > max(1, len(reader.names) // 4)
+    jumped &= ~(estimated & together)
+    jumps = []
+    for i, j in jumped.nonzero().tolist():
+        exact = int(gaps[i]) == 1
+        step = int(steps[i + 1]) if exact else _sharpest_change(reader, int(steps[i]), int(steps[i + 1]))
+        norms = (float(weights[i, j]), float(weights[i + 1, j]))
+        jumps.append(Jump(reader.names[j], step, int(steps[i]), int(steps[i + 1]), *norms, exact))
+    return jumps
+
+
+def _learning_rate_growth(reader: Reader, steps: Tensor) -> Tensor:
+    """[s - 1] highest learning rate from each sample up to the next, over that of the steps shortly before it."""
+    rates = reader.scalar("lr")
+    if not len(rates) or bool(rates.isnan().all()):
+        return torch.ones(len(steps) - 1, dtype=torch.float64)
+    rows = torch.searchsorted(reader.steps(), steps)
+    padded = torch.cat([rates[:1].expand(UPDATES_EVERY), rates]).nan_to_num()
+    growth = []
+    for first, last in zip(rows.tolist(), rows[1:].tolist(), strict=False):
+        before = float(padded[first : first + UPDATES_EVERY].amin())
+        now = float(rates[first:last].nan_to_num().amax()) if last > first else 0.0
+        growth.append(max(1.0, now / before) if before > 0 else math.inf)
+    return torch.tensor(growth, dtype=torch.float64)
+
+
+def _largest_lately(updates: Tensor) -> Tensor:
+    """[s, n] largest of the last few measured updates up to each sample; NaN where there is none."""
+    known = ~updates.isnan().all(dim=1)
+    measured = updates[known]
+    if not len(measured):
+        return updates
+    padded = torch.cat(
+        [measured.new_full((_PAST - 1, measured.shape[1]), -math.inf), measured.nan_to_num(nan=-math.inf)]
+    )
+    largest = padded.unfold(0, _PAST, 1).amax(dim=2)
+    index = known.cumsum(0) - 1
+    result = largest[index.clamp(min=0)]
+    return result.masked_fill((index < 0).unsqueeze(1) | (result == -math.inf), math.nan)
+
+
+def _sharpest_change(reader: Reader, after: int, until: int) -> int:
+    """The step in (after, until] that best splits log norms and log loss into a before and an after."""
+    first, stop = after - 15, until + 16
+    steps = reader.steps(first, stop)
+    series = torch.cat([reader.norms(first, stop), reader.losses(first, stop).unsqueeze(1)], dim=1)
+    logs = log_norms(series)
+    logs = logs[:, ~logs.isnan().any(dim=0)]
+    candidates = [i for i in range(1, len(steps)) if after < int(steps[i]) <= until]
+    if not logs.shape[1] or not candidates:
+        return until
+    return int(steps[max(candidates, key=lambda i: _gain(logs, i))])
+
+
+def _gain(logs: Tensor, i: int) -> float:
+    """How much of the variance a split before row ``i`` explains, summed over standardized series."""
+    scaled = (logs - logs.mean(dim=0)) / logs.std(dim=0).clamp(min=1e-12)
+    rest = sum(((part - part.mean(dim=0)) ** 2).sum() for part in (scaled[:i], scaled[i:]))
+    return -float(rest)
