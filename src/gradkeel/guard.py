@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 from gradkeel import hooks
 from gradkeel.apply.fused import can_skip_on_device
 from gradkeel.apply.skip import Snapshot, clear_gradients, moves_between_closures
-from gradkeel.errors import CheckpointError, NonFiniteGradientError
-from gradkeel.norms import Needs, Recorder, State, Window
-from gradkeel.pipeline import Part, all_finite, asks_to_skip, blank, carry_out, committed, decide
+from gradkeel.errors import NonFiniteGradientError
+from gradkeel.norms import Needs, State, Window
+from gradkeel.pipeline import Part, all_finite, blank, carry_out, check_state, committed, decide
 from gradkeel.policies import Policy
 from gradkeel.prescale import LossScale, prescale, put_back, set_attribute, take_loss_scale
 from gradkeel.selection import (
@@ -27,7 +27,7 @@ from gradkeel.selection import (
     signature,
 )
 from gradkeel.skips import SkipWatch
-from gradkeel.step_report import StepReport
+from gradkeel.step_report import Recorder, StepReport
 
 NonFinite = Literal["skip", "raise", "keep"]
 _VERSION = 1
@@ -88,17 +88,27 @@ class Guard:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of all parameters of the optimizer, in the order of ``report.selections``."""
-        return tuple(name for selection in self._selections for name in selection.names)
+        return self._roster.names
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
         """All parameters of the optimizer, in the order of ``names``."""
-        return tuple(parameter for selection in self._selections for parameter in selection.parameters)
+        return self._roster.parameters
+
+    @property
+    def device(self) -> torch.device:
+        """Where norms are put together."""
+        return self._roster.device
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether ranks share parameters, so that norms are put together from those of several ranks."""
+        return self._roster.exchange is not None
 
     @property
     def model(self) -> nn.Module | None:
         """The model that names the parameters, where ``attach`` was given one."""
-        return self._model
+        return self._roster.model
 
     @property
     def step(self) -> int:
@@ -113,42 +123,22 @@ class Guard:
         except TypeError:
             return repr(self.policy)
 
-    def _select(self, before: Mapping[str, tuple[tuple[str, ...], Policy | None]]) -> None:
-        """Read names, groups and their policies from the optimizer; ``before`` tells those that states belong to."""
-        restore_clips(self.optimizer, self._signature)
-        by_group = [group_policy(group, index) for index, group in enumerate(self.optimizer.param_groups)]
-        self._signature = signature(self.optimizer)
-        names = name_parameters(self.optimizer, self._model)
-        self._selections = select(self.optimizer, names, self._exclude, self._model)
-        self._policies: dict[str, Policy | None] = {MAIN: self.policy, EXCLUDED: None}
-        for selection in self._selections:
-            if selection.label not in self._policies:
-                self._policies[selection.label] = by_group[selection.groups[0]]
-        for label, owner in self._owners().items():
+    def _read_roster(self) -> None:
+        """Read the optimizer's groups again; statistics of other tensors, or another policy's, do not fit any more."""
+        before = self._roster.owners()
+        self._roster.read(self.window)
+        for label, owner in self._roster.owners().items():
             if before.get(label) != owner:
-                self._states.pop(label, None)  # statistics of other tensors, or another policy's, do not fit
-        devices = {p.device for p in self.parameters}
-        self.device = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
-
-    def _owners(self) -> dict[str, tuple[tuple[str, ...], Policy | None]]:
-        """The parameters and the policy that each state belongs to."""
-        return {s.label: (s.names, self._policies[s.label]) for s in self._selections}
-
-    def _needs(self, selection: Selection) -> Needs:
-        policy = self._policies[selection.label]
-        if policy is not None:
-            return policy.needs
-        return Needs(self.policy.needs.norm_type if self.policy is not None else 2.0)
+                self._states.pop(label, None)
 
     def __repr__(self) -> str:
         """What is guarded by what, and what is excluded."""
         lines = [f"Guard({type(self.optimizer).__name__}, step {self._step}, nonfinite={self.nonfinite!r})"]
-        for selection in self._selections:
-            count = len(selection.names)
+        for item in self._roster.items:
+            selection, count = item.selection, len(item.selection.names)
             if selection.label != MAIN and not count:
                 continue
-            policy = self._policies[selection.label]
-            what = "measured, not clipped" if policy is None else repr(policy)
+            what = "measured, not clipped" if item.policy is None else repr(item.policy)
             lines.append(f"  {selection.label}: {what}; {count} parameter{'' if count == 1 else 's'}")
             lines += [f"    {name}" for name in selection.names]
         return "\n".join(lines)
@@ -172,30 +162,40 @@ class Guard:
     def _begin(self) -> None:
         self._staged = None
         self._snapshot = Snapshot(self.optimizer) if moves_between_closures(self.optimizer) else None
-        self._skips.look()
-        if signature(self.optimizer) != self._signature:
-            self._select(self._owners())
+        if not self._roster.is_current(self.window):
+            self._read_roster()
         self._loss_scale = take_loss_scale(self.optimizer, self._own_attributes)
         self._own_attributes = {}
 
     @torch.no_grad()
     def _evaluate(self) -> None:
         """The pipeline up to the optimizer's own step."""
-        if self._is_hidden_step():
+        if hooks.only_creates_state(self.optimizer, self.parameters):
             return
-        if self.window is not None:
-            self.window.check_step()
-        else:
-            hooks.warn_of_other_clips(self._canary, first=self._step == 0)
         if self._snapshot is not None and self._snapshot.is_wanted:
             clear_gradients(self.parameters)  # an earlier evaluation of this step was abandoned
             return
-        window = 1.0 if self.window is None else self.window.factor()
-        factor = prescale(self._loss_scale, window, self.device)
-        parts = [self._decide(selection, factor) for selection in self._selections]
-        finite, may_step = self._judge(parts)
+        try:
+            self._check()
+            found = self._roster.readings()
+        except Exception:
+            self._roster.fail()  # the other ranks must not wait for this one
+            raise
+        measured = measure_all(
+            self._roster,
+            found,
+            window=self.window,
+            loss_scale=self._loss_scale,
+            step=self._step + 1,
+            loss=self._scalars.get("loss"),
+        )
+        if measured.norms[0].loss is not None:
+            self._scalars["loss"] = measured.norms[0].loss
+        parts, factor = decide_all(self._roster, measured, self._states), measured.prescale
+        finite, may_step = self._judge(parts, measured.found_inf)
         here = [p for p in self.parameters if p.grad is not None]
-        if self.nonfinite == "skip" and here and can_skip_on_device(self.optimizer, self.device, here):
+        can_wait = self.nonfinite == "skip" and can_skip_on_device(self.optimizer, self.device, here)
+        if here and can_wait and isinstance(may_step, Tensor):
             self._carry_out(parts, factor)
             self._set_attribute("found_inf", (~may_step).float())
             self._stage(parts, factor, commit=finite, stepped=may_step)
@@ -204,18 +204,6 @@ class Guard:
             self._stage(parts, factor, commit=self.nonfinite != "keep" or bool(finite))
         else:
             self._abandon(parts, factor, is_finite=bool(finite), any_gradient=bool(here))
-
-    def _is_hidden_step(self) -> bool:
-        """A step that only makes the optimizer create its state: no state yet, every lr 0, every gradient 0.
-
-        ``torch.distributed.checkpoint.state_dict`` makes such steps. They must run, and nobody needs to hear of them.
-        """
-        groups = self.optimizer.param_groups
-        if any(isinstance(g["lr"], Tensor) and g["lr"].device.type != "cpu" for g in groups if "lr" in g):
-            return False
-        if any(self.optimizer.state.values()) or not all("lr" in g and float(g["lr"]) == 0.0 for g in groups):
-            return False
-        return all(p.grad is None or not bool(p.grad.any()) for p in self.parameters)
 
     def _decide(self, selection: Selection, factor: Tensor | float) -> Part:
         return decide(
@@ -229,17 +217,22 @@ class Guard:
             loss=self._scalars.get("loss"),
         )
 
-    def _judge(self, parts: list[Part]) -> tuple[Tensor, Tensor]:
-        """[] bool each: all gradients are finite; the step may be made."""
+    def _judge(self, parts: list[Part]) -> tuple[Tensor, bool | Tensor]:
+        """[] bool: all gradients are finite; and whether the step may be made, True where nothing can forbid it."""
         finite = all_finite(parts)
         if self._loss_scale.found_inf is not None:
             finite = finite & (self._loss_scale.found_inf.to(self.device) == 0)
         # Under a loss scale an overflow is normal, and skipped whatever was asked for.
         tolerant = self.nonfinite == "keep" and not self._loss_scale.present
-        may_step = ~asks_to_skip(parts) & (torch.ones_like(finite) if tolerant else finite)
-        if self.window is not None:
-            may_step = may_step & ~torch.as_tensor(self.window.is_empty(), device=self.device)
-        return finite, may_step
+        objections = [part.decision.skip for part in parts if part.decision.skip is not None]
+        if not tolerant:
+            objections.append(~finite)
+        empty = self.window is not None and self.window.is_empty()
+        if isinstance(empty, Tensor):
+            objections.append(empty.to(self.device))
+        elif empty:
+            return finite, False
+        return finite, ~torch.stack(objections).any() if objections else True
 
     def _carry_out(self, parts: list[Part], factor: Tensor | float) -> None:
         folded = carry_out(self.optimizer, parts, factor)
@@ -371,22 +364,12 @@ class Guard:
         Raises:
             CheckpointError: for a state of other policies, of other numbers of parameters, or of another version.
         """
-        if state.get("version") != _VERSION:
-            raise CheckpointError(
-                f"state has version {state.get('version')!r}; this gradkeel reads {_VERSION}"
-            )
-        policies = {s.label: repr(self._policies[s.label]) for s in self._selections}
-        if state["policies"] != policies:
-            raise CheckpointError(
-                f"state belongs to the policies {state['policies']}, but this guard has {policies}; attach with the "
-                "same policies and groups"
-            )
-        counts = {s.label: len(s.names) for s in self._selections}
-        if state["parameters"] != counts:
-            raise CheckpointError(
-                f"state belongs to so many parameters: {state['parameters']}, but this guard has {counts}; attach to "
-                "the same parameters with the same exclude"
-            )
+        check_state(
+            state,
+            version=_VERSION,
+            policies={s.label: repr(self._policies[s.label]) for s in self._selections},
+            parameters={s.label: len(s.names) for s in self._selections},
+        )
         self._states = {
             label: {key: value.to(self.device) for key, value in values.items()}
             for label, values in state["states"].items()

@@ -115,10 +115,15 @@ class Canary:
 
     A foreign clip multiplies gradients in place, which their version counter shows (``GradScaler.unscale_`` does
     not). Under distributed training the reducer writes to gradients too, so nothing is watched there.
+
+    Attributes:
+        is_new: whether no step has been looked at yet.
+        is_settled: whether who clips is known, so that there is nothing more to look for.
     """
 
     def __init__(self, parameter: Tensor | None) -> None:
-        self.has_warned = False
+        self.is_new = True
+        self.is_settled = False
         self._seen: tuple[TensorWeakRef, int] | None = None
         self._parameter = parameter
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -144,17 +149,20 @@ class Canary:
             self._handle.remove()
 
 
-def warn_of_other_clips(canary: Canary, *, first: bool) -> None:
-    """Warn, once, if somebody else clips as well; a trainer is looked for on the first step only."""
-    culprit = _trainer_that_clips() if first else None
+def warn_of_other_clips(canary: Canary) -> None:
+    """Warn, once, if somebody else clips as well; trainers are looked for on the first step, or after a touch."""
     touched = canary.was_touched()
-    if culprit is None and touched:
+    if canary.is_settled or not (touched or canary.is_new):
+        return
+    canary.is_new = False
+    culprit, canary.is_settled = _trainer_that_clips()
+    if touched and not canary.is_settled:
         culprit = (
             "gradients were modified between backward() and step(), by another clip or by your own code; if it is a "
             "clip (clip_grad_norm_, accelerator.clip_grad_norm_, max_norm=...), remove it"
         )
-    if culprit is not None and not canary.has_warned:
-        canary.has_warned = True
+    if culprit is not None:
+        canary.is_settled = True
         warnings.warn(
             f"{culprit}; the guard clips already, and measures what the other has left",
             DoubleClippingWarning,
@@ -162,17 +170,22 @@ def warn_of_other_clips(canary: Canary, *, first: bool) -> None:
         )
 
 
-def _trainer_that_clips() -> str | None:
-    """The trainer on the call stack that is set to clip too, and the argument that turns it off; None if nobody."""
+def _trainer_that_clips() -> tuple[str | None, bool]:
+    """Which trainer on the call stack is set to clip too, in words, and whether its setting settles the question.
+
+    The Transformers Trainer multiplies every gradient by 1 where it is set not to clip.
+    """
     for owner in _callers():
-        module = type(owner).__module__.partition(".")[0]
-        if module == "transformers" and getattr(getattr(owner, "args", None), "max_grad_norm", None):
-            return "the Transformers Trainer clips too; set TrainingArguments(max_grad_norm=0)"
-        if module in {"lightning", "pytorch_lightning"}:
+        packages = {base.__module__.partition(".")[0] for base in type(owner).__mro__}
+        limit = getattr(getattr(owner, "args", None), "max_grad_norm", None)
+        if "transformers" in packages and limit is not None:
+            words = "the Transformers Trainer clips too; set TrainingArguments(max_grad_norm=0)"
+            return (words if limit > 0 else None), True
+        if packages & {"lightning", "pytorch_lightning"}:
             trainer = getattr(owner, "trainer", None) or owner
             if getattr(trainer, "gradient_clip_val", None):
-                return "the Lightning Trainer clips too; leave Trainer(gradient_clip_val=None)"
-    return None
+                return "the Lightning Trainer clips too; leave Trainer(gradient_clip_val=None)", True
+    return None, False
 
 
 def tell_accelerate(*, stepped: bool) -> None:
@@ -193,3 +206,16 @@ def _callers() -> Iterator[Any]:
     while frame is not None:
         yield frame.f_locals.get("self")
         frame = frame.f_back
+
+
+def only_creates_state(optimizer: Optimizer, parameters: Sequence[Tensor]) -> bool:
+    """Whether this step only makes the optimizer create its state: no state yet, every lr 0, every gradient 0.
+
+    ``torch.distributed.checkpoint.state_dict`` makes such steps. They must run, and nobody needs to hear of them.
+    """
+    groups = optimizer.param_groups
+    if any(isinstance(g["lr"], Tensor) and g["lr"].device.type != "cpu" for g in groups if "lr" in g):
+        return False
+    if any(optimizer.state.values()) or not all("lr" in g and float(g["lr"]) == 0.0 for g in groups):
+        return False
+    return all(p.grad is None or not bool(p.grad.any()) for p in parameters)
