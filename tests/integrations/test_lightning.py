@@ -1,0 +1,131 @@
+"""One line with Lightning, in `configure_optimizers`: the guard's training equals the Trainer's own clipping."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import gradkeel as gk
+
+lightning = pytest.importorskip("lightning", reason="needs lightning")
+
+BOUND = 0.05
+
+
+class Module(lightning.LightningModule):
+    """A regression; subclasses differ in who clips and in who steps."""
+
+    def __init__(self, *, guarded, make=torch.optim.AdamW, spoil_at=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.guarded, self.make, self.spoil_at = guarded, make, spoil_at
+        self.guard = None
+
+    def configure_optimizers(self):
+        optimizer = self.make(self.parameters(), lr=0.01)
+        if self.guarded:
+            # torch's epsilon, so that the two differ by rounding alone
+            self.guard = gk.attach(optimizer, gk.ClipByGlobalNorm(BOUND, eps=1e-6), model=self)
+        return optimizer
+
+    def training_step(self, batch, batch_index):
+        return self.net(batch).square().mean() * (math.nan if batch_index == self.spoil_at else 1.0)
+
+
+class Manual(Module):
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_index):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_index))
+        if not self.guarded:
+            self.clip_gradients(optimizer, gradient_clip_val=BOUND, gradient_clip_algorithm="norm")
+        optimizer.step()
+
+
+def fit(module, **arguments):
+    data = [torch.randn(8, 4, generator=torch.Generator().manual_seed(step)) for step in range(6)]
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **arguments,
+    )
+    trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None))
+    return module
+
+
+@pytest.mark.parametrize(
+    ("make", "precision"),
+    [
+        (torch.optim.AdamW, "32-true"),
+        (torch.optim.SGD, "32-true"),
+        (torch.optim.LBFGS, "64-true"),  # iterates: in single precision two runs drift apart
+    ],
+)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_guards_training_is_lightnings(make, precision, accumulation):
+    own = {"accumulate_grad_batches": accumulation, "precision": precision}
+    theirs = fit(Module(guarded=False, make=make), gradient_clip_val=BOUND, **own)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", gk.GradkeelWarning)
+        ours = fit(Module(guarded=True, make=make), **own)
+    assert ours.guard.step == 6 // accumulation
+    assert ours.guard.report.clipped
+    assert "net.0.weight" in ours.guard.report.norms
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        # two norms in another order of summation, and a few steps: seen 4e-8
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_manual_optimization():
+    theirs, ours = fit(Manual(guarded=False)), fit(Manual(guarded=True))
+    assert ours.guard.step == 6
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_their_clip_is_warned_of_by_the_arguments_name():
+    with pytest.warns(
+        gk.errors.DoubleClippingWarning, match=r"leave Trainer\(gradient_clip_val=None\)"
+    ) as warned:
+        fit(Module(guarded=True), gradient_clip_val=1.0)
+    assert len([w for w in warned if issubclass(w.category, gk.GradkeelWarning)]) == 1
+
+
+@pytest.mark.parametrize("kind", [Module, Manual])
+def test_a_skipped_step_changes_nothing(kind):
+    with pytest.warns(
+        gk.errors.SkippedStepWarning, match=r"step 3: the gradient of 'net\.0\.weight' is not finite"
+    ):
+        module = fit(kind(guarded=True, spoil_at=2))
+    assert module.guard.step == 6
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+def test_several_optimizers_of_a_manual_loop():
+    class Pair(Manual):
+        def configure_optimizers(self):
+            parts = [self.net[0], self.net[2]]
+            optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in parts]
+            self.guards = [gk.attach(o, gk.ClipByNorm(BOUND), model=self) for o in optimizers]
+            return optimizers
+
+        def training_step(self, batch, batch_index):
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+                self.manual_backward(self.net(batch).square().mean())
+                optimizer.step()
+
+    module = fit(Pair(guarded=True))
+    assert [guard.step for guard in module.guards] == [6, 6]
+    assert module.guards[0].names == ("net.0.weight", "net.0.bias")
