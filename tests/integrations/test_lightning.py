@@ -87,6 +87,20 @@ def test_the_guards_training_is_lightnings(make, precision, accumulation):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+def test_under_lightnings_loss_scale():
+    def fp16():
+        return lightning.pytorch.plugins.MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+
+    theirs = fit(Module(guarded=False), gradient_clip_val=BOUND, plugins=[fp16()])
+    ours = fit(Module(guarded=True), plugins=[fp16()])
+    assert ours.guard.report.clipped
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    module = fit(Module(guarded=True, spoil_at=5), plugins=[fp16()])
+    assert module.guard.report.reason.startswith("step 6: the loss scale overflowed")
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
 def test_manual_optimization():
     theirs, ours = fit(Manual(guarded=False)), fit(Manual(guarded=True))
     assert ours.guard.step == 6
