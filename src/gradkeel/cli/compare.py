@@ -11,7 +11,7 @@ import typer
 from gradkeel.cli.errors import reported
 
 if TYPE_CHECKING:
-    from gradkeel.lab.compare import Comparison
+    from gradkeel.lab.plan import Comparison
 
 INTERRUPTED = 130  # what shells give for SIGINT
 
@@ -33,6 +33,10 @@ def command(
     seeds: Annotated[int | None, typer.Option(help="how many seeds")] = None,
     steps: Annotated[int | None, typer.Option(help="optimizer steps in a run")] = None,
     jobs: Annotated[int | None, typer.Option(help="worker processes (default: one a core)")] = None,
+    run: Annotated[
+        str | None,
+        typer.Option(help="your own command instead of a task, such as 'python train.py --lr 0.1'"),
+    ] = None,
     out: Annotated[Path, typer.Option(help="directory for compare.json and compare.html")] = Path(
         "gradkeel-compare"
     ),
@@ -42,23 +46,36 @@ def command(
 ) -> None:
     """Train the same task under several policies, learning rates and seeds, and say what clipping changed."""
     from gradkeel.cli.progress import Progress
-    from gradkeel.lab import compare, make_plan
+    from gradkeel.lab import compare, make_command_plan, make_plan
 
     # They would take the place of every policy that is compared.
     os.environ.pop("GRADKEEL_POLICY", None)
     os.environ.pop("GRADKEEL_RECORD", None)
-    plan = make_plan(
-        task or "char-lstm",
-        policies=policy,
-        learning_rates=lr,
-        seeds=seeds,
-        steps=steps,
-        batch_size=batch_size,
-        sweep=sweep,
-    )
+    if run is None:
+        plan = make_plan(
+            task or "char-lstm",
+            policies=policy,
+            learning_rates=lr,
+            seeds=seeds,
+            steps=steps,
+            batch_size=batch_size,
+            sweep=sweep,
+        )
+    else:
+        _refuse_beside_run(TASK=task, **{"--lr": lr, "--steps": steps, "--batch-size": batch_size})
+        plan = make_command_plan(run, policies=policy, seeds=seeds, sweep=sweep)
     with Progress(plan, quiet=as_json) as progress:
-        result = compare(plan, jobs=jobs, on_run=progress.update)
+        result = compare(plan, jobs=jobs, on_run=progress.update, records=out / "runs")
     _deliver(result, out, as_json=as_json)
+
+
+def _refuse_beside_run(**given: object) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise typer.BadParameter(
+                f"{name} has no effect on a command of your own; write it into the command: "
+                "--run 'python train.py --lr 0.1'"
+            )
 
 
 def _deliver(result: "Comparison", out: Path, *, as_json: bool) -> None:

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from gradkeel.lab.compare import Comparison, Plan
+    from gradkeel.lab.plan import Comparison, Plan
 
 EVERY = 20.0  # seconds between provisional tables where they cannot be drawn over each other
 WIDTH = 120  # of tables that go to no terminal

@@ -7,120 +7,22 @@ import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from gradkeel.lab.command import in_subprocesses
+from gradkeel.lab.plan import Comparison, Plan
 from gradkeel.lab.run import Run, Trial, run_trial
-from gradkeel.lab.sweep import Sweep, parse_sweep
-from gradkeel.lab.task import Task, TaskError, load_task
-from gradkeel.policies import parse
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a comparison is to run.
-
-    Attributes:
-        target: the task, as ``load_task`` takes it.
-        policies: spec strings.
-        learning_rates: each is tried with each policy.
-        seeds: each is run with each policy and learning rate.
-        steps: optimizer steps in a run.
-        batch_size: None leaves the task's own.
-        target_loss: the table counts the steps to it; None takes one from the data.
-        sweep: the bounds that some of the policies came from.
-        arguments: what stands between ``gradkeel compare`` and the policies, to run the same thing again.
-    """
-
-    target: str
-    policies: tuple[str, ...]
-    learning_rates: tuple[float, ...]
-    seeds: tuple[int, ...]
-    steps: int
-    batch_size: int | None = None
-    target_loss: float | None = None
-    sweep: Sweep | None = None
-    arguments: tuple[str, ...] = ()
-
-    @property
-    def trials(self) -> list[Trial]:
-        """All runs, seed by seed, so that a table of the first ones has every policy and learning rate in it."""
-        return [
-            Trial(policy, lr, seed)
-            for seed in self.seeds
-            for lr in self.learning_rates
-            for policy in self.policies
-        ]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The runs of a plan that have finished, in the plan's order.
-
-    Attributes:
-        plan: what was to be run.
-        runs: what has finished.
-        interrupted: whether it was stopped before all had.
-    """
-
-    plan: Plan
-    runs: tuple[Run, ...]
-    interrupted: bool = False
-
-
-def make_plan(
-    target: str,
-    *,
-    policies: Sequence[str] | None = None,
-    learning_rates: Sequence[float] | None = None,
-    seeds: int | None = None,
-    steps: int | None = None,
-    batch_size: int | None = None,
-    sweep: str | None = None,
-) -> Plan:
-    """A plan with the task's own defaults for whatever is None.
-
-    A sweep takes the place of the task's policies, with ``none`` beside it, and of its learning rates the highest
-    one, where clipping matters most.
-
-    Raises:
-        TaskError: the task cannot be loaded, or a number that must be above zero is not.
-        PolicySpecError: a policy cannot be read.
-    """
-    task = load_task(target)
-    for name, value in (("seeds", seeds), ("steps", steps), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise TaskError(f"{name}={value}: it must be 1 or more")
-    for lr in learning_rates or ():
-        if not 0 < lr < float("inf"):
-            raise TaskError(f"lr={lr}: a learning rate must be a finite number above 0")
-    swept = None if sweep is None else parse_sweep(sweep)
-    bounds = () if swept is None else swept.policies
-    labels = {parse(policy).spec: policy for policy in bounds}
-    specs: dict[str, str] = {}
-    for policy in (*(policies or (("none",) if swept else task.policies)), *bounds):
-        spec = parse(policy).spec
-        specs.setdefault(spec, labels.get(spec, policy.strip()))
-    rates = learning_rates or (task.learning_rates if swept is None else (max(task.learning_rates),))
-    arguments = [target]
-    arguments += [] if batch_size is None else ["--batch-size", str(batch_size)]
-    arguments += [] if steps is None else ["--steps", str(steps)]
-    return Plan(
-        target=target,
-        policies=tuple(specs.values()),
-        learning_rates=tuple(dict.fromkeys(rates)),
-        seeds=tuple(range(task.seeds if seeds is None else seeds)),
-        steps=task.steps if steps is None else steps,
-        batch_size=batch_size,
-        target_loss=task.target_loss,
-        sweep=swept,
-        arguments=tuple(arguments),
-    )
+from gradkeel.lab.task import Task, load_task
 
 
 def compare(
-    plan: Plan, *, jobs: int | None = None, on_run: Callable[[Comparison], None] | None = None
+    plan: Plan,
+    *,
+    jobs: int | None = None,
+    on_run: Callable[[Comparison], None] | None = None,
+    records: Path = Path("gradkeel-compare", "runs"),
 ) -> Comparison:
     """Run a plan; Ctrl-C ends it early and keeps the runs that have finished.
 
@@ -129,14 +31,20 @@ def compare(
 
     Args:
         plan: made by ``make_plan``.
-        jobs: worker processes; None takes one a core. 1 runs in this process.
+        jobs: how many runs at a time; None takes one a core, and one for a command. A task with 1 runs in this process.
         on_run: called in this process after each run, with all that have finished.
+        records: folder for what a command's runs record and print.
     """
     trials = plan.trials
-    jobs = min(len(trials), jobs or _cores())
+    jobs = min(len(trials), jobs or (1 if plan.is_command else _cores()))
     done: dict[int, Run] = {}
     interrupted = False
-    finished = _in_this_process(plan, trials) if jobs == 1 else _in_workers(plan, trials, jobs)
+    if plan.is_command:
+        finished = in_subprocesses(plan.target, trials, jobs, records)
+    elif jobs == 1:
+        finished = _in_this_process(plan, trials)
+    else:
+        finished = _in_workers(plan, trials, jobs)
     with contextlib.closing(finished):
         try:
             for i, run in finished:
@@ -161,7 +69,7 @@ def _in_this_process(plan: Plan, trials: Sequence[Trial]) -> Generator[tuple[int
     task = _prepare(plan)
     try:
         for i, trial in enumerate(trials):
-            yield i, run_trial(task, trial, plan.steps)
+            yield i, run_trial(task, trial, plan.steps or task.steps)
     finally:
         torch.set_num_threads(threads)
 
@@ -219,4 +127,4 @@ def _prepare(plan: Plan) -> Task:
 def _work(trial: Trial) -> Run:
     assert _worker is not None
     task, plan = _worker
-    return run_trial(task, trial, plan.steps)
+    return run_trial(task, trial, plan.steps or task.steps)

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from gradkeel.lab.compare import Comparison
+from gradkeel.lab.plan import Comparison
 from gradkeel.lab.run import Run
 from gradkeel.lab.summary import Row, summarize
 from gradkeel.lab.words import bound_of, capital, count, is_unclipped, named, number, without_exclude
@@ -88,6 +88,9 @@ def _found(contest: _Contest) -> str:
         return "No difference found: every policy diverged in most seeds, at every learning rate tried."
     lower, higher, seeds = contest.wins()
     rescue = _rescue(contest)
+    if math.isnan(winner.loss) or math.isnan(rival.loss):
+        missing = "No loss is known: guard.log(loss=...) in the script, before optimizer.step(), gives one."
+        return f"{rescue} {missing}".strip()
     if max(lower, higher) < seeds or not seeds:
         result = (
             f"No difference found between {_at_best(winner, contest)} and {_at_best(rival, contest)}: the first "
@@ -263,6 +266,8 @@ def _next(contest: _Contest) -> list[str]:
     rates = plan.learning_rates
 
     def at(*values: float | None) -> list[str]:
+        if plan.is_command:
+            return []
         return [word for lr in dict.fromkeys(values) if lr is not None for word in ("--lr", f"{lr:g}")]
 
     if contest.comparison.interrupted:

@@ -2,11 +2,12 @@
 
 import itertools
 import math
+import shlex
 import statistics
 from collections.abc import Callable, Sequence
 
-from gradkeel.lab.compare import Comparison
 from gradkeel.lab.findings import Findings
+from gradkeel.lab.plan import Comparison
 from gradkeel.lab.run import Run
 from gradkeel.lab.summary import Row, best_runs
 from gradkeel.lab.sweep import LOOSE, TIGHT, WORKS, SweepPoint, sweep_points
@@ -35,10 +36,16 @@ def _cells(row: Row) -> list[str]:
         "–" if math.isnan(row.lowest) else f"{number(row.lowest)} – {number(row.highest)}",
         f"{row.diverged}/{row.runs}",
         f"{row.clip_rate:.0%}",
-        "never" if math.isinf(row.steps_to_target) else f"{row.steps_to_target:.0f}",
+        _steps(row),
         "–" if math.isnan(row.volatility) else f"{row.volatility:.1%}",
         f"{row.seconds_per_step * 1e3:.1f}",
     ]
+
+
+def _steps(row: Row) -> str:
+    if math.isnan(row.target_loss):
+        return "–"
+    return "never" if math.isinf(row.steps_to_target) else f"{row.steps_to_target:.0f}"
 
 
 def compare_page(comparison: Comparison, rows: Sequence[Row], words: Findings) -> str:
@@ -55,7 +62,8 @@ def compare_page(comparison: Comparison, rows: Sequence[Row], words: Findings) -
         row for row in rows if plan.sweep is None or row is rows[0] or row.policy not in plan.sweep.policies
     ]
     best = {row.policy: best_runs(runs, row.policy) for row in shown}
-    sections += _losses("Loss, each policy at its best learning rate", best, colors)
+    at_best = "Loss, each policy at its best learning rate" if len(plan.learning_rates) > 1 else "Loss"
+    sections += _losses(at_best, best, colors)
     winner = next((row for row in rows if row.policy != "none"), rows[0])
     common = {
         row.policy: [run for run in runs if (run.policy, run.lr) == (row.policy, winner.lr)] for row in shown
@@ -68,7 +76,7 @@ def compare_page(comparison: Comparison, rows: Sequence[Row], words: Findings) -
             f"The true gradients{where}, before clipping. A thin line is a seed, the thick one their median."
         )
         sections.append(Section("Gradient norm", text, figure=figure))
-    title = f"gradkeel compare {plan.target}"
+    title = f"gradkeel compare {shlex.join(plan.arguments)}"
     return page(title, _subtitle(comparison), lines, sections)
 
 

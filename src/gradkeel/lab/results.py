@@ -4,8 +4,8 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from gradkeel.lab.compare import Comparison
 from gradkeel.lab.findings import findings
+from gradkeel.lab.plan import Comparison
 from gradkeel.lab.run import Run
 from gradkeel.lab.summary import summarize
 from gradkeel.lab.sweep import sweep_points

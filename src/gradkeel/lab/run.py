@@ -20,10 +20,10 @@ TAIL = 10  # a final loss is the median of so many last ones: single batches are
 
 @dataclass(frozen=True)
 class Trial:
-    """What to run; ``policy`` is a spec string."""
+    """What to run; ``policy`` is a spec string, and ``lr`` None leaves the learning rate to the script that is run."""
 
     policy: str
-    lr: float
+    lr: float | None
     seed: int
 
 
@@ -83,9 +83,13 @@ class Run:
 
     @property
     def score(self) -> float:
-        """What runs are ranked by, lower is better: the validation loss, else the final one; inf if it diverged."""
-        score = self.final_loss if self.validation_loss is None else self.validation_loss
-        return score if math.isfinite(score) and not self.diverged else math.inf
+        """What runs are ranked by, lower is better: the validation loss, else the final one.
+
+        inf if the run diverged; NaN if it did not, and no loss is known.
+        """
+        if self.diverged or (self.validation_loss is not None and not math.isfinite(self.validation_loss)):
+            return math.inf
+        return self.final_loss if self.validation_loss is None else self.validation_loss
 
 
 def tail_median(losses: Sequence[float]) -> float:
@@ -116,6 +120,7 @@ def run_trial(task: Task, trial: Trial, steps: int) -> Run:
 
     ``none`` runs with non-finite gradients kept, every policy with its steps skipped, which is the guard's default.
     """
+    assert trial.lr is not None
     spec = parse(trial.policy)
     torch.manual_seed(trial.seed)
     model = task.model()

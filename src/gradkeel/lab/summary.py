@@ -15,7 +15,8 @@ class Row:
 
     Attributes:
         policy, lr: which.
-        loss: median over seeds of the score (validation loss, else final loss), a diverged run counting as inf.
+        loss: median over seeds of the score (validation loss, else final loss), a diverged run counting as inf; NaN
+            where a script logs no loss.
         lowest, highest: range of the score over the seeds that did not diverge; NaN where all did.
         diverged, runs: how many runs of the policy diverged, of how many, over all learning rates.
         diverged_at_best, runs_at_best: the same at ``lr``.
@@ -50,12 +51,12 @@ def summarize(runs: Sequence[Run], target_loss: float | None = None) -> list[Row
     best = {policy: best_runs(runs, policy) for policy in policies}
     if target_loss is None:
         # What every policy that trains gets to: the worst of their final losses.
-        ends = [_median_score([r.final_loss for r in chosen]) for chosen in best.values() if _trains(chosen)]
+        ends = [_median_score([run.final_loss for run in c]) for c in best.values() if _trains(c)]
         target_loss = max(ends, default=math.nan)
     rows = [
         _row(best[policy], [run for run in runs if run.policy == policy], target_loss) for policy in policies
     ]
-    return sorted(rows, key=lambda row: (row.loss, row.diverged_at_best / row.runs_at_best))
+    return sorted(rows, key=lambda row: (_place(row.loss), row.diverged_at_best / row.runs_at_best))
 
 
 def best_runs(runs: Sequence[Run], policy: str) -> list[Run]:
@@ -65,7 +66,8 @@ def best_runs(runs: Sequence[Run], policy: str) -> list[Run]:
         if run.policy == policy:
             by_lr.setdefault(run.lr, []).append(run)
     chosen = min(
-        by_lr.values(), key=lambda group: (_median_score([run.score for run in group]), _diverged(group))
+        by_lr.values(),
+        key=lambda group: (_place(_median_score([run.score for run in group])), _diverged(group)),
     )
     return sorted(chosen, key=lambda run: run.seed)
 
@@ -117,6 +119,11 @@ def _trains(runs: Sequence[Run]) -> bool:
 
 
 def _median_score(values: Sequence[float]) -> float:
-    ordered = sorted(math.inf if math.isnan(value) else value for value in values)
-    middle = statistics.median(ordered)
-    return middle if math.isfinite(middle) else math.inf
+    """Median of finite values, then unknown ones (NaN), then inf, in this order; no mean is taken across kinds."""
+    ordered = sorted(values, key=_place)
+    low, high = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
+    return (low + high) / 2 if math.isfinite(high) else high
+
+
+def _place(value: float) -> tuple[int, float]:
+    return (0, value) if math.isfinite(value) else (1 if math.isnan(value) else 2, 0.0)

@@ -3,7 +3,8 @@
 import math
 import statistics
 
-from gradkeel.lab.compare import Plan, compare
+from gradkeel.lab.compare import compare
+from gradkeel.lab.plan import Plan
 from gradkeel.lab.run import Run
 from gradkeel.lab.smoothness import ProbedRun, probed_run
 from gradkeel.lab.task import load_task
