@@ -325,9 +325,10 @@ def test_only_finite_steps_enter_a_policys_state(nonfinite):
 def test_a_nonfinite_excluded_gradient_leaves_the_main_policys_state_alone():
     parameters = parameters_of([3.0, 4.0], [math.nan])
     guard = gk.attach(sgd(parameters), Counting(), exclude=parameters[1])
+    before = guard.state_dict()["states"]
     with pytest.warns(gk.errors.SkippedStepWarning):
         guard.optimizer.step()
-    assert guard.state_dict()["states"] == {}
+    assert guard.state_dict()["states"] == before
 
 
 def test_a_step_that_raises_commits_nothing():
@@ -341,7 +342,7 @@ def test_a_step_that_raises_commits_nothing():
     handle = optimizer.register_step_pre_hook(refuse)
     with pytest.raises(OSError, match="no"):
         optimizer.step()
-    assert (guard.step, guard.report.step, guard.state_dict()["states"]) == (0, 0, {})
+    assert (guard.step, guard.report.step, guard.state_dict()["states"]["main"]["seen"]) == (0, 0, 0)
     handle.remove()
     optimizer.step()
     assert (guard.step, guard.report.step) == (1, 1)

@@ -19,6 +19,7 @@ LAYERS = (
     "apply",
     "hooks",
     "skips",
+    "roster",
     "pipeline",
     "guard",
     "noise_scale",

@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -10,9 +11,13 @@ from torch.optim import Optimizer
 from gradkeel.errors import AttachError, GradkeelWarning
 from gradkeel.guard import Guard, NonFinite
 from gradkeel.hooks import MARK, unwrap
-from gradkeel.norms import Recorder
+from gradkeel.measure.sharing import ShardOver, Sharing
 from gradkeel.policies import Policy, parse
 from gradkeel.selection import Exclude
+from gradkeel.step_report import Recorder
+
+if TYPE_CHECKING:
+    from gradkeel.measure.ranks import Group
 
 POLICY_VARIABLE = "GRADKEEL_POLICY"
 RECORD_VARIABLE = "GRADKEEL_RECORD"
@@ -27,6 +32,8 @@ def attach(
     nonfinite: NonFinite = "skip",
     max_consecutive_skips: int = 10,
     record: Recorder | str | os.PathLike[str] | None = None,
+    process_group: "Group | None" = None,
+    shard_over: ShardOver | None = None,
 ) -> Guard:
     """Guard an optimizer: from now on every ``optimizer.step()`` clips first, and skips what is not finite.
 
@@ -46,6 +53,14 @@ def attach(
             state bit-identical, and says so once; "raise" raises before anything is modified; "keep" steps on.
         max_consecutive_skips: more skips than this in a row raise, with their reasons; at least 1.
         record: where to record every step: a path, or a `Recorder`.
+        process_group: the ranks that decide together, as a process group or a device mesh. None takes those over
+            which DTensors are sharded (FSDP2, tensor parallel), and none under DDP, whose gradients are alike on all
+            ranks. A plain parameter counts once, however many ranks have it by the same name.
+        shard_over: what plain parameters cannot tell themselves: for name patterns, modules, parameters or
+            predicates, as in ``exclude``, the group over whose ranks each is split (expert parallel, pipeline
+            stages), or ``(group, dim)``. Parameters of one name are pieces of one tensor. The name of another
+            parameter makes one its copy, as of a weight tied across pipeline stages; None says that it is not split
+            after all. Later entries override earlier ones.
 
     Returns:
         The `Guard`: ``guard.report`` tells what the last step came to.
@@ -53,10 +68,13 @@ def attach(
     Raises:
         AttachError: if the optimizer is guarded already, or steps inside backward.
         SelectionError: if an ``exclude`` entry selects nothing.
+        RankError: if another rank could not attach, or has another policy.
         TypeError, ValueError: for arguments of another kind.
 
     The environment variable ``GRADKEEL_POLICY`` (a spec string) overrides ``policy`` and ``exclude``, and
     ``GRADKEEL_RECORD`` (a path) ``record``: so does ``gradkeel compare --run`` with a script that it must not change.
+
+    With ``process_group`` or ``shard_over`` all their ranks must call it: it is a collective.
 
     On CPU the host decides; with a fused optimizer on an accelerator no step syncs the host.
 
@@ -94,6 +112,7 @@ def attach(
         exclude=exclude,
         nonfinite=nonfinite,
         max_consecutive_skips=max_consecutive_skips,
+        sharing=Sharing(process_group, shard_over),
     )
     record = os.environ.get(RECORD_VARIABLE, record)
     if record is not None:

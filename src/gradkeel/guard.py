@@ -11,21 +11,22 @@ from gradkeel import hooks
 from gradkeel.apply.fused import can_skip_on_device
 from gradkeel.apply.skip import Snapshot, clear_gradients, moves_between_closures
 from gradkeel.errors import NonFiniteGradientError
-from gradkeel.norms import Needs, State, Window
-from gradkeel.pipeline import Part, all_finite, blank, carry_out, check_state, committed, decide
-from gradkeel.policies import Policy
-from gradkeel.prescale import LossScale, prescale, put_back, set_attribute, take_loss_scale
-from gradkeel.selection import (
-    EXCLUDED,
-    MAIN,
-    Exclude,
-    Selection,
-    group_policy,
-    name_parameters,
-    restore_clips,
-    select,
-    signature,
+from gradkeel.measure.sharing import Sharing
+from gradkeel.norms import State, Window
+from gradkeel.pipeline import (
+    Part,
+    blank,
+    carry_out,
+    check_state,
+    committed,
+    decide_all,
+    judge,
+    measure_all,
 )
+from gradkeel.policies import Policy
+from gradkeel.prescale import LossScale, put_back, set_attribute, take_loss_scale
+from gradkeel.roster import Roster
+from gradkeel.selection import Exclude
 from gradkeel.skips import SkipWatch
 from gradkeel.step_report import Recorder, StepReport
 
@@ -43,7 +44,6 @@ class Guard:
         report: the last step's `StepReport`; before the first step one with ``step == 0``.
         recorders: who is told of each step.
         window: the accumulation window that gradients belong to; None where each step's gradients are complete.
-        device: where norms are put together.
     """
 
     def __init__(
@@ -55,26 +55,23 @@ class Guard:
         exclude: Iterable[Exclude],
         nonfinite: NonFinite,
         max_consecutive_skips: int,
+        sharing: Sharing,
     ) -> None:
         self.optimizer = optimizer
         self.policy = policy
         self.nonfinite: NonFinite = nonfinite
         self.recorders: list[Recorder] = []
         self.window: Window | None = None
-        self._model = model
-        self._exclude = tuple(exclude)
         self._states: dict[str, State] = {}
         self._scalars: dict[str, Tensor | float] = {}
         self._step = 0
         self._skips = SkipWatch(max_consecutive_skips)
-        self._signature: tuple[tuple[int, Any], ...] = ()
-        self._select(before={})
-        nothing = [
-            blank(selection, self._policies[selection.label], self._needs(selection).norm_type, self.device)
-            for selection in self._selections
-        ]
+        self._roster = Roster(optimizer, policy, model=model, exclude=exclude, sharing=sharing)
         self.report = StepReport(
-            0, tuple(part.report() for part in nothing), _stepped=False, _reason="no step yet"
+            0,
+            tuple(blank(item).report() for item in self._roster.items),
+            _stepped=False,
+            _reason="no step yet",
         )
         self._staged: tuple[StepReport, dict[str, State]] | None = None
         self._loss_scale = LossScale()
@@ -133,15 +130,8 @@ class Guard:
 
     def __repr__(self) -> str:
         """What is guarded by what, and what is excluded."""
-        lines = [f"Guard({type(self.optimizer).__name__}, step {self._step}, nonfinite={self.nonfinite!r})"]
-        for item in self._roster.items:
-            selection, count = item.selection, len(item.selection.names)
-            if selection.label != MAIN and not count:
-                continue
-            what = "measured, not clipped" if item.policy is None else repr(item.policy)
-            lines.append(f"  {selection.label}: {what}; {count} parameter{'' if count == 1 else 's'}")
-            lines += [f"    {name}" for name in selection.names]
-        return "\n".join(lines)
+        head = f"Guard({type(self.optimizer).__name__}, step {self._step}, nonfinite={self.nonfinite!r})"
+        return "\n".join([head, *self._roster.lines()])
 
     # ---- one step ----------------------------------------------------------------------------------------------
 
@@ -162,6 +152,11 @@ class Guard:
     def _begin(self) -> None:
         self._staged = None
         self._snapshot = Snapshot(self.optimizer) if moves_between_closures(self.optimizer) else None
+        try:
+            self._skips.look()
+        except Exception:
+            self._roster.fail()
+            raise
         if not self._roster.is_current(self.window):
             self._read_roster()
         self._loss_scale = take_loss_scale(self.optimizer, self._own_attributes)
@@ -170,16 +165,16 @@ class Guard:
     @torch.no_grad()
     def _evaluate(self) -> None:
         """The pipeline up to the optimizer's own step."""
-        if hooks.only_creates_state(self.optimizer, self.parameters):
-            return
-        if self._snapshot is not None and self._snapshot.is_wanted:
-            clear_gradients(self.parameters)  # an earlier evaluation of this step was abandoned
+        if hooks.only_creates_state(self.optimizer, self.parameters, is_sharded=self.is_sharded):
             return
         try:
             self._check()
+            if self._snapshot is not None and self._snapshot.is_wanted:
+                clear_gradients(self.parameters)  # an earlier evaluation of this step was abandoned
+                return
             found = self._roster.readings()
         except Exception:
-            self._roster.fail()  # the other ranks must not wait for this one
+            self._roster.fail()
             raise
         measured = measure_all(
             self._roster,
@@ -189,12 +184,15 @@ class Guard:
             step=self._step + 1,
             loss=self._scalars.get("loss"),
         )
-        if measured.norms[0].loss is not None:
-            self._scalars["loss"] = measured.norms[0].loss
+        self._scalars |= measured.agreed_scalars
         parts, factor = decide_all(self._roster, measured, self._states), measured.prescale
-        finite, may_step = self._judge(parts, measured.found_inf)
-        here = [p for p in self.parameters if p.grad is not None]
-        can_wait = self.nonfinite == "skip" and can_skip_on_device(self.optimizer, self.device, here)
+        # Under a loss scale an overflow is normal, and skipped whatever was asked for.
+        tolerant = self.nonfinite == "keep" and not self._loss_scale.present
+        finite, may_step = judge(parts, measured.found_inf, self.window, tolerant=tolerant)
+        here = measured.has_gradients
+        can_wait = self.nonfinite == "skip" and can_skip_on_device(
+            self.optimizer, self.device, self.parameters
+        )
         if here and can_wait and isinstance(may_step, Tensor):
             self._carry_out(parts, factor)
             self._set_attribute("found_inf", (~may_step).float())
@@ -203,36 +201,14 @@ class Guard:
             self._carry_out(parts, factor)
             self._stage(parts, factor, commit=self.nonfinite != "keep" or bool(finite))
         else:
-            self._abandon(parts, factor, is_finite=bool(finite), any_gradient=bool(here))
+            self._abandon(parts, factor, is_finite=bool(finite), any_gradient=here)
 
-    def _decide(self, selection: Selection, factor: Tensor | float) -> Part:
-        return decide(
-            selection,
-            self._policies[selection.label],
-            self._needs(selection),
-            self._states,
-            device=self.device,
-            prescale=factor,
-            step=self._step + 1,
-            loss=self._scalars.get("loss"),
-        )
-
-    def _judge(self, parts: list[Part]) -> tuple[Tensor, bool | Tensor]:
-        """[] bool: all gradients are finite; and whether the step may be made, True where nothing can forbid it."""
-        finite = all_finite(parts)
-        if self._loss_scale.found_inf is not None:
-            finite = finite & (self._loss_scale.found_inf.to(self.device) == 0)
-        # Under a loss scale an overflow is normal, and skipped whatever was asked for.
-        tolerant = self.nonfinite == "keep" and not self._loss_scale.present
-        objections = [part.decision.skip for part in parts if part.decision.skip is not None]
-        if not tolerant:
-            objections.append(~finite)
-        empty = self.window is not None and self.window.is_empty()
-        if isinstance(empty, Tensor):
-            objections.append(empty.to(self.device))
-        elif empty:
-            return finite, False
-        return finite, ~torch.stack(objections).any() if objections else True
+    def _check(self) -> None:
+        """Is this the moment to step, and does nobody else clip?"""
+        if self.window is not None:
+            self.window.check_step()
+        else:
+            hooks.warn_of_other_clips(self._canary)
 
     def _carry_out(self, parts: list[Part], factor: Tensor | float) -> None:
         folded = carry_out(self.optimizer, parts, factor)
@@ -350,11 +326,10 @@ class Guard:
             "version": _VERSION,
             "step": self._step,
             "consecutive_skips": self._skips.consecutive,
-            "policies": {s.label: repr(self._policies[s.label]) for s in self._selections},
-            "parameters": {s.label: len(s.names) for s in self._selections},
+            **self._roster.fingerprint(),
             "states": {
                 label: {key: value.detach().clone() for key, value in state.items()}
-                for label, state in self._states.items()
+                for label, state in self._roster.filled(self._states).items()
             },
         }
 
@@ -364,12 +339,7 @@ class Guard:
         Raises:
             CheckpointError: for a state of other policies, of other numbers of parameters, or of another version.
         """
-        check_state(
-            state,
-            version=_VERSION,
-            policies={s.label: repr(self._policies[s.label]) for s in self._selections},
-            parameters={s.label: len(s.names) for s in self._selections},
-        )
+        check_state(state, version=_VERSION, **self._roster.fingerprint())
         self._states = {
             label: {key: value.to(self.device) for key, value in values.items()}
             for label, values in state["states"].items()

@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import TensorWeakRef
 
 from gradkeel.errors import AttachError, DoubleClippingWarning, UnguardedCopyWarning
+from gradkeel.measure.placement import entries_to_read
 
 MARK = "_gradkeel_guard"
 _AMP_FLAG = "_step_supports_amp_scaling"
@@ -208,7 +209,7 @@ def _callers() -> Iterator[Any]:
         frame = frame.f_back
 
 
-def only_creates_state(optimizer: Optimizer, parameters: Sequence[Tensor]) -> bool:
+def only_creates_state(optimizer: Optimizer, parameters: Sequence[Tensor], *, is_sharded: bool) -> bool:
     """Whether this step only makes the optimizer create its state: no state yet, every lr 0, every gradient 0.
 
     ``torch.distributed.checkpoint.state_dict`` makes such steps. They must run, and nobody needs to hear of them.
@@ -218,4 +219,16 @@ def only_creates_state(optimizer: Optimizer, parameters: Sequence[Tensor]) -> bo
         return False
     if any(optimizer.state.values()) or not all("lr" in g and float(g["lr"]) == 0.0 for g in groups):
         return False
-    return all(p.grad is None or not bool(p.grad.any()) for p in parameters)
+    if any(p.grad is not None and bool(entries_to_read(p.grad).any()) for p in parameters):
+        return False
+    # A rank's own zeros tell nothing of the others' gradients; who calls is the same on all of them.
+    return not is_sharded or _is_called_by_checkpoint()
+
+
+def _is_called_by_checkpoint() -> bool:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "_init_optim_state":
+            return True
+        frame = frame.f_back
+    return False

@@ -1,19 +1,16 @@
 """What the stages of the pipeline hand to each other: frozen, slotted, and made of norms, never of gradients.
 
 ``measure`` makes a `GradientNorms`; a policy turns it into a `Decision`; ``apply`` carries that out; the guard sums
-the step up in a ``StepReport`` and hands it to a `Recorder`.
+the step up in a ``StepReport``, which stands in ``step_report`` with the ``Recorder`` protocol.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from gradkeel.step_report import StepReport
 
 State = Mapping[str, Tensor]
 """A policy's state: flat, tensors only, on the device of the norms."""
@@ -121,25 +118,21 @@ class Needs:
     peaks: bool = False
 
 
-class Recorder(Protocol):
-    """Whoever wants to be told of every step: a file, a tracker, a test.
-
-    ``record`` is called after each optimizer step, skipped ones included, on the training thread; it must not raise
-    and should not read the report's numbers at once, for that syncs the host on an accelerator.
-    """
-
-    def record(self, report: "StepReport") -> None:
-        """Take note of one step."""
-
-    def close(self) -> None:
-        """Write what is still in memory; called by ``guard.detach()``."""
-
-
 class Window(Protocol):
     """What a guard must know of the accumulation window that the gradients belong to."""
 
+    @property
+    def process_group(self) -> Any:
+        """The ranks over which the window's batch is spread; None for one process."""
+
     def check_step(self) -> None:
         """Raise `WindowError` unless the window is complete."""
+
+    def weight(self) -> Tensor | float:
+        """[] weight of the window on this rank."""
+
+    def agree(self, weight: Tensor, loss: Tensor) -> None:
+        """Take note of the window's [] weight and [] mean loss over all ranks; only where there is a process group."""
 
     def factor(self) -> Tensor | float:
         """[] what turns the accumulated sums into the window's mean: 1 / (total weight); 0 for an empty window."""

@@ -40,6 +40,16 @@ class Selection:
         """The parameters' numbers of entries."""
         return tuple(parameter.numel() for parameter in self.parameters)
 
+    def units(self, dim: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """How many units along ``dim`` each parameter has, and how many entries a unit; empty where dim is None.
+
+        A parameter with at most one dimension is one unit.
+        """
+        if dim is None:
+            return (), ()
+        counts = tuple(1 if p.dim() <= 1 else p.shape[dim] for p in self.parameters)
+        return counts, tuple(size // max(1, count) for size, count in zip(self.sizes, counts, strict=True))
+
 
 def name_parameters(optimizer: Optimizer, model: nn.Module | None) -> dict[int, str]:
     """Name of each of the optimizer's parameters, by ``id``.

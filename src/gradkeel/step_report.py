@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class SelectionReport:
     decision: Decision
     present: tuple[bool, ...]
     _remeasure: Callable[[], Tensor | None] | None = None
+    _place_of: Callable[[int], str] | None = None
 
     @property
     def norm(self) -> float:
@@ -36,13 +38,17 @@ class SelectionReport:
 
     @property
     def norms(self) -> dict[str, float]:
-        """Norm of each parameter's true gradient; parameters without a gradient are not listed."""
+        """Norm of each parameter's true gradient; parameters without a gradient, on any rank, are not listed."""
         values = self.measured.norms.tolist()
         return {
             name: value
             for name, value, here in zip(self.measured.names, values, self.present, strict=True)
-            if here
+            if here or value != 0
         }
+
+    def place_of(self, name: str) -> str:
+        """On which rank the gradient of a parameter is not finite, in words; empty where there are no ranks."""
+        return "" if self._place_of is None else self._place_of(self.measured.names.index(name))
 
     @property
     def coefficient(self) -> float:
@@ -193,7 +199,8 @@ class StepReport:
             for name, norm in selection.norms.items():
                 if not math.isfinite(norm):
                     kind = "NaN" if math.isnan(norm) else "inf"
-                    return f"step {self.step}: the gradient of {name!r} is not finite ({kind})"
+                    where = selection.place_of(name)
+                    return f"step {self.step}: the gradient of {name!r} is not finite ({kind}){where}"
         return None
 
     @property
@@ -233,3 +240,17 @@ class StepReport:
             f"<tr><td>{escape(name)}</td><td>{norm:.6g}</td></tr>" for name, norm in self.norms.items()
         )
         return f"<p>{escape(repr(self))}</p><table><tr><th>parameter</th><th>norm</th></tr>{rows}</table>"
+
+
+class Recorder(Protocol):
+    """Whoever wants to be told of every step: a file, a tracker, a test.
+
+    ``record`` is called after each optimizer step, skipped ones included, on the training thread; it must not raise
+    and should not read the report's numbers at once, for that syncs the host on an accelerator.
+    """
+
+    def record(self, report: StepReport) -> None:
+        """Take note of one step."""
+
+    def close(self) -> None:
+        """Write what is still in memory; called by ``guard.detach()``."""

@@ -278,7 +278,7 @@ class Accumulator:
         if self._wide is not None:
             self._wide.pour()
         self._is_complete = True
-        self._total = self._sync.total(self._weight, self.guard.device)
+        self._total = self._weight
         self._watch.note()
         if self._loss is not None:
             self._last_loss = self._loss / _nonzero(self._weight)
@@ -303,6 +303,19 @@ class Accumulator:
                 "only if micro.closes_window, or call accumulate.finish() first"
             )
         self._refuse(self._watch.change(), "before optimizer.step()")
+
+    @property
+    def process_group(self) -> Any:
+        """The ranks over which the batch is spread, whose weights the guard adds up; None for one process."""
+        return self._sync.process_group
+
+    def weight(self) -> Tensor | float:
+        """[] this rank's weight of the window."""
+        return self._weight
+
+    def agree(self, weight: Tensor, loss: Tensor) -> None:
+        """Take the window's weight and mean loss over all ranks."""
+        self._total, self._last_loss = weight, loss
 
     def factor(self) -> Tensor | float:
         """[] what the accumulated gradients are multiplied by: 1 / total weight; 0 for an empty window.

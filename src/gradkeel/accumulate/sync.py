@@ -35,24 +35,17 @@ class GradientSync:
     @property
     def ranks(self) -> int:
         """By how many ranks the backend has divided the gradients' sum."""
-        return torch.distributed.get_world_size(self._group) if self.is_needed else 1
-
-    def total(self, weight: Tensor | float, device: torch.device) -> Tensor | float:
-        """[] the window's weight over all data-parallel ranks; all of them must call it. One all-reduce."""
-        if not self.is_needed:
-            return weight
-        total = torch.as_tensor(weight, dtype=torch.float64, device=device).clone()
-        torch.distributed.all_reduce(total, group=self._group)
-        return total
+        return torch.distributed.get_world_size(self.process_group) if self.is_needed else 1
 
     def largest(self, weight: float, device: torch.device) -> float:
         """The largest such weight of all ranks, on all of them; syncs the host."""
         if not self.is_needed:
             return weight
         largest = torch.tensor(weight, dtype=torch.float64, device=device)
-        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=self._group)
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=self.process_group)
         return float(largest)
 
     @property
-    def _group(self) -> Any:
+    def process_group(self) -> Any:
+        """The ranks between which gradients are exchanged."""
         return getattr(self._model, "process_group", None)

@@ -1,17 +1,18 @@
 """Reads each gradient once and returns norms of the true gradients; nothing else reads gradients."""
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from gradkeel.measure.placement import local_parts
 from gradkeel.measure.powers import Reading, read, tensor_norms, unit_count, wide_dtype
-from gradkeel.measure.reduce import Readings
+from gradkeel.measure.reduce import Members, Readings
 from gradkeel.norms import GradientNorms, Needs, combine
 from gradkeel.selection import Selection
 
-__all__ = ["measure", "measure_total", "readings", "true_norms", "wide_dtype"]
+__all__ = ["blank_norms", "measure", "measure_total", "readings", "true_norms", "wide_dtype"]
 
 
 @torch.no_grad()
@@ -36,24 +37,31 @@ def measure(
 
     Does not sync the host on an accelerator.
     """
-    counts: tuple[int, ...] = ()
-    if needs.unit_dim is not None:
-        counts = tuple(unit_count(p.shape, needs.unit_dim) for p in selection.parameters)
-    nothing = torch.zeros((), device=device)
-    blank = GradientNorms(
-        names=selection.names,
-        norms=nothing,
-        total=nothing,
-        norm_type=needs.norm_type,
-        groups=selection.groups,
-        step=step,
-        sizes=selection.sizes,
-        unit_counts=counts,
-        unit_sizes=tuple(p.numel() // max(1, k) for p, k in zip(selection.parameters, counts, strict=False)),
-        loss=loss,
-    )
+    blank = replace(blank_norms(selection, needs, device), step=step, loss=loss)
     found = readings(selection, needs, device)
     return true_norms(blank, found, prescale), found.present
+
+
+def blank_norms(members: Selection | Members, needs: Needs, device: torch.device) -> GradientNorms:
+    """Norms of the right shapes on which nothing has been measured: all 0."""
+    counts, unit_sizes = members.units(needs.unit_dim)
+    zeros = partial(torch.zeros, dtype=wide_dtype(device), device=device)
+    count, has_units = len(members.names), needs.unit_dim is not None
+    return GradientNorms(
+        names=members.names,
+        norms=zeros(count),
+        total=zeros(()),
+        norm_type=needs.norm_type,
+        groups=members.groups,
+        step=0,
+        sizes=members.sizes,
+        weights=zeros(count) if needs.weights else None,
+        units=zeros(sum(counts)) if has_units else None,
+        unit_weights=zeros(sum(counts)) if has_units and needs.weights else None,
+        unit_counts=counts,
+        unit_sizes=unit_sizes,
+        peaks=zeros(count, 2) if needs.peaks else None,
+    )
 
 
 @torch.no_grad()

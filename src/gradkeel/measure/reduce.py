@@ -6,17 +6,18 @@ travel, not their powers: neither can overflow, and any norm type, maxima and su
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from gradkeel.errors import RankError
+from gradkeel.measure.local import Locally, indices_unless_all
 from gradkeel.measure.merge import Entry, Merge, Placed, Whole
 from gradkeel.measure.powers import wide_dtype
 from gradkeel.measure.ranks import Ranks
-from gradkeel.norms import Decision, GradientNorms, Needs
+from gradkeel.norms import Needs
 
 _FAILED, _GRADIENTS, _FOUND_INF, _WEIGHT, _LOSS, _HAS_LOSS = range(6)
 _HEAD = 6
@@ -119,17 +120,21 @@ class Members:
         """The parameters' names."""
         return tuple(whole.name for whole in self.wholes)
 
-    def like(self, measured: GradientNorms) -> GradientNorms:
-        """The same norms, with the names, groups and sizes of these parameters."""
-        is_by_unit = self.needs.unit_dim is not None
-        return replace(
-            measured,
-            names=self.names,
-            groups=tuple(whole.group for whole in self.wholes),
-            sizes=tuple(whole.size for whole in self.wholes),
-            unit_counts=tuple(whole.units for whole in self.wholes) if is_by_unit else (),
-            unit_sizes=tuple(whole.unit_size for whole in self.wholes) if is_by_unit else (),
-        )
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """Their groups' indices in the optimizer."""
+        return tuple(whole.group for whole in self.wholes)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Their numbers of entries."""
+        return tuple(whole.size for whole in self.wholes)
+
+    def units(self, dim: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """How many units along ``dim`` each has, and how many entries a unit; empty where dim is None."""
+        if dim is None:
+            return (), ()
+        return tuple(w.units for w in self.wholes), tuple(w.unit_size for w in self.wholes)
 
     def place(self, starts: dict[str, list[int]], device: torch.device) -> None:
         """Take note of where in the gathered numbers each rank's begin, by kind."""
@@ -186,60 +191,12 @@ class Members:
         units = [first[i] + row for i, entry in own for row in self.wholes[i].rows_of(entry)]
         everywhere = set(range(len(self.wholes)))
         return Locally(
-            _unless_identity(rows, len(self.wholes), device),
-            _unless_identity(units, first[-1], device),
+            indices_unless_all(rows, len(self.wholes), device),
+            indices_unless_all(units, first[-1], device),
             tuple(len(entry.rows) for _, entry in own),
             tuple(rows),
             frozenset(everywhere - set(rows)),
         )
-
-
-def _unless_identity(indices: list[int], count: int, device: torch.device) -> Tensor | None:
-    return None if indices == list(range(count)) else torch.tensor(indices, dtype=torch.int64, device=device)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Locally:
-    """Which of all ranks' parameters and units lie on this one.
-
-    Attributes:
-        rows: indices of this rank's parameters; None if it has all of them, in the same order.
-        units: indices of this rank's units, likewise.
-        unit_counts: how many units this rank has of each of its parameters.
-        positions: the same as ``rows``, for the host.
-        elsewhere: positions of the parameters that only other ranks have.
-    """
-
-    rows: Tensor | None
-    units: Tensor | None
-    unit_counts: tuple[int, ...]
-    positions: tuple[int, ...]
-    elsewhere: frozenset[int]
-
-    def present_of(self, own: Sequence[bool]) -> tuple[bool, ...]:
-        """Which of all ranks' parameters have a gradient, as far as this rank knows; those of other ranks count."""
-        result = [i in self.elsewhere for i in range(len(self.positions) + len(self.elsewhere))]
-        for position, here in zip(self.positions, own, strict=True):
-            result[position] = result[position] or here
-        return tuple(result)
-
-    def decision(self, decision: Decision) -> Decision:
-        """The part of a decision that is about this rank's parameters."""
-        coefficients, units = decision.coefficients, decision.unit_coefficients
-        if self.rows is not None and coefficients is not None and coefficients.dim():
-            coefficients = coefficients.index_select(0, self.rows)
-        if self.units is not None and units is not None:
-            units = units.index_select(0, self.units)
-        return replace(decision, coefficients=coefficients, unit_coefficients=units, bound=None)
-
-    def measured(self, measured: GradientNorms) -> GradientNorms:
-        """What applying a decision looks at, for this rank's parameters."""
-        peaks, norms = measured.peaks, measured.norms
-        if self.rows is not None:
-            norms = norms.index_select(0, self.rows)
-            peaks = None if peaks is None else peaks.index_select(0, self.rows)
-        counts = self.unit_counts if measured.unit_counts else ()
-        return replace(measured, norms=norms, peaks=peaks, unit_counts=counts)
 
 
 class Exchange:
