@@ -54,13 +54,11 @@ def initial(course: Course, event: Event, onsets: list[tuple[str, int, float]]) 
 
 def jump(jump: Jump) -> str:
     """Of weights that changed without an update."""
-    when = (
-        f"at step {jump.step}"
-        if jump.is_exact
-        else f"after step {jump.after}, by the gradients at step {jump.step}"
-    )
+    when = f"at step {jump.step}"
+    if not jump.is_exact:
+        when = f"between steps {jump.after} and {jump.until}, judging by the gradients {when}"
     return (
-        f"The weights of {jump.parameter} changed {when}: their norm went from {jump.before_norm:.3g} to "
+        f"The weights of {jump.parameter} changed {when}. Their norm went from {jump.before_norm:.3g} to "
         f"{jump.after_norm:.3g} ({jump.ratio:.3g} times), and no update explains it: something else wrote to them."
     )
 

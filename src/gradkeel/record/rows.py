@@ -12,6 +12,10 @@ from gradkeel.record.schema import CLIPPED, NONFINITE, SCALAR_PREFIX, STEPPED
 from gradkeel.step_report import SelectionReport, StepReport
 
 
+ASKED = "the policy asked to skip this step"
+"""Why a step was skipped whose gradients were sound."""
+
+
 @dataclass(frozen=True, slots=True)
 class Subject:
     """What is recorded.
@@ -264,4 +268,4 @@ def _reason(report: StepReport, norms: Tensor) -> str:
         if not math.isfinite(norm):
             kind = "NaN" if math.isnan(norm) else "inf"
             return f"step {report.step}: the gradient of {name!r} is not finite ({kind})"
-    return "the policy asked to skip this step"
+    return ASKED

@@ -1,0 +1,27 @@
+"""Explain: why a run blew up, what hardly learns, what a bound would do, from a record.
+
+>>> print(gradkeel.explain.explain("run.keel"))                                        # doctest: +SKIP
+"""
+
+from gradkeel.explain.explanation import Explanation, explain
+from gradkeel.explain.explosion import Explosion, find_explosions
+from gradkeel.explain.fading import Faded, Fading
+from gradkeel.explain.replay import Replay, replay
+from gradkeel.explain.spread import Reached
+from gradkeel.explain.threshold import Candidate, Estimate, ThresholdAdvice, advise
+
+__all__ = [
+    "Candidate",
+    "Estimate",
+    "Explanation",
+    "Explosion",
+    "Faded",
+    "Fading",
+    "Reached",
+    "Replay",
+    "ThresholdAdvice",
+    "advise",
+    "explain",
+    "find_explosions",
+    "replay",
+]

@@ -1,0 +1,102 @@
+"""The whole explanation of a run, and its JSON form."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gradkeel.explain import words
+from gradkeel.explain.explosion import Explosion, find_explosions, worst
+from gradkeel.explain.fading import Fading, find_fading
+from gradkeel.explain.threshold import ThresholdAdvice, advise
+from gradkeel.record import Reader
+
+VERSION = 1
+"""Of the JSON form; it grows, but keys keep their names and meaning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What a record says about its run.
+
+    Attributes:
+        path: of the record.
+        steps: how many it holds, from ``first_step`` to ``last_step``.
+        parameters: how many.
+        policy: spec of the live policy.
+        optimizer: name of its class, or "".
+        clipped: share of the steps at which it clipped.
+        skipped: how many steps were skipped.
+        explosion: the one to look at first; ``explosion.found`` is False where there is none.
+        events: all of them, in order.
+        fading: parameters that hardly learn.
+        threshold: the norms' distribution and what bounds would have done; None for a record too short for it.
+    """
+
+    path: str
+    steps: int
+    first_step: int
+    last_step: int
+    parameters: int
+    policy: str
+    optimizer: str
+    clipped: float
+    skipped: int
+    explosion: Explosion
+    events: tuple[Explosion, ...]
+    fading: Fading
+    threshold: ThresholdAdvice | None
+
+    def __str__(self) -> str:
+        """All of it in words."""
+        return words.as_text(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """The documented JSON form (docs/explain.md); numbers that are not finite are null."""
+        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
+        return {"version": VERSION, **plain}
+
+
+def explain(run: str | os.PathLike[str] | Reader, *, bounds: Sequence[float] = ()) -> Explanation:
+    """Explain a recorded run: whether and where it exploded, what hardly learns, and what a bound would do.
+
+    Args:
+        run: path of a record, or an open `Reader`.
+        bounds: more candidates for the threshold advice.
+
+    Raises:
+        RecordError: there is no such record, or it holds no steps yet.
+    """
+    if not isinstance(run, Reader):
+        with Reader(run) as reader:
+            return explain(reader, bounds=bounds)
+    events = find_explosions(run) if len(run) else []
+    explosion = worst(events)
+    return Explanation(
+        path=str(run.path),
+        steps=len(run),
+        first_step=run.first_step,
+        last_step=run.last_step,
+        parameters=len(run.names),
+        policy=run.policy,
+        optimizer=run.session.optimizer,
+        clipped=float(run.clipped().double().mean()),
+        skipped=int((~run.stepped()).sum()),
+        explosion=explosion,
+        events=tuple(events),
+        fading=find_fading(run),
+        threshold=advise(run, bounds=bounds, explosion=explosion),
+    )
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON has it."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,130 @@
+"""An explanation in sentences and plain tables: the same for the terminal, the page and a notebook."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from gradkeel.explain.explosion import Explosion
+from gradkeel.explain.fading import Fading
+from gradkeel.explain.threshold import Estimate, ThresholdAdvice
+
+if TYPE_CHECKING:
+    from gradkeel.explain.explanation import Explanation
+
+_KIND = {
+    "explosion": "The gradients exploded",
+    "spike": "The gradients spiked, and came back",
+    "initialization": "The gradients exploded from the initialization on",
+    "overflow": "The loss scale overflowed, which GradScaler provokes by design",
+    "weights": "A parameter was changed by something other than the optimizer",
+    "drift": "The gradients grew slowly, without a jump",
+}
+
+
+def headline(explosion: Explosion) -> str:
+    """What happened, in one sentence."""
+    if not explosion.found or explosion.kind is None:
+        return "No explosion was found."
+    where = f", first in {explosion.parameter}" if explosion.parameter else ""
+    about = "from about" if explosion.kind == "drift" else "at"
+    return f"{_KIND[explosion.kind]} {about} step {explosion.step}{where}."
+
+
+def progress(explosion: Explosion) -> list[str]:
+    """Growth and order, in sentences."""
+    sentences = []
+    if explosion.growth_per_step is not None and explosion.peak_step is not None:
+        sentences.append(
+            f"The norm grew by a factor of {explosion.growth_per_step:.3g} a step, to {explosion.peak_norm:.3g} at "
+            f"step {explosion.peak_step}."
+        )
+    if len(explosion.spread) > 1:
+        order = [f"{reached.parameter} ({reached.step})" for reached in explosion.spread[:8]]
+        more = f", and {len(explosion.spread) - 8} more" if len(explosion.spread) > 8 else ""
+        sentences.append(f"Order (step): {', '.join(order)}{more}.")
+    return sentences
+
+
+def fading(fading: Fading) -> list[str]:
+    """What hardly learns, a sentence each."""
+    sentences = [
+        f"The gradient of {faded.parameter} is vanishing: {faded.share:.1g} of the median parameter's since about step "
+        f"{faded.since}."
+        for faded in fading.vanishing
+    ]
+    sentences += [
+        f"The gradient of {faded.parameter} is dead: exactly zero since about step {faded.since}."
+        for faded in fading.dead
+    ]
+    return sentences + [
+        f"{name} is frozen: it got no gradient, or no update moved it." for name in fading.frozen
+    ]
+
+
+def estimate(value: Estimate, digits: str = ".3g") -> str:
+    """A number and its interval."""
+    return f"{value.value:{digits}} [{value.low:{digits}}, {value.high:{digits}}]"
+
+
+def threshold_table(advice: ThresholdAdvice) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of candidate bounds."""
+    head = ["bound", "which", "clipped", "mean coefficient", "coefficients 5%-95%"]
+    has_lr = any(candidate.effective_lr is not None for candidate in advice.candidates)
+    rows = []
+    for candidate in advice.candidates:
+        low, high = candidate.coefficient_spread
+        row = [
+            f"{candidate.bound:.4g}",
+            candidate.origin,
+            estimate(candidate.clip_rate, ".1%"),
+            estimate(candidate.mean_coefficient),
+            f"{low:.3g} to {high:.3g}",
+        ]
+        if has_lr:
+            row.append("" if candidate.effective_lr is None else estimate(candidate.effective_lr))
+        rows.append(row)
+    return [*head, "effective lr"] if has_lr else head, rows
+
+
+def distribution(advice: ThresholdAdvice) -> list[str]:
+    """The distribution of the norms, in sentences."""
+    norm = "global norm" if advice.scope == "global" else "norm of single parameters' gradients"
+    quantiles = ", ".join(f"{level:g}: {value.value:.3g}" for level, value in advice.quantiles.items())
+    sentences = [f"The {norm} of {advice.steps} steps has the quantiles {quantiles}."]
+    if advice.drift is not None:
+        sentences.append(f"Its level at the end is {estimate(advice.drift)} times that at the beginning.")
+    return sentences
+
+
+def as_text(explanation: "Explanation") -> str:
+    """All of it, for a terminal."""
+    lines = [_run(explanation), "", headline(explanation.explosion)]
+    lines += [f"  - {words}" for words in (*explanation.explosion.evidence, *progress(explanation.explosion))]
+    others = [event for event in explanation.events if event is not explanation.explosion]
+    if others:
+        lines += ["", "Also:", *[f"  - {headline(event)}" for event in others]]
+    faded = fading(explanation.fading)
+    if faded:
+        lines += ["", "Hardly learning:", *[f"  - {words}" for words in faded]]
+    if explanation.threshold is not None:
+        lines += ["", "Threshold:", *[f"  {words}" for words in distribution(explanation.threshold)], ""]
+        lines += [f"  {line}" for line in table(*threshold_table(explanation.threshold))]
+        lines += [f"  - {words}" for words in explanation.threshold.remarks]
+    return "\n".join(lines)
+
+
+def _run(explanation: "Explanation") -> str:
+    optimizer = f"{explanation.optimizer}, " if explanation.optimizer else ""
+    return (
+        f"{explanation.path}: {explanation.steps} steps ({explanation.first_step} to {explanation.last_step}), "
+        f"{explanation.parameters} parameters, {optimizer}policy {explanation.policy}; "
+        f"{explanation.clipped:.1%} of the steps clipped, {explanation.skipped} skipped."
+    )
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table with aligned columns."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (head, *rows)
+    ]
