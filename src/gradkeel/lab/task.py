@@ -16,6 +16,9 @@ from gradkeel.errors import GradkeelError
 BUILTIN = {
     "char-lstm": "gradkeel.lab.tasks.char_lstm:CharLSTM",
     "exploding-linear": "gradkeel.lab.tasks.exploding_linear:ExplodingLinear",
+    "simple-mlp": "gradkeel.lab.tasks.simple_mlp:SimpleMLP",
+    "simple-mlp-adam": "gradkeel.lab.tasks.simple_mlp:SimpleMLPAdam",
+    "tiny-transformer": "gradkeel.lab.tasks.tiny_transformer:TinyTransformer",
 }
 
 
