@@ -2,7 +2,7 @@
 
 import typer
 
-from gradkeel.cli import compare, policies, smoothness
+from gradkeel.cli import compare, policies, smoothness, theory
 
 app = typer.Typer(
     help="Gradient clipping for PyTorch: compare policies, and see why a run diverged.",
@@ -22,3 +22,4 @@ def _commands() -> None:
 app.command("compare")(compare.command)
 app.command("smoothness")(smoothness.command)
 app.command("policies")(policies.command)
+app.command("theory")(theory.command)

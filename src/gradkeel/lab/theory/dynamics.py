@@ -104,6 +104,13 @@ def walk(policy: gk.policies.Policy | None) -> dict[str, list[float]]:
     return path
 
 
+def surface(name: str, w: tuple[float, float], b: tuple[float, float]) -> dict[str, list[float]]:
+    """The loss on a grid over ranges of w and b, row by row, and the grid's two axes."""
+    across, up = (torch.linspace(*ends, 200, dtype=torch.float64) for ends in (w, b))
+    loss = recurrent_loss(across.repeat(len(up), 1), up[:, None].repeat(1, len(across)))
+    return {f"{name} w": across.tolist(), f"{name} b": up.tolist(), f"{name} loss": loss.flatten().tolist()}
+
+
 @experiment("R21", "The cliff of a recurrent loss surface", "unclipped is thrown out, clipped descends")
 def cliff() -> Outcome:
     """300 steps with the same learning rate; thrown out: a step that multiplies the first loss by 10."""
@@ -116,6 +123,7 @@ def cliff() -> Outcome:
         for name, path in (("free", free), ("clipped", held))
         for key, values in path.items()
     }
+    series |= surface("near", (4.3, 5.3), (-2.65, -1.85)) | surface("far", (2, 15), (-5, 14))
     return Outcome(
         f"from loss {start:.2f}: unclipped meets a gradient of {max(free['norm']):.0f}, is thrown to loss "
         f"{highest:.0f}, and ends at {end:.2f}; clipped never exceeds {clipped_highest:.2f}, "
