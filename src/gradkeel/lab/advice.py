@@ -116,7 +116,7 @@ def next_command(contest: Contest) -> list[str]:
     if math.isinf(winner.loss) and rates:
         return [*command, *policies, *at(min(rates) / 10, min(rates) / 100)]
     if (factor := _edge(contest)) is not None and winner.lr is not None:
-        return [*command, *policies, *at(winner.lr, winner.lr * factor, winner.lr * factor**2)]
+        return [*command, *policies, *at(*sorted(winner.lr * factor**i for i in range(3)))]
     limit = bound_of(winner.policy)
     agreed = rival is None or contest.wins()[2] in contest.wins()[:2]
     if not agreed or limit is None or plan.sweep is not None:
