@@ -132,7 +132,7 @@ def quartic_in_three_variables() -> Outcome:
 
     The best of 24 fixed steps against Theorem 3 with the best of L1 = 1, 2, 4, which all hold. GD is stable up to
     6 / (largest curvature): on a quartic one step shrinks y as long as 4 lr w y^2 < 2. The ratio grows with the
-    accuracy asked for.
+    accuracy asked for: 7, 19 and 52 at a gradient of 0.1, 0.01 and 0.001.
     """
     generator = torch.Generator().manual_seed(0)
     weights, turn = torch.tensor([[1.0, 0.5, 0.25]], dtype=torch.float64), _rotations(1, 3, generator)[0]

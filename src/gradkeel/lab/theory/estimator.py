@@ -12,7 +12,7 @@ from gradkeel.lab.theory.experiment import Outcome, experiment
 
 BATCH = 32
 STEPS = 300
-EVERY = 3
+EVERY = 5
 
 
 @experiment("R4", "The estimator on a quadratic with known A", "relative error < 1e-6")

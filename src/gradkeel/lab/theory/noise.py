@@ -45,13 +45,13 @@ def where_clipped_noise_balances(bound: float) -> float:
 
 
 def regression_error(policy: gk.policies.Policy | None, seed: int) -> float:
-    """Error of the weights of a linear regression, averaged over the second half of 2000 SGD steps, 1% outliers."""
+    """Error of the weights of a linear regression, averaged over the second half of 1000 SGD steps, 1% outliers."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     truth, model = torch.randn(5, generator=generator), nn.Linear(5, 1, bias=False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.03)
     guard, errors = gk.attach(optimizer, policy, model=model), []
-    for k in range(2000):
+    for k in range(1000):
         inputs = torch.randn(5, generator=generator)
         target = inputs @ truth + 0.1 * torch.randn((), generator=generator)
         if torch.rand((), generator=generator) < 0.01:
@@ -59,7 +59,7 @@ def regression_error(policy: gk.policies.Policy | None, seed: int) -> float:
         optimizer.zero_grad()
         (0.5 * (model(inputs) - target) ** 2).sum().backward()
         optimizer.step()
-        if k >= 1000:
+        if k >= 500:
             errors.append(float(torch.linalg.vector_norm(model.weight.detach()[0] - truth)))
     guard.detach()
     return statistics.mean(errors)
