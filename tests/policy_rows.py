@@ -67,6 +67,7 @@ ROWS = [
     Row(gp.AdaGC(), "tensor"),
     Row(gp.AdaGC(reference=True), "tensor"),
     Row(gp.SkipStep(), "global", skips=True),
+    Row(gp.SkipStep(reference=True), "global", skips=True),
     Row(gp.Clip("group", gp.Ema(2.0), gp.Smooth(), 1.0), "group", touches_small=True),
     Row(gp.Clip("global", gp.Schedule(lambda step: 1 / step), gp.Hard()), "global"),
     Row(gp.Chain(gp.ClipByNorm(0.5), gp.ClipByGlobalNorm(0.6)), "tensor"),

@@ -4,7 +4,6 @@ import math
 
 import torch
 
-
 # -- norms and the exact convention ---------------------------------------------------------------------------
 
 
@@ -100,6 +99,23 @@ def mean_plus(z):
     return statistic
 
 
+def limited_window_bounds(norms, z, window, warmup):
+    """gradkeel's hardened skip-step: outliers enter the window limited to 2 z standard deviations of at least 0.1%."""
+    bounds, entered = [], []
+    for step, n in enumerate(norms):
+        past = entered[max(0, step - window) : step]
+        if step < warmup:
+            bounds.append(math.inf)
+            entered.append(n)
+            continue
+        mean = math.fsum(past) / len(past)
+        std = math.sqrt(math.fsum((m - mean) ** 2 for m in past) / (len(past) - 1))
+        std = max(std, 1e-3 * abs(mean))
+        bounds.append(mean + z * std)
+        entered.append(max(mean - 2 * z * std, min(mean + 2 * z * std, n)))
+    return bounds
+
+
 def robust_plus(z):
     """Log-median plus z times 1.4826 MAD, at least 0.01."""
 
@@ -130,23 +146,38 @@ def weighted_moments(values, decay):
 
 
 def running_z_bounds(norms, z=2.5, decay=0.97, warmup=25):
-    """gradkeel's hardened ZClip: z-score of the logarithm, reciprocal above the threshold."""
-    bounds = []
+    """gradkeel's hardened ZClip: z-score of the logarithm, reciprocal above the threshold.
+
+    After the warm-up a value enters limited to z standard deviations, its square divided by the variance that a
+    standard normal value has when it is limited so, here by integration.
+    """
+    shrink = _integral(lambda x: min(abs(x), z) ** 2 * math.exp(-x * x / 2) / math.sqrt(2 * math.pi), -12, 12)
+    bounds, mean, variance, total = [], 0.0, 0.0, 0.0
     for step, n in enumerate(norms):
-        if step < warmup:
-            bounds.append(math.inf)
-            continue
-        mean, variance = weighted_moments([math.log(m) for m in norms[:step]], decay)
         margin = z * max(0.01, math.sqrt(variance))
-        bounds.append(math.exp(mean + margin**2 / max(margin, math.log(n) - mean)))
+        distance = math.log(n) - mean
+        bounds.append(math.exp(mean + margin**2 / max(margin, distance)) if step >= warmup else math.inf)
+        entered = max(-margin, min(margin, distance)) if step >= warmup else distance
+        square = entered**2 / (shrink if step >= warmup else 1.0)
+        total = decay * total + 1.0  # sum of the weights decay^age
+        mean, variance = mean + entered / total, (1 - 1 / total) * (variance + square / total)
     return bounds
+
+
+def _integral(function, low, high, steps=20000):
+    """Simpson's rule."""
+    width = (high - low) / steps
+    inner = math.fsum((4 if i % 2 else 2) * function(low + i * width) for i in range(1, steps))
+    return (function(low) + inner + function(high)) * width / 3
 
 
 def ema_bounds(norms, ratio, decay=0.98, warmup=1):
     """gradkeel's hardened AdaGC after its warm-up: a multiple of the running geometric mean."""
     past = [math.log(n) for n in norms]
     steps = range(len(norms))
-    return [ratio * math.exp(weighted_moments(past[:i], decay)[0]) if i >= warmup else math.inf for i in steps]
+    return [
+        ratio * math.exp(weighted_moments(past[:i], decay)[0]) if i >= warmup else math.inf for i in steps
+    ]
 
 
 def zclip(norms, z=2.5, alpha=0.97, warmup=25, eps=1e-6):

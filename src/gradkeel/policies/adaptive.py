@@ -112,9 +112,10 @@ class QuantileClip(NamedPolicy):
 class ZClip(NamedPolicy):
     """Clip norms that are outliers among the recent ones, the harder the further out they are.
 
-    By default hardened: the z-score is that of the logarithm of raw norms (norms are skewed, and a clipped norm that
-    enters its own statistics keeps them from following a shift), averages are corrected for their start, and after
-    ``patience`` clips in a row the statistics start afresh. Clips 0.8% of stationary log-normal norms at z = 2.5.
+    By default hardened: the z-score is that of the logarithm of raw norms (norms are skewed), an outlier enters the
+    averages as if it were just z standard deviations out (so it neither hides the next one nor keeps them from
+    following a shift), averages are corrected for their start, and after ``patience`` clips in a row the statistics
+    start afresh. Clips 0.8% of stationary log-normal norms at z = 2.5.
     ``reference=True`` is the paper to the digit, with its weakness: after a lasting fourfold rise of the norm it clips
     for thousands of steps. Does not sync the host.
 

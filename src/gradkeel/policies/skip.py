@@ -54,9 +54,10 @@ class SkipStep(NamedPolicy):
     """Skip the optimizer step when the gradient norm, or the loss, is an outlier among the last ones.
 
     The loss is looked at where it was passed (``guard.log(loss=loss)`` before the step); on several ranks pass the
-    same number on all. Outliers enter the window too, so a lasting rise is skipped for a few steps only (4 at 6
-    sigma, however large). Skips less than one in 10,000 of stationary log-normal norms whose logarithm varies by up
-    to 0.25. Does not sync the host.
+    same number on all. Outliers enter the window too, so a lasting rise is skipped for a few steps only; by default
+    hardened, they enter as if they were twice as far out as the bound, so that one does not hide the next.
+    ``reference=True`` lets them in as they are. Skips less than one in 10,000 of stationary log-normal norms whose
+    logarithm varies by up to 0.25. Does not sync the host.
 
     Formula:
         step only if n - mean <= sigma * std, over the last `window` norms, and the same for the loss
@@ -65,6 +66,7 @@ class SkipStep(NamedPolicy):
         sigma: how many standard deviations above the mean the norm and the loss may be, above 0.
         window: how many norms and losses are looked at.
         warmup: how many must have been seen before a step is skipped, at least 2.
+        reference: the published form instead of the hardened one.
 
     Cost:
         One read of the gradients and no second pass. State of ``2 * window`` numbers. On CPU a skip is known to the
@@ -86,6 +88,7 @@ class SkipStep(NamedPolicy):
     _: KW_ONLY
     window: int = 128
     warmup: int = 64
+    reference: bool = False
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -96,5 +99,6 @@ class SkipStep(NamedPolicy):
     def parts(self) -> Chain:
         """Windowed z-score of the norm and of the loss, form skip."""
         # Without patience: outliers widen the window's own spread, so no run of skips can be long.
-        bound = ZScore(self.sigma, window=self.window, warmup=self.warmup, patience=None)
+        limited = not self.reference
+        bound = ZScore(self.sigma, window=self.window, warmup=self.warmup, patience=None, limited=limited)
         return Chain(Clip("global", bound, SkipAbove()), SkipOnLoss(bound))

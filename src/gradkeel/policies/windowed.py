@@ -48,14 +48,21 @@ class Windowed(AdaptiveBound):
 
     def learn(self, cells: Cells, state: State, bound: Tensor) -> State:
         """The ring with this step's norms."""
-        place = (state["seen"] % self.window).unsqueeze(1)
-        return {"history": state["history"].scatter(1, place, cells.norms.unsqueeze(1))}
+        return self.entered(cells.norms, state)
 
     def estimate(self, cells: Cells, state: State) -> Tensor:
         """The statistic of what is filled."""
+        return self.statistic(state["history"], *self.filled(state))
+
+    def entered(self, values: Tensor, state: State) -> State:
+        """The ring with these values [k]."""
+        place = (state["seen"] % self.window).unsqueeze(1)
+        return {"history": state["history"].scatter(1, place, values.unsqueeze(1))}
+
+    def filled(self, state: State) -> tuple[Tensor, Tensor]:
+        """[k, window] which entries of the ring count, and [k] how many."""
         number = state["seen"].clamp(max=self.window)
-        filled = torch.arange(self.window, device=number.device) < number.unsqueeze(1)
-        return self.statistic(state["history"], filled, number)
+        return torch.arange(self.window, device=number.device) < number.unsqueeze(1), number
 
 
 @dataclass(frozen=True)
@@ -92,16 +99,22 @@ class ZScore(Windowed):
 
     Of normally distributed stationary norms a share ``1 - Phi(z)`` is above it; of skewed ones more.
 
+    After the warm-up an outlier enters the window as if it were 2 z standard deviations out: so it does not hide the
+    next one, and several in a row still widen the window's spread until they are none.
+
     Args:
         z: how many standard deviations above the mean, above 0.
         window: how many norms are looked at.
         warmup: see `AdaptiveBound`.
         patience: see `AdaptiveBound`.
+        limited: False lets outliers into the window as they are, as OLMo-core does: one of 1000 times the usual norm
+            then hides all smaller ones until it leaves the window.
     """
 
     z: float
     _: KW_ONLY
     warmup: int = 64
+    limited: bool = True
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -109,12 +122,26 @@ class ZScore(Windowed):
         positive("ZScore", "z", self.z)
         count("ZScore", "warmup", self.warmup, least=2)
 
+    def learn(self, cells: Cells, state: State, bound: Tensor) -> State:
+        """The ring with this step's norms, limited."""
+        norms = cells.norms
+        if self.limited:
+            mean, std = self._moments(state["history"], *self.filled(state))
+            reach = torch.where(state["seen"] >= self.warmup, 2 * self.z * std, math.inf)
+            norms = torch.clamp(norms, mean - reach, mean + reach)
+        return self.entered(norms, state)
+
     def statistic(self, history: Tensor, filled: Tensor, number: Tensor) -> Tensor:
         """[k] mean + z std."""
+        mean, std = self._moments(history, filled, number)
+        return mean + self.z * std
+
+    def _moments(self, history: Tensor, filled: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
         mean = torch.where(filled, history, 0.0).sum(1) / number.clamp(min=1)
         deviations = torch.where(filled, history - mean.unsqueeze(1), 0.0)
-        std = torch.linalg.vector_norm(deviations, dim=1) / (number - 1).clamp(min=1).sqrt()
-        return mean + self.z * torch.maximum(std, ROUNDING * mean.abs())
+        std = torch.linalg.vector_norm(deviations, dim=1) / (number - 1).clamp(min=1).to(mean.dtype).sqrt()
+        # From a spread of nothing, limited values could never widen it.
+        return mean, torch.maximum(std, (1e-3 if self.limited else ROUNDING) * mean.abs())
 
 
 @dataclass(frozen=True)
