@@ -84,10 +84,10 @@ def test_clip_grad_norm_is_its_float64_twin(given_gradients, norm_type, share):
     total = reference.norm(given_gradients, norm_type)
     bound = max(share * total, 1e-30)
     norm = gk.clip_grad_norm_(parameters, bound, norm_type)
-    # float32 sums of up to 4096 entries, with powers up to 3 and roots down to 1/2; then float64; then one rounding
-    assert float(norm) == pytest.approx(total, rel=2e-6)
+    # where there is no native kernel: float32 sums of up to 4096 powers, then float64; then one rounding
+    assert float(norm) == pytest.approx(total, rel=5e-6)
     wanted = reference.clip_by_global_norm(given_gradients, bound, norm_type, eps=1e-6)
-    torch.testing.assert_close(gradients_of(parameters), wanted, rtol=3e-6, atol=1e-44)
+    torch.testing.assert_close(gradients_of(parameters), wanted, rtol=6e-6, atol=1e-44)
 
 
 @given(gradients((torch.bfloat16, torch.float16), FULL, powers=(-3, 3)), st.floats(1e-3, 1e3))
@@ -119,7 +119,7 @@ def test_get_total_norm_is_torchs(given_gradients, norm_type):
         gk.get_total_norm(given_gradients, norm_type),
     )
     torch.testing.assert_close(ours.double(), theirs.double(), rtol=5e-6, atol=0)
-    assert float(ours) == pytest.approx(reference.norm(given_gradients, norm_type), rel=2e-6)
+    assert float(ours) == pytest.approx(reference.norm(given_gradients, norm_type), rel=5e-6)
 
 
 @given(gradients(shapes=FULL), st.floats(1e-3, 1e3))
@@ -128,8 +128,8 @@ def test_the_two_halves_make_the_whole(given_gradients, bound):
     gk.clip_grad_norm_(whole, bound)
     gk.clip_grads_with_norm_(halves, bound, gk.get_total_norm(gradients_of(halves)))
     utils.clip_grads_with_norm_(theirs, bound, utils.get_total_norm(gradients_of(theirs)))
-    # The norm is rounded to float32 on its way.
-    torch.testing.assert_close(gradients_of(whole), gradients_of(halves), rtol=2e-7, atol=0)
+    # The norm is rounded to float32 on its way, and each product once: 6e-8 for the one, 1.2e-7 apart in the other.
+    torch.testing.assert_close(gradients_of(whole), gradients_of(halves), rtol=3e-7, atol=0)
     torch.testing.assert_close(gradients_of(theirs), gradients_of(halves), rtol=5e-6, atol=0)
 
 

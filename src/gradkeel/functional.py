@@ -179,7 +179,8 @@ def _total(gradients: list[Tensor], norm_type: float, error_if_nonfinite: bool) 
     if math.isnan(norm_type):
         raise ValueError(f"norm_type={norm_type!r}: norm_type must be a number or inf")
     device = gradients[0].device if gradients else torch.device("cpu")
-    total = measure_total(gradients, norm_type, device)
+    # An empty tensor has no smallest entry.
+    total = measure_total([g for g in gradients if g.numel()], norm_type, device)
     if error_if_nonfinite and not torch.isfinite(total):
         raise NonFiniteGradientError(
             f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "

@@ -38,8 +38,8 @@ def test_norms_are_their_float64_twins(norm_type, kinds, seed):
     norms = tensor_norms(tensors, norm_type, CPU)
     assert norms.shape == (len(tensors),)
     for tensor, value in zip(tensors, norms.tolist(), strict=True):
-        # float32 sums of up to 4096 powers; torch's kernels for the less common powers add one by one: seen 8e-6
-        rel = 2e-6 if norm_type in {1.0, 2.0, math.inf, -math.inf, 0.0} else 2e-5
+        # Without the native kernel, float32 sums of up to 4096 powers: seen 3e-6 for p = 1, 8e-6 for p = -1.
+        rel = 5e-6 if norm_type in {1.0, 2.0, math.inf, -math.inf, 0.0} else 2e-5
         assert value == pytest.approx(reference.norm([tensor], norm_type), rel=rel)
 
 
