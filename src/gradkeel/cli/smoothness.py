@@ -19,11 +19,13 @@ def command(
         str, typer.Argument(help="a built-in task, or yours: mypkg.mymodule:make_task")
     ] = "char-lstm",
     policy: Annotated[str | None, typer.Option(help="a policy, such as none or global-norm:0.25")] = None,
-    lr: Annotated[float | None, typer.Option(help="learning rate (default: the task's highest)")] = None,
-    steps: Annotated[int | None, typer.Option(help="optimizer steps")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="learning rate (default: the task's highest)", min=0)
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="optimizer steps", min=1)] = None,
     seed: Annotated[int, typer.Option(help="of weights and batches")] = 0,
-    every: Annotated[int, typer.Option(help="measure one step in so many")] = 2,
-    points: Annotated[int, typer.Option(help="gradients along each step measured")] = 4,
+    every: Annotated[int, typer.Option(help="measure one step in so many", min=1)] = 2,
+    points: Annotated[int, typer.Option(help="gradients along each step measured", min=1)] = 4,
     out: Annotated[Path, typer.Option(help="directory for the page, pictures and JSON")] = Path(
         "gradkeel-smoothness"
     ),
@@ -39,7 +41,7 @@ def command(
     run = probed_run(
         loaded,
         policy=policy or default_policy(loaded),
-        lr=lr or max(loaded.learning_rates),
+        lr=max(loaded.learning_rates) if lr is None else lr,
         seed=seed,
         steps=steps or loaded.steps,
         every=every,

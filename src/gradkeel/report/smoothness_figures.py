@@ -100,7 +100,10 @@ def draw_smoothness(
             linestyle="-" if dash == "solid" else ":",
             label=name,
         )
-    axes.set(xscale="log", yscale="log", xlabel=NORM, ylabel=SMOOTHNESS, title=title)
+    axes.set(xlabel=NORM, ylabel=SMOOTHNESS, title=title)
+    if not points:
+        return
+    axes.set(xscale="log", yscale="log")
     plain_ticks(axes)
     axes.figure.colorbar(shown, ax=axes, label="step")
     if axes.get_legend_handles_labels()[0]:
