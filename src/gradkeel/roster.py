@@ -1,5 +1,6 @@
 """What a guard looks after: the optimizer's parameters, each under one policy, and the ranks that share them."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -112,7 +113,7 @@ class Roster:
         self.device = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
         self._distributed = [p for s in selections for p in s.parameters if is_distributed(p)]
         needs = [self._needs(policy) for policy in policies]
-        words = [repr(policy) for policy in policies]
+        words = [in_words(policy) for policy in policies]
         self.exchange = self._sharing.connect(selections, needs, words, self.device, data_parallel)
         members: Sequence[Any] = selections if self.exchange is None else self.exchange.members
         self.items = tuple(
@@ -141,7 +142,7 @@ class Roster:
     def fingerprint(self) -> dict[str, Any]:
         """What a saved state must have in common with this roster to belong to it."""
         return {
-            "policies": {item.selection.label: repr(item.policy) for item in self.items},
+            "policies": {item.selection.label: in_words(item.policy) for item in self.items},
             "parameters": {item.selection.label: len(item.blank.names) for item in self.items},
         }
 
@@ -172,6 +173,11 @@ class Roster:
         """Tell the other ranks that this one has raised and will not read its gradients in this step."""
         if self.exchange is not None:
             self.exchange.fail()
+
+
+def in_words(policy: Policy | None) -> str:
+    """A policy's repr without addresses in memory, which are others in every process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(policy))
 
 
 def _group_of(window: Window | None) -> Any:

@@ -89,7 +89,7 @@ class Members:
         needs: what is measured.
 
     Attributes:
-        wholes: the parameters that any rank has, in the order of the ranks.
+        wholes: the parameters that any rank has, group by group and rank by rank, as one process would have them.
         lengths: by kind of number, how many each rank sends.
     """
 
@@ -101,7 +101,8 @@ class Members:
             for position, entry in enumerate(own):
                 placed.setdefault(entry.name, []).append(Placed(entry, rank, position, row))
                 row += len(entry.rows)
-        self.wholes = tuple(Whole(parts, needs.unit_dim) for parts in placed.values())
+        wholes = [Whole(parts, needs.unit_dim) for parts in placed.values()]
+        self.wholes = tuple(sorted(wholes, key=lambda whole: whole.group))
         self._entries = entries
         parameters = [len(own) for own in entries]
         units = [sum(len(entry.rows) for entry in own) for own in entries]

@@ -1,0 +1,139 @@
+"""Every policy on every layout against one process: the norms, what is done, and bits that are alike on all ranks."""
+
+import functools
+import hashlib
+import io
+
+import pytest
+import torch
+from tests.distributed.layouts import LAYOUTS
+
+import gradkeel as gk
+from policy_rows import GROUPS, ROWS, SHAPES, Run, gradients, seasoned
+
+SCALES = (1e-4, 50.0, 1.0)  # below every bound, above every one, and in between
+
+cases = [
+    pytest.param(count, layout, id=f"{count}-{layout.__name__}")
+    for count in LAYOUTS
+    for layout in LAYOUTS[count]
+]
+
+
+def local(tensor):
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+class SpreadRun:
+    """The battery's run, with parameters laid out over ranks."""
+
+    def __init__(self, policy, layout, state=None):
+        self.layout = layout
+        whole = Run(policy).parameters
+        placed = {name: layout.place(name, value.detach()) for name, value in whole.items()}
+        self.parameters = {name: torch.nn.Parameter(p) for name, p in placed.items() if p is not None}
+        groups = [
+            {"params": [(name, self.parameters[name]) for name in group if name in self.parameters]}
+            for group in GROUPS
+        ]
+        self.optimizer = torch.optim.SGD(groups, lr=1e-30, foreach=False)
+        self.guard = gk.attach(self.optimizer, policy, **layout.arguments)
+        if state is not None:
+            self.guard.load_state_dict(state)
+
+    def step(self, wholes):
+        for name, parameter in self.parameters.items():
+            parameter.grad = self.layout.gradient(name, wholes[name])
+        self.optimizer.step()
+        return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+
+    def error(self, left, expected):
+        """The largest relative difference between the gradients here and the whole ones."""
+        if left.keys() != expected.keys() & self.parameters.keys():
+            return float("inf")
+        errors = [0.0]
+        for name, gradient in left.items():
+            mine, wanted = local(gradient), local(self.layout.place(name, expected[name]))
+            if wanted.numel():
+                errors.append(float((mine - wanted).abs().max() / expected[name].abs().max()))
+        return max(errors)
+
+
+def digest(report):
+    """Equal only for the same norms and decisions, bit by bit."""
+    result = hashlib.sha256()
+    for selection in report.selections:
+        measured, decision = selection.measured, selection.decision
+        for tensor in (
+            *(
+                measured.norms,
+                measured.total,
+                measured.weights,
+                measured.units,
+                measured.unit_weights,
+                measured.peaks,
+            ),
+            *(decision.coefficients, decision.unit_coefficients, decision.skip, decision.bound),
+        ):
+            if tensor is not None:
+                result.update(str(tensor.tolist()).encode())
+    return result.hexdigest()
+
+
+def battery(rank, count, make_layout, states):
+    """For each row and step: what one process knows, and how far this rank is from it."""
+    layout = make_layout(rank, count)
+    found = []
+    for row, stored in zip(ROWS, states, strict=True):
+        state = torch.load(io.BytesIO(stored), weights_only=True)
+        alone, spread = Run(row.policy, state=state), SpreadRun(row.policy, layout, state)
+        for seed, scale in enumerate(SCALES):
+            expected = alone.step(gradients(scale, seed))
+            left = spread.step(gradients(scale, seed))
+            wanted, report = alone.guard.report, spread.guard.report
+            found.append(
+                {
+                    "row": f"{row.id} at {scale}",
+                    "norm": (report.norm, wanted.norm),
+                    "norms": (report.norms, wanted.norms),
+                    "coefficient": (report.coefficient, wanted.coefficient),
+                    "verdict": (
+                        (report.clipped, report.stepped, report.reason),
+                        (wanted.clipped, wanted.stepped, wanted.reason),
+                    ),
+                    "sizes": (report.selections[0].measured.sizes, wanted.selections[0].measured.sizes),
+                    "error": spread.error(left, expected),
+                    "digest": digest(report),
+                }
+            )
+    return found
+
+
+@functools.cache
+def stored_states():
+    stored = []
+    for row in ROWS:
+        buffer = io.BytesIO()
+        torch.save(seasoned(row)[0], buffer)
+        stored.append(buffer.getvalue())
+    return stored
+
+
+@pytest.mark.parametrize(("count", "layout"), cases)
+def test_every_policy_decides_as_one_process_does(ranks, count, layout):
+    answers = ranks(count, battery, count, layout, stored_states())
+    for answer in zip(*answers, strict=True):
+        for one in answer:
+            # Sums of the same float64 numbers in another order.
+            close = functools.partial(pytest.approx, rel=1e-12, abs=1e-300)
+            assert one["norm"][0] == close(one["norm"][1]), one["row"]
+            assert one["norms"][0] == close(one["norms"][1]), one["row"]
+            assert one["coefficient"][0] == close(one["coefficient"][1]), one["row"]
+            assert one["verdict"][0] == one["verdict"][1], one["row"]
+            assert one["sizes"][0] == one["sizes"][1]
+            assert one["error"] < 1e-12, one["row"]
+        assert len({one["digest"] for one in answer}) == 1, answer[0]["row"]
+
+
+def test_the_layouts_have_empty_pieces():
+    assert SHAPES["conv"][0] < 4
