@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import io
 import pickle
 import weakref
@@ -36,6 +37,22 @@ class Wrapper(torch.optim.Optimizer):
 
 
 # -- arguments ------------------------------------------------------------------------------------------------
+
+
+def test_the_arguments_and_their_defaults():
+    given = inspect.signature(gk.attach).parameters
+    assert list(given)[:6] == [
+        "optimizer",
+        "policy",
+        "model",
+        "exclude",
+        "nonfinite",
+        "max_consecutive_skips",
+    ]
+    assert {p.kind.name for name, p in given.items() if name not in ("optimizer", "policy")} == {
+        "KEYWORD_ONLY"
+    }
+    assert [given[name].default for name in list(given)[2:6]] == [None, None, "skip", 10]
 
 
 @pytest.mark.parametrize(

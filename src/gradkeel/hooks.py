@@ -127,9 +127,8 @@ class Canary:
         self.is_settled = False
         self._seen: tuple[TensorWeakRef, int] | None = None
         self._parameter = parameter
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         self._handle = None
-        if parameter is not None and parameter.requires_grad and parameter.is_leaf and not distributed:
+        if parameter is not None and parameter.requires_grad and parameter.is_leaf and not _is_distributed():
             self._handle = parameter.register_post_accumulate_grad_hook(self._note)
 
     def _note(self, parameter: Tensor) -> None:
@@ -140,7 +139,7 @@ class Canary:
         """Whether the gradient that backward left has been modified in place since; forgets it."""
         seen, self._seen = self._seen, None
         gradient = self._parameter.grad if self._parameter is not None else None
-        if seen is None or gradient is None or gradient is not seen[0]():
+        if seen is None or gradient is None or gradient is not seen[0]() or _is_distributed():
             return False
         return gradient._version != seen[1]
 
@@ -148,6 +147,10 @@ class Canary:
         """Stop watching."""
         if self._handle is not None:
             self._handle.remove()
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def warn_of_other_clips(canary: Canary) -> None:
