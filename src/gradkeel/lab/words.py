@@ -4,6 +4,8 @@ import math
 
 from gradkeel.policies import parse
 
+_BOUNDED = {"global-norm", "norm", "tensor-norm", "value", "block-rms", "smooth"}
+
 
 def number(value: float | None) -> str:
     """Four significant digits; a dash for None and NaN."""
@@ -38,10 +40,12 @@ def without_exclude(policy: str) -> str:
 
 
 def bound_of(policy: str) -> float | None:
-    """The bound of a spec whose first argument is a single number, and None for any other."""
-    words = policy.partition(":")[2].split(",")
-    plain = [word for word in words if word.strip() and "=" not in word]
+    """The bound of a spec that has a constant one as its first argument, and None for any other."""
+    name, _, rest = policy.partition(":")
+    first, *others = rest.split(",")
+    if name not in _BOUNDED or any("=" not in word for word in others):
+        return None
     try:
-        return float(plain[0]) if len(plain) == 1 and words[0] == plain[0] else None
+        return float(first)
     except ValueError:
         return None
