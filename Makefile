@@ -49,6 +49,18 @@ lint: $(VENV)/dev.stamp ## ruff and mypy
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# More rounds than `make test` runs, and other ones with ARGS='<rounds> <seed>'.
+fuzz := $(CC) -std=gnu11 -g -O1 -Wall -Wextra -Werror -DMAIN -fno-math-errno -fno-trapping-math -fno-signed-zeros \
+    -fassociative-math tests/measure/fuzz_native.c -lm -lpthread
+
+.PHONY: sanitize
+sanitize: ## the native kernels on random tensors under the address, undefined-behavior and thread sanitizers
+	mkdir -p build
+	$(fuzz) -fsanitize=address,undefined -fno-sanitize-recover=all -o build/fuzz-native
+	build/fuzz-native $(or $(ARGS),3000)
+	$(fuzz) -fsanitize=thread -o build/fuzz-native
+	build/fuzz-native $(or $(ARGS),500)
+
 .PHONY: clean
 clean: ## remove the environments, caches and builds
 	rm -rf $(VENV) $(PEERS) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
