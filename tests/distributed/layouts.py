@@ -100,28 +100,35 @@ def both_dims(rank, count):
 
 
 def same_dim_twice(rank, count):
-    """As fully_shard leaves parameters that tensor parallelism had sharded along the same dimension."""
+    """As fully_shard leaves what tensor parallelism had sharded along the same dimension: cut there, then here."""
     mesh = init_device_mesh("cpu", (2, count // 2))
-    twice = on_mesh(mesh, _StridedShard(0, split_factor=count // 2), rows)
-    return Layout(by_name({"nothing": on_mesh(mesh, Replicate())}, twice))  # torch cannot stride over no rows
 
-
-def _piece(rank, count, dim):
     def place(_, whole):
-        along = dim if whole.dim() > dim else 0
-        parts = whole.chunk(count, dim=along)
-        empty = whole.narrow(along, 0, 0)
-        return (parts[rank] if rank < len(parts) else empty).clone()
+        local = _part(_part(whole, rank % 2, 2), rank // 2, count // 2)
+        placements = [_StridedShard(0, split_factor=count // 2), Shard(0)]
+        return DTensor.from_local(
+            local, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
+        )
 
-    return place
+    return Layout(place)
+
+
+def _part(whole, index, count, dim=0):
+    """As `torch.chunk` cuts, with empty parts where there are too few rows."""
+    parts = whole.chunk(count, dim)
+    return (parts[index] if index < len(parts) else whole.narrow(dim, 0, 0)).clone()
+
+
+def _pieces(rank, count, dim):
+    return lambda _, whole: _part(whole, rank, count, dim if whole.dim() > dim else 0)
 
 
 def experts(rank, count):
-    return Layout(_piece(rank, count, 0), arguments={"shard_over": {"*": (distributed.group.WORLD, 0)}})
+    return Layout(_pieces(rank, count, 0), arguments={"shard_over": {"*": (distributed.group.WORLD, 0)}})
 
 
 def plain_columns(rank, count):
-    return Layout(_piece(rank, count, 1), arguments={"shard_over": {"*": (distributed.group.WORLD, 1)}})
+    return Layout(_pieces(rank, count, 1), arguments={"shard_over": {"*": (distributed.group.WORLD, 1)}})
 
 
 STAGES = ({"linear", "conv"}, {"bias", "table", "nothing"})

@@ -15,7 +15,7 @@ SECONDS = 60  # a case may take; a rank that waits for another in vain gives up 
 MOST = 4
 
 
-class RankFailure(AssertionError):
+class RankError(AssertionError):
     """A case raised, or took too long, on some rank."""
 
 
@@ -41,7 +41,7 @@ class Pool:
         failures = [f"rank {rank}: {words}" for rank, (is_good, words) in enumerate(answers) if not is_good]
         if failures:
             self.close()
-            raise RankFailure("\n".join(failures))
+            raise RankError("\n".join(failures))
         return [value for _, value in answers]
 
     @staticmethod
