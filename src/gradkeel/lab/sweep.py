@@ -68,7 +68,7 @@ def parse_sweep(text: str) -> Sweep:
         )
     count = max(5, round(2 * math.log10(last / first)) + 1)
     bounds = [first * (last / first) ** (i / (count - 1)) for i in range(count)]
-    labels = [f"{bound:.3g}" for bound in bounds]
+    labels = [f"{float(f'{bound:.3g}'):g}" for bound in bounds]
     return Sweep(
         name, tuple(map(float, labels)), tuple(f"{name}:{label}{comma}{options}" for label in labels)
     )
