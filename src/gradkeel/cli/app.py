@@ -2,7 +2,7 @@
 
 import typer
 
-from gradkeel.cli import compare, policies, smoothness, theory
+from gradkeel.cli import compare, explain, export, policies, replay, report, smoothness, theory
 
 app = typer.Typer(
     help="Gradient clipping for PyTorch: compare policies, and see why a run diverged.",
@@ -23,3 +23,7 @@ app.command("compare")(compare.command)
 app.command("smoothness")(smoothness.command)
 app.command("policies")(policies.command)
 app.command("theory")(theory.command)
+app.command("explain")(explain.command)
+app.command("report")(report.command)
+app.command("replay")(replay.command)
+app.command("export")(export.command)

@@ -55,8 +55,8 @@ class Explanation:
 
     def to_json(self) -> dict[str, Any]:
         """The documented JSON form (docs/explain.md); numbers that are not finite are null."""
-        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
-        return {"version": VERSION, **plain}
+        fields: dict[str, Any] = plain(dataclasses.asdict(self))
+        return {"version": VERSION, **fields}
 
 
 def explain(run: str | os.PathLike[str] | Reader, *, bounds: Sequence[float] = ()) -> Explanation:
@@ -91,12 +91,12 @@ def explain(run: str | os.PathLike[str] | Reader, *, bounds: Sequence[float] = (
     )
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The value as JSON has it."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

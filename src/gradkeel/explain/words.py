@@ -87,11 +87,16 @@ def threshold_table(advice: ThresholdAdvice) -> tuple[list[str], list[list[str]]
 
 def distribution(advice: ThresholdAdvice) -> list[str]:
     """The distribution of the norms, in sentences."""
-    norm = "global norm" if advice.scope == "global" else "norm of single parameters' gradients"
-    quantiles = ", ".join(f"{level:g}: {value.value:.3g}" for level, value in advice.quantiles.items())
-    sentences = [f"The {norm} of {advice.steps} steps has the quantiles {quantiles}."]
+    what = "" if advice.scope == "global" else " (of single parameters' gradients)"
+    middle, *others = ((level, f"{advice.quantiles[level].value:.3g}") for level in (0.5, 0.9, 0.99))
+    rest = " and ".join(f"{level:.0%} below {value}" for level, value in others)
+    sentences = [
+        f"Over {advice.steps:,} steps the median norm{what} was {middle[1]}; {rest}, before clipping."
+    ]
     if advice.drift is not None:
-        sentences.append(f"Its level at the end is {estimate(advice.drift)} times that at the beginning.")
+        sentences.append(
+            f"Its level in the last quarter is {estimate(advice.drift)} times that in the first (95% interval)."
+        )
     return sentences
 
 

@@ -5,9 +5,21 @@
 
 from gradkeel.record.described import Parameter, Session
 from gradkeel.record.downsample import Buckets, bucket, bucket_norms
+from gradkeel.record.export import export
 from gradkeel.record.outbox import Sink
 from gradkeel.record.reader import Reader
 from gradkeel.record.recorder import Recorder
 from gradkeel.record.rows import Rows
 
-__all__ = ["Buckets", "Parameter", "Reader", "Recorder", "Rows", "Session", "Sink", "bucket", "bucket_norms"]
+__all__ = [
+    "Buckets",
+    "Parameter",
+    "Reader",
+    "Recorder",
+    "Rows",
+    "Session",
+    "Sink",
+    "bucket",
+    "bucket_norms",
+    "export",
+]

@@ -1,7 +1,7 @@
 """Steps on their way from the device to whoever writes them down: kept as they are, stacked later, many at once."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor
 from gradkeel.norms import combine
 from gradkeel.record.schema import CLIPPED, NONFINITE, SCALAR_PREFIX, STEPPED
 from gradkeel.step_report import SelectionReport, StepReport
-
 
 ASKED = "the policy asked to skip this step"
 """Why a step was skipped whose gradients were sound."""
@@ -86,6 +85,28 @@ class Rows:
     series: dict[str, Tensor]
     skips: list[tuple[int, str]]
     samples: list[tuple[int, Sample]]
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters' names, by column."""
+        return [name for selection in self.selections for name in selection.measured.names]
+
+    def numbers(self) -> Iterator[tuple[int, dict[str, float]]]:
+        """Number of each step, and what trackers show of it; without what is NaN, such as a bound that is not there."""
+        shown = {
+            "norm": "total",
+            "clipped_norm": "clipped_total",
+            "coefficient": "coefficient",
+            "bound": "bound",
+        }
+        columns = {name: self.series[series].tolist() for name, series in shown.items()}
+        for name, values in self.series.items():
+            if name.startswith(SCALAR_PREFIX):
+                columns[name.removeprefix(SCALAR_PREFIX)] = values.tolist()
+        for bit, name in ((CLIPPED, "clipped"), (STEPPED, "stepped")):
+            columns[name] = (self.series["verdict"] & bit).bool().double().tolist()
+        for i, step in enumerate(self.steps):
+            yield step, {name: column[i] for name, column in columns.items() if not math.isnan(column[i])}
 
 
 def keep(report: StepReport, time: float, scalars: dict[str, Tensor | float], sample: Sample | None) -> Kept:

@@ -174,8 +174,7 @@ class RecordFile:
         values = values.to(series.dtype)
         if not series.is_wide:
             return values
-        names = [name for s in rows.selections for name in s.measured.names]
-        return self._placed(values, names, series.fill)
+        return self._placed(values, rows.names, series.fill)
 
     def _placed(self, values: Tensor, names: list[str] | tuple[str, ...], fill: float) -> Tensor:
         columns = [self._positions[name] for name in names]

@@ -1,6 +1,7 @@
 """One self-contained HTML page: a title, words, sections with tables and figures; offline, light and dark."""
 
 import html
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +74,8 @@ def _text(line: Line) -> str:
 
 
 def _section(section: Section, index: int) -> str:
-    parts = [f"<h2>{html.escape(section.title)}</h2>"]
+    anchor = re.sub(r"[^a-z0-9]+", "-", section.title.lower()).strip("-")
+    parts = [f'<h2><a href="#{anchor}">{html.escape(section.title)}</a></h2>']
     if section.text:
         parts.append(f"<p>{html.escape(section.text)}</p>")
     if section.table is not None:
@@ -89,7 +91,7 @@ def _section(section: Section, index: int) -> str:
         parts.append(
             f'<div class="figure" role="img" aria-label="{html.escape(section.title)}">{inner}</div>'
         )
-    return "<section>" + "\n".join(parts) + "</section>"
+    return f'<section id="{anchor}">' + "\n".join(parts) + "</section>"
 
 
 def _table(table: Table) -> str:
@@ -120,6 +122,8 @@ body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 sy
 main { max-width: 1060px; margin: 0 auto; padding: 28px 22px 60px; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.12rem; margin: 40px 0 4px; }
+h2 a { color: inherit; text-decoration: none; }
+h2 a:hover::after { content: " #"; color: var(--soft); }
 p { margin: 0 0 10px; max-width: 92ch; }
 p, .subtitle { color: var(--soft); }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 10px 18px; margin: 20px 0 0; padding: 18px 20px;

@@ -1,0 +1,24 @@
+"""``gradkeel export``: a record as CSV or Parquet."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gradkeel.cli.errors import reported
+
+
+@reported
+def command(
+    run: Annotated[Path, typer.Argument(help="a record, such as runs/exp1.keel", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="where to: a path that ends in .csv or .parquet")],
+    parameters: Annotated[bool, typer.Option(help="a column for each parameter's norm")] = True,
+) -> None:
+    """Write a recorded run as a table with a row a step."""
+    from gradkeel.record import Reader, export
+
+    if out.suffix not in {".csv", ".parquet"}:
+        raise typer.BadParameter(f"{out} must end in .csv or .parquet", param_hint="--out")
+    with Reader(run) as reader:
+        rows = export(reader, out, parameters=parameters)
+    print(f"Wrote {rows} steps to {out}")

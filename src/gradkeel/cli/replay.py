@@ -1,0 +1,71 @@
+"""``gradkeel replay``: what other policies would have done to a recorded run's norms."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gradkeel.cli.errors import reported
+
+if TYPE_CHECKING:
+    from gradkeel.explain import Replay
+
+
+@reported
+def command(
+    run: Annotated[Path, typer.Argument(help="a record, such as runs/exp1.keel", show_default=False)],
+    policy: Annotated[
+        list[str], typer.Option(help="a policy, such as zclip or global-norm:1.0; may be given several times")
+    ],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print every step's result as JSON, and nothing else, to stdout")
+    ] = False,
+) -> None:
+    """Let policies decide on the norms of a recorded run: open-loop, for under them it would have gone elsewhere."""
+    from gradkeel.explain import replay
+    from gradkeel.explain.words import table
+    from gradkeel.record import Reader
+
+    with Reader(run) as reader:
+        replays = [replay(reader, spec) for spec in policy]
+        live = f"{reader.policy}, over {len(reader)} steps"
+    if as_json:
+        import json
+
+        print(
+            json.dumps(
+                {"version": 1, "open_loop": True, "run": str(run), "policies": list(map(_plain, replays))}
+            )
+        )
+        return
+    print(f"Open-loop: what each policy would have done to the norms of {run}, recorded under {live}.\n")
+    head = ["policy", "clipped", "skipped", "mean coefficient", "differs from live in"]
+    print("\n".join(table(head, [_cells(result) for result in replays])))
+    print("\nExact for this trajectory only: under another policy the norms would have been others.")
+
+
+def _cells(result: "Replay") -> list[str]:
+    return [
+        f"{result.policy}{' (live)' if result.is_live else ''}",
+        f"{result.clip_rate:.1%}",
+        f"{result.skip_rate:.1%}",
+        f"{result.mean_coefficient:.3g}",
+        f"{int(result.differs.sum())} steps",
+    ]
+
+
+def _plain(result: "Replay") -> dict[str, Any]:
+    from gradkeel.explain.explanation import plain
+
+    fields = ("steps", "coefficients", "clipped", "skipped", "bounds", "norms", "clipped_norms", "differs")
+    result_plain: dict[str, Any] = plain(
+        {
+            "policy": result.policy,
+            "is_live": result.is_live,
+            "clip_rate": result.clip_rate,
+            "skip_rate": result.skip_rate,
+            "mean_coefficient": result.mean_coefficient,
+            **{name: getattr(result, name).tolist() for name in fields},
+        }
+    )
+    return result_plain

@@ -1,0 +1,53 @@
+"""``gradkeel report``: a recorded run as one page, written once, or served while training goes on."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gradkeel.cli.errors import reported
+
+
+@reported
+def command(
+    run: Annotated[Path, typer.Argument(help="a record, such as runs/exp1.keel", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="where to write the page (default: beside the record)")
+    ] = None,
+    show: Annotated[bool, typer.Option("--open", help="open the page in the browser")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="serve the page on this machine, and renew it while training runs")
+    ] = False,
+    port: Annotated[int, typer.Option(help="of --watch; 0 takes a free one")] = 0,
+) -> None:
+    """Draw a recorded run on one page that opens offline: norms, heat map, loss, bounds, and what happened in words."""
+    from gradkeel.record import Reader
+    from gradkeel.report.run_page import run_page
+
+    if watch:
+        _serve(run, port, show=show)
+        return
+    out = out or run.with_suffix(".html")
+    with Reader(run) as reader:
+        text = run_page(reader)
+    out.write_text(text, encoding="utf-8")
+    print(f"Wrote {out}")
+    if show:
+        import webbrowser
+
+        webbrowser.open(out.resolve().as_uri())
+
+
+def _serve(run: Path, port: int, *, show: bool) -> None:
+    from gradkeel.report.watch import address, make_server
+
+    server = make_server(run, port=port)
+    print(f"Watching {run} at {address(server)} (Ctrl-C ends)", flush=True)
+    if show:
+        import webbrowser
+
+        webbrowser.open(address(server))
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        server.server_close()
