@@ -7,15 +7,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from gradkeel.accumulate.checkpoint import by_names, check
 from gradkeel.accumulate.micro import Batch, Lookahead, MicroBatch
 from gradkeel.accumulate.noise import NoiseMeter
+from gradkeel.accumulate.open_window import OpenWindow
 from gradkeel.accumulate.sync import GradientSync
 from gradkeel.accumulate.watch import GradientWatch
 from gradkeel.accumulate.wide import WideSums
 from gradkeel.apply.skip import clear_gradients
-from gradkeel.errors import CheckpointError, WindowError
+from gradkeel.errors import WindowError
 from gradkeel.guard import Guard
-from gradkeel.measure import measure_total, wide_dtype
 from gradkeel.noise_scale import NoiseScale
 
 Reduction = Literal["sum", "mean"]
@@ -86,24 +87,13 @@ class Accumulator:
             )
         self._watch = GradientWatch(lambda: guard.parameters)
         self._wide = None if accumulate_dtype is None else WideSums(accumulate_dtype)
-        self._noise = NoiseMeter() if noise_scale else None
+        self._noise = NoiseMeter(guard) if noise_scale else None
         self._divisor: float | None = None
         self._resumed = False
         self._last_loss: Tensor | None = None
-        self._reset()
-        guard.window = self
-
-    def _reset(self) -> None:
-        """Open a new window: nothing accumulated."""
-        self._count = 0
-        self._is_open = False  # between the end of the first micro-batch and the step
-        self._is_complete = False
+        self._open = OpenWindow()
         self._is_inside = False  # of a micro-batch's context
-        self._broken: str | None = None
-        self._weight: Tensor | float = 0.0  # of this rank
-        self._total: Tensor | float = 0.0  # of all ranks, once the window is complete
-        self._loss: Tensor | None = None
-        self._weighs: bool | None = None
+        guard.window = self
 
     # ---- micro-batches -----------------------------------------------------------------------------------------
 
@@ -117,10 +107,10 @@ class Accumulator:
         Raises:
             WindowError: if a window is open still, after an early ``break``: call `finish` or `drop` first.
         """
-        if self._is_open and not self._resumed:  # a checkpoint may have been taken inside of a window
+        if self._open.is_open and not self._resumed:  # a checkpoint may have been taken inside of a window
             raise WindowError(
-                f"a window is open after {self._count} of {self.steps} micro-batches (the loop was left early, or not "
-                "followed by optimizer.step()); call accumulate.finish() and step, or accumulate.drop(), first"
+                f"a window is open after {self._open.count} of {self.steps} micro-batches (the loop was left early, or "
+                "not followed by optimizer.step()); call accumulate.finish() and step, or accumulate.drop(), first"
             )
         self._resumed = False
         return self._windows(loader)
@@ -131,10 +121,10 @@ class Accumulator:
             micro = MicroBatch(self, source.take(), source)
             yield micro
             micro._check_was_entered()
-        if self._is_open and not self._is_complete:
+        if self._open.is_open and not self._open.is_complete:
             raise WindowError(
-                f"the data ended after {self._count} of {self.steps} micro-batches of a window that nothing has closed "
-                "(its last micro-batch raised, or the loader is shorter than its length says); call "
+                f"the data ended after {self._open.count} of {self.steps} micro-batches of a window that nothing has "
+                "closed (its last micro-batch raised, or the loader is shorter than its length says); call "
                 "accumulate.finish() and step, or accumulate.drop()"
             )
 
@@ -145,9 +135,9 @@ class Accumulator:
             WindowError: if no window is open, or its gradients have not been exchanged between ranks.
         """
         self._check_unbroken()
-        if not self._is_open:
+        if not self._open.is_open:
             raise WindowError("accumulate.finish(): no window is open")
-        if self._sync.is_needed and not self._is_complete:
+        if self._sync.is_needed and not self._open.is_complete:
             raise WindowError(
                 "accumulate.finish(): this window's gradients have not been exchanged between ranks, which happens in "
                 "the backward of its last micro-batch; call accumulate.drop()"
@@ -162,12 +152,13 @@ class Accumulator:
         if self._noise is not None:
             self._noise.drop()
         self._watch.forget()
-        self._reset()
+        self._open = OpenWindow()
 
     @property
     def loss(self) -> Tensor | None:
         """[] mean loss over the items of the window so far, or of the last window; None before the first backward."""
-        return self._last_loss if self._loss is None else self._loss / _nonzero(self._weight)
+        loss = self._open.mean_loss()
+        return self._last_loss if loss is None else loss
 
     @property
     def noise_scale(self) -> NoiseScale:
@@ -189,47 +180,21 @@ class Accumulator:
                 "`with micro:` inside of another micro-batch's; end the one before the other begins"
             )
         self._check_unbroken()
-        change = self._watch.change()
-        if self._is_open:
-            if self._is_complete:
+        if self._open.is_open:
+            if self._open.is_complete:
                 raise WindowError(
                     "a micro-batch after the end of the window: call optimizer.step() (or accumulate.drop()) whenever "
                     "micro.closes_window is True"
                 )
-            self._refuse(change, f"before micro-batch {self._count + 1} of {self.steps}")
+            self._watch.refuse_changes(f"before micro-batch {self._open.count + 1} of {self.steps}")
         elif self._watch.any_unchanged():
             raise WindowError(
                 "a new window would add to the last one's gradients: call optimizer.zero_grad() after optimizer.step()"
             )
 
-    def _refuse(self, change: str | None, when: str) -> None:
-        if change == "cleared":
-            raise WindowError(
-                f"gradients were cleared in the middle of the window, {when}; call optimizer.zero_grad() only after "
-                "optimizer.step(), or accumulate.drop() to discard a window"
-            )
-        if change == "modified":
-            raise WindowError(
-                f"gradients were modified by somebody else in the middle of the window, {when}; if it is a clip, "
-                "remove it (the guard clips the whole window, once), and call backward() only through micro.backward()"
-            )
-
     def _check_unbroken(self) -> None:
-        if self._broken is not None:
-            raise WindowError(f"{self._broken}; call accumulate.drop() to discard this window and go on")
-
-    def _add(self, loss: Tensor | None, weight: Tensor | float | None) -> None:
-        """Take a micro-batch's weight and loss sum into the window."""
-        if self._weighs is not None and self._weighs != (weight is not None):
-            raise WindowError(
-                "weight=None counts each micro-batch alike, and cannot be mixed with weights in one window; give every "
-                "micro-batch its number of items"
-            )
-        self._weighs = weight is not None
-        amount = 1.0 if weight is None else weight
-        self._weight = self._weight + amount
-        if loss is not None:
-            self._loss = loss if self._loss is None else self._loss + loss
+        if self._open.broken is not None:
+            raise WindowError(f"{self._open.broken}; call accumulate.drop() to discard this window and go on")
 
     def _choose_divisor(self, weight: Tensor | float | None, *, is_half: bool) -> float:
         """Power of two near a window's weight, by which float16 losses are divided; chosen once, 1 elsewhere.
@@ -237,53 +202,40 @@ class Accumulator:
         Gradients of sums would leave float16's range. Dividing by a power of two is exact, and `factor` undoes it.
         """
         if self._divisor is None:
-            half = is_half or any(p.dtype == torch.float16 for p in self.guard.parameters)
-            amount = (
-                self._sync.largest(1.0 if weight is None else float(weight), self.guard.device)
-                if half
-                else 0.0
-            )
-            if half and amount == 0.0:
+            if not (is_half or any(p.dtype == torch.float16 for p in self.guard.parameters)):
+                self._divisor = 1.0
+                return 1.0
+            amount = self._sync.largest(1.0 if weight is None else float(weight), self.guard.device)
+            if amount == 0.0:
                 return 1.0  # nothing has been weighed yet
-            self._divisor = 2.0 ** round(math.log2(amount * self.steps)) if half else 1.0
+            self._divisor = 2.0 ** round(math.log2(amount * self.steps))
         return self._divisor
 
     def _leave(self, *, last: bool) -> None:
         """After a micro-batch's backward."""
-        self._is_open = True
-        self._count += 1
+        self._open.is_open = True
+        self._open.count += 1
         if self._noise is not None:
-            self._measure_noise()
+            self._noise.note(self._open.weight, self._divisor or 1.0)
         if self._wide is not None:
             self._wide.take(self.guard.parameters)
         if last:
             self._complete()
         self._watch.note()
 
-    def _measure_noise(self) -> None:
-        assert self._noise is not None
-        gradients = [p.grad for p in self.guard.parameters if p.grad is not None]
-        norm = measure_total(gradients, 2.0, self.guard.device)
-        self._noise.add(self._weight, norm * (self._divisor or 1.0))
-
     def _complete(self) -> None:
         if self._noise is not None:
-            total = None if self._wide is None else list(self._wide.sums.values())
-            norm = (
-                None
-                if total is None
-                else measure_total(total, 2.0, self.guard.device) * (self._divisor or 1.0)
-            )
-            self._noise.close(norm)
+            self._noise.close(None if self._wide is None else self._wide.sums.values(), self._divisor or 1.0)
         if self._wide is not None:
             self._wide.pour()
-        self._is_complete = True
-        self._total = self._weight
+        self._open.is_complete = True
+        self._open.total = self._open.weight
         self._watch.note()
-        if self._loss is not None:
-            self._last_loss = self._loss / _nonzero(self._weight)
+        loss = self._open.mean_loss()
+        if loss is not None:
+            self._last_loss = loss
             if "loss" not in self.guard.logged:
-                self.guard.log(loss=self._last_loss)
+                self.guard.log(loss=loss)
 
     # ---- the guard's side (norms.Window) -----------------------------------------------------------------------
 
@@ -292,17 +244,17 @@ class Accumulator:
         self._check_unbroken()
         if self._is_inside:
             raise WindowError("optimizer.step() inside `with micro:`; step after it, if micro.closes_window")
-        if not self._is_open:
+        if not self._open.is_open:
             raise WindowError(
                 "optimizer.step() without a window: gradients must come through `for micro in accumulate(loader)`, and "
                 "each window allows one step"
             )
-        if not self._is_complete:
+        if not self._open.is_complete:
             raise WindowError(
-                f"optimizer.step() after micro-batch {self._count} of {self.steps}: the window is not complete; step "
-                "only if micro.closes_window, or call accumulate.finish() first"
+                f"optimizer.step() after micro-batch {self._open.count} of {self.steps}: the window is not complete; "
+                "step only if micro.closes_window, or call accumulate.finish() first"
             )
-        self._refuse(self._watch.change(), "before optimizer.step()")
+        self._watch.refuse_changes("before optimizer.step()")
 
     @property
     def process_group(self) -> Any:
@@ -311,30 +263,26 @@ class Accumulator:
 
     def weight(self) -> Tensor | float:
         """[] this rank's weight of the window."""
-        return self._weight
+        return self._open.weight
 
     def agree(self, weight: Tensor, loss: Tensor) -> None:
         """Take the window's weight and mean loss over all ranks."""
-        self._total, self._last_loss = weight, loss
+        self._open.total, self._last_loss = weight, loss
 
     def factor(self) -> Tensor | float:
         """[] what the accumulated gradients are multiplied by: 1 / total weight; 0 for an empty window.
 
         Undoes the power of two that float16 losses are divided by, and the backend's average over ranks.
         """
-        scale = (self._divisor or 1.0) * self._sync.ranks
-        if isinstance(self._total, Tensor):
-            weight = self._total.to(self.guard.device, wide_dtype(self.guard.device))
-            return torch.where(weight > 0, scale / _nonzero(weight), torch.zeros_like(weight))
-        return scale / self._total if self._total > 0 else 0.0
+        return self._open.factor((self._divisor or 1.0) * self._sync.ranks, self.guard.device)
 
     def is_empty(self) -> bool | Tensor:
         """Whether the window's total weight is 0."""
-        return self._total == 0
+        return self._open.total == 0
 
     def closed(self, *, stepped: bool | Tensor) -> None:
         """Open the next window."""
-        self._reset()
+        self._open = OpenWindow()
         self._watch.note()
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
@@ -345,28 +293,20 @@ class Accumulator:
         Loadable with ``torch.load(weights_only=True)``. Between windows it holds no tensors.
         """
         self._check_unbroken()
-        names = self.guard.names
-        is_open = self._is_open
-        gradients = {
-            n: p.grad
-            for n, p in zip(names, self.guard.parameters, strict=True)
-            if is_open and p.grad is not None
-        }
-        wide = self._wide.sums if self._wide is not None else {}
+        parameters = self.guard.parameters if self._open.is_open else ()
+        gradients = {p: p.grad for p in parameters if p.grad is not None}
         return {
             "version": _VERSION,
             "steps": self.steps,
             "reduction": self.reduction,
-            "count": self._count,
-            "is_complete": self._is_complete,
-            "weight": self._weight,
-            "weighs": self._weighs,
-            "loss": self._loss,
+            "count": self._open.count,
+            "is_complete": self._open.is_complete,
+            "weight": self._open.weight,
+            "weighs": self._open.weighs,
+            "loss": self._open.loss,
             "divisor": self._divisor,
-            "gradients": {name: gradient.detach().clone() for name, gradient in gradients.items()},
-            "sums": {
-                n: wide[p].clone() for n, p in zip(names, self.guard.parameters, strict=True) if p in wide
-            },
+            "gradients": by_names(self.guard, gradients),
+            "sums": by_names(self.guard, {} if self._wide is None else self._wide.sums),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -375,25 +315,22 @@ class Accumulator:
         Raises:
             CheckpointError: for another window size, reduction, version, or other parameters.
         """
-        if state.get("version") != _VERSION:
-            raise CheckpointError(f"accumulator state has version {state.get('version')!r}, not {_VERSION}")
-        for key, mine in (("steps", self.steps), ("reduction", self.reduction)):
-            if state[key] != mine:
-                raise CheckpointError(
-                    f"accumulator state has {key}={state[key]!r}, but this Accumulator {key}={mine!r}; resume with the "
-                    "same, or start at a window's beginning without loading it"
-                )
+        check(
+            state,
+            {"version": _VERSION, "steps": self.steps, "reduction": self.reduction},
+            names=self.guard.names,
+            has_wide_sums=self._wide is not None,
+        )
         by_name = dict(zip(self.guard.names, self.guard.parameters, strict=True))
-        unknown = [name for part in ("gradients", "sums") for name in state[part] if name not in by_name]
-        if unknown or (state["sums"] and self._wide is None):
-            missing = f"knows parameters that are not here: {', '.join(unknown)}"
-            reason = missing if unknown else "needs accumulate_dtype"
-            raise CheckpointError(f"accumulator state {reason}")
         self.drop()
-        self._count, self._is_complete = int(state["count"]), bool(state["is_complete"])
-        self._is_open = self._resumed = self._count > 0
-        self._weight, self._weighs, self._loss = state["weight"], state["weighs"], state["loss"]
-        self._total = self._weight
+        self._open.count, self._open.is_complete = int(state["count"]), bool(state["is_complete"])
+        self._open.is_open = self._resumed = self._open.count > 0
+        self._open.weight, self._open.weighs, self._open.loss = (
+            state["weight"],
+            state["weighs"],
+            state["loss"],
+        )
+        self._open.total = self._open.weight
         self._divisor = state["divisor"]
         for name, gradient in state["gradients"].items():
             by_name[name].grad = gradient.to(by_name[name].device).clone()
@@ -401,9 +338,3 @@ class Accumulator:
             assert self._wide is not None
             self._wide.sums[by_name[name]] = total.to(by_name[name].device).clone()
         self._watch.note()
-
-
-def _nonzero(weight: Tensor | float) -> Tensor | float:
-    if isinstance(weight, Tensor):
-        return torch.where(weight == 0, torch.ones_like(weight), weight)
-    return weight or 1.0

@@ -64,7 +64,7 @@ class MicroBatch(Generic[Batch]):
 
     def __init__(self, owner: "Accumulator", batch: Batch, source: Lookahead[Batch]) -> None:
         self.batch = batch
-        self.index = owner._count
+        self.index = owner._open.count
         self._owner = owner
         self._source = source
         self._was_entered = False
@@ -104,7 +104,7 @@ class MicroBatch(Generic[Batch]):
                 "micro.backward(scaler=...): the noise scale cannot be measured under a loss scale"
             )
         divisor = owner._choose_divisor(amount, is_half=scaler is not None)
-        owner._add(loss.detach(), amount)
+        owner._open.add(loss.detach(), amount)
         if isinstance(amount, float) and amount == 0.0 and not self._synchronizes:
             return  # nothing to learn from, and a mean over no items would be NaN
         scaled = loss if divisor == 1.0 else loss / divisor
@@ -124,7 +124,7 @@ class MicroBatch(Generic[Batch]):
                 "micro.weigh() needs losses that are sums, since backward is out of its hands; use reduction='sum' and "
                 "multiply the mean by its weight yourself"
             )
-        self._owner._add(None, amount)
+        self._owner._open.add(None, amount)
 
     def _check(self, weight: Tensor | float | None) -> Tensor | float | None:
         if not (self._was_entered and self._owner._is_inside):
@@ -174,7 +174,7 @@ class MicroBatch(Generic[Batch]):
                 self._last = self._is_last()
             owner._leave(last=self._last)
         elif owner._watch.change() is not None:
-            owner._broken = (
+            owner._open.broken = (
                 f"micro-batch {self.index + 1} of {owner.steps} raised {kind.__name__} during its backward"
             )
 
@@ -183,7 +183,7 @@ class MicroBatch(Generic[Batch]):
         return self._owner._sync.is_needed and self._last is True
 
     def _is_last(self) -> bool:
-        return self._owner._count + 1 >= self._owner.steps or not self._source.is_more_coming()
+        return self._owner._open.count + 1 >= self._owner.steps or not self._source.is_more_coming()
 
     def _check_was_entered(self) -> None:
         if not self._was_entered:

@@ -1,7 +1,11 @@
-"""Collects the norms from which the gradient noise scale is estimated."""
+"""Measures the norms from which the gradient noise scale is estimated."""
+
+from collections.abc import Iterable
 
 from torch import Tensor
 
+from gradkeel.guard import Guard
+from gradkeel.measure import measure_total
 from gradkeel.noise_scale import NoiseScale
 
 _PENDING = 1000
@@ -11,24 +15,29 @@ class NoiseMeter:
     """Keeps each window's weights and norms as they are, and adds them up when the estimate is read.
 
     Every 1,000 windows they are added up anyway, so that memory stays small; on an accelerator that syncs the host.
+
+    Args:
+        guard: guards the parameters whose gradients are measured.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
         self._scale = NoiseScale()
         self._open: list[tuple[Tensor | float, Tensor]] = []
         self._closed: list[tuple[list[tuple[Tensor | float, Tensor]], Tensor | None]] = []
 
-    def add(self, weight_so_far: Tensor | float, norm: Tensor) -> None:
-        """Take a micro-batch: the window's weight up to it, and the norm of its gradient or of the running sum."""
-        self._open.append((weight_so_far, norm))
+    def note(self, weight: Tensor | float, divisor: float) -> None:
+        """Measure after a micro-batch: its gradient, or the running sum, which are the window's up to ``weight``."""
+        gradients = [p.grad for p in self._guard.parameters if p.grad is not None]
+        self._open.append((weight, self._norm(gradients) * divisor))
 
     def drop(self) -> None:
         """Forget the open window."""
         self._open = []
 
-    def close(self, total_norm: Tensor | None) -> None:
-        """End the window; ``total_norm`` is its sum's where the micro-batches were measured one by one."""
-        self._closed.append((self._open, total_norm))
+    def close(self, sums: Iterable[Tensor] | None, divisor: float) -> None:
+        """End the window; ``sums`` are its gradients where the micro-batches were measured one by one."""
+        self._closed.append((self._open, None if sums is None else self._norm(list(sums)) * divisor))
         self._open = []
         if len(self._closed) >= _PENDING:
             self.value()
@@ -50,3 +59,6 @@ class NoiseMeter:
                 self._scale = self._scale.add(counts, part_norms=norms, total_norm=float(total))
         self._closed = []
         return self._scale
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        return measure_total(gradients, 2.0, self._guard.device)

@@ -1,51 +1,98 @@
-"""When a distributed model exchanges gradients, and what its ranks' windows weigh together."""
+"""When a distributed model exchanges gradients, between which ranks, and by what it divides them."""
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from gradkeel.measure.ranks import Ranks, ranks_of
+
+if TYPE_CHECKING:
+    from gradkeel.measure.ranks import Group
 
 
 class GradientSync:
     """Puts a distributed model's gradient exchange off to a window's last micro-batch.
 
     Args:
-        model: a DistributedDataParallel model (``no_sync`` must go around forward and backward), an FSDP2 one
-            (``set_requires_gradient_sync``), or any other module or None, where there is nothing to exchange.
+        model: DistributedDataParallel (``no_sync`` must go around forward and backward) or FSDP2
+            (``set_requires_gradient_sync``), or a module that has such parts; any other module, or None, exchanges
+            nothing.
+        process_group: the data-parallel ranks, between which the window's weights are added up; those of the model
+            unless given.
+
+    Raises:
+        ValueError: if parts of the model divide their gradients by different numbers.
+        TypeError, AttachError: for something that is no group, or a group without this rank.
     """
 
-    def __init__(self, model: nn.Module | None) -> None:
-        self._model: Any = model
+    def __init__(self, model: nn.Module | None, process_group: "Group | None") -> None:
+        self._parts: list[Any] = list(_outermost(model)) if model is not None else []
+        self._fsdp = [part for part in self._parts if hasattr(part, "set_requires_gradient_sync")]
+        self._ddp = [part for part in self._parts if not hasattr(part, "set_requires_gradient_sync")]
+        groups = [part.process_group for part in self._ddp] + [mesh for mesh, _ in _meshes(self._fsdp)]
+        given = groups if process_group is None else [process_group]
+        found = [ranks_of(group, "Accumulator(process_group=...)") for group in given]
+        ranks = max(found, key=lambda one: len(one.members)) if found else None
+        self.ranks: Ranks | None = None if ranks is None or len(ranks.members) == 1 else ranks
+        self.divisor = self._read_divisor()
 
     @property
     def is_needed(self) -> bool:
         """Whether gradients are exchanged, so that a micro-batch must know at its start whether it is the last."""
-        return hasattr(self._model, "no_sync") or hasattr(self._model, "set_requires_gradient_sync")
+        return bool(self._parts)
+
+    @property
+    def needs_every_backward(self) -> bool:
+        """Whether ranks wait for each other in every backward, so that none may leave one out."""
+        return bool(self._fsdp)
 
     def around(self, *, last: bool) -> AbstractContextManager[Any]:
         """The context for forward and backward of one micro-batch."""
-        if hasattr(self._model, "set_requires_gradient_sync"):
-            self._model.set_requires_gradient_sync(last)
-        elif hasattr(self._model, "no_sync") and not last:
-            context: AbstractContextManager[Any] = self._model.no_sync()
-            return context
-        return nullcontext()
-
-    @property
-    def ranks(self) -> int:
-        """By how many ranks the backend has divided the gradients' sum."""
-        return torch.distributed.get_world_size(self.process_group) if self.is_needed else 1
+        context = ExitStack()
+        for part in self._fsdp:
+            part.set_requires_gradient_sync(last)
+        for part in self._ddp:
+            if not last:
+                context.enter_context(part.no_sync())
+        return context
 
     def largest(self, weight: float, device: torch.device) -> float:
         """The largest such weight of all ranks, on all of them; syncs the host."""
-        if not self.is_needed:
+        if self.ranks is None:
             return weight
-        largest = torch.tensor(weight, dtype=torch.float64, device=device)
-        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=self.process_group)
-        return float(largest)
+        row = torch.full((1,), weight, dtype=torch.float64, device=device)
+        return float(self.ranks.gather(row).amax())
 
-    @property
-    def process_group(self) -> Any:
-        """The ranks between which gradients are exchanged."""
-        return getattr(self._model, "process_group", None)
+    def _read_divisor(self) -> float:
+        """By what the sum of the ranks' gradients has been divided when it arrives: their number, as a rule."""
+        found = {float(part.process_group.size()) for part in self._ddp}
+        found |= {float(mesh.size()) if factor is None else factor for mesh, factor in _meshes(self._fsdp)}
+        if len(found) > 1:
+            raise ValueError(
+                f"Accumulator(model=...): parts of the model divide their gradients by different numbers "
+                f"({', '.join(f'{one:g}' for one in sorted(found))}); call set_gradient_divide_factor() on the FSDP "
+                "modules so that all of them divide by the same"
+            )
+        return found.pop() if found else 1.0
+
+
+def _outermost(model: nn.Module) -> Iterator[nn.Module]:
+    """The parts of a model, itself perhaps, that exchange gradients and are not inside of another such part."""
+    if hasattr(model, "set_requires_gradient_sync") or hasattr(model, "no_sync"):
+        yield model
+        return
+    for child in model.children():
+        yield from _outermost(child)
+
+
+def _meshes(parts: list[Any]) -> list[tuple[Any, float | None]]:
+    """The mesh over which each group of FSDP parameters is spread, and the divisor that was set for it."""
+    states = [m._get_fsdp_state() for part in parts for m in part.modules() if hasattr(m, "_get_fsdp_state")]
+    groups = []
+    for state in states:
+        several = getattr(state, "_fsdp_param_groups", None)  # since torch 2.11 or so a module may have more than one
+        groups += [state._fsdp_param_group] if several is None else several
+    return [(one.mesh_info.mesh, getattr(one, "gradient_divide_factor", None)) for one in groups if one is not None]

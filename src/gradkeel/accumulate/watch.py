@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from gradkeel.errors import WindowError
+
 
 class GradientWatch:
     """Sees whether anybody else wrote to gradients, by their identity and version counter; reads no gradient.
@@ -35,6 +37,20 @@ class GradientWatch:
             return None
         gone = any(old != (0, 0) and new == (0, 0) for old, new in zip(self._seen, now, strict=False))
         return "cleared" if gone else "modified"
+
+    def refuse_changes(self, when: str) -> None:
+        """Raise `WindowError` if anybody else wrote to gradients since ``note``."""
+        change = self.change()
+        if change == "cleared":
+            raise WindowError(
+                f"gradients were cleared in the middle of the window, {when}; call optimizer.zero_grad() only after "
+                "optimizer.step(), or accumulate.drop() to discard a window"
+            )
+        if change == "modified":
+            raise WindowError(
+                f"gradients were modified by somebody else in the middle of the window, {when}; if it is a clip, "
+                "remove it (the guard clips the whole window, once), and call backward() only through micro.backward()"
+            )
 
     def any_unchanged(self) -> bool:
         """Whether some gradient is still there just as it was noted."""
