@@ -21,6 +21,7 @@ SURFACE = [
     "MicroBatch",
     "NonFiniteGradientError",
     "PolicySpecError",
+    "RankError",
     "Recorder",
     "SelectionError",
     "SkippedStepWarning",
