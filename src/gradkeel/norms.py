@@ -122,8 +122,8 @@ class Window(Protocol):
     """What a guard must know of the accumulation window that the gradients belong to."""
 
     @property
-    def process_group(self) -> Any:
-        """The ranks over which the window's batch is spread; None for one process."""
+    def ranks(self) -> Any:
+        """The ``measure.ranks.Ranks`` over which the window's batch is spread; None for one process."""
 
     def check_step(self) -> None:
         """Raise `WindowError` unless the window is complete."""
@@ -132,7 +132,7 @@ class Window(Protocol):
         """[] weight of the window on this rank."""
 
     def agree(self, weight: Tensor, loss: Tensor) -> None:
-        """Take note of the window's [] weight and [] mean loss over all ranks; only where there is a process group."""
+        """Take note of the window's [] weight and [] mean loss over all ranks; only where there are some."""
 
     def factor(self) -> Tensor | float:
         """[] what turns the accumulated sums into the window's mean: 1 / (total weight); 0 for an empty window."""

@@ -120,7 +120,7 @@ def measure_all(
     gradients = sum(sum(one.present) for one in found)
     agreed, scalars, found_inf = None, dict[str, Tensor](), loss_scale.found_inf
     if roster.exchange is not None:
-        weight = None if window is None or window.process_group is None else window.weight()
+        weight = None if window is None or window.ranks is None else window.weight()
         agreed = roster.exchange(found, Told(gradients, found_inf, weight, loss))
         found, found_inf = agreed.readings, agreed.found_inf + agreed.failed
         if window is not None and agreed.weight is not None:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from gradkeel.measure import blank_norms, readings
 from gradkeel.measure.placement import is_distributed, settle
-from gradkeel.measure.ranks import ranks_of
+from gradkeel.measure.ranks import Ranks
 from gradkeel.measure.reduce import Exchange, Readings
 from gradkeel.measure.sharing import Sharing
 from gradkeel.norms import GradientNorms, Needs, State, Window
@@ -77,7 +77,7 @@ class Roster:
         self._exclude = tuple(exclude)
         self._sharing = sharing
         self._signature: tuple[tuple[int, Any], ...] = ()
-        self._group: Any = None
+        self._data_parallel: Ranks | None = None
         self.items: tuple[Item, ...] = ()
         self.exchange: Exchange | None = None
         self.read(None)
@@ -94,15 +94,15 @@ class Roster:
 
     def is_current(self, window: Window | None) -> bool:
         """Whether neither the optimizer's groups nor the ranks of the window have changed."""
-        return signature(self._optimizer) == self._signature and _group_of(window) is self._group
+        ranks = None if window is None else window.ranks
+        return signature(self._optimizer) == self._signature and ranks is self._data_parallel
 
     def read(self, window: Window | None) -> None:
         """Read names, groups and their policies from the optimizer, and find out who shares them.
 
         A collective where ranks were declared; an error there is told to the other ranks.
         """
-        self._group = _group_of(window)
-        data_parallel = None if self._group is None else ranks_of(self._group, "Accumulator(model=...)")
+        self._data_parallel = data_parallel = None if window is None else window.ranks
         try:
             selections, policies = self._selections()
         except Exception:
@@ -178,7 +178,3 @@ class Roster:
 def in_words(policy: Policy | None) -> str:
     """A policy's repr without addresses in memory, which are others in every process."""
     return re.sub(r" at 0x[0-9a-f]+", "", repr(policy))
-
-
-def _group_of(window: Window | None) -> Any:
-    return None if window is None else window.process_group

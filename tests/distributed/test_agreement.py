@@ -233,7 +233,7 @@ def test_finite_overflow(ranks, dtype, entry):
 class Window:
     """Refuses the step on one rank."""
 
-    process_group = None
+    ranks = None
 
     def __init__(self, is_bad):
         self.is_bad = is_bad

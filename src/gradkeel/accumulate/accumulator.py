@@ -2,22 +2,26 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from gradkeel.accumulate.checkpoint import by_names, check
-from gradkeel.accumulate.micro import Batch, Lookahead, MicroBatch
+from gradkeel.accumulate.lookahead import Batch, Lookahead, Together
+from gradkeel.accumulate.micro import MicroBatch
 from gradkeel.accumulate.noise import NoiseMeter
 from gradkeel.accumulate.open_window import OpenWindow
 from gradkeel.accumulate.sync import GradientSync
 from gradkeel.accumulate.watch import GradientWatch
 from gradkeel.accumulate.wide import WideSums
 from gradkeel.apply.skip import clear_gradients
-from gradkeel.errors import WindowError
+from gradkeel.errors import CheckpointError, WindowError
 from gradkeel.guard import Guard
 from gradkeel.noise_scale import NoiseScale
+
+if TYPE_CHECKING:
+    from gradkeel.measure.ranks import Group, Ranks
 
 Reduction = Literal["sum", "mean"]
 _VERSION = 1
@@ -34,7 +38,9 @@ class Accumulator:
     Args:
         guard: guards the optimizer that steps at the end of each window.
         steps: micro-batches in a window, at least 1; the last window of the data may be shorter.
-        model: the DistributedDataParallel or FSDP2 model, whose gradient exchange is put off to the window's end.
+        model: the DistributedDataParallel or FSDP2 model, whose gradient exchange is put off to the window's end and
+            whose average over ranks is undone; windows weigh what they weigh on all ranks.
+        process_group: the data-parallel ranks, as a process group or a device mesh, where the model does not tell.
         reduction: what the losses are: "sum" over the micro-batch's items, or their "mean" (torch's criteria default
             to it), which is multiplied by the weight first.
         accumulate_dtype: sum in this dtype, such as ``torch.float32`` for bfloat16 gradients, which stall otherwise
@@ -62,6 +68,7 @@ class Accumulator:
         steps: int,
         *,
         model: nn.Module | None = None,
+        process_group: "Group | None" = None,
         reduction: Reduction = "sum",
         accumulate_dtype: torch.dtype | None = None,
         noise_scale: bool = False,
@@ -71,19 +78,17 @@ class Accumulator:
         if reduction not in ("sum", "mean"):
             raise ValueError(f"Accumulator(reduction={reduction!r}): reduction must be 'sum' or 'mean'")
         if accumulate_dtype is not None and not accumulate_dtype.is_floating_point:
-            raise ValueError(
-                f"Accumulator(accumulate_dtype={accumulate_dtype}): must be a floating dtype, or None"
-            )
+            raise ValueError(f"Accumulator(accumulate_dtype={accumulate_dtype}): must be floating, or None")
         if guard.window is not None:
             raise WindowError("Accumulator(guard=...): this guard has an accumulator already; use that one")
         self.guard = guard
         self.steps = steps
         self.reduction: Reduction = reduction
-        self._sync = GradientSync(model)
+        self._sync = GradientSync(model, process_group)
         if noise_scale and self._sync.is_needed:
             raise ValueError(
-                "Accumulator(noise_scale=True): under a distributed model gradients are exchanged only at the window's "
-                "end; measure the noise scale on one process"
+                "Accumulator(noise_scale=True): a distributed model exchanges gradients only at the window's end; "
+                "measure the noise scale on one process"
             )
         self._watch = GradientWatch(lambda: guard.parameters)
         self._wide = None if accumulate_dtype is None else WideSums(accumulate_dtype)
@@ -101,8 +106,11 @@ class Accumulator:
         """Go through ``loader`` once, in windows of ``steps`` micro-batches; the last window ends with the data.
 
         The next batch is fetched when the current one is done with, so a loader may reuse its buffers, and random
-        numbers are drawn in the order of a plain loop. Only a distributed model with a loader without a length makes
-        it fetch one batch ahead.
+        numbers are drawn in the order of a plain loop.
+
+        Data-parallel ranks go on together to the end of the longest loader: a rank that has no more data repeats its
+        last batch with the weight 0 (``micro.is_filler``). They tell each other the lengths of their loaders once, or,
+        where one has no length, before each window whether they have more; the last window is filled up then.
 
         Raises:
             WindowError: if a window is open still, after an early ``break``: call `finish` or `drop` first.
@@ -117,6 +125,10 @@ class Accumulator:
 
     def _windows(self, loader: Iterable[Batch]) -> "Iterator[MicroBatch[Batch]]":
         source = Lookahead(loader, by_length=self._sync.is_needed)
+        if self._sync.ranks is not None:
+            source = Together(
+                loader, self._sync.ranks, self.guard.device, opens_window=lambda: self._open.count == 0
+            )
         while source.fetch():
             micro = MicroBatch(self, source.take(), source)
             yield micro
@@ -257,9 +269,9 @@ class Accumulator:
         self._watch.refuse_changes("before optimizer.step()")
 
     @property
-    def process_group(self) -> Any:
+    def ranks(self) -> "Ranks | None":
         """The ranks over which the batch is spread, whose weights the guard adds up; None for one process."""
-        return self._sync.process_group
+        return self._sync.ranks
 
     def weight(self) -> Tensor | float:
         """[] this rank's weight of the window."""
@@ -267,14 +279,15 @@ class Accumulator:
 
     def agree(self, weight: Tensor, loss: Tensor) -> None:
         """Take the window's weight and mean loss over all ranks."""
-        self._open.total, self._last_loss = weight, loss
+        self._open.total = weight
+        self._last_loss = None if self._last_loss is None else loss
 
     def factor(self) -> Tensor | float:
         """[] what the accumulated gradients are multiplied by: 1 / total weight; 0 for an empty window.
 
         Undoes the power of two that float16 losses are divided by, and the backend's average over ranks.
         """
-        return self._open.factor((self._divisor or 1.0) * self._sync.ranks, self.guard.device)
+        return self._open.factor((self._divisor or 1.0) * self._sync.divisor, self.guard.device)
 
     def is_empty(self) -> bool | Tensor:
         """Whether the window's total weight is 0."""
@@ -290,20 +303,22 @@ class Accumulator:
     def state_dict(self) -> dict[str, Any]:
         """The open window, its gradients included, so that a run killed inside it resumes bitwise equal.
 
+        Under a distributed model it can be saved between windows only, and raises a `CheckpointError` inside of one.
         Loadable with ``torch.load(weights_only=True)``. Between windows it holds no tensors.
         """
         self._check_unbroken()
+        if self._sync.is_needed and self._open.is_open:
+            raise CheckpointError(
+                "accumulate.state_dict(): in the middle of a window each rank has sums of its own, which no checkpoint "
+                "of the model holds; take checkpoints after optimizer.step()"
+            )
         parameters = self.guard.parameters if self._open.is_open else ()
         gradients = {p: p.grad for p in parameters if p.grad is not None}
         return {
             "version": _VERSION,
             "steps": self.steps,
             "reduction": self.reduction,
-            "count": self._open.count,
-            "is_complete": self._open.is_complete,
-            "weight": self._open.weight,
-            "weighs": self._open.weighs,
-            "loss": self._open.loss,
+            **self._open.saved(),
             "divisor": self._divisor,
             "gradients": by_names(self.guard, gradients),
             "sums": by_names(self.guard, {} if self._wide is None else self._wide.sums),
@@ -323,14 +338,8 @@ class Accumulator:
         )
         by_name = dict(zip(self.guard.names, self.guard.parameters, strict=True))
         self.drop()
-        self._open.count, self._open.is_complete = int(state["count"]), bool(state["is_complete"])
-        self._open.is_open = self._resumed = self._open.count > 0
-        self._open.weight, self._open.weighs, self._open.loss = (
-            state["weight"],
-            state["weighs"],
-            state["loss"],
-        )
-        self._open.total = self._open.weight
+        self._open = OpenWindow.loaded(state)
+        self._resumed = self._open.is_open
         self._divisor = state["divisor"]
         for name, gradient in state["gradients"].items():
             by_name[name].grad = gradient.to(by_name[name].device).clone()

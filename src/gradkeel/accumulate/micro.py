@@ -1,57 +1,18 @@
-"""One micro-batch: the context around its forward and backward, and the look ahead to the next."""
+"""One micro-batch: the context around its forward and backward, and what is accumulated of it."""
 
 import math
-from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic
 
 from torch import Tensor
 
+from gradkeel.accumulate.lookahead import Batch, Lookahead
 from gradkeel.errors import WindowError
 from gradkeel.measure import wide_dtype
 
 if TYPE_CHECKING:
     from gradkeel.accumulate.accumulator import Accumulator
-
-Batch = TypeVar("Batch")
-
-
-class Lookahead(Generic[Batch]):
-    """An iterator that can tell whether there is more, fetching the next item no sooner than it must.
-
-    Args:
-        loader: what to iterate.
-        by_length: answer ``is_more_coming`` by the loader's length, where it has one, without fetching.
-    """
-
-    def __init__(self, loader: Iterable[Batch], *, by_length: bool) -> None:
-        self._iterator = iter(loader)
-        self._fetched: list[Batch] = []
-        self._taken = 0
-        self._length: int | None = None
-        if by_length:
-            try:
-                self._length = len(loader)  # type: ignore[arg-type]  # without a length it raises, which is the test
-            except TypeError:
-                self._length = None
-
-    def fetch(self) -> bool:
-        """Have the next item at hand; False at the end of the data."""
-        if not self._fetched:
-            for item in self._iterator:
-                self._fetched.append(item)
-                break
-        return bool(self._fetched)
-
-    def is_more_coming(self) -> bool:
-        """Whether another item comes after the one taken last."""
-        return self.fetch() if self._length is None else self._taken < self._length
-
-    def take(self) -> Batch:
-        """The item that ``fetch`` found."""
-        self._taken += 1
-        return self._fetched.pop()
 
 
 class MicroBatch(Generic[Batch]):
@@ -60,11 +21,14 @@ class MicroBatch(Generic[Batch]):
     Attributes:
         batch: what the loader gave.
         index: its position in the window, from 0.
+        is_filler: this rank has no more data and others have: the batch is the last one again, its weight counts as
+            0, and so does its loss in `backward`. Multiply the loss by 0 yourself where other code runs backward.
     """
 
     def __init__(self, owner: "Accumulator", batch: Batch, source: Lookahead[Batch]) -> None:
         self.batch = batch
         self.index = owner._open.count
+        self.is_filler = source.is_filler
         self._owner = owner
         self._source = source
         self._was_entered = False
@@ -97,16 +61,21 @@ class MicroBatch(Generic[Batch]):
         """
         amount = self._check(weight)
         owner = self._owner
-        if owner.reduction == "mean" and amount is not None:
+        if self.is_filler:
+            loss, amount = loss * 0.0, 0.0
+        elif owner.reduction == "mean" and amount is not None:
             loss = loss * amount
         if scaler is not None and owner._noise is not None:
             raise ValueError(
                 "micro.backward(scaler=...): the noise scale cannot be measured under a loss scale"
             )
         divisor = owner._choose_divisor(amount, is_half=scaler is not None)
-        owner._open.add(loss.detach(), amount)
-        if isinstance(amount, float) and amount == 0.0 and not self._synchronizes:
-            return  # nothing to learn from, and a mean over no items would be NaN
+        is_nothing = isinstance(amount, float) and amount == 0.0
+        if not self.is_filler:
+            # The mean over no items is NaN.
+            owner._open.add(None if is_nothing else loss.detach(), amount)
+        if is_nothing and not self._is_awaited:
+            return
         scaled = loss if divisor == 1.0 else loss / divisor
         (scaled if scaler is None else scaler.scale(scaled)).backward()
 
@@ -124,7 +93,8 @@ class MicroBatch(Generic[Batch]):
                 "micro.weigh() needs losses that are sums, since backward is out of its hands; use reduction='sum' and "
                 "multiply the mean by its weight yourself"
             )
-        self._owner._open.add(None, amount)
+        if not self.is_filler:
+            self._owner._open.add(None, amount)
 
     def _check(self, weight: Tensor | float | None) -> Tensor | float | None:
         if not (self._was_entered and self._owner._is_inside):
@@ -179,8 +149,10 @@ class MicroBatch(Generic[Batch]):
             )
 
     @property
-    def _synchronizes(self) -> bool:
-        return self._owner._sync.is_needed and self._last is True
+    def _is_awaited(self) -> bool:
+        """Whether other ranks wait for this one's backward."""
+        sync = self._owner._sync
+        return sync.needs_every_backward or (sync.is_needed and self._last is True)
 
     def _is_last(self) -> bool:
         return self._owner._open.count + 1 >= self._owner.steps or not self._source.is_more_coming()

@@ -1,6 +1,8 @@
 """The sums of one window: how many micro-batches, what they weigh, what they lose."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +34,30 @@ class OpenWindow:
     total: Tensor | float = 0.0
     loss: Tensor | None = None
     weighs: bool | None = None
+
+    @classmethod
+    def loaded(cls, state: Mapping[str, Any]) -> "OpenWindow":
+        """The window that ``saved`` gave."""
+        count, weight = int(state["count"]), state["weight"]
+        return cls(
+            count=count,
+            is_open=count > 0,
+            is_complete=bool(state["is_complete"]),
+            weight=weight,
+            total=weight,
+            loss=state["loss"],
+            weighs=state["weighs"],
+        )
+
+    def saved(self) -> dict[str, Any]:
+        """What a checkpoint must hold of it."""
+        return {
+            "count": self.count,
+            "is_complete": self.is_complete,
+            "weight": self.weight,
+            "weighs": self.weighs,
+            "loss": self.loss,
+        }
 
     def add(self, loss: Tensor | None, weight: Tensor | float | None) -> None:
         """Take in the sum of a micro-batch's losses, and its weight; None counts each micro-batch alike."""

@@ -89,10 +89,24 @@ def _outermost(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _meshes(parts: list[Any]) -> list[tuple[Any, float | None]]:
-    """The mesh over which each group of FSDP parameters is spread, and the divisor that was set for it."""
+    """For each group of FSDP parameters: its data-parallel ranks, and the divisor where one was set."""
     states = [m._get_fsdp_state() for part in parts for m in part.modules() if hasattr(m, "_get_fsdp_state")]
-    groups = []
+    groups: list[Any] = []
     for state in states:
-        several = getattr(state, "_fsdp_param_groups", None)  # since torch 2.11 or so a module may have more than one
+        several = getattr(state, "_fsdp_param_groups", None)  # older torch has one for each module
         groups += [state._fsdp_param_group] if several is None else several
-    return [(one.mesh_info.mesh, getattr(one, "gradient_divide_factor", None)) for one in groups if one is not None]
+    return [
+        (_data_parallel(group.mesh_info), getattr(group, "gradient_divide_factor", None))
+        for group in groups
+        if group is not None
+    ]
+
+
+def _data_parallel(info: Any) -> Any:
+    axes = [getattr(info, name, None) for name in ("replicate_mesh_dim", "shard_mesh_dim")]
+    chosen = [axis for axis in axes if axis is not None]
+    if len(chosen) == 1:
+        return info.mesh.get_group(chosen[0])
+    if len(chosen) == info.mesh.ndim:
+        return info.mesh
+    return info.mesh[tuple(info.mesh.mesh_dim_names[axis] for axis in chosen)]
