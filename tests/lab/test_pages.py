@@ -53,3 +53,20 @@ def test_the_commands_that_a_page_names_exist():
     known = {command.name for command in app.registered_commands}
     named = {word for page in PAGES for word in re.findall(r"`gradkeel (\w+)", read(page))}
     assert named <= known
+
+
+def test_the_chinese_readme_has_the_same_code_and_links():
+    def parts(name):
+        text = (DOCS.parent / name).read_text(encoding="utf-8")
+        blocks = re.findall(r"```\w*\n(.*?)```", text, flags=re.DOTALL)
+        code = [re.sub(r"\s*#.*", "", line) for block in blocks for line in block.splitlines()]
+        links = [link.replace("docs/zh/", "docs/") for link in re.findall(r"\]\((docs[^)]*)\)", text)]
+        return (
+            code,
+            sorted(links),
+            text.count("\n## "),
+            text.count("\n|"),
+            sorted(re.findall(r"`gk\.[^`]*`", text)),
+        )
+
+    assert parts("README.zh.md") == parts("README.md")
