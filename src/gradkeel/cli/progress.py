@@ -16,7 +16,8 @@ from rich.text import Text
 if TYPE_CHECKING:
     from gradkeel.lab.plan import Comparison, Plan
 
-EVERY = 20.0  # seconds between provisional tables where they cannot be drawn over each other
+# Seconds until the first provisional table, and between the others, where they cannot be drawn over each other.
+FIRST, EVERY = 8.0, 20.0
 WIDTH = 120  # of tables that go to no terminal
 
 
@@ -27,7 +28,7 @@ class Progress:
         self._console = _console(stderr=True)
         self._quiet = quiet
         self._live: Live | None = None
-        self._shown = time.monotonic()
+        self._due = time.monotonic() + FIRST
         self._total = len(plan.trials)
         self._what = f"{plan.target}: " if plan.target else ""
         self._bar = Bar(
@@ -60,8 +61,8 @@ class Progress:
         self._bar.update(self._task, completed=done, description=f"{self._what}running")
         if self._live is not None:
             self._live.update(Group(_table(comparison, "so far"), self._bar))
-        elif time.monotonic() - self._shown > EVERY and done < self._total:
-            self._shown = time.monotonic()
+        elif time.monotonic() > self._due and done < self._total:
+            self._due = time.monotonic() + EVERY
             self._console.print(_table(comparison, f"so far: {done} of {self._total} runs"))
 
 

@@ -14,7 +14,7 @@ import torch
 from gradkeel.lab.command import in_subprocesses
 from gradkeel.lab.plan import Comparison, Plan
 from gradkeel.lab.run import Run, Trial, run_trial
-from gradkeel.lab.task import Task, load_task
+from gradkeel.lab.task import Task, TaskError, load_task
 
 
 def compare(
@@ -36,6 +36,8 @@ def compare(
         records: folder for what a command's runs record and print.
     """
     trials = plan.trials
+    if jobs is not None and jobs < 1:
+        raise TaskError(f"jobs={jobs}: it must be 1 or more")
     jobs = min(len(trials), jobs or (1 if plan.is_command else _cores()))
     done: dict[int, Run] = {}
     interrupted = False
