@@ -29,6 +29,10 @@ help: ## list the targets
 compare: $(VENV)/run.stamp ## the same task under several policies: a table and a page
 	$(VENV)/bin/gradkeel compare $(ARGS)
 
+.PHONY: theory
+theory: $(VENV)/dev.stamp ## the experiments behind docs/theory.md, which it writes anew (minutes)
+	$(VENV)/bin/gradkeel theory --out docs $(ARGS)
+
 # -- tests and linters -------------------------------------------------------------------------------------
 
 .PHONY: test
