@@ -47,6 +47,10 @@ test-full: $(VENV)/dev.stamp ## the tests, those that take minutes included
 test-peers: $(PEERS)/peers.stamp ## the same gradients through optax, Keras and Paddle, in an environment of their own
 	$(PEERS)/bin/python -m pytest -m peers tests/peers $(ARGS)
 
+.PHONY: test-triton
+test-triton: $(VENV)/triton.stamp ## the GPU kernels, in Triton's interpreter; needs no GPU, but 1 GB for Triton
+	$(pytest) tests/measure/test_triton.py $(ARGS)
+
 .PHONY: lint
 lint: $(VENV)/dev.stamp ## ruff and mypy
 	$(VENV)/bin/ruff check .
@@ -91,6 +95,10 @@ $(VENV)/run.stamp: pyproject.toml constraints.txt $(native) | $(VENV)/bin/python
 $(VENV)/dev.stamp: pyproject.toml constraints.txt $(native) | $(VENV)/bin/python
 	$(python) -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $(VENV)/run.stamp $@
+
+$(VENV)/triton.stamp: constraints.txt | $(VENV)/dev.stamp
+	$(python) -m pip install --quiet -c constraints.txt triton
+	touch $@
 
 $(PEERS)/peers.stamp: pyproject.toml constraints.txt constraints-peers.txt $(native) | $(PEERS)/bin/python
 	$(PEERS)/bin/python -m pip install --quiet -c constraints.txt -c constraints-peers.txt -e . \

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradkeel.measure import native
+from gradkeel.measure import native, triton_host
 from gradkeel.measure.placement import entries_to_scale
 from gradkeel.norms import Decision, GradientNorms
 
@@ -65,9 +65,33 @@ def _scale(parameters: Sequence[Tensor], factor: Tensor | None) -> None:
         _scale_on_host(parameters, factor)
         return
     rows = [factor] * len(parameters) if factor.dim() == 0 else list(factor.unbind())
-    for parameter, row in zip(parameters, rows, strict=True):
-        if parameter.grad is not None:
-            _multiply(entries_to_scale(parameter.grad), row)
+    chosen = [
+        (gradient, row) for p, row in zip(parameters, rows, strict=True) if (gradient := p.grad) is not None
+    ]
+    _scale_on_device([entries_to_scale(gradient) for gradient, _ in chosen], [row for _, row in chosen])
+
+
+def _scale_on_device(entries: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
+    """Multiply each tensor by its factor, [] on some device, without the host knowing the factors."""
+    kernels = triton_host.kernels()
+    table = None if kernels is None else kernels.table(entries)
+    if kernels is not None and table is not None:
+        kernels.scale(table, torch.stack([factor.to(entries[0].device) for factor in factors]))
+        torch.autograd.graph.increment_version(entries)
+        return
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, tensor in enumerate(entries):
+        groups.setdefault((tensor.device, tensor.dtype), []).append(i)
+    for (device, dtype), members in groups.items():
+        wide = torch.promote_types(dtype, torch.float32)
+        moved = {id(factors[i]): factors[i].to(device, wide) for i in members}
+        chosen, numbers = [entries[i] for i in members], [moved[id(factors[i])] for i in members]
+        if dtype == wide:
+            torch._foreach_mul_(chosen, numbers[0] if len(moved) == 1 else numbers)
+            continue
+        for tensor, number in zip(chosen, numbers, strict=True):
+            # A factor without a dimension would be rounded to the gradient's dtype first; with one it promotes.
+            tensor.mul_(number.reshape(1))
 
 
 def _scale_on_host(parameters: Sequence[Tensor], factor: Tensor) -> None:
@@ -96,15 +120,6 @@ def _scale_on_host(parameters: Sequence[Tensor], factor: Tensor) -> None:
         if gradient.dtype not in (torch.float32, torch.float64):
             # mul_ multiplies in a wider type and rounds once; foreach would round the number first.
             entries_to_scale(gradient).mul_(value)
-
-
-def _multiply(entries: Tensor, factor: Tensor) -> None:
-    # A 0-dim device tensor would be rounded to the gradient's dtype first; with a dimension it promotes.
-    entries.mul_(
-        factor.to(entries.device, torch.float64 if entries.dtype == torch.float64 else torch.float32).reshape(
-            1
-        )
-    )
 
 
 def _scale_units(parameters: Sequence[Tensor], coefficients: Tensor, counts: Sequence[int], dim: int) -> None:

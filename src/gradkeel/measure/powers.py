@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradkeel.measure import native
+from gradkeel.measure import native, triton_host
 from gradkeel.measure.placement import entries_by_position, entries_to_read
 
 BLOCK = 4096
@@ -105,12 +105,34 @@ def _norms(tensors: Sequence[Tensor], norm_type: float, device: torch.device) ->
         if kind.type == "cpu":
             values = _cpu_norms(chosen, norm_type).to(device, non_blocking=True)
         else:
-            norms = list(torch._foreach_norm([_filled(t) for t in chosen], norm_type, dtype=wide))
-            values = torch.stack(norms).to(device, non_blocking=True)
+            values = _device_norms(chosen, norm_type, wide).to(device, non_blocking=True)
         if len(here) == len(tensors):
             return values
         result[here] = values
     return result
+
+
+def _device_norms(tensors: Sequence[Tensor], norm_type: float, wide: torch.dtype) -> Tensor:
+    """[k] norms of the tensors of one accelerator, by the Triton kernels or in one foreach call."""
+    kernels = triton_host.kernels() if norm_type in (1.0, 2.0) else None
+    table = None if kernels is None else kernels.table(tensors)
+    if kernels is not None and table is not None:
+        return kernels.norms(table, norm_type)
+    filled = [_filled(tensor) for tensor in tensors]
+    norms = list(torch._foreach_norm(filled, norm_type, dtype=wide))
+    doubles = [i for i, tensor in enumerate(filled) if tensor.dtype == torch.float64]
+    if doubles and norm_type > 0 and not math.isinf(norm_type):
+        # Squares of float64 entries leave even float64's range, so they are taken relative to max |g|, at any rate:
+        # looking whether that is necessary would sync the host.
+        chosen = [filled[i] for i in doubles]
+        largest = torch.stack(list(torch._foreach_norm(chosen, math.inf)))
+        scales = torch.where(
+            (largest > 0) & torch.isfinite(largest), largest, torch.ones_like(largest)
+        ).unbind()
+        scaled = torch._foreach_norm(torch._foreach_div(chosen, list(scales)), norm_type)
+        for i, norm, scale in zip(doubles, scaled, scales, strict=True):
+            norms[i] = norm * scale
+    return torch.stack(norms)
 
 
 def _filled(tensor: Tensor) -> Tensor:
