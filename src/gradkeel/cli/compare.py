@@ -20,26 +20,36 @@ INTERRUPTED = 130  # what shells give for SIGINT
 def command(
     task: Annotated[
         str | None,
-        typer.Argument(help="char-lstm (default), exploding-linear, or yours: mypkg.mymodule:make_task"),
+        typer.Argument(
+            metavar="TASK", help="char-lstm (default), exploding-linear, or yours: mypkg.mymodule:make_task"
+        ),
     ] = None,
     policy: Annotated[
-        list[str] | None, typer.Option(help="a policy, such as none or global-norm:0.25; may be repeated")
+        list[str] | None,
+        typer.Option(metavar="SPEC", help="a policy, such as none or global-norm:0.25; may be repeated"),
     ] = None,
     sweep: Annotated[
-        str | None, typer.Option(help="a range of bounds, such as global-norm:0.01..100")
+        str | None,
+        typer.Option(metavar="POLICY:LOW..HIGH", help="a range of bounds, such as global-norm:0.01..100"),
     ] = None,
-    lr: Annotated[list[float] | None, typer.Option(help="a learning rate; may be repeated")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="items in a batch")] = None,
-    seeds: Annotated[int | None, typer.Option(help="how many seeds")] = None,
-    steps: Annotated[int | None, typer.Option(help="optimizer steps in a run")] = None,
-    jobs: Annotated[int | None, typer.Option(help="worker processes (default: one a core)")] = None,
+    lr: Annotated[
+        list[float] | None, typer.Option(metavar="X", help="a learning rate; may be repeated")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(metavar="B", help="items in a batch")] = None,
+    seeds: Annotated[int | None, typer.Option(metavar="N", help="how many seeds")] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="optimizer steps in a run")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(metavar="N", help="worker processes (default: one a core)")
+    ] = None,
     run: Annotated[
         str | None,
-        typer.Option(help="your own command instead of a task, such as 'python train.py --lr 0.1'"),
+        typer.Option(
+            metavar="COMMAND", help="your own command instead of a task, such as 'python train.py --lr 0.1'"
+        ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="directory for compare.json and compare.html")] = Path(
-        "gradkeel-compare"
-    ),
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="directory for compare.json and compare.html")
+    ] = Path("gradkeel-compare"),
     as_json: Annotated[
         bool, typer.Option("--json", help="print the result as JSON, and nothing else, to stdout")
     ] = False,

@@ -100,7 +100,7 @@ def _table(comparison: "Comparison", title: str) -> Padding:
     )
     drawn.add_column(cells.headers[0], overflow="fold")
     for header in cells.headers[1:]:
-        drawn.add_column(header, justify="right")
+        drawn.add_column(header, justify="right", no_wrap=True)
     for row in cells.rows:
         drawn.add_row(*(Text(cell) for cell in row))
     return Padding(drawn, (1, 0))

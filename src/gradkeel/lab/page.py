@@ -33,7 +33,7 @@ def _cells(row: Row) -> list[str]:
         row.policy,
         number(row.lr),
         "diverged" if failed else number(row.loss),
-        "–" if math.isnan(row.lowest) else f"{number(row.lowest)} – {number(row.highest)}",
+        "–" if math.isnan(row.lowest) else f"{row.lowest:.3g}–{row.highest:.3g}",
         f"{row.diverged}/{row.runs}",
         f"{row.clip_rate:.0%}",
         _steps(row),
