@@ -168,7 +168,10 @@ def _sweeps(comparison: Comparison) -> list[Section]:
         "diverged, and the loss came down at least half as far as under the best bound. "
         "There may be more than one such range."
     )
-    return [Section("Which bounds work", text, _sweep_table(points), figure)]
+    return [
+        Section("Which bounds work", text, figure=figure),
+        Section("Each bound in numbers", table=_sweep_table(points)),
+    ]
 
 
 def _sweep_point(point: SweepPoint) -> Point:
