@@ -79,7 +79,11 @@ def plant(path, seed, fault):
     steps, batch = rng.randint(150, 320), rng.choice([8, 16, 32])
     step = rng.randint(50, steps - 30)
     adam = "Adam" in type(optimizer).__name__
-    factor = {"weights": rng.choice([10, 30, 100]), "batch": 1000, "learning rate": 1000 if adam else 10_000}.get(fault)
+    factor = {
+        "weights": rng.choice([10, 30, 100]),
+        "batch": 1000,
+        "learning rate": 1000 if adam else 10_000,
+    }.get(fault)
     teacher = torch.randn(inputs, outputs)
     run = _Run(model, optimizer, guard, teacher, batch, scaled=fault == "overflow" and rng.random() < 0.5)
     with warnings.catch_warnings():
@@ -94,7 +98,13 @@ def plant(path, seed, fault):
 
 class _Run:
     def __init__(self, model, optimizer, guard, teacher, batch, scaled):
-        self.model, self.optimizer, self.guard, self.teacher, self.batch = model, optimizer, guard, teacher, batch
+        self.model, self.optimizer, self.guard, self.teacher, self.batch = (
+            model,
+            optimizer,
+            guard,
+            teacher,
+            batch,
+        )
         self.unbounded = any(isinstance(m, nn.ReLU | nn.GELU) for m in model.modules())
         self.unbounded &= not any(isinstance(m, nn.LayerNorm) for m in model.modules())
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scaled)
@@ -120,7 +130,9 @@ class _Run:
         if not torch.isfinite(loss):
             return False
         if fault == "batch" and not self.unbounded and y.shape[1] > 1:
-            loss = loss * factor  # as by a corrupted sample weight: inputs alone cannot harm a saturating network
+            loss = (
+                loss * factor
+            )  # as by a corrupted sample weight: inputs alone cannot harm a saturating network
         self.guard.log(loss=loss)
         if fault == "overflow":
             loss = loss * 1e38 * 1e6  # leaves float32's range

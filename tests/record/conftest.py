@@ -12,10 +12,8 @@ def make_report():
     """A report of step ``step``: parameter i has the norm ``step + i / 10``, and the bound is 50."""
 
     def make(step, names=("a.weight", "b.weight", "b.bias"), norms=None, stepped=True, **scalars):
-        values = (
-            torch.tensor([step + i / 10 for i in range(len(names))]) if norms is None else torch.tensor(norms)
-        )
-        values = values.to(torch.float64)
+        given = [step + i / 10 for i in range(len(names))] if norms is None else norms
+        values = torch.tensor(given, dtype=torch.float64)
         total = torch.linalg.vector_norm(values)
         coefficient = 50 / torch.maximum(total, torch.tensor(50.0, dtype=torch.float64))
         measured = GradientNorms(names, values, total, 2.0, (0,) * len(names), step, sizes=(4,) * len(names))

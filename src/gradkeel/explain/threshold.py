@@ -128,7 +128,7 @@ def advise(
             raise ValueError(f"bounds={bound!r}: a bound must be a positive finite number")
     scope = scope or ("tensor" if reader.policy.startswith("norm:") else "global")
     norms, rates, steps = _usable(reader, scope, explosion)
-    if steps < _FEWEST:
+    if steps < _FEWEST or not norms.numel():
         return None
     optimizer = reader.session.optimizer
     cancels = True if optimizer in SCALE_FREE else False if optimizer in SGD_LIKE else None
@@ -175,11 +175,11 @@ def _usable(reader: Reader, scope: Scope, explosion: Explosion | None) -> tuple[
     stride = max(1, math.ceil(len(usable) / most))
     kept = usable[::stride]
     if scope == "global":
-        norms = reader.totals(stop=stop, stride=stride).unsqueeze(1)
+        norms = reader.totals(stop=stop, stride=stride)[kept].unsqueeze(1)
     else:
-        norms = reader.norms(stop=stop, stride=stride)[:, reader.main]
+        norms = reader.norms(stop=stop, stride=stride)[kept][:, reader.main]
         norms = norms[:, (norms > 0).all(dim=0)]
-    return norms[kept], reader.scalar("lr", stop=stop, stride=stride)[kept], int(usable.sum())
+    return norms, reader.scalar("lr", stop=stop, stride=stride)[kept], int(usable.sum())
 
 
 def _live_bound(reader: Reader) -> float | None:

@@ -52,8 +52,8 @@ class Recorder:
     less, and never harms the file.
 
     Besides what the guard measures anyway, the parameters' own 2-norms and those of their updates are recorded: at
-    each of the first 100 steps, then at every 10th (updates, for which the weights are copied: every 50th); on the
-    CPU also around a jump of the gradient norm.
+    each of the first 100 steps, then at every 10th (updates, for which the weights are copied, and everything from
+    step 10,000 on: every 50th); on the CPU also around a jump of the gradient norm.
 
     In a distributed run every rank may have a recorder; only rank 0's writes.
 

@@ -13,8 +13,8 @@ from gradkeel.norms import GradientNorms
 from gradkeel.record.rows import Sample
 
 FIRST_STEPS = 100
-WEIGHTS_EVERY = 10
-UPDATES_EVERY = 50
+WEIGHTS_EVERY, UPDATES_EVERY = 10, 50
+LONG_RUN = 10_000  # steps, from which on weights too are measured at every 50th only
 SUSPICION, ALARM = 1.5, 3.0
 """Times the highest norm of the last 20 steps: from there on weights, and also updates, are measured whatever the
 interval."""
@@ -24,8 +24,9 @@ AFTER_ALARM = 10
 class Sampling:
     """Chooses steps: each of the first 100; then every 10th for weights, every 50th for updates, which need a copy.
 
-    On the CPU also those at which the gradient norm jumps, for these are what one wants to know about later: there
-    the host knows the norm without waiting for it. What is measured are 2-norms.
+    From step 10,000 on every 50th for both. On the CPU also those at which the gradient norm jumps, for these are
+    what one wants to know about later: there the host knows the norm without waiting for it. What is measured are
+    2-norms.
     """
 
     def __init__(self) -> None:
@@ -41,7 +42,8 @@ class Sampling:
         if not jump <= ALARM:
             self._alarmed_until = step + AFTER_ALARM
         updates = self._seen <= FIRST_STEPS or step % UPDATES_EVERY == 0 or step <= self._alarmed_until
-        return updates or step % WEIGHTS_EVERY == 0 or not jump <= SUSPICION, updates
+        weights = (step % WEIGHTS_EVERY == 0 and step <= LONG_RUN) or not jump <= SUSPICION
+        return updates or weights, updates
 
     def _jump(self, measured: GradientNorms) -> float:
         """The norm relative to the highest of the last steps; NaN where it is not finite."""

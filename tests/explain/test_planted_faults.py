@@ -1,0 +1,60 @@
+"""The study: faults planted in real training are found, with their layer and step, and healthy runs raise no alarm."""
+
+import pytest
+
+from gradkeel.explain import explain
+
+# Seeds that the thresholds were not chosen with (those were 0 to 39).
+FIRST_SEED = 1000
+FAULTS = ("weights", "batch", "learning rate", "overflow")
+# A learning rate acts on the gradients of the steps after it; the other faults act at their own step.
+LATE = {"learning rate": 3}
+
+
+def is_found(planted, explosion):
+    """Whether an explanation names the step, and the layer where one was tampered with."""
+    if not explosion.found or not 0 <= explosion.step - planted.step <= LATE.get(planted.fault, 0):
+        return False
+    if planted.fault == "weights" and planted.layer not in explosion.altered:
+        return False
+    return planted.layer is None or explosion.parameter == planted.layer
+
+
+def study(plant_fault, folder, seeds):
+    """The faults that were missed, and the false alarms, in words."""
+    missed, alarms = [], []
+    for seed in seeds:
+        for fault in (*FAULTS, None):
+            planted = plant_fault(folder / f"{seed} {fault}.keel", seed, fault)
+            explosion = explain(planted.path).explosion
+            words = f"{seed} {planted}: {explosion}"
+            if fault is None and explosion.found:
+                alarms.append(words)
+            elif fault is not None and not is_found(planted, explosion):
+                missed.append(words)
+    return missed, alarms
+
+
+def test_planted_faults_are_found(tmp_path, plant_fault):
+    missed, alarms = study(plant_fault, tmp_path, range(FIRST_SEED, FIRST_SEED + 10))
+    assert len(missed) <= 2, "\n".join(missed)  # 95% of 40
+    assert not alarms, "\n".join(alarms)  # 95% of 10
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_planted_faults_are_found_in_200_cases(tmp_path, plant_fault):
+    missed, alarms = study(plant_fault, tmp_path, range(FIRST_SEED, FIRST_SEED + 50))
+    assert len(missed) <= 10, "\n".join(missed)  # 95% of 200
+    assert len(alarms) <= 2, "\n".join(alarms)  # 95% of 50
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_healthy_runs_raise_no_alarm(tmp_path, plant_fault):
+    alarms = []
+    for seed in range(2000, 2200):
+        explosion = explain(plant_fault(tmp_path / f"{seed}.keel", seed, None).path).explosion
+        if explosion.found:
+            alarms.append(f"{seed}: {explosion}")
+    assert len(alarms) <= 10, "\n".join(alarms)  # 95% of 200
