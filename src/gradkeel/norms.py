@@ -131,8 +131,8 @@ class Window(Protocol):
     def weight(self) -> Tensor | float:
         """[] weight of the window on this rank."""
 
-    def agree(self, weight: Tensor, loss: Tensor) -> None:
-        """Take note of the window's [] weight and [] mean loss over all ranks; only where there are some."""
+    def agree(self, weight: Tensor, loss: Tensor | None) -> None:
+        """Take note of the window's [] weight and [] mean loss over all ranks, where there are some."""
 
     def factor(self) -> Tensor | float:
         """[] what turns the accumulated sums into the window's mean: 1 / (total weight); 0 for an empty window."""

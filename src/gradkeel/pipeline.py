@@ -123,13 +123,13 @@ def measure_all(
         weight = None if window is None or window.ranks is None else window.weight()
         agreed = roster.exchange(found, Told(gradients, found_inf, weight, loss))
         found, found_inf = agreed.readings, agreed.found_inf + agreed.failed
-        if window is not None and agreed.weight is not None:
-            window.agree(agreed.weight, agreed.loss)
         # An accelerator is not asked: without gradients norms are 0, and without losses their mean is NaN.
         on_host = roster.device.type == "cpu"
         gradients = int(agreed.gradients) if on_host else 1
         if loss is not None or (on_host and not bool(agreed.loss.isnan())):
             scalars["loss"] = agreed.loss
+        if window is not None and agreed.weight is not None:
+            window.agree(agreed.weight, scalars.get("loss"))
         loss = None if on_host and not scalars else agreed.loss
     if isinstance(loss, float):
         loss = torch.full((), loss, device=roster.device)

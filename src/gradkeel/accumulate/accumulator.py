@@ -277,10 +277,10 @@ class Accumulator:
         """[] this rank's weight of the window."""
         return self._open.weight
 
-    def agree(self, weight: Tensor, loss: Tensor) -> None:
+    def agree(self, weight: Tensor, loss: Tensor | None) -> None:
         """Take the window's weight and mean loss over all ranks."""
         self._open.total = weight
-        self._last_loss = None if self._last_loss is None else loss
+        self._last_loss = self._last_loss if loss is None else loss
 
     def factor(self) -> Tensor | float:
         """[] what the accumulated gradients are multiplied by: 1 / total weight; 0 for an empty window.
