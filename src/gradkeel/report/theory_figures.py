@@ -40,9 +40,12 @@ def _iterations(figure: Any, cosh: Series, quartic: Series) -> None:
 
 
 def _relations(figure: Any, clipped: Series, small: Series, digits: Series) -> None:
+    last = max(step for series in (clipped, small, digits) for step in series["step"])
     titles = ("LSTM, lr 16, clipped at 0.25", "LSTM, lr 2, not clipped", "tanh network on digits")
     for axes, series, title in zip(figure.subplots(1, 3), (clipped, small, digits), titles, strict=True):
-        shown = axes.scatter(series["norm"], series["smoothness"], c=series["step"], cmap="viridis", s=10)
+        shown = axes.scatter(
+            series["norm"], series["smoothness"], c=series["step"], cmap="viridis", vmin=1, vmax=last, s=10
+        )
         axes.set(xscale="log", yscale="log", xlabel="gradient norm", ylabel="local smoothness", title=title)
         plain_ticks(axes)
     figure.colorbar(shown, ax=axes, label="step")
