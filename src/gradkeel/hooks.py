@@ -54,6 +54,8 @@ class Hooks:
         self._begin = begin
         self._evaluate = evaluate
         self._finish = finish
+        self._is_inside = False  # of a step; stays True after one that raised
+        self._has_nested = False
         self._kept_flag = vars(optimizer).get(_AMP_FLAG)
         why = "gradkeel measures and decides outside of the graph; compile without fullgraph=True"
         self._handles = [
@@ -83,6 +85,10 @@ class Hooks:
                 "optimizer.step() was called inside backward(): accumulation, global norms and skipping need the "
                 "whole gradient first; step after backward(), or detach() the guard"
             )
+        self._has_nested = self._is_inside and _is_called_by_own_step(optimizer)
+        if self._has_nested:
+            return None
+        self._is_inside = True
         self._begin()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
@@ -99,6 +105,9 @@ class Hooks:
         return args, {**kwargs, "closure": evaluated}
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._has_nested and _is_called_by_own_step(optimizer):
+            return
+        self._is_inside = self._has_nested = False
         self._finish()
 
     def _getstate(self) -> dict[str, Any]:
@@ -109,6 +118,21 @@ class Hooks:
             stacklevel=3,
         )
         return type(self._optimizer).__getstate__(self._optimizer)
+
+
+def _is_called_by_own_step(optimizer: Optimizer) -> bool:
+    """Whether the optimizer's ``step`` is on the call stack: a subclass's, which calls its parent's.
+
+    torch runs the hooks for each of the two.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        # The rest of a compiled function has another name, which contains the function's.
+        code = frame.f_code
+        if "step" in code.co_name and "self" in code.co_varnames and frame.f_locals.get("self") is optimizer:
+            return True
+        frame = frame.f_back
+    return False
 
 
 class Canary:
@@ -126,7 +150,8 @@ class Canary:
         self.is_new = True
         self.is_settled = False
         self._seen: tuple[TensorWeakRef, int] | None = None
-        self._parameter = parameter
+        # Weakly: torch's list of a parameter's hooks is out of the garbage collector's sight.
+        self._parameter = None if parameter is None else TensorWeakRef(parameter)
         self._handle = None
         if parameter is not None and parameter.requires_grad and parameter.is_leaf and not _is_distributed():
             self._handle = parameter.register_post_accumulate_grad_hook(self._note)
@@ -138,7 +163,8 @@ class Canary:
     def was_touched(self) -> bool:
         """Whether the gradient that backward left has been modified in place since; forgets it."""
         seen, self._seen = self._seen, None
-        gradient = self._parameter.grad if self._parameter is not None else None
+        parameter: Tensor | None = None if self._parameter is None else self._parameter()
+        gradient = None if parameter is None else parameter.grad
         if seen is None or gradient is None or gradient is not seen[0]() or _is_distributed():
             return False
         return gradient._version != seen[1]
@@ -179,16 +205,14 @@ def _trainer_that_clips() -> tuple[str | None, bool]:
 
     The Transformers Trainer multiplies every gradient by 1 where it is set not to clip.
     """
-    for owner in _callers():
-        packages = {base.__module__.partition(".")[0] for base in type(owner).__mro__}
+    for owner in _callers("transformers", "lightning", "pytorch_lightning"):
         limit = getattr(getattr(owner, "args", None), "max_grad_norm", None)
-        if "transformers" in packages and limit is not None:
+        if limit is not None:
             words = "the Transformers Trainer clips too; set TrainingArguments(max_grad_norm=0)"
             return (words if limit > 0 else None), True
-        if packages & {"lightning", "pytorch_lightning"}:
-            trainer = getattr(owner, "trainer", None) or owner
-            if getattr(trainer, "gradient_clip_val", None):
-                return "the Lightning Trainer clips too; leave Trainer(gradient_clip_val=None)", True
+        if hasattr(owner, "gradient_clip_val"):
+            words = "the Lightning Trainer clips too; leave Trainer(gradient_clip_val=None)"
+            return (words, True) if owner.gradient_clip_val else (None, False)
     return None, False
 
 
@@ -198,18 +222,27 @@ def tell_accelerate(*, stepped: bool) -> None:
     Its schedulers and the Transformers Trainer ask it; by itself it takes a step that was called for one that was
     made.
     """
-    for owner in _callers():
+    for owner in _callers("accelerate"):
         if type(owner).__module__ == "accelerate.optimizer":
             owner._accelerate_step_called = stepped  # looked at after the step of a loss scale
             owner._is_overflow = not stepped
 
 
-def _callers() -> Iterator[Any]:
-    """The objects whose methods are on the call stack, innermost first."""
+def _callers(*packages: str) -> Iterator[Any]:
+    """The objects whose methods, defined in one of these packages, are on the call stack, outermost first.
+
+    Before Python 3.13 a frame whose variables were read keeps all of them alive until it ends. So nobody else's are
+    read, and of a trainer's own those of its entry point first, which hold no batch.
+    """
+    found = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        yield frame.f_locals.get("self")
+        module = frame.f_globals.get("__name__", "")
+        if module.partition(".")[0] in packages and "self" in frame.f_code.co_varnames:
+            found.append(frame)
         frame = frame.f_back
+    for caller in reversed(found):
+        yield caller.f_locals.get("self")
 
 
 def only_creates_state(optimizer: Optimizer, parameters: Sequence[Tensor], *, is_sharded: bool) -> bool:
