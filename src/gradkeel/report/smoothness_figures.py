@@ -12,6 +12,8 @@ from gradkeel.report.figures import COLORS, _plotly, _style
 
 NORM = "gradient norm"
 SMOOTHNESS = "local smoothness"
+# Legible on white and on near-black, the first steps too.
+EARLY_TO_LATE = ((0.0, "#7a68d8"), (0.5, "#2fa08a"), (1.0, "#dfae00"))
 FITTED, ENVELOPE = "L0 + L1 · norm", "envelope"
 
 
@@ -23,7 +25,7 @@ def smoothness_figure(measurements: Sequence[LocalSmoothness], fit: SmoothnessFi
     figure.add_scatter(
         x=[m.norm for m in points], y=[m.smoothness for m in points], mode="markers", name="measured",
         marker={
-            "color": [m.step for m in points], "colorscale": "Viridis", "size": 7, "showscale": True,
+            "color": [m.step for m in points], "colorscale": EARLY_TO_LATE, "size": 7, "showscale": True,
             "colorbar": {"title": {"text": "step"}, "thickness": 12, "outlinewidth": 0},
         },
         customdata=[[m.step, m.loss] for m in points],
