@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from numbers import Real
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gradkeel.apply import apply
 from gradkeel.errors import NonFiniteGradientError
 from gradkeel.measure import measure_total
+from gradkeel.measure.placement import settle
 from gradkeel.norms import Decision, GradientNorms
 from gradkeel.policies import Hard
 
@@ -32,7 +33,8 @@ def clip_grad_norm_(
     relative). It differs where torch's result is wrong: the norm is summed in float64 (torch's is off by up to 0.5%
     at 67M float32 entries on CPU) and neither overflows nor underflows; a parameter given twice counts once; under a
     non-finite norm the gradients are left as they are (torch turns finite entries into 0 or NaN); below the bound
-    they are not touched; complex and sparse gradients work.
+    they are not touched; complex and sparse gradients work, and so do DTensors of any placements and meshes, beside
+    plain ones: the norm is a plain tensor, the same on every rank, after one collective that all ranks must call.
 
     Args:
         parameters: parameters whose ``.grad`` is clipped; those without are passed over.
@@ -52,8 +54,9 @@ def clip_grad_norm_(
     """
     checked = _parameters("clip_grad_norm_", parameters)
     bound = _bound("clip_grad_norm_", "max_norm", max_norm)
+    settle(checked)
     gradients = [p.grad for p in checked if p.grad is not None]
-    total = _total(gradients, float(norm_type), error_if_nonfinite)
+    total = _total(gradients, float(norm_type), error_if_nonfinite, among=checked)
     _scale(checked, bound, total)
     return _narrowed(total, gradients)
 
@@ -92,6 +95,7 @@ def clip_grad_value_(
     """
     checked = _parameters("clip_grad_value_", parameters)
     bound = _bound("clip_grad_value_", "clip_value", clip_value)
+    settle(checked)
     apply(checked, Decision(clamp=(-bound, bound)), _unnamed(checked, torch.zeros(())), prescale=1.0)
 
 
@@ -175,12 +179,14 @@ def _bound(function: str, argument: str, value: float) -> float:
     return float(value)
 
 
-def _total(gradients: list[Tensor], norm_type: float, error_if_nonfinite: bool) -> Tensor:
+def _total(
+    gradients: list[Tensor], norm_type: float, error_if_nonfinite: bool, *, among: Sequence[Tensor] = ()
+) -> Tensor:
     if math.isnan(norm_type):
         raise ValueError(f"norm_type={norm_type!r}: norm_type must be a number or inf")
-    device = gradients[0].device if gradients else torch.device("cpu")
+    device = next((t.device for t in (*gradients, *among)), torch.device("cpu"))
     # An empty tensor has no smallest entry.
-    total = measure_total([g for g in gradients if g.numel()], norm_type, device)
+    total = measure_total([g for g in gradients if g.numel()], norm_type, device, among=among)
     if error_if_nonfinite and not torch.isfinite(total):
         raise NonFiniteGradientError(
             f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "

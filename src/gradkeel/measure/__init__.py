@@ -1,14 +1,16 @@
 """Reads each gradient once and returns norms of the true gradients; nothing else reads gradients."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from gradkeel.measure.placement import local_parts
+from gradkeel.measure.placement import is_distributed, local_parts, settled
 from gradkeel.measure.powers import Reading, read, tensor_norms, unit_count, wide_dtype
 from gradkeel.measure.reduce import Members, Readings
+from gradkeel.measure.sharing import Sharing
 from gradkeel.norms import GradientNorms, Needs, combine
 from gradkeel.selection import Selection
 
@@ -102,9 +104,21 @@ def true_norms(blank: GradientNorms, found: Readings, prescale: Tensor | float) 
     )
 
 
-def measure_total(gradients: list[Tensor], norm_type: float, device: torch.device) -> Tensor:
-    """[] float64 norm of all these tensors taken together."""
-    return combine(tensor_norms(gradients, norm_type, device), norm_type)
+def measure_total(
+    tensors: Sequence[Tensor], norm_type: float, device: torch.device, *, among: Sequence[Tensor] = ()
+) -> Tensor:
+    """[] float64 norm of all these tensors taken together; a collective if some are distributed over ranks.
+
+    Args:
+        tensors: such as gradients.
+        norm_type: the p of the p-norm.
+        device: where norms are put together.
+        among: the parameters, where some ranks may have fewer of their gradients than others.
+    """
+    given = settled(tensors)
+    if any(map(is_distributed, (*given, *among))):
+        return Sharing(None, None).total_norm(given, norm_type, device, among=among)
+    return combine(tensor_norms(given, norm_type, device), norm_type)
 
 
 def _spread(values: Tensor, present: tuple[bool, ...]) -> Tensor:

@@ -78,6 +78,21 @@ def settle(parameters: Iterable[Tensor]) -> None:
                 parameter.grad = gradient.redistribute(placements=wanted)
 
 
+def settled(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The tensors, those that are ``Partial`` reduced: a collective for each of them."""
+    if set(map(type, tensors)) <= _PLAIN:
+        return tensors
+    result = []
+    for tensor in tensors:
+        given: Any = tensor
+        if is_distributed(tensor) and any(placement.is_partial() for placement in given.placements):
+            module = sys.modules["torch.distributed.tensor"]
+            wanted = [module.Replicate() if one.is_partial() else one for one in given.placements]
+            given = given.redistribute(placements=wanted)
+        result.append(given)
+    return result
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """The part of a tensor that one rank holds.

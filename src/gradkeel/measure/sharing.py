@@ -13,14 +13,16 @@ from gradkeel.measure.placement import (
     Piece,
     is_distributed,
     is_member,
+    local_parts,
     mesh_ranks,
     pieces,
     placement_key,
     shard_groups,
 )
+from gradkeel.measure.powers import tensor_norms, wide_dtype
 from gradkeel.measure.ranks import Ranks, covering, is_running, ranks_of
-from gradkeel.measure.reduce import Exchange, Members
-from gradkeel.norms import Needs
+from gradkeel.measure.reduce import Exchange, Members, Readings, Told
+from gradkeel.norms import Needs, combine
 from gradkeel.selection import Exclude, Selection, matches
 
 if TYPE_CHECKING:
@@ -110,6 +112,46 @@ class Sharing:
         ranks = self._ranks(parameters, data_parallel) if self._tells else None
         if ranks is not None:
             ranks.tell(None)
+
+    def total_norm(
+        self, tensors: Sequence[Tensor], norm_type: float, device: torch.device, *, among: Sequence[Tensor]
+    ) -> Tensor:
+        """[] float64 norm of all these tensors together; one collective where some of them are sharded.
+
+        Tensors that lie alike are put together on each rank first, so that a call costs no more for many of them.
+
+        Args:
+            tensors: may be fewer on some ranks.
+            norm_type: the p of the p-norm.
+            device: where norms are put together.
+            among: tensors that lie in all the ways that any rank's ``tensors`` do, such as the parameters.
+        """
+        examples = {placement_key(tensor): tensor for tensor in (*among, *tensors)}
+        alike: dict[object, list[Tensor]] = {key: [] for key in examples}
+        for tensor in tensors:
+            alike[placement_key(tensor)].append(tensor)
+        parts = [
+            combine(tensor_norms(local_parts(group), norm_type, device), norm_type)
+            for group in alike.values()
+        ]
+        norms = torch.stack(parts) if parts else torch.zeros(0, dtype=wide_dtype(device), device=device)
+        ranks = self._ranks(examples.values(), None)
+        if ranks is None:
+            return combine(norms, norm_type)
+        entries = [
+            [
+                Entry(str(i), 0, (), piece.key, size=1)
+                for i, example in enumerate(examples.values())
+                if (piece := _piece(example, None, rank)) is not None
+            ]
+            for rank in ranks.members
+        ]
+        exchange = Exchange(ranks, [Members(entries, Needs(norm_type))], device)
+        own = torch.tensor(
+            [int(entry.name) for entry in entries[ranks.here]], dtype=torch.int64, device=device
+        )
+        agreed = exchange([Readings((), norms.index_select(0, own))], Told(0))
+        return combine(agreed.readings[0].norms, norm_type)
 
     def _ranks(self, parameters: Iterable[Tensor], data_parallel: Ranks | None) -> Ranks | None:
         """Who takes part; None if nobody needs to."""
