@@ -56,8 +56,8 @@ def test_the_table_the_four_lines_and_both_files(gradkeel, tmp_path):
     words = " ".join(result.stdout.split())
     for part in (
         "policy best lr val. loss range diverged clipped steps to 2 volatility ms/step",
-        "FOUND At lr 0.01 no clipping diverged in 2 of 2 seeds, norm:1.0 in 0.",
-        "WHY No clipping, lr 0.01, seed 0: at step 1 the update of",
+        "FOUND At lr 0.01 unclipped training diverged in 2 of 2 seeds, norm:1.0 in 0.",
+        "WHY Unclipped training, lr 0.01, seed 0: at step 1 the update of",
         "CAUTION Look at what is excluded: norm:1.0,exclude=*.",
         "NEXT gradkeel compare exploding-linear --sweep norm:0.1..10 --lr 0.01",
         "Written: gradkeel-compare/compare.json, gradkeel-compare/compare.html",

@@ -66,7 +66,7 @@ def test_an_unmodified_script_is_run_under_each_policy_and_seed(script, tmp_path
     assert clipped.norms[0] == none.norms[0] > 1
     assert clipped.losses[0] == none.losses[0] != other.losses[0]
     words = findings(result)
-    assert words.found.startswith("At lr 0.01 no clipping diverged in 2 of 2 seeds, norm:1.0 in 0.")
+    assert words.found.startswith("At lr 0.01 unclipped training diverged in 2 of 2 seeds, norm:1.0 in 0.")
     assert words.next.startswith("gradkeel compare --run ")
     page = compare_page(result, summarize(result.runs), words)
     assert "gradkeel compare --run" in page

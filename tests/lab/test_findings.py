@@ -58,7 +58,7 @@ def test_found_when_all_seeds_agree():
     words = findings(duel([2, 2.1, 2.2], [1, 1.1, 1.2])).found
     assert (
         words
-        == "norm:1.0 ended with the lower loss in 3 of 3 seeds: median 1.1, against 2.1 for no clipping."
+        == "norm:1.0 ended with the lower loss in 3 of 3 seeds: median 1.1, against 2.1 for unclipped training."
     )
 
 
@@ -66,7 +66,7 @@ def test_found_when_clipping_is_worse_in_all_seeds():
     words = findings(duel([1, 1.1, 1.2], [2, 2.1, 2.2])).found
     assert (
         words
-        == "No clipping ended with the lower loss in 3 of 3 seeds: median 1.1, against 2.1 for norm:1.0."
+        == "Unclipped training ended with the lower loss in 3 of 3 seeds: median 1.1, against 2.1 for norm:1.0."
     )
 
 
@@ -74,14 +74,14 @@ def test_found_when_clipping_is_worse_in_all_seeds():
 def test_no_difference_is_found_where_the_seeds_disagree(clipped):
     words = findings(duel([2, 2.1, 2.2], clipped)).found
     lower = sum(a < b for a, b in zip(clipped, [2, 2.1, 2.2], strict=True))
-    assert words.startswith("No difference found between norm:1.0 and no clipping")
+    assert words.startswith("No difference found between norm:1.0 and unclipped training")
     assert f"ended lower in {lower} of 3 seeds" in words
 
 
 def test_found_says_where_clipping_kept_runs_from_diverging():
     words = findings(exploded()).found
     assert words == (
-        "At lr 0.1 no clipping diverged in 3 of 3 seeds, norm:1.0 in 0. "
+        "At lr 0.1 unclipped training diverged in 3 of 3 seeds, norm:1.0 in 0. "
         "norm:1.0 ended with the lower loss in 3 of 3 seeds: median 1.1."
     )
 
@@ -90,8 +90,8 @@ def test_found_names_each_ones_best_learning_rate_where_several_were_tried():
     runs = [run("none", lr, s, losses) for s in range(2) for lr, losses in ((1, (4, 2, 2)), (2, EXPLODING))]
     runs += [run("norm:1", lr, s, (4, 2, end)) for s in range(2) for lr, end in ((1, 3), (2, 1))]
     assert findings(comparison(runs)).found == (
-        "At lr 2 no clipping diverged in 2 of 2 seeds, norm:1 in 0. norm:1 at its best lr (2) ended with the lower "
-        "loss in 2 of 2 seeds: median 1, against 2 for no clipping at its best lr (1)."
+        "At lr 2 unclipped training diverged in 2 of 2 seeds, norm:1 in 0. norm:1 at its best lr (2) ended with the "
+        "lower loss in 2 of 2 seeds: median 1, against 2 for unclipped training at its best lr (1)."
     )
 
 
@@ -115,7 +115,7 @@ def test_found_without_losses_says_how_to_get_them():
     ]
     words = findings(comparison(runs, arguments=("--run", "x"), is_command=True, learning_rates=())).found
     assert words.startswith(
-        "No clipping diverged in 1 of 1 seed, norm:1 in 0. No loss is known: guard.log(loss=...)"
+        "Unclipped training diverged in 1 of 1 seed, norm:1 in 0. No loss is known: guard.log(loss=...)"
     )
 
 
@@ -125,8 +125,8 @@ def test_found_without_losses_says_how_to_get_them():
 def test_why_names_parameter_and_step_of_the_first_failing_run():
     words = findings(exploded()).why
     assert words == (
-        "No clipping, lr 0.1, seed 0: at step 2 the update of layer.weight was 7.5 times as large as its weights "
-        "(gradient norm 1); after step 3 the loss was no longer finite. Under norm:1.0 no update was that large."
+        "Unclipped training, lr 0.1, seed 0: at step 2 the update of layer.weight was 7.5 times as large as its "
+        "weights (gradient norm 1); after step 3 the loss was no longer finite. Under norm:1.0 no update was that large."
     )
 
 

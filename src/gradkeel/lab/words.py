@@ -24,7 +24,7 @@ def capital(text: str) -> str:
 
 def named(policy: str) -> str:
     """The policy as a sentence has it: "none" would be read as a number."""
-    return "no clipping" if is_unclipped(policy) else policy
+    return "unclipped training" if is_unclipped(policy) else policy
 
 
 def is_unclipped(policy: str) -> bool:
