@@ -420,6 +420,26 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
     assert is_same(guard.state_dict(), before)
 
 
+@pytest.mark.parametrize("later", [gk.ClipByNorm(1), gk.ClipByNorm(0.5), gk.ClipByGlobalNorm(1.0), None])
+def test_a_policy_that_remembers_nothing_may_change_on_resuming(later):
+    guard = gk.attach(sgd(parameters_of([3.0, 4.0])), gk.ClipByNorm(1.0))
+    guard.optimizer.step()
+    resumed = gk.attach(sgd(parameters_of([3.0, 4.0])), later)
+    resumed.load_state_dict(guard.state_dict())
+    assert resumed.step == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "later"), [("zclip", "zclip:z=3"), ("zclip", "norm:1.0"), ("norm:1.0", "zclip")]
+)
+def test_a_policy_that_remembers_may_not(before, later):
+    guard = gk.attach(sgd(parameters_of([3.0, 4.0])), before)
+    guard.optimizer.step()
+    resumed = gk.attach(sgd(parameters_of([3.0, 4.0])), later)
+    with pytest.raises(gk.CheckpointError, match="or do not load it"):
+        resumed.load_state_dict(guard.state_dict())
+
+
 def test_a_state_of_other_parameters_is_refused():
     state = gk.attach(sgd(parameters_of([3.0, 4.0], [1.0])), gk.policies.parse("adagc").policy)
     state.optimizer.step()

@@ -1,6 +1,8 @@
 """What a report says of a step, and when it reads it."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -171,3 +173,17 @@ def test_tensors_of_a_report_are_on_the_device_and_in_float64():
 
 def test_no_gradient_no_row():
     assert guarded(None, [3.0, 4.0], None).report.norms == {"0": 5.0}
+
+
+@pytest.mark.parametrize("policy", ["value:1.0", "norm:1.0", "agc", "zclip", "none"])
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda report: pickle.loads(pickle.dumps(report))])
+def test_a_copy_or_pickle_tells_the_same(policy, again):
+    report = guarded(policy, [3.0, 4.0]).report
+    copied = again(report)
+    assert (copied.step, copied.norm, copied.norms, copied.coefficient) == (
+        1,
+        5.0,
+        {"0": 5.0},
+        report.coefficient,
+    )
+    assert (copied.clipped, copied.stepped, copied.reason) == (report.clipped, True, None)

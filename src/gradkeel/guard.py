@@ -337,9 +337,11 @@ class Guard:
         """Take up a state that ``state_dict`` gave; nothing is changed if it does not fit.
 
         Raises:
-            CheckpointError: for a state of other policies, of other numbers of parameters, or of another version.
+            CheckpointError: for a state of other policies (unless neither remembers anything), of other numbers of
+                parameters, or of another version.
         """
-        check_state(state, version=_VERSION, **self._roster.fingerprint())
+        own = self._roster.filled(self._states)
+        check_state(state, version=_VERSION, states=own, **self._roster.fingerprint())
         self._states = {
             label: {key: value.to(self.device) for key, value in values.items()}
             for label, values in state["states"].items()

@@ -223,15 +223,26 @@ def committed(parts: Sequence[Part], old: Mapping[str, State], commit: Tensor | 
 
 
 def check_state(
-    state: Mapping[str, Any], *, version: int, policies: Mapping[str, str], parameters: Mapping[str, int]
+    state: Mapping[str, Any],
+    *,
+    version: int,
+    policies: Mapping[str, str],
+    parameters: Mapping[str, int],
+    states: Mapping[str, State],
 ) -> None:
-    """Raise `CheckpointError` unless a guard's saved state belongs to these policies and numbers of parameters."""
+    """Raise `CheckpointError` unless a guard's saved state belongs to these policies and numbers of parameters.
+
+    A policy that remembers nothing may be another one than before: with a lower bound, for instance.
+    """
     if state.get("version") != version:
         raise CheckpointError(f"state has version {state.get('version')!r}; this gradkeel reads {version}")
-    if state["policies"] != policies:
+    remembering = [
+        label for label in {**state["states"], **states} if state["states"].get(label) or states.get(label)
+    ]
+    if any(state["policies"].get(label) != policies.get(label) for label in remembering):
         raise CheckpointError(
             f"state belongs to the policies {state['policies']}, but this guard has {policies}; attach with the same "
-            "policies and groups"
+            "policies and groups, or do not load it, so that statistics begin anew"
         )
     if state["parameters"] != parameters:
         raise CheckpointError(

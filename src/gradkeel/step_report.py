@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +30,10 @@ class SelectionReport:
     present: tuple[bool, ...]
     _remeasure: Callable[[], Tensor | None] | None = None
     _place_of: Callable[[int], str] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles hold what was measured, and cannot measure again."""
+        return type(self), (self.label, self.policy, self.measured, self.decision, self.present)
 
     @property
     def norm(self) -> float:

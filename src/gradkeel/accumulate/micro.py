@@ -2,6 +2,7 @@
 
 import math
 from contextlib import AbstractContextManager
+from numbers import Real
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic
 
@@ -109,7 +110,7 @@ class MicroBatch(Generic[Batch]):
             weight = weight.item()
         if weight is None:
             return None
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
+        if isinstance(weight, bool) or not isinstance(weight, Real):
             raise TypeError(
                 f"weight={weight!r}: weight must be a number or a tensor, not {type(weight).__name__}"
             )

@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from numbers import Real
 from typing import Literal, NoReturn
 
 from gradkeel.norms import Decision, GradientNorms, Needs, State
@@ -82,7 +83,7 @@ def count(owner: str, argument: str, value: object, *, least: int = 1) -> int:
 
 
 def _number(owner: str, argument: str, value: object, rule: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):  # NumPy's numbers are Real
         rule, semicolon, fix = rule.partition(";")
         shown = (
             f"{owner}({argument}={value!r}): {argument} {rule}, not {type(value).__name__}{semicolon}{fix}"

@@ -4,7 +4,8 @@ import dataclasses
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from numbers import Real
+from typing import Any, ClassVar, get_args
 
 from gradkeel.norms import Decision, GradientNorms, Needs, State
 from gradkeel.policies.base import SCOPE_WORDS, Policy, spec_value
@@ -71,7 +72,17 @@ class NamedPolicy(Policy):
     def _given(self) -> list[tuple[str, object, bool]]:
         """Name and value of the parameters that are required or not at their defaults, and whether required."""
         return [
-            (field.name, getattr(self, field.name), field.default is dataclasses.MISSING)
+            (
+                field.name,
+                _as_declared(getattr(self, field.name), field.type),
+                field.default is dataclasses.MISSING,
+            )
             for field in dataclasses.fields(self)
             if field.default is dataclasses.MISSING or getattr(self, field.name) != field.default
         ]
+
+
+def _as_declared(value: object, kind: Any) -> object:
+    """A number as it is written where a float is declared: 1 and 1.0, which are equal, in the same way."""
+    is_float = float in (get_args(kind) or (kind,)) and isinstance(value, Real)
+    return float(value) if is_float else value  # type: ignore[arg-type]  # a Real

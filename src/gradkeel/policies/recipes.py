@@ -2,9 +2,10 @@
 
 import math
 from dataclasses import KW_ONLY, dataclass
+from numbers import Real
 from typing import ClassVar
 
-from gradkeel.policies.base import positive
+from gradkeel.policies.base import positive, spec_value
 from gradkeel.policies.clip import Clip
 from gradkeel.policies.fixed import Constant, ParameterRatio, RootMeanSquare
 from gradkeel.policies.forms import Hard
@@ -50,7 +51,7 @@ class ClipByValue(NamedPolicy):
             positive("ClipByValue", "max", self.max)
             return
         for name, value in (("min", self.min), ("max", self.max)):
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(
                     f"ClipByValue({name}={value!r}): {name} must be a number, not {type(value).__name__}"
                 )
@@ -67,7 +68,8 @@ class ClipByValue(NamedPolicy):
     @property
     def spec(self) -> str:
         """``value:MAX`` or ``value:MIN,MAX``."""
-        return f"value:{self.max}" if self.min is None else f"value:{self.min},{self.max}"
+        limits = [self.max] if self.min is None else [self.min, self.max]
+        return f"value:{','.join(spec_value(float(limit)) for limit in limits)}"
 
 
 @dataclass(frozen=True, repr=False)
@@ -123,7 +125,7 @@ class ClipByGlobalNorm(NamedPolicy):
 
     Args:
         max_norm: largest norm of all gradients together, above 0, in the unit of the gradient.
-        norm_type: the p of the p-norm, above 0; ``math.inf`` is the largest absolute entry.
+        norm_type: the p of the p-norm, above 0; ``math.inf`` or "inf" is the largest absolute entry.
         eps: added to the norm in the denominator; 0 is exact.
 
     Cost:
@@ -148,6 +150,8 @@ class ClipByGlobalNorm(NamedPolicy):
     def __post_init__(self) -> None:
         """Check the arguments."""
         positive("ClipByGlobalNorm", "max_norm", self.max_norm)
+        if str(self.norm_type) == "inf":  # the word stands for it in torch's functions
+            object.__setattr__(self, "norm_type", math.inf)
         super().__post_init__()
 
     @property
