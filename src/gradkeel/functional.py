@@ -210,7 +210,7 @@ def _unnamed(parameters: list[Tensor], total: Tensor) -> GradientNorms:
 
 def _narrowed(total: Tensor, gradients: list[Tensor]) -> Tensor:
     """The norm in float32, or in float64 where a gradient is float64 or, as the host can see, float32 is too narrow."""
-    if any(g.dtype in (torch.float64, torch.complex128) for g in gradients):
+    if not {g.dtype for g in gradients}.isdisjoint((torch.float64, torch.complex128)):
         return total
     narrow = total.float()
     if total.device.type == "cpu" and (

@@ -33,7 +33,7 @@ def combine(norms: Tensor, norm_type: float) -> Tensor:
     if norm_type < 0:  # a zero part makes the whole zero, so there is nothing to scale by
         return _vector_norm(norms, norm_type)
     largest = norms.amax(-1)
-    scale = torch.where((largest > 0) & torch.isfinite(largest), largest, torch.ones_like(largest))
+    scale = torch.where((largest > 0) & (largest < math.inf), largest, torch.ones_like(largest))
     return _vector_norm(norms / scale.unsqueeze(-1), norm_type) * scale
 
 

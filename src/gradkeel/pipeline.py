@@ -1,5 +1,6 @@
 """One step's way from gradients to decisions: measure every selection, let its policy decide, judge the whole."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,6 +38,7 @@ class Part:
         present: which of the measured parameters have a gradient.
         decision: what is to be done, to the whole selection.
         state: the policy's new state.
+        shown: the policy's repr.
         local: which of the measured parameters are on this rank; None where all are.
         place_of: tells where a parameter of the given index is not finite.
     """
@@ -47,6 +49,7 @@ class Part:
     present: tuple[bool, ...]
     decision: Decision
     state: State
+    shown: str
     local: Locally | None = None
     place_of: Callable[[int], str] | None = None
 
@@ -63,7 +66,7 @@ class Part:
             again = _norm_while_untouched(self.selection.parameters, self.measured)
         return SelectionReport(
             self.selection.label,
-            repr(self.policy),
+            self.shown,
             self.measured,
             self.decision,
             self.present,
@@ -104,7 +107,9 @@ class Measured:
 
 def blank(item: Item) -> Part:
     """A part on which nothing has been measured yet."""
-    return Part(item.selection, item.policy, item.blank, (False,) * len(item.blank.names), Decision(), {})
+    return Part(
+        item.selection, item.policy, item.blank, (False,) * len(item.blank.names), Decision(), {}, item.shown
+    )
 
 
 def measure_all(
@@ -156,7 +161,9 @@ def decide_all(roster: Roster, measured: Measured, states: Mapping[str, State]) 
         if roster.exchange is not None and measured.agreed is not None:
             local = roster.exchange.local[i]
             place_of = partial(_place_of, roster.exchange, measured.agreed, i)
-        parts.append(Part(item.selection, item.policy, norms, present, decision, state, local, place_of))
+        parts.append(
+            Part(item.selection, item.policy, norms, present, decision, state, item.shown, local, place_of)
+        )
     return parts
 
 
@@ -178,18 +185,25 @@ def judge(
         window: the accumulation window, if there is one.
         tolerant: whether a step may be made on non-finite gradients.
     """
-    finite = torch.stack([torch.isfinite(part.measured.total) for part in parts]).all()
+    # A norm is never below zero, so that only NaN and inf are not below inf.
+    totals = [part.measured.total for part in parts if part.measured.names] or [parts[0].measured.total]
+    finite = _all([total < math.inf for total in totals])
     if found_inf is not None:
         finite = finite & (found_inf.to(finite.device) == 0)
-    objections = [part.decision.skip for part in parts if part.decision.skip is not None]
+    assents = [~part.decision.skip for part in parts if part.decision.skip is not None]
     if not tolerant:
-        objections.append(~finite)
+        assents.append(finite)
     empty = window is not None and window.is_empty()
     if isinstance(empty, Tensor):
-        objections.append(empty.to(finite.device))
+        assents.append(~empty.to(finite.device))
     elif empty:
         return finite, False
-    return finite, ~torch.stack(objections).any() if objections else True
+    return finite, _all(assents) if assents else True
+
+
+def _all(flags: Sequence[Tensor]) -> Tensor:
+    """[] bool: every one of the [] bools."""
+    return flags[0] if len(flags) == 1 else torch.stack(list(flags)).all()
 
 
 def carry_out(optimizer: Optimizer, parts: Sequence[Part], prescale: Tensor | float) -> Tensor | None:
@@ -198,10 +212,12 @@ def carry_out(optimizer: Optimizer, parts: Sequence[Part], prescale: Tensor | fl
     for part in filled:
         decision, measured = part.here
         plain = decision.unit_coefficients is None and decision.clamp is None
-        if len(filled) == 1 and plain and can_fold(optimizer, part.selection.parameters):
-            factor = factors(decision, measured, prescale)
-            if factor is not None and factor.dim() == 0:
-                return None if factor.device.type == "cpu" and float(factor) == 1.0 else kernel_scale(factor)
+        factor = factors(decision, measured, prescale) if plain and len(filled) == 1 else None
+        if factor is not None and factor.dim() == 0:
+            if factor.device.type == "cpu" and float(factor) == 1.0:
+                return None
+            if can_fold(optimizer, part.selection.parameters):
+                return kernel_scale(factor)
         unit_dim = None if part.policy is None else part.policy.needs.unit_dim
         apply(part.selection.parameters, decision, measured, prescale=prescale, unit_dim=unit_dim)
     return None

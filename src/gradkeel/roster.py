@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from gradkeel.measure import blank_norms, readings
@@ -38,12 +38,16 @@ class Item:
         policy: what decides on them; None where they are only measured.
         needs: what is measured of them.
         blank: norms of the whole selection, over all ranks, on which nothing has been measured.
+        nothing: what is read where there are no parameters; None where there are.
+        shown: the policy's repr.
     """
 
     selection: Selection
     policy: Policy | None
     needs: Needs
     blank: GradientNorms
+    nothing: Readings | None
+    shown: str
 
 
 class Roster:
@@ -58,6 +62,8 @@ class Roster:
 
     Attributes:
         items: the selections, as in `gradkeel.selection.select`.
+        names: names of all parameters on this rank, selection after selection.
+        parameters: all parameters on this rank, likewise.
         device: where norms are put together.
         exchange: tells the ranks' norms to each other; None where every rank knows all it needs.
     """
@@ -82,16 +88,6 @@ class Roster:
         self.exchange: Exchange | None = None
         self.read(None)
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of all parameters on this rank, selection after selection."""
-        return tuple(name for item in self.items for name in item.selection.names)
-
-    @property
-    def parameters(self) -> tuple[Tensor, ...]:
-        """All parameters on this rank, likewise."""
-        return tuple(parameter for item in self.items for parameter in item.selection.parameters)
-
     def is_current(self, window: Window | None) -> bool:
         """Whether neither the optimizer's groups nor the ranks of the window have changed."""
         ranks = None if window is None else window.ranks
@@ -109,15 +105,24 @@ class Roster:
             everything = [p for group in self._optimizer.param_groups for p in group["params"]]
             self._sharing.fail(everything, data_parallel)
             raise
-        devices = {p.device for s in selections for p in s.parameters}
+        self.names = tuple(name for selection in selections for name in selection.names)
+        self.parameters = tuple(parameter for selection in selections for parameter in selection.parameters)
+        devices = {parameter.device for parameter in self.parameters}
         self.device = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
-        self._distributed = [p for s in selections for p in s.parameters if is_distributed(p)]
+        self._distributed = [parameter for parameter in self.parameters if is_distributed(parameter)]
         needs = [self._needs(policy) for policy in policies]
         words = [in_words(policy) for policy in policies]
         self.exchange = self._sharing.connect(selections, needs, words, self.device, data_parallel)
         members: Sequence[Any] = selections if self.exchange is None else self.exchange.members
         self.items = tuple(
-            Item(selection, policy, need, blank_norms(whole, need, self.device))
+            Item(
+                selection,
+                policy,
+                need,
+                blank_norms(whole, need, self.device),
+                None if selection.parameters else readings(selection, need, self.device),
+                repr(policy),
+            )
             for selection, policy, need, whole in zip(selections, policies, needs, members, strict=True)
         )
 
@@ -167,7 +172,7 @@ class Roster:
     def readings(self) -> list[Readings]:
         """Norms of the gradients as this rank holds them, selection by selection."""
         settle(self._distributed)
-        return [readings(item.selection, item.needs, self.device) for item in self.items]
+        return [item.nothing or readings(item.selection, item.needs, self.device) for item in self.items]
 
     def fail(self) -> None:
         """Tell the other ranks that this one has raised and will not read its gradients in this step."""

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gradkeel.measure.placement import is_distributed, local_parts, settled
+from gradkeel.measure.placement import are_distributed, local_parts, settled
 from gradkeel.measure.powers import Reading, read, tensor_norms, unit_count, wide_dtype
 from gradkeel.measure.reduce import Members, Readings
 from gradkeel.measure.sharing import Sharing
@@ -69,10 +69,13 @@ def blank_norms(members: Selection | Members, needs: Needs, device: torch.device
 @torch.no_grad()
 def readings(selection: Selection, needs: Needs, device: torch.device) -> Readings:
     """Norms of a selection's gradients as they are stored on this rank; does not sync the host on an accelerator."""
-    gradients = [parameter.grad for parameter in selection.parameters]
-    held = local_parts([gradient for gradient in gradients if gradient is not None])
-    present = tuple(gradient is not None for gradient in gradients)
-    reading = read(held, needs.norm_type, device, unit_dim=needs.unit_dim, with_peaks=needs.peaks)
+    held = [gradient for parameter in selection.parameters if (gradient := parameter.grad) is not None]
+    present = (True,) * len(held)
+    if len(held) < len(selection.parameters):
+        present = tuple(parameter.grad is not None for parameter in selection.parameters)
+    reading = read(
+        local_parts(held), needs.norm_type, device, unit_dim=needs.unit_dim, with_peaks=needs.peaks
+    )
     weights = Reading(reading.norms)
     if needs.weights:
         weights = read(local_parts(selection.parameters), needs.norm_type, device, unit_dim=needs.unit_dim)
@@ -92,11 +95,13 @@ def readings(selection: Selection, needs: Needs, device: torch.device) -> Readin
 
 def true_norms(blank: GradientNorms, found: Readings, prescale: Tensor | float) -> GradientNorms:
     """``blank`` with the norms of the true gradients: those of the stored ones times ``prescale``."""
+    if not blank.names:
+        return blank
     norms = _times(found.norms, prescale)
     return replace(
         blank,
         norms=norms,
-        total=combine(norms, blank.norm_type),
+        total=_whole(norms, blank.norm_type),
         units=None if found.units is None else _times(found.units, prescale),
         peaks=None if found.peaks is None else _times(found.peaks, prescale),
         weights=found.weights,
@@ -116,9 +121,18 @@ def measure_total(
         among: the parameters, where some ranks may have fewer of their gradients than others.
     """
     given = settled(tensors)
-    if any(map(is_distributed, (*given, *among))):
+    if are_distributed(given) or are_distributed(among):
         return Sharing(None, None).total_norm(given, norm_type, device, among=among)
-    return combine(tensor_norms(given, norm_type, device), norm_type)
+    return _whole(tensor_norms(given, norm_type, device), norm_type)
+
+
+def _whole(norms: Tensor, norm_type: float) -> Tensor:
+    """`combine`, in one operation where the host can see that no power leaves the range of float64."""
+    if norms.device.type == "cpu" and norm_type in (1.0, 2.0):
+        plain: Tensor = torch.linalg.vector_norm(norms, norm_type)
+        if 1e-140 < float(plain) < 1e150:
+            return plain
+    return combine(norms, norm_type)
 
 
 def _spread(values: Tensor, present: tuple[bool, ...]) -> Tensor:

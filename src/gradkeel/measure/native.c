@@ -311,8 +311,8 @@ INLINE void clamp_run(int kind, void *data, int64_t count, double low, double hi
 /* Long enough to make taking a job cheap, short enough that all threads end at about the same time. */
 #define RUN 65536
 
-/* Fewer entries than this are not worth waking a thread for; torch's own grain. */
-#define GRAIN 32768
+/* Fewer entries than this, 30 us of one thread, are not worth waiting for another. */
+#define GRAIN 262144
 
 /* Some rows of a tensor, or with `is_part` a part of one row. */
 struct job {

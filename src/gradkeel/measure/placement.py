@@ -64,6 +64,11 @@ def is_distributed(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def are_distributed(tensors: Sequence[Tensor]) -> bool:
+    """Whether any of the tensors is a DTensor."""
+    return not set(map(type, tensors)) <= _PLAIN and any(map(is_distributed, tensors))
+
+
 def settle(parameters: Iterable[Tensor]) -> None:
     """Give every distributed gradient its parameter's placements, so that what ranks hold are parts, not addends.
 

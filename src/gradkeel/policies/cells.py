@@ -1,5 +1,6 @@
 """The norms as one scope sees them: k things that are measured, bounded and scaled separately."""
 
+import math
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 
@@ -29,7 +30,7 @@ class Cells:
         self._measured = measured
         self._scope = scope
         self.norms = self._gather(measured.norms, measured.units, measured.total)
-        self.valid = torch.isfinite(self.norms) & (self.norms > 0)
+        self.valid = (self.norms > 0) & (self.norms < math.inf)
         self.total = measured.total
         self.step = measured.step
 
