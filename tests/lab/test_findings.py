@@ -126,7 +126,8 @@ def test_why_names_parameter_and_step_of_the_first_failing_run():
     words = findings(exploded()).why
     assert words == (
         "Unclipped training, lr 0.1, seed 0: at step 2 the update of layer.weight was 7.5 times as large as its "
-        "weights (gradient norm 1); after step 3 the loss was no longer finite. Under norm:1.0 no update was that large."
+        "weights (gradient norm 1); after step 3 the loss was no longer finite. Under norm:1.0 no update was that "
+        "large."
     )
 
 
