@@ -97,6 +97,42 @@ def test_weigh_serves_a_backward_that_others_call():
     assert "loss" not in guard.report.scalars  # nobody told it
 
 
+def test_a_backward_of_unknown_weight_is_an_error():
+    weight, optimizer, guard, accumulate = parts()
+    for index, micro in enumerate(accumulate([torch.ones(2)] * 3)):
+        if index == 1:
+            with (
+                pytest.raises(gk.WindowError, match=r"2 of 2 ran a backward of unknown weight.*weigh"),
+                micro,
+            ):
+                (weight * micro.batch).sum().backward()
+            with pytest.raises(gk.WindowError, match="drop"):
+                optimizer.step()
+            accumulate.drop()
+        else:
+            with micro:
+                micro.weigh(2)
+                (weight * micro.batch).sum().backward()
+    optimizer.step()
+    assert weight.grad.tolist() == [0.5, 0.5]
+    assert guard.step == 1
+
+
+def test_a_micro_batch_without_a_backward_counts_nothing():
+    weight, optimizer, _guard, accumulate = parts()
+    for index, micro in enumerate(accumulate([torch.ones(2)] * 2)):
+        with micro:
+            if index == 0:
+                micro.backward((weight * micro.batch).sum(), weight=4)
+    optimizer.step()
+    assert weight.grad.tolist() == [0.25, 0.25]
+
+
+def test_the_guard_must_be_one():
+    with pytest.raises(TypeError, match=r"guard=SGD.*what gradkeel\.attach\(optimizer"):
+        gk.Accumulator(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), 2)
+
+
 def test_weigh_refuses_means():
     _, _, _, accumulate = parts(reduction="mean")
     with next(accumulate([1])) as micro, pytest.raises(gk.WindowError, match="sums"):

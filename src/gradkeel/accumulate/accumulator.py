@@ -73,6 +73,10 @@ class Accumulator:
         accumulate_dtype: torch.dtype | None = None,
         noise_scale: bool = False,
     ) -> None:
+        if not isinstance(guard, Guard):
+            raise TypeError(
+                f"Accumulator(guard={type(guard).__name__}): guard must be what gradkeel.attach(optimizer, ...) returns"
+            )
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"Accumulator(steps={steps!r}): steps must be an int, at least 1")
         if reduction not in ("sum", "mean"):

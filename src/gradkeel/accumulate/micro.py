@@ -33,6 +33,7 @@ class MicroBatch(Generic[Batch]):
         self._owner = owner
         self._source = source
         self._was_entered = False
+        self._was_weighed = False
         self._last: bool | None = None
         self._context: AbstractContextManager[Any] | None = None
 
@@ -100,6 +101,7 @@ class MicroBatch(Generic[Batch]):
     def _check(self, weight: Tensor | float | None) -> Tensor | float | None:
         if not (self._was_entered and self._owner._is_inside):
             raise WindowError("micro.backward() and micro.weigh() belong inside the `with micro:` block")
+        self._was_weighed = True
         if isinstance(weight, Tensor):
             weight = weight.detach()
             if weight.numel() != 1:
@@ -135,11 +137,23 @@ class MicroBatch(Generic[Batch]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close the micro-batch; after an exception the window is kept if no gradient was touched, else broken."""
+        """Close the micro-batch; after an exception the window is kept if no gradient was touched, else broken.
+
+        Raises:
+            WindowError: if gradients have come in and nobody told their weight.
+        """
         owner = self._owner
         owner._is_inside = False
         assert self._context is not None
         self._context.__exit__(kind, error, trace)
+        if kind is None and not self._was_weighed and owner._watch.change() is not None:
+            owner._open.broken = (
+                f"micro-batch {self.index + 1} of {owner.steps} ran a backward of unknown weight"
+            )
+            raise WindowError(
+                f"{owner._open.broken}: use micro.backward(loss, weight=...), or tell micro.weigh(weight) if other "
+                "code runs backward; accumulate.drop() discards this window"
+            )
         if kind is None:
             if self._last is None:
                 self._last = self._is_last()
