@@ -4,8 +4,8 @@ import pytest
 
 from gradkeel.explain import explain
 
-# Seeds that the thresholds were not chosen with (those were 0 to 39).
-FIRST_SEED = 1000
+# Seeds that the thresholds were not chosen with (those were 0 to 39 and 1000 to 1049).
+FIRST_SEED = 3000
 FAULTS = ("weights", "batch", "learning rate", "overflow")
 # A learning rate acts on the gradients of the steps after it; the other faults act at their own step.
 LATE = {"learning rate": 3}
@@ -53,7 +53,7 @@ def test_planted_faults_are_found_in_200_cases(tmp_path, plant_fault):
 @pytest.mark.timeout(1800)
 def test_healthy_runs_raise_no_alarm(tmp_path, plant_fault):
     alarms = []
-    for seed in range(2000, 2200):
+    for seed in range(5000, 5200):
         explosion = explain(plant_fault(tmp_path / f"{seed}.keel", seed, None).path).explosion
         if explosion.found:
             alarms.append(f"{seed}: {explosion}")

@@ -7,11 +7,14 @@ from gradkeel.explain.drift import Drift
 from gradkeel.explain.events import Event
 from gradkeel.explain.jumps import Jump
 from gradkeel.explain.spread import Reached
+from gradkeel.explain.updates import Overwrite
 
-_BACK = 20  # steps before an event in which a change of the learning rate is told
+_BACK = 50  # steps before an event in which a change of the learning rate is told
 
 
-def later(course: Course, event: Event, reached: list[Reached], jumps: list[Jump]) -> tuple[str, ...]:
+def later(
+    course: Course, event: Event, reached: list[Reached], jumps: list[Jump], before: Overwrite | None
+) -> tuple[str, ...]:
     """Of an explosion that left a past."""
     assert event.baseline is not None
     step, norm = course.step(event.start), float(course.totals[event.start])
@@ -23,13 +26,8 @@ def later(course: Course, event: Event, reached: list[Reached], jumps: list[Jump
         )
     else:
         rise = f"At step {step} the gradient was not finite; its norm had been {usual}."
-    sentences = [
-        rise,
-        *map(jump, jumps),
-        _order(course, reached, step),
-        _rates(course, event),
-        _losses(course, event),
-    ]
+    causes = [*map(jump, jumps), rates(course, event.start), *([overwrite(before)] if before else [])]
+    sentences = [*causes, rise, _order(course, reached, step), _losses(course, event)]
     return tuple(words for words in (*sentences, _skipped(course, event), _ending(course, event)) if words)
 
 
@@ -63,6 +61,18 @@ def jump(jump: Jump) -> str:
     )
 
 
+def overwrite(overwrite: Overwrite) -> str:
+    """Of updates as large as the weights."""
+    sentence = (
+        f"The update at step {overwrite.step} was {overwrite.ratio:.3g} times as large as the weights that it changed "
+        f"(usual before: {overwrite.before:.2g})"
+    )
+    if overwrite.parameters:
+        name, ratio = overwrite.parameters[0]
+        sentence += f", most of all in {name}: {ratio:.3g} times"
+    return sentence + "."
+
+
 def drift(drift: Drift) -> tuple[str, ...]:
     """Of a slow rise."""
     return (
@@ -80,10 +90,10 @@ def _order(course: Course, reached: list[Reached], step: int) -> str:
     return f"{together}, and {len(reached)} within the event." if len(reached) > at_once else f"{together}."
 
 
-def _rates(course: Course, event: Event) -> str:
-    """The largest rise of the learning rate shortly before."""
-    first = max(1, event.start - _BACK)
-    before, after = course.rates[first - 1 : event.start], course.rates[first : event.start + 1]
+def rates(course: Course, row: int) -> str:
+    """The largest rise of the learning rate shortly before a row, if there was one."""
+    first = max(1, row - _BACK)
+    before, after = course.rates[first - 1 : row], course.rates[first : row + 1]
     growth = (after / before).nan_to_num(nan=0.0, posinf=0.0)
     if not len(growth) or float(growth.max()) < 1.5:
         return ""

@@ -10,12 +10,14 @@ from torch import Tensor
 from gradkeel.explain import evidence
 from gradkeel.explain.course import Course
 from gradkeel.explain.drift import find_drift
-from gradkeel.explain.events import Ended, Event, find_events
+from gradkeel.explain.events import CALM_ROWS, Ended, Event, find_events
 from gradkeel.explain.jumps import Jump
 from gradkeel.explain.spread import Reached, spread
+from gradkeel.explain.updates import Overwrite, find_overwrites
 from gradkeel.record import Reader
 
-Kind = Literal["explosion", "spike", "initialization", "overflow", "weights", "drift"]
+Kind = Literal["explosion", "spike", "initialization", "overflow", "weights", "updates", "drift"]
+LONG_BEFORE = 50  # steps by which an update that overwrote the weights may precede the gradients' explosion
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,8 @@ class Explosion:
         kind: "explosion": norms rose and stayed high or left the finite numbers; "spike": they came back;
             "initialization": they grew from the first steps on, so that there is no past to compare with;
             "overflow": the loss scale overflowed, which GradScaler provokes by design; "weights": a parameter
-            changed without an update that explains it, and the gradient norm shows nothing; "drift": a slow rise.
+            changed without an update that explains it, and the gradient norm shows nothing; "updates": updates as
+            large as the weights, likewise; "drift": a slow rise.
         step: at which it began.
         parameter: in which it was first.
         ended: "recovered", "non-finite" (to the end of the record), "high" (still, at the end).
@@ -39,6 +42,7 @@ class Explosion:
         score: robust z-score of the first step's log norm; None without a past or where it was not finite.
         spread: the parameters that it reached, in order.
         altered: parameters whose weights changed then, although no update explains it.
+        overwritten: parameters whose update was larger than their weights at that step, after small ones.
         evidence: what all this rests on, in sentences.
     """
 
@@ -55,6 +59,7 @@ class Explosion:
     score: float | None = None
     spread: tuple[Reached, ...] = ()
     altered: tuple[str, ...] = ()
+    overwritten: tuple[str, ...] = ()
     evidence: tuple[str, ...] = ()
 
 
@@ -62,27 +67,37 @@ def find_explosions(reader: Reader) -> list[Explosion]:
     """All explosions of a run, in order; empty for a healthy one."""
     course = Course.read(reader)
     found: list[Explosion] = []
-    used: set[Jump] = set()
+    jumps, overwrites = list(course.jumps), find_overwrites(reader.names, course.samples)
     for event in find_events(course.totals, course.nonfinite):
-        jumps = _jumps_of(event, course)
-        used.update(jumps)
-        found.append(_initial(course, event) if event.baseline is None else _later(course, event, jumps))
-    rest = [jump for jump in course.jumps if jump not in used]
+        if event.baseline is None:
+            found.append(_initial(course, event))
+            overwrites = [o for o in overwrites if o.step > course.step(event.stop - 1)]
+            continue
+        own_jumps = _jumps_of(event, course)
+        own_overwrites = _overwrites_of(event, course, overwrites)
+        found.append(_later(course, event, own_jumps, own_overwrites))
+        jumps = [jump for jump in jumps if jump not in own_jumps]
+        overwrites = [overwrite for overwrite in overwrites if overwrite not in own_overwrites]
     found += [
-        _altered(course, [j for j in rest if j.step == step]) for step in dict.fromkeys(j.step for j in rest)
+        _altered(course, [j for j in jumps if j.step == step])
+        for step in dict.fromkeys(j.step for j in jumps)
     ]
+    altered = {explosion.step for explosion in found if explosion.altered}
+    found += [_overwritten(course, overwrite) for overwrite in overwrites if overwrite.step not in altered]
     if not found:
         found += _drift(course)
     return sorted(found, key=lambda explosion: explosion.step or 0)
 
 
 def worst(explosions: list[Explosion]) -> Explosion:
-    """The one to look at first: what the run ended with, else what is surely a fault, else the highest spike."""
+    """The one to look at first: what the run ended with, else the first sure fault, else the highest spike."""
 
     def rank(explosion: Explosion) -> tuple[float, float]:
-        severity = {"non-finite": 3.0, "high": 2.0}.get(explosion.ended or "", 0.0) + 0.5 * bool(
-            explosion.altered
-        )
+        severity = {"non-finite": 3.0, "high": 2.0}.get(explosion.ended or "", 0.0)
+        if explosion.ended == "high" and (explosion.last_step or 0) - (explosion.step or 0) < CALM_ROWS:
+            severity = 0.0  # it may have been a spike: the record ends with it
+        if explosion.altered or explosion.overwritten or explosion.kind == "updates":
+            return severity + 0.5, -(explosion.step or 0)
         height = (explosion.peak_norm or 0.0) / explosion.norm_before if explosion.norm_before else 1.0
         return severity, -1.0 if explosion.kind == "overflow" else height
 
@@ -97,19 +112,25 @@ def _jumps_of(event: Event, course: Course) -> list[Jump]:
     ]
 
 
-def _later(course: Course, event: Event, jumps: list[Jump]) -> Explosion:
+def _overwrites_of(event: Event, course: Course, overwrites: list[Overwrite]) -> list[Overwrite]:
+    """The overwriting updates that belong to an event: shortly before it, or in it, as its consequence."""
+    first, last = course.step(event.start), course.step(event.stop - 1)
+    return [o for o in overwrites if first - LONG_BEFORE <= o.step <= last + 1]
+
+
+def _later(course: Course, event: Event, jumps: list[Jump], overwrites: list[Overwrite]) -> Explosion:
     """An explosion that left a past."""
     assert event.baseline is not None
     step = course.step(event.start)
     first_jumps = [jump for jump in jumps if jump.step <= step or not jump.is_exact]
     reached = spread(course, event)
+    first_overwrite = next((o for o in overwrites if o.step < step), None)
     if first_jumps:
         step = min([step, *(jump.step for jump in first_jumps)])
-        own = {r.parameter: r.growth for r in reached}
-        altered = [jump.parameter for jump in first_jumps]
-        reached = [Reached(name, step, own.get(name)) for name in altered] + [
-            r for r in reached if r.parameter not in altered
-        ]
+        reached = _put_first([jump.parameter for jump in first_jumps], reached, step)
+    elif first_overwrite is not None:
+        step = first_overwrite.step
+        reached = _put_first([name for name, _ in first_overwrite.parameters[:1]], reached, step)
     peak_row, peak = _peak(course.totals, event)
     before, first = event.baseline.norm, float(course.totals[event.start])
     overflow = "the loss scale overflowed" in course.skips.get(step, "")
@@ -129,8 +150,18 @@ def _later(course: Course, event: Event, jumps: list[Jump]) -> Explosion:
         score=event.baseline.score(first) if 0 < first < math.inf else None,
         spread=tuple(reached),
         altered=tuple(jump.parameter for jump in first_jumps),
-        evidence=evidence.later(course, event, reached, first_jumps),
+        overwritten=tuple(name for o in overwrites if o.step == step for name, _ in o.parameters),
+        evidence=evidence.later(
+            course, event, reached, first_jumps, None if first_jumps else first_overwrite
+        ),
     )
+
+
+def _put_first(names: list[str], reached: list[Reached], step: int) -> list[Reached]:
+    """The spread with these parameters in front, at ``step``."""
+    growth = {r.parameter: r.growth for r in reached}
+    first = [Reached(name, step, growth.get(name)) for name in names]
+    return first + [r for r in reached if r.parameter not in names]
 
 
 def _initial(course: Course, event: Event) -> Explosion:
@@ -190,6 +221,23 @@ def _altered(course: Course, jumps: list[Jump]) -> Explosion:
         spread=tuple(Reached(jump.parameter, step, None) for jump in jumps),
         altered=tuple(jump.parameter for jump in jumps),
         evidence=tuple(evidence.jump(jump) for jump in jumps),
+    )
+
+
+def _overwritten(course: Course, overwrite: Overwrite) -> Explosion:
+    """Updates as large as the weights, without a trace in the gradient norm."""
+    row = int(torch.searchsorted(course.steps, overwrite.step))
+    sentences = (evidence.rates(course, row), evidence.overwrite(overwrite))
+    return Explosion(
+        found=True,
+        kind="updates",
+        step=overwrite.step,
+        parameter=overwrite.parameters[0][0] if overwrite.parameters else None,
+        ended="high" if overwrite.lasts else "recovered",
+        last_step=overwrite.last_step,
+        spread=tuple(Reached(name, overwrite.step, None) for name, _ in overwrite.parameters),
+        overwritten=tuple(name for name, _ in overwrite.parameters),
+        evidence=tuple(words for words in sentences if words),
     )
 
 

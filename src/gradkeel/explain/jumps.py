@@ -10,7 +10,8 @@ from gradkeel.explain.events import log_norms
 from gradkeel.record import Reader
 from gradkeel.record.sampling import UPDATES_EVERY
 
-LEAST = 1.5
+LEAST, LEAST_ESTIMATED = 1.5, 3.0
+"""A change by less than this factor is passed over: where the update was measured, and where it is estimated."""
 _PAST = 10  # samples whose largest update stands for the ones that were not measured
 _SLACK = 3.0  # times that
 
@@ -62,7 +63,8 @@ def find_jumps(reader: Reader) -> list[Jump]:
     )
     reach = torch.where(estimated, usual, reach) + 1e-5 * weights[:-1]
     larger, smaller = torch.maximum(weights[1:], weights[:-1]), torch.minimum(weights[1:], weights[:-1])
-    jumped = (change > reach) & (larger > LEAST * smaller) & torch.isfinite(larger)
+    least = torch.where(estimated, LEAST_ESTIMATED, LEAST)
+    jumped = (change > reach) & (larger > least * smaller) & torch.isfinite(larger)
     together = jumped.sum(dim=1, keepdim=True) > max(1, len(reader.names) // 4)
     jumped &= ~(estimated & together)
     jumps = []

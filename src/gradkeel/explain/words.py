@@ -16,6 +16,7 @@ _KIND = {
     "initialization": "The gradients exploded from the initialization on",
     "overflow": "The loss scale overflowed, which GradScaler provokes by design",
     "weights": "A parameter was changed by something other than the optimizer",
+    "updates": "Updates overwrote the weights",
     "drift": "The gradients grew slowly, without a jump",
 }
 

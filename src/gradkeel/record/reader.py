@@ -193,7 +193,9 @@ class Reader:
         result = torch.full((len(blobs), width), math.nan, dtype=torch.float64)
         for size in {len(blob) for blob in blobs} - {0}:
             rows = [i for i, blob in enumerate(blobs) if len(blob) == size]
-            result[rows, : size // 8] = from_blobs([blobs[i] for i in rows], torch.float64).reshape(len(rows), -1)
+            result[rows, : size // 8] = from_blobs([blobs[i] for i in rows], torch.float64).reshape(
+                len(rows), -1
+            )
         return result
 
     def skips(self) -> list[tuple[int, str]]:

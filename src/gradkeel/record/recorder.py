@@ -53,7 +53,7 @@ class Recorder:
 
     Besides what the guard measures anyway, the parameters' own 2-norms and those of their updates are recorded: at
     each of the first 100 steps, then at every 10th (updates, for which the weights are copied, and everything from
-    step 10,000 on: every 50th); on the CPU also around a jump of the gradient norm.
+    step 10,000 on: every 50th); also after a jump of the learning rate and, on the CPU, of the gradient norm.
 
     In a distributed run every rank may have a recorder; only rank 0's writes.
 
@@ -103,7 +103,11 @@ class Recorder:
             return  # a closure may be evaluated several times within a step
         self._before_step = report.step
         self._before = None
-        weights, updates = self._sampling.next(report.selections[0].measured)
+        rate = self._guard.optimizer.param_groups[0].get("lr")
+        known = (
+            None if rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu") else float(rate)
+        )
+        weights, updates = self._sampling.next(report.selections[0].measured, known)
         if weights:
             device = report.selections[0].measured.norms.device
             self._before = BeforeUpdate(self._guard.names, self._guard.parameters, device, updates=updates)

@@ -19,28 +19,33 @@ SUSPICION, ALARM = 1.5, 3.0
 """Times the highest norm of the last 20 steps: from there on weights, and also updates, are measured whatever the
 interval."""
 AFTER_ALARM = 10
+RATE_ALARM = 2.0  # times the last learning rate
 
 
 class Sampling:
     """Chooses steps: each of the first 100; then every 10th for weights, every 50th for updates, which need a copy.
 
-    From step 10,000 on every 50th for both. On the CPU also those at which the gradient norm jumps, for these are
-    what one wants to know about later: there the host knows the norm without waiting for it. What is measured are
-    2-norms.
+    From step 10,000 on every 50th for both. Also those at which the learning rate jumps and, on the CPU, the gradient
+    norm, for these are what one wants to know about later; elsewhere the host would have to wait for the norm. What
+    is measured are 2-norms.
     """
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=20)
         self._seen = 0
         self._alarmed_until = 0
+        self._rate: float | None = None
 
-    def next(self, measured: GradientNorms) -> tuple[bool, bool]:
+    def next(self, measured: GradientNorms, rate: float | None = None) -> tuple[bool, bool]:
         """Whether to measure the weights at this step, and whether the update as well; call it once a step."""
         self._seen += 1
         step = measured.step
         jump = self._jump(measured) if measured.total.device.type == "cpu" else 0.0
-        if not jump <= ALARM:
+        if not jump <= ALARM or (
+            rate is not None and self._rate is not None and rate > RATE_ALARM * self._rate
+        ):
             self._alarmed_until = step + AFTER_ALARM
+        self._rate = rate
         updates = self._seen <= FIRST_STEPS or step % UPDATES_EVERY == 0 or step <= self._alarmed_until
         weights = (step % WEIGHTS_EVERY == 0 and step <= LONG_RUN) or not jump <= SUSPICION
         return updates or weights, updates
