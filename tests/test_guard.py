@@ -420,6 +420,23 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
     assert is_same(guard.state_dict(), before)
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_parameter_in_anothers_place_is_followed(in_place):
+    """Accelerate puts sharded parameters in the place of whole ones; the groups stay as long as they were."""
+    old, kept = parameters_of([3.0, 4.0], [0.0])
+    guard = gk.attach(sgd([old, kept]), gk.ClipByGlobalNorm(1.0))
+    (new,) = parameters_of([30.0, 40.0])
+    group = guard.optimizer.param_groups[0]
+    if in_place:
+        group["params"][0] = new
+    else:
+        group["params"] = [new, kept]
+    guard.optimizer.step()
+    assert (guard.report.norm, guard.report.stepped) == (50.0, True)
+    assert new.grad.tolist() == pytest.approx([0.6, 0.8])
+    assert old.grad.tolist() == [3.0, 4.0]
+
+
 @pytest.mark.parametrize("later", [gk.ClipByNorm(1), gk.ClipByNorm(0.5), gk.ClipByGlobalNorm(1.0), None])
 def test_a_policy_that_remembers_nothing_may_change_on_resuming(later):
     guard = gk.attach(sgd(parameters_of([3.0, 4.0])), gk.ClipByNorm(1.0))

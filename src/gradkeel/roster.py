@@ -3,10 +3,11 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradkeel.measure import blank_norms, readings
@@ -83,6 +84,7 @@ class Roster:
         self._exclude = tuple(exclude)
         self._sharing = sharing
         self._signature: tuple[tuple[int, Any], ...] = ()
+        self._held: list[list[Tensor]] = []
         self._data_parallel: Ranks | None = None
         self.items: tuple[Item, ...] = ()
         self.exchange: Exchange | None = None
@@ -91,7 +93,18 @@ class Roster:
     def is_current(self, window: Window | None) -> bool:
         """Whether neither the optimizer's groups nor the ranks of the window have changed."""
         ranks = None if window is None else window.ranks
-        return signature(self._optimizer) == self._signature and ranks is self._data_parallel
+        return (
+            signature(self._optimizer) == self._signature
+            and self._holds_the_same_parameters()
+            and ranks is self._data_parallel
+        )
+
+    def _holds_the_same_parameters(self) -> bool:
+        """Whether none was put in another's place, as Accelerate puts sharded parameters in that of whole ones."""
+        groups = self._optimizer.param_groups
+        return all(
+            all(map(is_, group["params"], held)) for group, held in zip(groups, self._held, strict=True)
+        )
 
     def read(self, window: Window | None) -> None:
         """Read names, groups and their policies from the optimizer, and find out who shares them.
@@ -131,6 +144,7 @@ class Roster:
         restore_clips(optimizer, self._signature)
         by_group = [group_policy(group, index) for index, group in enumerate(optimizer.param_groups)]
         self._signature = signature(optimizer)
+        self._held = [list(group["params"]) for group in optimizer.param_groups]
         selections = select(optimizer, name_parameters(optimizer, self.model), self._exclude, self.model)
         known = {MAIN: self._policy, EXCLUDED: None}
         return selections, [known[s.label] if s.label in known else by_group[s.groups[0]] for s in selections]
