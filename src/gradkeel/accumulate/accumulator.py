@@ -74,9 +74,7 @@ class Accumulator:
         noise_scale: bool = False,
     ) -> None:
         if not isinstance(guard, Guard):
-            raise TypeError(
-                f"Accumulator(guard={type(guard).__name__}): guard must be what gradkeel.attach(optimizer, ...) returns"
-            )
+            raise TypeError(f"Accumulator(guard={type(guard).__name__}): guard must be what attach() returns")
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"Accumulator(steps={steps!r}): steps must be an int, at least 1")
         if reduction not in ("sum", "mean"):
@@ -91,8 +89,7 @@ class Accumulator:
         self._sync = GradientSync(model, process_group)
         if noise_scale and self._sync.is_needed:
             raise ValueError(
-                "Accumulator(noise_scale=True): a distributed model exchanges gradients only at the window's end; "
-                "measure the noise scale on one process"
+                "Accumulator(noise_scale=True): needs one process; ranks exchange gradients only at the window's end"
             )
         self._watch = GradientWatch(lambda: guard.parameters)
         self._wide = None if accumulate_dtype is None else WideSums(accumulate_dtype)
