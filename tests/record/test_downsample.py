@@ -58,8 +58,8 @@ def test_buckets_of_norms(long_record, columns, span):
     if buckets.is_exact:
         assert_same(buckets.median, twin(norms, first, last, torch.median))
     else:
-        # A median of medians of 64 uniform numbers: each has a standard deviation of 0.06.
-        assert torch.nan_to_num(buckets.median, nan=0.5).sub(0.5).abs().max() < 0.12
+        # A median of medians of 64 uniform numbers, each with a standard deviation of 0.06; the last block is shorter.
+        assert ((torch.nan_to_num(buckets.median, nan=0.5)[:-1] - 0.5).abs() < 0.12).all()
 
 
 def test_long_buckets_do_not_read_the_norms(long_record, monkeypatch):
