@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gradkeel.apply import apply
 from gradkeel.errors import NonFiniteGradientError
 from gradkeel.measure import measure_total
-from gradkeel.measure.placement import settle
+from gradkeel.measure.placement import is_distributed, settle
 from gradkeel.norms import Decision, GradientNorms
 from gradkeel.policies import Hard
 
@@ -58,7 +58,8 @@ def clip_grad_norm_(
     gradients = [p.grad for p in checked if p.grad is not None]
     total = _total(gradients, float(norm_type), error_if_nonfinite, among=checked)
     _scale(checked, bound, total)
-    return _narrowed(total, gradients)
+    # A rank without gradients must return what the others do.
+    return _narrowed(total, gradients or [p for p in checked if is_distributed(p)])
 
 
 @torch.no_grad()

@@ -5,13 +5,13 @@ from tests.distributed.pool import Pool
 
 
 @pytest.fixture(scope="session")
-def _pool():
-    pool = Pool()
-    yield pool
-    pool.close()
+def pool():
+    processes = Pool()
+    yield processes
+    processes.close()
 
 
 @pytest.fixture
-def ranks(_pool):
+def ranks(pool):
     """Runs a case on several ranks: ``ranks(2, case, ...)`` gives what each of them returned."""
-    return _pool.run
+    return pool.run

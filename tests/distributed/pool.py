@@ -36,7 +36,7 @@ class Pool:
         with tempfile.TemporaryDirectory() as folder:
             workers = self._workers[:count]
             for _, connection in workers:
-                connection.send((count, str(Path(folder) / "store"), case, arguments))
+                connection.send((count, str(Path(folder) / "store"), seconds, case, arguments))
             answers = [self._answer(connection, seconds) for _, connection in workers]
         failures = [f"rank {rank}: {words}" for rank, (is_good, words) in enumerate(answers) if not is_good]
         if failures:
@@ -75,13 +75,13 @@ def _work(rank, connection):
     torch.set_num_threads(1)
     while True:
         try:
-            count, store, case, arguments = connection.recv()
+            count, store, seconds, case, arguments = connection.recv()
         except EOFError:
             return
-        connection.send(_answer_of(rank, count, store, case, arguments))
+        connection.send(_answer_of(rank, count, store, seconds, case, arguments))
 
 
-def _answer_of(rank, count, store, case, arguments):
+def _answer_of(rank, count, store, seconds, case, arguments):
     import torch
     from torch import distributed
 
@@ -90,7 +90,7 @@ def _answer_of(rank, count, store, case, arguments):
         store=distributed.FileStore(store, count),
         rank=rank,
         world_size=count,
-        timeout=timedelta(seconds=SECONDS / 2),
+        timeout=timedelta(seconds=seconds / 2),
     )
     torch.manual_seed(0)
     try:

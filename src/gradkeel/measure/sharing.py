@@ -1,5 +1,6 @@
 """Which parameters lie on several ranks, as their placement tells or the user has declared, and who must exchange."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -130,10 +131,7 @@ class Sharing:
         alike: dict[object, list[Tensor]] = {key: [] for key in examples}
         for tensor in tensors:
             alike[placement_key(tensor)].append(tensor)
-        parts = [
-            combine(tensor_norms(local_parts(group), norm_type, device), norm_type)
-            for group in alike.values()
-        ]
+        parts = [_norm_here(group, norm_type, device) for group in alike.values()]
         norms = torch.stack(parts) if parts else torch.zeros(0, dtype=wide_dtype(device), device=device)
         ranks = self._ranks(examples.values(), None)
         if ranks is None:
@@ -150,7 +148,7 @@ class Sharing:
         own = torch.tensor(
             [int(entry.name) for entry in entries[ranks.here]], dtype=torch.int64, device=device
         )
-        agreed = exchange([Readings((), norms.index_select(0, own))], Told(0))
+        agreed = exchange([Readings((True,) * len(own), norms.index_select(0, own))], Told(0))
         return combine(agreed.readings[0].norms, norm_type)
 
     def _ranks(self, parameters: Iterable[Tensor], data_parallel: Ranks | None) -> Ranks | None:
@@ -222,6 +220,14 @@ def _entries(
         piece = _piece(parameter, unit_dim, rank)
         if piece is not None:
             yield _entry(name, parameter, group, piece, declared.get(id(parameter)))
+
+
+def _norm_here(tensors: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
+    """[] norm of what this rank holds of tensors; what changes no norm where it holds nothing."""
+    held = [part for part in local_parts(tensors) if part.numel()]
+    if not held and norm_type < 0:
+        return torch.full((), math.inf, dtype=wide_dtype(device), device=device)
+    return combine(tensor_norms(held, norm_type, device), norm_type)
 
 
 def _read(entry: Exclude, where: "Where") -> Split | str | None:
