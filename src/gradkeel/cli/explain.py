@@ -30,5 +30,7 @@ def command(
 
         print(json.dumps(explanation.to_json(), allow_nan=False))
     else:
+        import shlex
+
         print(explanation)
-        print(f"\nSee it: gradkeel report {run}")
+        print(f"\nSee it: gradkeel report {shlex.quote(str(run))}")

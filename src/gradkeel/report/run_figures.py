@@ -61,6 +61,7 @@ def traces(
         marks: at steps.
         strips: name, share of the steps in each bucket [c], and color of what is marked under the traces.
     """
+    _plotly()  # says what to install
     from plotly.subplots import make_subplots
 
     shares = [0.05 * len(strips), 1 - 0.05 * len(strips)] if strips else [1.0]

@@ -1,6 +1,7 @@
 """The page of a recorded run: the explanation in words on top, and under it the figures that it rests on."""
 
 import math
+import shlex
 
 import torch
 from torch import Tensor
@@ -79,7 +80,9 @@ def _lines(explanation: Explanation) -> list[Line]:
         lines.append(Line("NORMS", " ".join(words.distribution(explanation.threshold))))
         bound = explanation.threshold.quantiles[0.9].value
         other = "norm" if explanation.threshold.scope == "tensor" else "global-norm"
-        command = f"gradkeel replay {explanation.path} --policy {other}:{bound:.2g} --policy zclip"
+        command = (
+            f"gradkeel replay {shlex.quote(explanation.path)} --policy {other}:{bound:.2g} --policy zclip"
+        )
         lines.append(Line("NEXT", command, command=True))
     return lines
 
