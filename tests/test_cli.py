@@ -166,7 +166,19 @@ def test_without_the_extra_there_is_one_line_with_the_command(tmp_path, module):
 
 def test_help_names_every_option(gradkeel):
     words = gradkeel("--help").output
-    options = "policy", "sweep", "lr", "batch-size", "seeds", "steps", "jobs", "run", "out", "json"
+    options = (
+        "policy",
+        "sweep",
+        "lr",
+        "batch-size",
+        "accumulate",
+        "seeds",
+        "steps",
+        "jobs",
+        "run",
+        "out",
+        "json",
+    )
     assert [option for option in options if f"--{option} " not in words] == []
 
 

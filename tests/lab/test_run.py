@@ -1,12 +1,13 @@
 """One run: what it notes, and what counts as diverged."""
 
+import itertools
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from gradkeel.lab import Task, Trial, run_trial
+from gradkeel.lab import Task, Trial, load_task, run_trial
 from gradkeel.lab.run import divergence, tail_median
 
 INF, NAN = math.inf, math.nan
@@ -126,6 +127,38 @@ def test_the_loss_reaches_policies_that_look_at_it():
 
     run = run_trial(Jump(), Trial("skip-step:sigma=6,window=32,warmup=10", 1e-4, 0), 21)
     assert run.skipped == 1
+
+
+@pytest.mark.parametrize("policy", ["none", "global-norm:0.2"])
+@pytest.mark.parametrize("name", ["simple-mlp", "simple-mlp-adam"])
+def test_accumulated_batches_train_like_one_of_their_size(name, policy):
+    task, whole = load_task(name), load_task(name)
+    whole.batch_size = 64
+    lr = task.learning_rates[0]
+    accumulated = run_trial(task, Trial(policy, lr, 0), 10, accumulate=4)
+    at_once = run_trial(whole, Trial(policy, lr, 0), 10)
+    # Each step is on the same 64 samples; float32 sums in another order differ by about 1e-7 a step.
+    assert accumulated.losses == pytest.approx(at_once.losses, rel=1e-5)
+    assert accumulated.norms == pytest.approx(at_once.norms, rel=1e-4)
+    assert accumulated.clip_rate == at_once.clip_rate
+
+
+def test_accumulated_batches_weigh_what_they_hold():
+    task = load_task("tiny-transformer")
+    task.batch_size = 2
+    run = run_trial(task, Trial("none", 1e-3, 0), 1, accumulate=3)
+    torch.manual_seed(0)
+    model, batches = task.model(), task.batches(0)
+    pairs = [(task.loss(model, batch).item(), task.weight(batch)) for batch in itertools.islice(batches, 3)]
+    assert len({weight for _, weight in pairs}) > 1
+    expected = sum(loss * weight for loss, weight in pairs) / sum(weight for _, weight in pairs)
+    assert run.losses == pytest.approx([expected], rel=1e-6)
+
+
+def test_an_accumulated_loss_that_is_not_finite_ends_the_run():
+    run = run_trial(Quadratic(), Trial("none", 1e20, 0), 50, accumulate=2)
+    assert run.diverged
+    assert len(run.losses) == run.diverged_at + 1 < 50
 
 
 @pytest.mark.parametrize(

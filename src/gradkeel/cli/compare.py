@@ -36,6 +36,9 @@ def command(
         list[float] | None, typer.Option(metavar="X", help="a learning rate; may be repeated")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(metavar="B", help="items in a batch")] = None,
+    accumulate: Annotated[
+        int | None, typer.Option(metavar="K", help="batches that make one step, accumulated exactly")
+    ] = None,
     seeds: Annotated[int | None, typer.Option(metavar="N", help="how many seeds")] = None,
     steps: Annotated[int | None, typer.Option(metavar="N", help="optimizer steps in a run")] = None,
     jobs: Annotated[
@@ -69,10 +72,12 @@ def command(
             seeds=seeds,
             steps=steps,
             batch_size=batch_size,
+            accumulate=accumulate,
             sweep=sweep,
         )
     else:
-        _refuse_beside_run(TASK=task, **{"--lr": lr, "--steps": steps, "--batch-size": batch_size})
+        beside = {"--lr": lr, "--steps": steps, "--batch-size": batch_size, "--accumulate": accumulate}
+        _refuse_beside_run(TASK=task, **beside)
         plan = make_command_plan(run, policies=policy, seeds=seeds, sweep=sweep)
     with Progress(plan, quiet=as_json) as progress:
         result = compare(plan, jobs=jobs, on_run=progress.update, records=out / "runs")

@@ -71,7 +71,7 @@ def _in_this_process(plan: Plan, trials: Sequence[Trial]) -> Generator[tuple[int
     task = _prepare(plan)
     try:
         for i, trial in enumerate(trials):
-            yield i, run_trial(task, trial, plan.steps or task.steps)
+            yield i, run_trial(task, trial, plan.steps or task.steps, accumulate=plan.accumulate)
     finally:
         torch.set_num_threads(threads)
 
@@ -129,4 +129,4 @@ def _prepare(plan: Plan) -> Task:
 def _work(trial: Trial) -> Run:
     assert _worker is not None
     task, plan = _worker
-    return run_trial(task, trial, plan.steps or task.steps)
+    return run_trial(task, trial, plan.steps or task.steps, accumulate=plan.accumulate)

@@ -87,6 +87,7 @@ def _subtitle(comparison: Comparison) -> str:
         count(len(plan.learning_rates), "learning rate") if plan.learning_rates else "",
         count(len(plan.seeds), "seed"),
         count(plan.steps, "step") if plan.steps else "",
+        f"each on {plan.accumulate} accumulated batches" if plan.accumulate > 1 else "",
     ]
     text = (
         ", ".join(word for word in words if word) + "; the same initial weights and batches for every policy."

@@ -23,6 +23,7 @@ class Plan:
         batch_size: None leaves the task's own.
         target_loss: the table counts the steps to it; None takes one from the data.
         sweep: the bounds that some of the policies came from.
+        accumulate: how many batches make one step.
         arguments: what stands between ``gradkeel compare`` and the policies, to run the same thing again.
         is_command: whether ``target`` is a command of the user's own.
     """
@@ -35,6 +36,7 @@ class Plan:
     batch_size: int | None = None
     target_loss: float | None = None
     sweep: Sweep | None = None
+    accumulate: int = 1
     arguments: tuple[str, ...] = ()
     is_command: bool = False
 
@@ -68,6 +70,7 @@ def make_plan(
     seeds: int | None = None,
     steps: int | None = None,
     batch_size: int | None = None,
+    accumulate: int | None = None,
     sweep: str | None = None,
 ) -> Plan:
     """A plan with the task's own defaults for whatever is None.
@@ -80,7 +83,7 @@ def make_plan(
         PolicySpecError: a policy cannot be read.
     """
     task = load_task(target)
-    _check_counts(seeds=seeds, steps=steps, batch_size=batch_size)
+    _check_counts(seeds=seeds, steps=steps, batch_size=batch_size, accumulate=accumulate)
     for lr in learning_rates or ():
         if not 0 < lr < float("inf"):
             raise TaskError(f"lr={lr}: a learning rate must be a finite number above 0")
@@ -88,6 +91,7 @@ def make_plan(
     rates = learning_rates or (task.learning_rates if swept is None else (max(task.learning_rates),))
     arguments = [target]
     arguments += [] if batch_size is None else ["--batch-size", str(batch_size)]
+    arguments += [] if accumulate is None else ["--accumulate", str(accumulate)]
     arguments += [] if steps is None else ["--steps", str(steps)]
     return Plan(
         target=target,
@@ -98,6 +102,7 @@ def make_plan(
         batch_size=batch_size,
         target_loss=task.target_loss,
         sweep=swept,
+        accumulate=accumulate or 1,
         arguments=tuple(arguments),
     )
 

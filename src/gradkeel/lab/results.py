@@ -33,6 +33,7 @@ def document(comparison: Comparison) -> dict[str, Any]:
     result = {
         "task": plan.target,
         "steps": plan.steps,
+        "accumulate": plan.accumulate,
         "planned_runs": len(plan.trials),
         "interrupted": comparison.interrupted,
         "runs": [_run(run) for run in runs],

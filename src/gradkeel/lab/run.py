@@ -115,10 +115,12 @@ def divergence(losses: Sequence[float], bad_step: int | None) -> tuple[bool, int
     return True, min(below + 1, len(losses) - 1)
 
 
-def run_trial(task: Task, trial: Trial, steps: int) -> Run:
+def run_trial(task: Task, trial: Trial, steps: int, *, accumulate: int = 1) -> Run:
     """Train ``task`` for ``steps`` steps, or until its loss is not finite.
 
     ``none`` runs with non-finite gradients kept, every policy with its steps skipped, which is the guard's default.
+    With ``accumulate`` above 1 each step is made on so many batches, accumulated exactly by ``task.weight``; losses
+    and norms are then the window's.
     """
     assert trial.lr is not None
     spec = parse(trial.policy)
@@ -133,13 +135,13 @@ def run_trial(task: Task, trial: Trial, steps: int) -> Run:
         exclude=spec.exclude or None,
         nonfinite="keep" if spec.policy is None else "skip",
     )
-    loop = _Loop(task, model, optimizer, guard)
+    loop = _Loop(task, model, optimizer, guard, accumulate)
     batches = endless(task, trial.seed)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SkippedStepWarning)  # they are counted
             for _ in range(steps):
-                if not loop.step(next(batches)):
+                if not loop.step([next(batches) for _ in range(accumulate)]):
                     break
     finally:
         guard.detach()
@@ -166,9 +168,10 @@ class _Loop:
     """The training loop of a run, and what it sees; the bookkeeping is outside the time that is measured."""
 
     def __init__(
-        self, task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, guard: gk.Guard
+        self, task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, guard: gk.Guard, accumulate: int
     ) -> None:
         self.task, self.model, self.optimizer, self.guard = task, model, optimizer, guard
+        self._accumulate = gk.Accumulator(guard, accumulate, reduction="mean") if accumulate > 1 else None
         self.losses: list[float] = []
         self.norms: list[float] = []
         self.seconds: list[float] = []
@@ -176,17 +179,14 @@ class _Loop:
         self.onset: Onset | None = None
         self.bad_step: int | None = None
 
-    def step(self, batch: object) -> bool:
-        """Train on one batch; False when there is nothing more to learn from this run."""
+    def step(self, batches: Sequence[object]) -> bool:
+        """Make one step on these batches; False when there is nothing more to learn from this run."""
         old = None if self.onset else [p.detach().clone() for p in self.model.parameters()]
         start = time.perf_counter()
-        loss = self.task.loss(self.model, batch)
-        self.losses.append(loss.item())
+        self.losses.append(self._backward(batches))
         self.norms.append(math.nan)
         if not math.isfinite(self.losses[-1]):
             return False
-        loss.backward()
-        self.guard.log(loss=loss)
         try:
             self.optimizer.step()
         except TooManySkipsError:
@@ -196,6 +196,21 @@ class _Loop:
         self.seconds.append(time.perf_counter() - start)
         self._note(old)
         return True
+
+    def _backward(self, batches: Sequence[object]) -> float:
+        """The loss of these batches; the gradients are left where the guard finds them."""
+        if self._accumulate is None:
+            loss = self.task.loss(self.model, batches[0])
+            if math.isfinite(value := loss.item()):
+                loss.backward()
+                self.guard.log(loss=loss)
+            return value
+        for micro in self._accumulate(batches):
+            with micro:
+                micro.backward(self.task.loss(self.model, micro.batch), weight=self.task.weight(micro.batch))
+        window = self._accumulate.loss
+        assert window is not None
+        return window.item()
 
     def _note(self, old: list[torch.Tensor] | None) -> None:
         report = self.guard.report
