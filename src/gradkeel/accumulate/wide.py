@@ -51,7 +51,7 @@ def add_(total: Tensor, gradient: Tensor) -> None:
         total.add_(gradient)
         return
     flat, narrow = total.view(-1), gradient.reshape(-1)
-    scratch = torch.empty(min(CHUNK, flat.numel()), dtype=total.dtype)
+    scratch = torch.empty(min(CHUNK, flat.numel()), dtype=total.dtype, device="cpu")
     for start in range(0, flat.numel(), CHUNK):
         part = flat[start : start + CHUNK]
         part.add_(scratch[: part.numel()].copy_(narrow[start : start + CHUNK]))

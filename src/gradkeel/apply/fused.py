@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
+from gradkeel.measure.placement import shares_memory
+
 # RMSprop and the rest ignore or refuse grad_scale; each optimizer of torch.optim has its line in the tests.
 FOLDING: tuple[type[Optimizer], ...] = (SGD, Adam, AdamW, Adagrad)
 
@@ -23,7 +25,8 @@ def reads_grad_scale(optimizer: Optimizer) -> bool:
 def can_fold(optimizer: Optimizer, parameters: Sequence[Tensor]) -> bool:
     """Whether one coefficient for all these parameters may go into the optimizer's kernel."""
     return reads_grad_scale(optimizer) and all(
-        p.grad is None or (p.grad.dtype == torch.float32 and p.grad.layout == torch.strided)
+        p.grad is None
+        or (p.grad.dtype == torch.float32 and p.grad.layout == torch.strided and not shares_memory(p.grad))
         for p in parameters
     )
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gradkeel.measure import native, triton_host
-from gradkeel.measure.placement import entries_to_scale
+from gradkeel.measure.placement import entries_to_scale, shares_memory
 from gradkeel.norms import Decision, GradientNorms
 
 
@@ -66,9 +66,17 @@ def _scale(parameters: Sequence[Tensor], factor: Tensor | None) -> None:
         return
     rows = [factor] * len(parameters) if factor.dim() == 0 else list(factor.unbind())
     chosen = [
-        (gradient, row) for p, row in zip(parameters, rows, strict=True) if (gradient := p.grad) is not None
+        (gradient, row) for p, row in zip(parameters, rows, strict=True) if (gradient := _own(p)) is not None
     ]
     _scale_on_device([entries_to_scale(gradient) for gradient, _ in chosen], [row for _, row in chosen])
+
+
+def _own(parameter: Tensor) -> Tensor | None:
+    """The gradient, copied first if its entries share memory, as those of an expanded gradient do."""
+    gradient = parameter.grad
+    if gradient is not None and shares_memory(gradient):
+        parameter.grad = gradient = gradient.clone(memory_format=torch.contiguous_format)
+    return gradient
 
 
 def _scale_on_device(entries: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
@@ -103,15 +111,15 @@ def _scale_on_host(parameters: Sequence[Tensor], factor: Tensor) -> None:
     else:
         values = factor.tolist()
     chosen = [
-        (p.grad, value)
+        (gradient, value)
         for p, value in zip(parameters, values, strict=True)
-        if value != 1.0 and p.grad is not None
+        if value != 1.0 and (gradient := _own(p)) is not None
     ]
     gradients, numbers = [gradient for gradient, _ in chosen], [value for _, value in chosen]
     kernels = native.kernels()
     table = None if kernels is None else kernels.table(gradients, otherwise=entries_to_scale)
     if kernels is not None and table is not None:
-        kernels.scale(table, torch.tensor(numbers, dtype=torch.float64))
+        kernels.scale(table, torch.tensor(numbers, dtype=torch.float64, device="cpu"))
         return
     wide = [(entries_to_scale(g), v) for g, v in chosen if g.dtype in (torch.float32, torch.float64)]
     if wide:
@@ -126,7 +134,7 @@ def _scale_units(parameters: Sequence[Tensor], coefficients: Tensor, counts: Seq
     on_host = coefficients.device.type == "cpu"
     touched = _touched(coefficients, counts) if on_host else range(len(parameters))
     split = coefficients.split(list(counts))
-    parts = [(gradient, split[i]) for i in touched if (gradient := parameters[i].grad) is not None]
+    parts = [(gradient, split[i]) for i in touched if (gradient := _own(parameters[i])) is not None]
     kernels = native.kernels() if on_host and parts else None
     table = None if kernels is None else kernels.table([gradient for gradient, _ in parts], dim)
     if kernels is not None and table is not None:
@@ -140,7 +148,7 @@ def _scale_units(parameters: Sequence[Tensor], coefficients: Tensor, counts: Seq
 
 def _touched(coefficients: Tensor, counts: Sequence[int]) -> list[int]:
     """Which parameters have a unit whose coefficient is not 1."""
-    ends = torch.tensor(counts).cumsum(0)
+    ends = torch.tensor(counts, device="cpu").cumsum(0)
     units = (coefficients != 1).nonzero().flatten()
     touched: list[int] = torch.bucketize(units, ends, right=True).unique().tolist()
     return touched
@@ -167,7 +175,7 @@ def _clamp(parameters: Sequence[Tensor], limits: tuple[float, float], extremes: 
     chosen = [
         (p, gradient)
         for p, must in zip(parameters, outside, strict=True)
-        if must and (gradient := p.grad) is not None
+        if must and (gradient := _own(p)) is not None
     ]
     gradients = [gradient for _, gradient in chosen]
     kernels = None if any(map(Tensor.is_neg, gradients)) else native.kernels()

@@ -147,9 +147,9 @@ class Kernels:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Read each tensor once, in float64: norms [k], norms of the units [u], and peaks [k, 2]."""
         count = len(table.tensors)
-        norms = torch.empty(count, dtype=torch.float64)
-        unit_norms = torch.empty(table.rows, dtype=torch.float64) if units else None
-        extremes = torch.empty(count, 2, dtype=torch.float64) if peaks else None
+        norms = torch.empty(count, dtype=torch.float64, device="cpu")
+        unit_norms = torch.empty(table.rows, dtype=torch.float64, device="cpu") if units else None
+        extremes = torch.empty(count, 2, dtype=torch.float64, device="cpu") if peaks else None
         self._check(
             self._read(
                 table.address, count, _NORMS[norm_type], norms.data_ptr(), _address(unit_norms), _address(extremes),

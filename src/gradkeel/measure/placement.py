@@ -207,6 +207,11 @@ def _chunks(indices: Sequence[int], count: int) -> list[Sequence[int]]:
     return [_chunk(indices, count, which) for which in range(count)]
 
 
+def shares_memory(gradient: Tensor) -> bool:
+    """Whether several entries lie in one place, as after ``expand``, so that the gradient cannot be written to."""
+    return gradient.layout == torch.strided and 0 in gradient.stride() and gradient.numel() > 1
+
+
 def _real(tensor: Tensor) -> Tensor:
     if not tensor.is_complex():
         return tensor

@@ -142,7 +142,7 @@ def _filled(tensor: Tensor) -> Tensor:
 
 def _cpu_norms(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     """[k] float64 norms of CPU tensors: long ones by blocks, the rest in one foreach call a dtype."""
-    result = torch.zeros(len(tensors), dtype=torch.float64)
+    result = torch.zeros(len(tensors), dtype=torch.float64, device="cpu")
     short: dict[torch.dtype, list[int]] = {}
     # Other powers are rare, and their float32 sums lose more; they are summed in float64 throughout, which is slow.
     usual = norm_type in (1.0, 2.0)
