@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from gradkeel.errors import RecordError, RecordWarning
 from gradkeel.record.outbox import Outbox, Sink
-from gradkeel.record.rows import Subject, keep
+from gradkeel.record.rows import Subject, keep, same_layout
 from gradkeel.record.sampling import BeforeUpdate, Sampling
 from gradkeel.record.writer import RecordFile
 from gradkeel.step_report import StepReport
@@ -41,13 +41,17 @@ class Guarded(Protocol):
     def policy_spec(self) -> str:
         """The main policy in words."""
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether ranks share parameters."""
+
 
 class Recorder:
     """Records every step of a guarded run: to a file, to trackers, or to both.
 
-    Pass it (or just the path) to ``gradkeel.attach(..., record=...)``. A step costs the training thread a few
-    microseconds: its tensors are kept where they are, stacked 64 at a time (or after a second), copied to the host
-    without waiting, and written by a thread. Nothing that goes wrong there reaches the training: recording stops
+    Pass it (or just the path) to ``gradkeel.attach(..., record=...)``. A step costs the training thread some
+    ten microseconds: its tensors are kept where they are, stacked 64 at a time (or after a second), copied to the
+    host without waiting, and written by a thread. Nothing that goes wrong there reaches the training: recording stops
     with one `RecordWarning`. ``kill -9`` loses at most the steps of the last second, or the last 64 if these took
     less, and never harms the file.
 
@@ -55,7 +59,8 @@ class Recorder:
     each of the first 100 steps, then at every 10th (updates, for which the weights are copied, and everything from
     step 10,000 on: every 50th); also after a jump of the learning rate and, on the CPU, of the gradient norm.
 
-    In a distributed run every rank may have a recorder; only rank 0's writes.
+    In a distributed run every rank may have a recorder; only rank 0's writes, and what it writes are the norms of whole
+    parameters, over all ranks. Where parameters are sharded, weights and updates are not recorded.
 
     Args:
         path: the record file, by convention ``*.keel``; steps recorded again replace what it holds from there on.
@@ -78,7 +83,7 @@ class Recorder:
             raise TypeError("Recorder(path=None): give a path, or at least one sink")
         self.path = path
         self._guard: Guarded | None = None
-        self._layout: tuple[str, ...] | None = None
+        self._described: StepReport | None = None
         self._sampling = Sampling()
         self._before: BeforeUpdate | None = None
         self._before_step = 0
@@ -101,6 +106,8 @@ class Recorder:
         """Copy the weights, at steps at which the update is to be measured."""
         if self._guard is None or self._outbox is None or report.step == self._before_step:
             return  # a closure may be evaluated several times within a step
+        if self._guard.is_sharded:
+            return  # this rank's weights are not the whole
         self._before_step = report.step
         self._before = None
         rate = self._guard.optimizer.param_groups[0].get("lr")
@@ -122,9 +129,8 @@ class Recorder:
         kept = keep(report, time.time(), self._scalars(report), sample)
         if not self._outbox.follows(kept):
             self._outbox.send()
-        names = tuple(name for s in report.selections for name in s.measured.names)
-        if names != self._layout:
-            self._layout, self._outbox.subject = names, self._subject()
+        if self._described is None or not same_layout(report, self._described):
+            self._described, self._outbox.subject = report, self._subject()
         self._outbox.add(kept)
 
     def flush(self) -> None:

@@ -143,7 +143,9 @@ def _own(value: Tensor | float, device: torch.device) -> Tensor | float:
 def same_layout(one: StepReport, other: StepReport) -> bool:
     """Whether two steps can stand in one batch: the same parameters under the same policies."""
     return len(one.selections) == len(other.selections) and all(
-        a.label == b.label and a.policy == b.policy and a.measured.names == b.measured.names
+        (a.measured.names is b.measured.names or a.measured.names == b.measured.names)
+        and a.label == b.label
+        and a.policy == b.policy
         for a, b in zip(one.selections, other.selections, strict=True)
     )
 
