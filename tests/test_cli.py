@@ -84,6 +84,34 @@ def test_json_is_all_that_stdout_gets(gradkeel, tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_what_a_task_prints_does_not_get_into_the_json(tmp_path, jobs):
+    (tmp_path / "chatty.py").write_text(
+        "from gradkeel.lab.tasks.exploding_linear import ExplodingLinear\n"
+        "print('imported')\n"
+        "class Chatty(ExplodingLinear):\n"
+        "    def model(self):\n"
+        "        print('made', flush=True)\n"
+        "        return super().model()\n"
+    )
+    command = [
+        "-m",
+        "gradkeel",
+        "compare",
+        "chatty:Chatty",
+        "--json",
+        "--seeds",
+        "1",
+        "--steps",
+        "2",
+        "--jobs",
+        jobs,
+    ]
+    done = python(*command, cwd=tmp_path)
+    assert json.loads(done.stdout)["task"] == "chatty:Chatty"
+    assert {"imported", "made"} <= set(done.stderr.split())
+
+
 def test_options_reach_the_plan(gradkeel):
     result = gradkeel(
         "exploding-linear", "--policy", "norm:1", "--lr", "0.01", "--lr", "0.02", "--steps", "7", "--batch-size", "8",

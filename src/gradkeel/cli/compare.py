@@ -1,8 +1,10 @@
 """``gradkeel compare``: run a plan, show the table and the four lines, write compare.json and compare.html."""
 
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -64,24 +66,39 @@ def command(
     # They would take the place of every policy that is compared.
     os.environ.pop("GRADKEEL_POLICY", None)
     os.environ.pop("GRADKEEL_RECORD", None)
-    if run is None:
-        plan = make_plan(
-            task or "char-lstm",
-            policies=policy,
-            learning_rates=lr,
-            seeds=seeds,
-            steps=steps,
-            batch_size=batch_size,
-            accumulate=accumulate,
-            sweep=sweep,
-        )
-    else:
-        beside = {"--lr": lr, "--steps": steps, "--batch-size": batch_size, "--accumulate": accumulate}
-        _refuse_beside_run(TASK=task, **beside)
-        plan = make_command_plan(run, policies=policy, seeds=seeds, sweep=sweep)
-    with Progress(plan, quiet=as_json) as progress:
-        result = compare(plan, jobs=jobs, on_run=progress.update, records=out / "runs")
+    with _only_json_on_stdout() if as_json else contextlib.nullcontext():
+        if run is None:
+            plan = make_plan(
+                task or "char-lstm",
+                policies=policy,
+                learning_rates=lr,
+                seeds=seeds,
+                steps=steps,
+                batch_size=batch_size,
+                accumulate=accumulate,
+                sweep=sweep,
+            )
+        else:
+            beside = {"--lr": lr, "--steps": steps, "--batch-size": batch_size, "--accumulate": accumulate}
+            _refuse_beside_run(TASK=task, **beside)
+            plan = make_command_plan(run, policies=policy, seeds=seeds, sweep=sweep)
+        with Progress(plan, quiet=as_json) as progress:
+            result = compare(plan, jobs=jobs, on_run=progress.update, records=out / "runs")
     _deliver(result, out, as_json=as_json)
+
+
+@contextlib.contextmanager
+def _only_json_on_stdout() -> Iterator[None]:
+    """What a task prints, here or in a worker process, goes to stderr."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _refuse_beside_run(**given: object) -> None:
