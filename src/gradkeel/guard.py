@@ -99,8 +99,8 @@ class Guard:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether ranks share parameters, so that norms are put together from those of several ranks."""
-        return self._roster.exchange is not None
+        """Whether other ranks hold parts of the parameters, or further ones."""
+        return self._roster.exchange is not None and self._roster.exchange.splits
 
     @property
     def model(self) -> nn.Module | None:
@@ -165,7 +165,7 @@ class Guard:
     @torch.no_grad()
     def _evaluate(self) -> None:
         """The pipeline up to the optimizer's own step."""
-        if hooks.only_creates_state(self.optimizer, self.parameters, is_sharded=self.is_sharded):
+        if hooks.only_creates_state(self.optimizer, self.parameters, alone=self._roster.exchange is None):
             return
         try:
             self._check()

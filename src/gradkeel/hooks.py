@@ -245,7 +245,7 @@ def _callers(*packages: str) -> Iterator[Any]:
         yield caller.f_locals.get("self")
 
 
-def only_creates_state(optimizer: Optimizer, parameters: Sequence[Tensor], *, is_sharded: bool) -> bool:
+def only_creates_state(optimizer: Optimizer, parameters: Sequence[Tensor], *, alone: bool) -> bool:
     """Whether this step only makes the optimizer create its state: no state yet, every lr 0, every gradient 0.
 
     ``torch.distributed.checkpoint.state_dict`` makes such steps. They must run, and nobody needs to hear of them.
@@ -258,7 +258,7 @@ def only_creates_state(optimizer: Optimizer, parameters: Sequence[Tensor], *, is
     if any(p.grad is not None and bool(entries_to_read(p.grad).any()) for p in parameters):
         return False
     # A rank's own zeros tell nothing of the others' gradients; who calls is the same on all of them.
-    return not is_sharded or _is_called_by_checkpoint()
+    return alone or _is_called_by_checkpoint()
 
 
 def _is_called_by_checkpoint() -> bool:

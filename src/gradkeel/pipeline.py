@@ -39,7 +39,7 @@ class Part:
         decision: what is to be done, to the whole selection.
         state: the policy's new state.
         shown: the policy's repr.
-        local: which of the measured parameters are on this rank; None where all are.
+        local: which of the measured parameters are on this rank; None where all are, and whole.
         place_of: tells where a parameter of the given index is not finite.
     """
 
@@ -160,6 +160,8 @@ def decide_all(roster: Roster, measured: Measured, states: Mapping[str, State]) 
         local, place_of = None, None
         if roster.exchange is not None and measured.agreed is not None:
             local = roster.exchange.local[i]
+            if not roster.exchange.splits and local.rows is None:
+                local = None
             place_of = partial(_place_of, roster.exchange, measured.agreed, i)
         parts.append(
             Part(item.selection, item.policy, norms, present, decision, state, item.shown, local, place_of)

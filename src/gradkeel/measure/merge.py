@@ -139,6 +139,11 @@ class Whole:
         self._first_unit[part.index] = self.units if beside else 0
         self.units = part.shape[unit_dim] + (self.units if beside else 0)
 
+    @property
+    def is_split(self) -> bool:
+        """Whether it lies in more than one piece."""
+        return len({p.entry.key for p in self._owners}) > 1
+
     def rows_of(self, entry: Entry) -> list[int]:
         """Indices, in the whole, of the units that an entry has."""
         first = self._first_unit.get(entry.index, 0)

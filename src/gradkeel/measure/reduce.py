@@ -208,6 +208,10 @@ class Exchange:
         members: each selection's parameters over all ranks.
         device: where norms are put together.
         data_parallel: the ranks whose windows' weights and losses belong together; all ranks unless given.
+
+    Attributes:
+        local: for each selection, which of its parameters are on this rank.
+        splits: whether other ranks have parts of these parameters, or further ones; copies are none.
     """
 
     def __init__(
@@ -235,7 +239,9 @@ class Exchange:
                 for kind, own in own_starts.items()
             }
             one.place(absolute, device)
+        self.splits = any(whole.is_split for one in self.members for whole in one.wholes)
         self.local = tuple(one.locally(ranks.here, device) for one in self.members)
+        self.splits = self.splits or any(one.elsewhere for one in self.local)
         shared = ranks.members if data_parallel is None else data_parallel.members
         self._shares = torch.tensor([ranks.members.index(rank) for rank in shared], device=device)
 

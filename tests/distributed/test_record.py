@@ -1,0 +1,126 @@
+"""One rank writes what all ranks have measured, and a checkpoint fits any number of ranks."""
+
+import math
+
+import pytest
+import torch
+from tests.distributed.test_windows import ddp, fsdp, loss_sum, make_model
+from torch import distributed, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
+
+import gradkeel as gk
+from gradkeel import policies as gp
+from gradkeel.record import Reader
+
+
+def recorded(rank, path, wrap):
+    model = wrap(make_model(), rank, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=False)
+    guard = gk.attach(optimizer, gk.ClipByGlobalNorm(0.5), model=model, record=path)
+    inputs = torch.arange(6.0, dtype=torch.float64).reshape(2, 3)
+    reports = []
+    for step in range(5):
+        optimizer.zero_grad()
+        (model(inputs * (step + 1)).square().sum() * (math.nan if step == 3 else 1.0)).backward()
+        with pytest.warns(gk.SkippedStepWarning) if step == 3 else torch.enable_grad():
+            optimizer.step()
+        reports.append((guard.report.norm, guard.report.reason))
+    guard.detach()
+    return reports
+
+
+@pytest.mark.parametrize("wrap", [fsdp, ddp])
+def test_one_rank_writes_whole_norms(ranks, tmp_path, wrap):
+    path = tmp_path / "run.keel"
+    one, other = ranks(2, recorded, path, wrap)
+    assert [norm for norm, _ in one[:3]] == [norm for norm, _ in other[:3]]
+    run = Reader(path)
+    assert run.totals().tolist() == pytest.approx([norm for norm, _ in one], nan_ok=True)
+    assert run.norms().shape == (5, 4)
+    assert [step for step, _ in run.skips()] == [4]
+    assert run.skips()[0][1] == one[3][1] == other[3][1]
+    assert ("on rank 0" in one[3][1]) == (wrap is fsdp)
+
+
+def staged(rank, path):
+    parameter = nn.Parameter(torch.ones(2 + rank))
+    where = {"*": distributed.group.WORLD}
+    guard = gk.attach(
+        torch.optim.SGD([(f"stage{rank}.w", parameter)], lr=0.1), None, shard_over=where, record=path
+    )
+    parameter.grad = torch.full((2 + rank,), 3.0)
+    guard.optimizer.step()
+    guard.detach()
+
+
+def test_a_record_has_every_stages_parameters(ranks, tmp_path):
+    path = tmp_path / "run.keel"
+    ranks(2, staged, path)
+    run = Reader(path)
+    assert run.names == ("stage0.w", "stage1.w")
+    assert run.norms().tolist() == [[pytest.approx(3 * math.sqrt(2)), pytest.approx(3 * math.sqrt(3))]]
+
+
+POLICY = gp.Chain(gp.AutoClip(0.5, window=4, warmup=2, scope="unit"), gp.ZClip(warmup=2))
+
+
+class Run:
+    """A sharded model in training, which can be saved and taken up."""
+
+    def __init__(self):
+        self.model = make_model()
+        if distributed.get_world_size() > 1:
+            fully_shard(self.model)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
+        self.guard = gk.attach(self.optimizer, POLICY, model=self.model)
+        # Ranks draw the same data: FSDP2's mean over ranks is then the gradient of one of them.
+        self.generator = torch.Generator().manual_seed(9)
+
+    def steps(self, count):
+        told = []
+        for _ in range(count):
+            batch = [torch.randn(4, size, generator=self.generator, dtype=torch.float64) for size in (3, 2)]
+            self.optimizer.zero_grad()
+            loss_sum(self.model, batch).backward()
+            self.optimizer.step()
+            told.append((self.guard.report.norm, self.guard.report.coefficient, self.guard.step))
+        return told
+
+    def parts(self):
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer, "guard": self.guard}
+
+
+def saved(rank, path, before, after):
+    run = Run()
+    run.steps(before)
+    checkpoint.save(run.parts(), checkpoint_id=path)
+    return run.steps(after)
+
+
+def resumed(rank, path, before, after):
+    run = Run()
+    run.generator.manual_seed(9)
+    for _ in range(before):
+        for size in (3, 2):
+            torch.randn(4, size, generator=run.generator, dtype=torch.float64)
+    parts = run.parts()
+    checkpoint.load(parts, checkpoint_id=path)
+    set_state_dict(
+        run.model, run.optimizer, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"]
+    )
+    return run.steps(after)
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 2), (2, 4), (4, 2), (2, 1), (1, 2)])
+@pytest.mark.filterwarnings("ignore")
+def test_resume_on_another_number_of_ranks(ranks, tmp_path, first, second):
+    path = str(tmp_path / "checkpoint")
+    wanted = ranks(first, saved, path, 5, 3)[0]
+    for told in ranks(second, resumed, path, 5, 3):
+        for mine, right in zip(told, wanted, strict=True):
+            assert mine == pytest.approx(right, rel=1e-9)
+            assert mine[1] < 1.0 or right[1] == 1.0
+    assert [step for _, _, step in wanted] == [6, 7, 8]
