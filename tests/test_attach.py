@@ -269,3 +269,27 @@ def test_policies_say_what_they_bound():
     assert "each tensor separately" in repr(gk.ClipByNorm(1.0))
     assert "all tensors together" in repr(gk.ClipByGlobalNorm(1.0))
     assert "each entry separately" in repr(gk.ClipByValue(1.0))
+
+
+def test_summary_prints_what_explain_says(tmp_path, capsys):
+    from gradkeel.explain import explain
+
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = gk.attach(optimizer, gk.ClipByGlobalNorm(1.0), model=model, record=tmp_path / "run.keel")
+    for _ in range(3):
+        model(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    guard.summary()
+    printed = capsys.readouterr().out
+    guard.detach()
+    assert printed.strip() == str(explain(tmp_path / "run.keel")).strip()
+    assert "3 steps" in printed
+
+
+def test_summary_needs_a_record():
+    parameter = nn.Parameter(torch.ones(1))
+    guard = gk.attach(torch.optim.SGD([parameter], lr=0.1), None)
+    with pytest.raises(ValueError, match="record="):
+        guard.summary()

@@ -113,11 +113,23 @@ def attach(
         nonfinite=nonfinite,
         max_consecutive_skips=max_consecutive_skips,
         sharing=Sharing(process_group, shard_over),
+        summarize=_summary,
     )
     record = os.environ.get(RECORD_VARIABLE, record)
     if record is not None:
         _record(guard, record)
     return guard
+
+
+def _summary(guard: Guard) -> str:
+    from gradkeel.explain import explain
+    from gradkeel.record import Recorder as FileRecorder
+
+    for recorder in guard.recorders:
+        if isinstance(recorder, FileRecorder) and recorder.path is not None:
+            recorder.flush()
+            return str(explain(recorder.path))
+    raise ValueError("guard.summary() reads the run's record; attach with record='runs/exp1.keel'")
 
 
 def _record(guard: Guard, record: Recorder | str | os.PathLike[str]) -> None:

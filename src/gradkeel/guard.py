@@ -1,6 +1,6 @@
 """The guard: holds what outlives a step, and runs the pipeline around one optimizer's step."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -28,7 +28,7 @@ from gradkeel.prescale import LossScale, put_back, set_attribute, take_loss_scal
 from gradkeel.roster import Roster
 from gradkeel.selection import Exclude
 from gradkeel.skips import SkipWatch
-from gradkeel.step_report import Recorder, StepReport
+from gradkeel.step_report import Recorder, StepReport, nonfinite_words
 
 NonFinite = Literal["skip", "raise", "keep"]
 _VERSION = 1
@@ -56,12 +56,14 @@ class Guard:
         nonfinite: NonFinite,
         max_consecutive_skips: int,
         sharing: Sharing,
+        summarize: Callable[["Guard"], str],
     ) -> None:
         self.optimizer = optimizer
         self.policy = policy
         self.nonfinite: NonFinite = nonfinite
         self.recorders: list[Recorder] = []
         self.window: Window | None = None
+        self._summarize = summarize
         self._states: dict[str, State] = {}
         self._scalars: dict[str, Tensor | float] = {}
         self._step = 0
@@ -211,8 +213,7 @@ class Guard:
             hooks.warn_of_other_clips(self._canary)
 
     def _carry_out(self, parts: list[Part], factor: Tensor | float) -> None:
-        folded = carry_out(self.optimizer, parts, factor)
-        if folded is not None:
+        if (folded := carry_out(self.optimizer, parts, factor)) is not None:
             self._set_attribute("grad_scale", folded)
 
     def _set_attribute(self, name: str, value: Tensor) -> None:
@@ -225,20 +226,15 @@ class Guard:
     ) -> None:
         """Skip this step and say why; the host knows that it must be skipped."""
         undone = [part.undone() for part in parts]
-        empty = self.window is not None and bool(self.window.is_empty())
-        reason = "no parameter has a gradient" if not any_gradient else None
-        reason = "the window's weight is zero" if empty else reason
-        if reason is None and not is_finite:
-            found = self._report(undone, factor).nonfinite_reason()
-            if self._loss_scale.present:
-                reason = f"step {self._step + 1}: the loss scale overflowed" + (
-                    f" ({found})" if found else ""
-                )
-            else:
-                reason = found or f"step {self._step + 1}: a gradient is not finite"
+        reason = None if any_gradient else "no parameter has a gradient"
+        if self.window is not None and bool(self.window.is_empty()):
+            reason = "the window's weight is zero"
+        elif any_gradient and not is_finite:
+            reason = nonfinite_words(self._report(undone, factor), is_scaled=self._loss_scale.present)
+            if not self._loss_scale.present:
                 self._refuse(reason)
-        commit = is_finite and any_gradient and not empty
-        self._stage(undone, factor, commit=commit, stepped=False, reason=reason)
+        # Without a reason of the guard's own it was the policy that asked, and its statistics go on.
+        self._stage(undone, factor, commit=reason is None, stepped=False, reason=reason)
         clear_gradients(self.parameters)
         if self._snapshot is not None:
             self._snapshot.is_wanted = True
@@ -309,6 +305,10 @@ class Guard:
             recorder.record(self.report)
 
     # ---- life ----------------------------------------------------------------------------------------------------
+
+    def summary(self) -> None:
+        """Print what the record tells so far, as ``gradkeel explain`` does; needs ``attach(..., record=path)``."""
+        print(self._summarize(self))  # noqa: T201  # what the caller asked for
 
     def detach(self) -> None:
         """Take the guard off the optimizer, leaving no hook and no attribute, and close the recorders."""

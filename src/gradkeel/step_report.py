@@ -246,6 +246,14 @@ class StepReport:
         return f"<p>{escape(repr(self))}</p><table><tr><th>parameter</th><th>norm</th></tr>{rows}</table>"
 
 
+def nonfinite_words(report: StepReport, *, is_scaled: bool) -> str:
+    """Why a step without finite gradients is skipped, under a loss scale or without; syncs the host."""
+    found = report.nonfinite_reason()
+    if is_scaled:
+        return f"step {report.step}: the loss scale overflowed" + (f" ({found})" if found else "")
+    return found or f"step {report.step}: a gradient is not finite"
+
+
 class Recorder(Protocol):
     """Whoever wants to be told of every step: a file, a tracker, a test.
 
