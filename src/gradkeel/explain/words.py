@@ -25,6 +25,9 @@ def headline(explosion: Explosion) -> str:
     """What happened, in one sentence."""
     if not explosion.found or explosion.kind is None:
         return "No explosion was found."
+    if explosion.kind == "initialization":
+        where = f"in {explosion.parameter} " if explosion.parameter else ""
+        return f"{_KIND[explosion.kind]}: first {where}at step {explosion.step}."
     where = f", first in {explosion.parameter}" if explosion.parameter else ""
     about = "from about" if explosion.kind == "drift" else "at"
     return f"{_KIND[explosion.kind]} {about} step {explosion.step}{where}."
