@@ -52,6 +52,10 @@ def command(
             metavar="COMMAND", help="your own command instead of a task, such as 'python train.py --lr 0.1'"
         ),
     ] = None,
+    record: Annotated[
+        bool,
+        typer.Option("--record", help="record every run under DIR/runs, for gradkeel explain and report"),
+    ] = False,
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="directory for compare.json and compare.html")
     ] = Path("gradkeel-compare"),
@@ -77,6 +81,7 @@ def command(
                 batch_size=batch_size,
                 accumulate=accumulate,
                 sweep=sweep,
+                record=record,
             )
         else:
             beside = {"--lr": lr, "--steps": steps, "--batch-size": batch_size, "--accumulate": accumulate}

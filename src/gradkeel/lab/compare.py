@@ -33,7 +33,7 @@ def compare(
         plan: made by ``make_plan``.
         jobs: how many runs at a time; None takes one a core, and one for a command. A task with 1 runs in this process.
         on_run: called in this process after each run, with all that have finished.
-        records: folder for what a command's runs record and print.
+        records: folder for records, where the plan asks for them, and for what a command's runs record and print.
     """
     trials = plan.trials
     if jobs is not None and jobs < 1:
@@ -41,12 +41,15 @@ def compare(
     jobs = min(len(trials), jobs or (1 if plan.is_command else _cores()))
     done: dict[int, Run] = {}
     interrupted = False
+    if plan.record:
+        records.mkdir(parents=True, exist_ok=True)
+    folder = records if plan.record else None
     if plan.is_command:
         finished = in_subprocesses(plan.target, trials, jobs, records)
     elif jobs == 1:
-        finished = _in_this_process(plan, trials)
+        finished = _in_this_process(plan, trials, folder)
     else:
-        finished = _in_workers(plan, trials, jobs)
+        finished = _in_workers(plan, trials, jobs, folder)
     with contextlib.closing(finished):
         try:
             for i, run in finished:
@@ -66,20 +69,23 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _in_this_process(plan: Plan, trials: Sequence[Trial]) -> Generator[tuple[int, Run]]:
+def _in_this_process(plan: Plan, trials: Sequence[Trial], records: Path | None) -> Generator[tuple[int, Run]]:
     threads = torch.get_num_threads()
     task = _prepare(plan)
     try:
         for i, trial in enumerate(trials):
-            yield i, run_trial(task, trial, plan.steps or task.steps, accumulate=plan.accumulate)
+            steps = plan.steps or task.steps
+            yield i, run_trial(task, trial, steps, accumulate=plan.accumulate, records=records)
     finally:
         torch.set_num_threads(threads)
 
 
-def _in_workers(plan: Plan, trials: Sequence[Trial], jobs: int) -> Generator[tuple[int, Run]]:
+def _in_workers(
+    plan: Plan, trials: Sequence[Trial], jobs: int, records: Path | None
+) -> Generator[tuple[int, Run]]:
     spawn = multiprocessing.get_context("spawn")
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_start_worker, initargs=(plan,))
+    pool = ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_start_worker, initargs=(plan, records))
     complete = False
     try:
         with _ctrl_c_left_to_parent():
@@ -110,12 +116,12 @@ def _ctrl_c_left_to_parent() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
-_worker: tuple[Task, Plan] | None = None
+_worker: tuple[Task, Plan, Path | None] | None = None
 
 
-def _start_worker(plan: Plan) -> None:
+def _start_worker(plan: Plan, records: Path | None) -> None:
     global _worker  # noqa: PLW0603 - a worker process has one task, loaded once
-    _worker = _prepare(plan), plan
+    _worker = _prepare(plan), plan, records
 
 
 def _prepare(plan: Plan) -> Task:
@@ -128,5 +134,5 @@ def _prepare(plan: Plan) -> Task:
 
 def _work(trial: Trial) -> Run:
     assert _worker is not None
-    task, plan = _worker
-    return run_trial(task, trial, plan.steps or task.steps, accumulate=plan.accumulate)
+    task, plan, records = _worker
+    return run_trial(task, trial, plan.steps or task.steps, accumulate=plan.accumulate, records=records)

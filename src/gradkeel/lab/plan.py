@@ -25,6 +25,7 @@ class Plan:
         sweep: the bounds that some of the policies came from.
         accumulate: how many batches make one step.
         arguments: what stands between ``gradkeel compare`` and the policies, to run the same thing again.
+        record: whether each run is recorded; those of a command always are.
         is_command: whether ``target`` is a command of the user's own.
     """
 
@@ -38,6 +39,7 @@ class Plan:
     sweep: Sweep | None = None
     accumulate: int = 1
     arguments: tuple[str, ...] = ()
+    record: bool = False
     is_command: bool = False
 
     @property
@@ -72,6 +74,7 @@ def make_plan(
     batch_size: int | None = None,
     accumulate: int | None = None,
     sweep: str | None = None,
+    record: bool = False,
 ) -> Plan:
     """A plan with the task's own defaults for whatever is None.
 
@@ -104,6 +107,7 @@ def make_plan(
         sweep=swept,
         accumulate=accumulate or 1,
         arguments=tuple(arguments),
+        record=record,
     )
 
 

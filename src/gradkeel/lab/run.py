@@ -1,11 +1,13 @@
 """One training run of a task under one policy, learning rate and seed, and what came of it."""
 
 import math
+import re
 import statistics
 import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -25,6 +27,12 @@ class Trial:
     policy: str
     lr: float | None
     seed: int
+
+    @property
+    def record_name(self) -> str:
+        """Name of the file that the run is recorded in."""
+        rate = "" if self.lr is None else f"-lr{self.lr:g}"
+        return f"{re.sub(r'[^A-Za-z0-9.=-]+', '_', self.policy)}{rate}-{self.seed}.keel"
 
 
 @dataclass(frozen=True)
@@ -115,14 +123,19 @@ def divergence(losses: Sequence[float], bad_step: int | None) -> tuple[bool, int
     return True, min(below + 1, len(losses) - 1)
 
 
-def run_trial(task: Task, trial: Trial, steps: int, *, accumulate: int = 1) -> Run:
+def run_trial(
+    task: Task, trial: Trial, steps: int, *, accumulate: int = 1, records: Path | None = None
+) -> Run:
     """Train ``task`` for ``steps`` steps, or until its loss is not finite.
 
     ``none`` runs with non-finite gradients kept, every policy with its steps skipped, which is the guard's default.
     With ``accumulate`` above 1 each step is made on so many batches, accumulated exactly by ``task.weight``; losses
-    and norms are then the window's.
+    and norms are then the window's. With ``records`` the run is recorded in that folder, in place of an earlier record.
     """
     assert trial.lr is not None
+    record = None if records is None else records / trial.record_name
+    if record is not None:
+        record.unlink(missing_ok=True)
     spec = parse(trial.policy)
     torch.manual_seed(trial.seed)
     model = task.model()
@@ -134,6 +147,7 @@ def run_trial(task: Task, trial: Trial, steps: int, *, accumulate: int = 1) -> R
         model=model,
         exclude=spec.exclude or None,
         nonfinite="keep" if spec.policy is None else "skip",
+        record=record,
     )
     loop = _Loop(task, model, optimizer, guard, accumulate)
     batches = endless(task, trial.seed)
