@@ -111,23 +111,35 @@ def _scale_on_host(parameters: Sequence[Tensor], factor: Tensor) -> None:
     else:
         values = factor.tolist()
     chosen = [
-        (gradient, value)
+        (p, gradient, value)
         for p, value in zip(parameters, values, strict=True)
-        if value != 1.0 and (gradient := _own(p)) is not None
+        if value != 1.0 and (gradient := p.grad) is not None
     ]
-    gradients, numbers = [gradient for gradient, _ in chosen], [value for _, value in chosen]
-    kernels = native.kernels()
-    table = None if kernels is None else kernels.table(gradients, otherwise=entries_to_scale)
-    if kernels is not None and table is not None:
-        kernels.scale(table, torch.tensor(numbers, dtype=torch.float64, device="cpu"))
+    numbers = [value for _, _, value in chosen]
+    if _scale_natively([gradient for _, gradient, _ in chosen], numbers):
         return
-    wide = [(entries_to_scale(g), v) for g, v in chosen if g.dtype in (torch.float32, torch.float64)]
+    entries = [entries_to_scale(own) for p, _, _ in chosen if (own := _own(p)) is not None]
+    if _scale_natively(entries, numbers):
+        return
+    wide = [
+        (e, v) for e, v in zip(entries, numbers, strict=True) if e.dtype in (torch.float32, torch.float64)
+    ]
     if wide:
-        torch._foreach_mul_([entries for entries, _ in wide], [value for _, value in wide])
-    for gradient, value in chosen:
-        if gradient.dtype not in (torch.float32, torch.float64):
+        torch._foreach_mul_([tensor for tensor, _ in wide], [value for _, value in wide])
+    for tensor, value in zip(entries, numbers, strict=True):
+        if tensor.dtype not in (torch.float32, torch.float64):
             # mul_ multiplies in a wider type and rounds once; foreach would round the number first.
-            entries_to_scale(gradient).mul_(value)
+            tensor.mul_(value)
+
+
+def _scale_natively(tensors: Sequence[Tensor], numbers: Sequence[float]) -> bool:
+    """Whether the native kernels could do it."""
+    kernels = native.kernels()
+    table = None if kernels is None else kernels.table(tensors)
+    if kernels is None or table is None:
+        return False
+    kernels.scale(table, torch.tensor(numbers, dtype=torch.float64, device="cpu"))
+    return True
 
 
 def _scale_units(parameters: Sequence[Tensor], coefficients: Tensor, counts: Sequence[int], dim: int) -> None:
@@ -148,9 +160,9 @@ def _scale_units(parameters: Sequence[Tensor], coefficients: Tensor, counts: Seq
 
 def _touched(coefficients: Tensor, counts: Sequence[int]) -> list[int]:
     """Which parameters have a unit whose coefficient is not 1."""
-    ends = torch.tensor(counts, device="cpu").cumsum(0)
-    units = (coefficients != 1).nonzero().flatten()
-    touched: list[int] = torch.bucketize(units, ends, right=True).unique().tolist()
+    before = torch.nn.functional.pad((coefficients != 1).cumsum(0), (1, 0))  # how many before each unit
+    ends = torch.nn.functional.pad(torch.tensor(counts, device="cpu").cumsum(0), (1, 0))
+    touched: list[int] = before[ends].diff().nonzero().flatten().tolist()
     return touched
 
 

@@ -27,9 +27,8 @@ class Hard(Form):
 
     def coefficient(self, norms: Tensor, bound: Tensor) -> Tensor:
         """[k] coefficients in (0, 1]."""
-        # An infinite bound (none yet) would give inf / inf.
-        limit = torch.where(torch.isinf(bound), norms + self.eps, bound)
-        return limit / torch.maximum(norms + self.eps, limit)
+        # Above 1 up to the bound, however far; an infinite bound (none yet) makes it inf.
+        return (bound / (norms + self.eps if self.eps else norms)).clamp(max=1.0)
 
 
 @dataclass(frozen=True)
