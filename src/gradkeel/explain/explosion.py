@@ -159,7 +159,7 @@ def _later(course: Course, event: Event, jumps: list[Jump], overwrites: list[Ove
 
 def _put_first(names: list[str], reached: list[Reached], step: int) -> list[Reached]:
     """The spread with these parameters in front, at ``step``."""
-    growth = {r.parameter: r.growth for r in reached}
+    growth = {r.parameter: r.growth for r in reached if r.step == step}
     first = [Reached(name, step, growth.get(name)) for name in names]
     return first + [r for r in reached if r.parameter not in names]
 
@@ -171,8 +171,7 @@ def _initial(course: Course, event: Event) -> Explosion:
     peak_row, peak = _peak(course.totals, event)
     first = float(course.totals[0])
     if onsets:
-        growth = {r.parameter: r.growth for r in reached}
-        order = [Reached(name, step, growth.get(name)) for name, step, _ in onsets]
+        order = [Reached(name, step, _growth(course, name, step)) for name, step, _ in onsets]
         reached = order + [r for r in reached if r.parameter not in {o.parameter for o in order}]
     return Explosion(
         found=True,
@@ -187,6 +186,13 @@ def _initial(course: Course, event: Event) -> Explosion:
         spread=tuple(reached),
         evidence=evidence.initial(course, event, onsets),
     )
+
+
+def _growth(course: Course, name: str, step: int) -> float | None:
+    """A parameter's norm at a step over that at the first step; None where that is not a number."""
+    column = course.reader.names.index(name)
+    first, now = (float(course.reader.norms(s, s + 1)[0, column]) for s in (course.step(0), step))
+    return now / first if first > 0 and math.isfinite(now / first) else None
 
 
 def larger_updates(course: Course, last_step: int) -> list[tuple[str, int, float]]:

@@ -19,7 +19,8 @@ class Reached:
     Attributes:
         parameter: its name.
         step: the first step at which its gradient norm was far above its own past.
-        growth: its norm there over what it was before; None where either is zero or not finite.
+        growth: its norm there over what it was before (from the initialization on: at the first step); None where
+            that is not a number, or where something else than its norm was the sign.
     """
 
     parameter: str

@@ -15,6 +15,8 @@ from gradkeel.report.figures import COLORS, _plotly, _style
 RED, BLUE, ORANGE, GREEN, VIOLET, GREY = COLORS[:6]
 HOTTEST = "Inferno"
 NOT_FINITE = "not finite"
+FEW = 60
+"""So few steps are drawn as points too."""
 _LONGEST_NAME = 26
 
 
@@ -84,6 +86,7 @@ def traces(
             x=mark.at, y=1, yref="y domain", yanchor="bottom", text=html.escape(mark.text), showarrow=False,
             font={"size": 12},
         )  # fmt: skip
+    _whole_steps(figure, lines[0].buckets)
     figure.update_layout(height=380 + 16 * len(strips), hovermode="closest")
     return figure
 
@@ -91,7 +94,8 @@ def traces(
 def _line(figure: Any, line: Trace) -> None:
     buckets, name = line.buckets, html.escape(line.name)
     figure.add_scatter(
-        x=_listed(buckets.first), y=_numbers(buckets.median), mode="lines", name=name, legendgroup=name,
+        x=_listed(buckets.first), y=_numbers(buckets.median), name=name, legendgroup=name,
+        mode="lines+markers" if len(buckets.first) <= FEW else "lines",
         line={"color": line.color, "width": 1.6, "dash": line.dash}, customdata=_exact(buckets),
         hovertemplate=f"{name}<br>%{{customdata}}<extra></extra>", row=1, col=1,
     )  # fmt: skip
@@ -141,10 +145,10 @@ def heat_map(names: Sequence[str], buckets: Buckets, nonfinite: Tensor, *, marks
     """
     figure = _plotly().Figure()
     high = buckets.high.T
-    shown = [html.escape(name) for name in names]
     if bool(nonfinite.any()):
-        shown = [NOT_FINITE, *shown]
+        names = [NOT_FINITE, *names]
         high = torch.cat([high.new_full((1, high.shape[1]), math.nan), high])
+    shown = [html.escape(name) for name in names]
     logs = torch.where(high > 0, high, math.nan).log10()
     low, top = _range(logs)
     width = int(buckets.last[0] - buckets.first[0]) + 1 if len(buckets.first) else 1
@@ -163,12 +167,14 @@ def heat_map(names: Sequence[str], buckets: Buckets, nonfinite: Tensor, *, marks
             hovertemplate="step %{x}: a gradient was not finite<extra></extra>",
         )  # fmt: skip
     _style(figure, "step", "")
-    ticks = shown[:: math.ceil(len(shown) / 48)]
+    step = math.ceil(len(names) / 48)
     figure.update_yaxes(
-        type="category", categoryorder="array", categoryarray=shown, autorange="reversed", tickvals=ticks,
-        ticktext=[_short(name) for name in ticks], showgrid=False, dtick=None, tickfont={"size": 11}, ticks="",
+        type="category", categoryorder="array", categoryarray=shown, autorange="reversed", tickvals=shown[::step],
+        ticktext=[html.escape(_short(name)) for name in names[::step]], showgrid=False, dtick=None, ticks="",
+        tickfont={"size": 11},
     )  # fmt: skip
     figure.update_xaxes(showgrid=False)
+    _whole_steps(figure, buckets)
     for mark in marks:  # no line: it would hide the column that it is about
         figure.add_annotation(
             x=mark.at, y=1, yref="paper", yanchor="bottom", text=f"{html.escape(mark.text)}<br>▼", showarrow=False,
@@ -212,6 +218,12 @@ def distribution(norms: Tensor, marks: Sequence[Mark], *, x_title: str) -> Any:
     figure.update_xaxes(tickvals=[math.log10(t) for t in ticks], ticktext=[f"{t:g}" for t in ticks])
     figure.update_layout(bargap=0, margin={"t": 44})
     return figure
+
+
+def _whole_steps(figure: Any, buckets: Buckets) -> None:
+    """No tick between two steps."""
+    if len(buckets.first) and int(buckets.last[-1] - buckets.first[0]) < 10:
+        figure.update_xaxes(dtick=1)
 
 
 def _decades(low: float, high: float) -> list[float]:

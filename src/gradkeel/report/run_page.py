@@ -160,7 +160,8 @@ def _spread(explanation: Explanation) -> list[Section]:
     ]
     more = f" The first 20 of {len(spread)}." if len(spread) > 20 else ""
     text = f"In which order parameters were reached, and their norm there over what it was before.{more}"
-    return [Section("How it spread", text, Table(["parameter", "step", "times its usual norm"], rows))]
+    before = "first" if explanation.explosion.kind == "initialization" else "usual"
+    return [Section("How it spread", text, Table(["parameter", "step", f"times its {before} norm"], rows))]
 
 
 def _scalar(
