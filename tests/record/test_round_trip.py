@@ -35,7 +35,18 @@ def train(path, policy, steps=8, *, spoil=(), optimizer=None, log=True, **option
     return seen
 
 
-@pytest.mark.parametrize("policy", [None, "global-norm:0.5", "norm:0.2", "global-norm:0.5,norm_type=inf"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        None,
+        "global-norm:0.5",
+        "norm:0.2",
+        "global-norm:0.5,norm_type=inf",
+        "agc:0.05",
+        "zclip",
+        "skip-step+norm:0.2",
+    ],
+)
 def test_record_equals_the_reports(tmp_path, policy):
     reports = train(tmp_path / "run.keel", policy)
     with Reader(tmp_path / "run.keel") as run:
@@ -61,6 +72,22 @@ def test_record_equals_the_reports(tmp_path, policy):
         assert run.parameter_coefficients().tolist() == [
             list(report.selections[0].coefficients.values()) for report in reports
         ]
+
+
+def test_training_is_the_same_with_and_without_a_record(tmp_path):
+    results = []
+    for record in (None, tmp_path / "run.keel"):
+        torch.manual_seed(0)
+        model = network()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        guard = gk.attach(optimizer, gk.ClipByGlobalNorm(0.5), model=model, record=record)
+        for _ in range(120):
+            model(torch.randn(6, 3)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        guard.detach()
+        results.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_value_clip_is_measured_again_for_the_record(tmp_path):

@@ -113,11 +113,11 @@ def keep(report: StepReport, time: float, scalars: dict[str, Tensor | float], sa
     """Take from a report what must be taken at once: what reads gradients, and tensors that are the user's."""
     main = report.selections[0]
     direct = main.decision.clamp is None and main.decision.unit_coefficients is None
-    device = main.measured.norms.device
+    like = main.measured.norms
     return Kept(
         report=report,
         time=time,
-        scalars={name: _own(value, device) for name, value in scalars.items()},
+        scalars={name: _own(value, like) for name, value in scalars.items()},
         coefficients=tuple(
             s.decision.coefficients if s.decision.unit_coefficients is None else s.parameter_coefficients()
             for s in report.selections
@@ -128,8 +128,8 @@ def keep(report: StepReport, time: float, scalars: dict[str, Tensor | float], sa
     )
 
 
-def _own(value: Tensor | float, device: torch.device) -> Tensor | float:
-    """A number that nobody else writes to or differentiates, on ``device`` if it is on one."""
+def _own(value: Tensor | float, like: Tensor) -> Tensor | float:
+    """A number that nobody else writes to or differentiates; where it is on an accelerator, as ``like`` is."""
     if not isinstance(value, Tensor):
         return float(value)
     if value.numel() != 1:
@@ -137,7 +137,7 @@ def _own(value: Tensor | float, device: torch.device) -> Tensor | float:
     value = value.detach().reshape(())
     if value.device.type == "cpu":
         return float(value)
-    return value.to(device, torch.float32, copy=True)
+    return value.to(like.device, like.dtype, copy=True)
 
 
 def same_layout(one: StepReport, other: StepReport) -> bool:
@@ -203,7 +203,7 @@ def _stack(kept: Sequence[Kept]) -> dict[str, Tensor]:
     series = {
         "total": torch.stack([s.measured.total for s in main]),
         "bound": torch.stack([_or(s.bound(), unknown) for s in main]),
-        "stepped": torch.stack([_flag(row.report, unknown) for row in kept]),
+        "stepped": _scalars([_number(row.report.stepped_or_pending) for row in kept], unknown),
     }
     columns = range(len(kept[0].report.selections))
     parts = [[row.report.selections[i].measured for row in kept] for i in columns]
@@ -237,8 +237,8 @@ def _or(value: Tensor | None, other: Tensor) -> Tensor:
     return other if value is None else value
 
 
-def _flag(report: StepReport, like: Tensor) -> Tensor:
-    return report.stepped_tensor().to(device=like.device, dtype=like.dtype, non_blocking=True)
+def _number(flag: bool | Tensor) -> Tensor | float:
+    return flag if isinstance(flag, Tensor) else float(flag)
 
 
 def _scalars(values: Sequence[Tensor | float], like: Tensor) -> Tensor:

@@ -1,0 +1,50 @@
+"""On an accelerator recording waits for nothing, and the numbers arrive all the same."""
+
+import pytest
+import torch
+from torch import nn
+
+import gradkeel as gk
+from gradkeel.record import Reader
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def test_recording_does_not_sync_the_host(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 1)).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    guard = gk.attach(optimizer, gk.ClipByGlobalNorm(0.5), model=model, record=tmp_path / "run.keel")
+    inputs = torch.randn(200, 32, 64, device="cuda")
+    reports = []
+    for step in range(200):
+        if step == 3:  # state exists from here on
+            torch.cuda.set_sync_debug_mode("error")
+        loss = model(inputs[step]).square().mean()
+        loss.backward()
+        guard.log(loss=loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        reports.append(guard.report)
+    torch.cuda.set_sync_debug_mode("default")
+    guard.detach()
+    with Reader(tmp_path / "run.keel") as run:
+        assert run.steps().tolist() == list(range(1, 201))
+        assert run.totals().tolist() == [report.norm for report in reports]
+        assert run.coefficients().tolist() == [report.coefficient for report in reports]
+        assert run.losses().tolist() == [float(report.scalars["loss"]) for report in reports]
+        assert len(run.weight_samples()[0]) >= 110
+
+
+def test_a_run_on_a_stream_of_its_own(tmp_path):
+    parameter = nn.Parameter(torch.zeros(1_000_000, device="cuda"))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    guard = gk.attach(optimizer, None, record=tmp_path / "run.keel")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for step in range(1, 131):
+            parameter.grad = torch.full_like(parameter, step / 1000)
+            optimizer.step()
+    guard.detach()
+    with Reader(tmp_path / "run.keel") as run:
+        expected = torch.arange(1, 131, dtype=torch.float64)  # the root of a million entries of step / 1000
+        torch.testing.assert_close(run.totals(), expected, rtol=1e-5, atol=0)  # the entries are float32
