@@ -133,17 +133,12 @@ def advise(
     optimizer = reader.session.optimizer
     cancels = True if optimizer in SCALE_FREE else False if optimizer in SGD_LIKE else None
     resampled = _blocks(len(norms))
-    flat = norms.flatten()
-    known = {f"{level:.0%}": float(flat.quantile(level)) for level in _CANDIDATES}
-    chosen = {bound: origin for origin, bound in known.items()} | dict.fromkeys(bounds, "given")
-    live = _live_bound(reader)
-    if live is not None:
-        chosen[live] = "live"
+    chosen = _bounds(norms, bounds, _live_bound(reader))
     candidates = tuple(
         _candidate(bound, origin, norms, rates if cancels is False else None, resampled)
         for bound, origin in sorted(chosen.items())
     )
-    logs = flat.log()
+    logs = norms.flatten().log()
     return ThresholdAdvice(
         scope=scope,
         norm_type=reader.norm_type,
@@ -157,6 +152,15 @@ def advise(
         candidates=candidates,
         remarks=tuple(_remarks(cancels, candidates, optimizer)),
     )
+
+
+def _bounds(norms: Tensor, given: Sequence[float], live: float | None) -> dict[float, str]:
+    """Candidate bounds, and where each comes from."""
+    flat = norms.flatten()
+    chosen = {float(flat.quantile(level)): f"{level:.0%}" for level in _CANDIDATES} | dict.fromkeys(
+        given, "given"
+    )
+    return chosen if live is None else chosen | {live: "live"}
 
 
 def _usable(reader: Reader, scope: Scope, explosion: Explosion | None) -> tuple[Tensor, Tensor, int]:

@@ -176,10 +176,8 @@ def heat_map(names: Sequence[str], buckets: Buckets, nonfinite: Tensor, *, marks
     figure.update_xaxes(showgrid=False)
     _whole_steps(figure, buckets)
     for mark in marks:  # no line: it would hide the column that it is about
-        figure.add_annotation(
-            x=mark.at, y=1, yref="paper", yanchor="bottom", text=f"{html.escape(mark.text)}<br>▼", showarrow=False,
-            font={"size": 12},
-        )  # fmt: skip
+        text = f"{html.escape(mark.text)}<br>▼"
+        figure.add_annotation(x=mark.at, y=1, yref="paper", yanchor="bottom", text=text, showarrow=False)
     figure.update_layout(height=min(1000, max(260, 140 + 20 * len(names))), margin={"t": 44})
     return figure
 
