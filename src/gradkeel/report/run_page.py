@@ -78,11 +78,9 @@ def _lines(explanation: Explanation) -> list[Line]:
         )
     if explanation.threshold is not None:
         lines.append(Line("NORMS", " ".join(words.distribution(explanation.threshold))))
-        bound = explanation.threshold.quantiles[0.9].value
+        bound = float(f"{explanation.threshold.quantiles[0.9].value:.2g}")
         other = "norm" if explanation.threshold.scope == "tensor" else "global-norm"
-        command = (
-            f"gradkeel replay {shlex.quote(explanation.path)} --policy {other}:{bound:.2g} --policy zclip"
-        )
+        command = f"gradkeel replay {shlex.quote(explanation.path)} --policy {other}:{bound:g} --policy zclip"
         lines.append(Line("NEXT", command, command=True))
     return lines
 
@@ -178,11 +176,13 @@ def _scalar(
 def _coefficient(reader: Reader, steps: Tensor, marks: list[Mark]) -> list[Section]:
     if not bool(reader.clipped().any()):
         return []
-    lines = [Trace("coefficient", bucket(steps, reader.coefficients(), COLUMNS), VIOLET)]
+    buckets = bucket(steps, reader.coefficients(), COLUMNS)
+    y_range = (0.0, 1.05) if float(buckets.median.nanmedian()) > 0.1 else None  # logarithmic
     text = "What clipping multiplied the gradients by; the smallest one where parameters have their own."
+    lines = [Trace("coefficient", buckets, VIOLET)]
     return [
         Section(
-            "Coefficient", text, figure=traces(lines, y_title="coefficient", y_range=(0, 1.05), marks=marks)
+            "Coefficient", text, figure=traces(lines, y_title="coefficient", y_range=y_range, marks=marks)
         )
     ]
 
