@@ -16,7 +16,8 @@ from gradkeel.apply.fused import can_fold, kernel_scale
 from gradkeel.errors import CheckpointError
 from gradkeel.measure import measure_total, true_norms
 from gradkeel.measure.local import Locally
-from gradkeel.measure.reduce import Agreed, Exchange, Readings, Told
+from gradkeel.measure.members import Readings
+from gradkeel.measure.reduce import Agreed, Exchange, Told
 from gradkeel.norms import Decision, GradientNorms, State, Window
 from gradkeel.policies import Policy
 from gradkeel.prescale import LossScale, prescale

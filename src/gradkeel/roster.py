@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradkeel.measure import blank_norms, readings
+from gradkeel.measure.members import Readings
 from gradkeel.measure.placement import is_distributed, settle
 from gradkeel.measure.ranks import Ranks
-from gradkeel.measure.reduce import Exchange, Readings
+from gradkeel.measure.reduce import Exchange
 from gradkeel.measure.sharing import Sharing
 from gradkeel.norms import GradientNorms, Needs, State, Window
 from gradkeel.policies import Policy

@@ -431,6 +431,26 @@ def test_a_group_that_is_added_is_shared_too(ranks):
     assert ranks(2, growing) == [pytest.approx(wanted)] * 2
 
 
+def copies(rank, is_synchronized):
+    """A plain parameter beside sharded ones, whose gradient nobody exchanges."""
+    parameters = {"sharded": torch.nn.Parameter(sharded(WEIGHT)), "plain": torch.nn.Parameter(WEIGHT.clone())}
+    guard = gk.attach(sgd(list(parameters.items())), gk.ClipByGlobalNorm(1.0))
+    parameters["sharded"].grad = sharded(WEIGHT)
+    parameters["plain"].grad = WEIGHT.clone() * (1 if is_synchronized else rank + 1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        guard.optimizer.step()
+    return [(warning.category.__name__, str(warning.message)) for warning in caught], guard.report.norm
+
+
+def test_copies_with_different_gradients_are_told(ranks):
+    for caught, _ in ranks(2, copies, False):
+        (category, words), *_ = caught
+        assert category == "GradkeelWarning"
+        assert words.startswith("ranks 0 and 1 have copies of 'plain', but gradients of the norms 13 and 26")
+    assert ranks(2, copies, True) == [([], pytest.approx(13 * math.sqrt(2)))] * 2
+
+
 # ---- how many collectives ------------------------------------------------------------------------------------------
 
 

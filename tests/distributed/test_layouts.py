@@ -120,7 +120,7 @@ def stored_states():
 
 
 @pytest.mark.parametrize(("count", "layout"), cases)
-def test_every_policy_decides_as_one_process_does(ranks, count, layout):
+def test_layouts(ranks, count, layout):
     answers = ranks(count, battery, count, layout, stored_states())
     for answer in zip(*answers, strict=True):
         for one in answer:

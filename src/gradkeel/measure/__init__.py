@@ -7,9 +7,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from gradkeel.measure.members import Members, Readings
 from gradkeel.measure.placement import are_distributed, local_parts, settled
 from gradkeel.measure.powers import Reading, read, tensor_norms, unit_count, wide_dtype
-from gradkeel.measure.reduce import Members, Readings
 from gradkeel.measure.sharing import Sharing
 from gradkeel.norms import GradientNorms, Needs, combine
 from gradkeel.selection import Selection

@@ -164,6 +164,13 @@ class Whole:
             if rows:
                 yield rows, _by_key([(p.entry.key or (), starts[p.rank] + p.row) for p in members])
 
+    def copies(self, starts: Sequence[int]) -> list[list[tuple[int, int]]]:
+        """The holders, as in `holders`, of each piece that more than one rank has."""
+        by_key: dict[tuple[int, ...] | None, list[tuple[int, int]]] = {}
+        for p in self._owners:
+            by_key.setdefault(p.entry.key, []).append((p.rank, starts[p.rank] + p.position))
+        return [places for places in by_key.values() if len(places) > 1]
+
     def holders(self, starts: Sequence[int]) -> list[tuple[int, int]]:
         """Each rank that holds some of it, as a place in the group, and where its norm stands."""
         return [(p.rank, starts[p.rank] + p.position) for p in self._owners]

@@ -4,7 +4,7 @@ Each rank gathers every rank's numbers and combines them in the same order, so a
 travel, not their powers: neither can overflow, and any norm type, maxima and sums share the one message.
 """
 
-import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,33 +12,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gradkeel.errors import RankError
-from gradkeel.measure.local import Locally, indices_unless_all
-from gradkeel.measure.merge import Entry, Merge, Placed, Whole
+from gradkeel.errors import GradkeelWarning, RankError
+from gradkeel.measure.members import Members, Readings
 from gradkeel.measure.powers import wide_dtype
 from gradkeel.measure.ranks import Ranks
-from gradkeel.norms import Needs
 
 _FAILED, _GRADIENTS, _FOUND_INF, _WEIGHT, _LOSS, _HAS_LOSS = range(6)
 _HEAD = 6
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Readings:
-    """The norms of a selection's stored gradients, without prescale: one rank's, or all ranks' together.
-
-    Attributes:
-        present: which of the parameters have a gradient.
-        norms, units, peaks: as in `gradkeel.norms.GradientNorms`; n parameters, u units.
-        weights, unit_weights: of the parameters themselves, where asked for.
-    """
-
-    present: tuple[bool, ...]
-    norms: Tensor
-    units: Tensor | None = None
-    peaks: Tensor | None = None
-    weights: Tensor | None = None
-    unit_weights: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,125 +59,6 @@ class Agreed:
     weight: Tensor | None
     loss: Tensor
     gathered: Tensor
-
-
-class Members:
-    """What all ranks' entries of one selection come to, and where in the gathered numbers each part stands.
-
-    Args:
-        entries: rank by rank, the entries in the order of their rank's parameters.
-        needs: what is measured.
-
-    Attributes:
-        wholes: the parameters that any rank has, group by group and rank by rank, as one process would have them.
-        lengths: by kind of number, how many each rank sends.
-    """
-
-    def __init__(self, entries: Sequence[Sequence[Entry]], needs: Needs) -> None:
-        self.needs = needs
-        placed: dict[str, list[Placed]] = {}
-        for rank, own in enumerate(entries):
-            row = 0
-            for position, entry in enumerate(own):
-                placed.setdefault(entry.name, []).append(Placed(entry, rank, position, row))
-                row += len(entry.rows)
-        wholes = [Whole(parts, needs.unit_dim) for parts in placed.values()]
-        self.wholes = tuple(sorted(wholes, key=lambda whole: whole.group))
-        self._entries = entries
-        parameters = [len(own) for own in entries]
-        units = [sum(len(entry.rows) for entry in own) for own in entries]
-        self.lengths = {"norms": parameters}
-        if needs.weights:
-            self.lengths["weights"] = parameters
-        if needs.unit_dim is not None:
-            self.lengths["units"] = units
-            if needs.weights:
-                self.lengths["unit_weights"] = units
-        if needs.peaks:
-            self.lengths |= {"lowest": parameters, "highest": parameters}
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The parameters' names."""
-        return tuple(whole.name for whole in self.wholes)
-
-    @property
-    def groups(self) -> tuple[int, ...]:
-        """Their groups' indices in the optimizer."""
-        return tuple(whole.group for whole in self.wholes)
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Their numbers of entries."""
-        return tuple(whole.size for whole in self.wholes)
-
-    def units(self, dim: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """How many units along ``dim`` each has, and how many entries a unit; empty where dim is None."""
-        if dim is None:
-            return (), ()
-        return tuple(w.units for w in self.wholes), tuple(w.unit_size for w in self.wholes)
-
-    def place(self, starts: dict[str, list[int]], device: torch.device) -> None:
-        """Take note of where in the gathered numbers each rank's begin, by kind."""
-        self._merges: dict[str, Merge] = {}
-        for kind, own in starts.items():
-            if kind in ("units", "unit_weights"):
-                first, blocks = 0, []
-                for whole in self.wholes:
-                    blocks += list(whole.unit_blocks(first, own))
-                    first += whole.units
-            else:
-                blocks = [([i], whole.cells(own)) for i, whole in enumerate(self.wholes)]
-            self._merges[kind] = Merge(blocks, device)
-        self._norms_start = starts["norms"]
-
-    def pack(self, readings: Readings) -> list[Tensor]:
-        """This rank's numbers, in the order of ``lengths``."""
-        parts = [readings.norms, readings.weights, readings.units, readings.unit_weights]
-        if readings.peaks is not None:
-            parts += [-readings.peaks[:, 0], readings.peaks[:, 1]]
-        return [part for part in parts if part is not None]
-
-    def unpack(self, gathered: Tensor, present: tuple[bool, ...]) -> Readings:
-        """All ranks' numbers, combined; ``present`` tells of this rank's gradients."""
-        found = {
-            kind: merge(gathered, math.inf if kind in ("lowest", "highest") else self.needs.norm_type)
-            for kind, merge in self._merges.items()
-        }
-        peaks = torch.stack([-found["lowest"], found["highest"]], dim=1) if self.needs.peaks else None
-        return Readings(
-            present,
-            found["norms"],
-            found.get("units"),
-            peaks,
-            found.get("weights"),
-            found.get("unit_weights"),
-        )
-
-    def first_bad_rank(self, gathered: Tensor, position: int) -> int | None:
-        """Which rank's piece of a parameter is not finite, as a place in the group; syncs the host."""
-        for rank, place in self.wholes[position].holders(self._norms_start):
-            if not math.isfinite(float(gathered[place])):
-                return rank
-        return None
-
-    def locally(self, here: int, device: torch.device) -> "Locally":
-        """What concerns the parameters of the rank at place ``here``."""
-        position = {whole.name: i for i, whole in enumerate(self.wholes)}
-        first = [0]
-        for whole in self.wholes:
-            first.append(first[-1] + whole.units)
-        own = [(position[entry.name], entry) for entry in self._entries[here]]
-        rows = [i for i, _ in own]
-        units = [first[i] + row for i, entry in own for row in self.wholes[i].rows_of(entry)]
-        everywhere = set(range(len(self.wholes)))
-        return Locally(
-            indices_unless_all(rows, len(self.wholes), device),
-            indices_unless_all(units, first[-1], device),
-            tuple(len(entry.rows) for _, entry in own),
-            tuple(rows),
-            frozenset(everywhere - set(rows)),
-        )
 
 
 class Exchange:
@@ -243,6 +104,7 @@ class Exchange:
         self.local = tuple(one.locally(ranks.here, device) for one in self.members)
         self.splits = self.splits or any(one.elsewhere for one in self.local)
         shared = ranks.members if data_parallel is None else data_parallel.members
+        self._is_checked = False
         self._shares = torch.tensor([ranks.members.index(rank) for rank in shared], device=device)
 
     @torch.no_grad()
@@ -263,6 +125,9 @@ class Exchange:
                 f"rank {', '.join(map(str, raised))} raised an error before this step could be decided (its own "
                 "output says which), so no rank makes it"
             )
+        if not self._is_checked:
+            self._is_checked = True
+            self._warn_of_different_copies(gathered)
         weight = None if told.weight is None else shares[:, _WEIGHT].sum()
         amounts = shares[:, _HAS_LOSS] * (1.0 if weight is None else shares[:, _WEIGHT])
         losses = torch.where(amounts > 0, shares[:, _LOSS] * amounts, 0.0)
@@ -278,6 +143,21 @@ class Exchange:
             loss=losses.sum() / amounts.sum(),
             gathered=gathered,
         )
+
+    def _warn_of_different_copies(self, gathered: Tensor) -> None:
+        for one in self.members:
+            found = one.different_copy(gathered)
+            if found is not None:
+                name, places, norms = found
+                first, second = (self.ranks.members[place] for place in places)
+                warnings.warn(
+                    f"ranks {first} and {second} have copies of {name!r}, but gradients of the norms {norms[0]:.6g} "
+                    f"and {norms[1]:.6g}: exchange its gradient before the step, or, if these are no copies but "
+                    "pieces, say so with attach(shard_over=...)",
+                    GradkeelWarning,
+                    stacklevel=2,
+                )
+                return
 
     def fail(self) -> None:
         """Take part in the exchange of a step in which this rank has raised, so that the others need not wait."""

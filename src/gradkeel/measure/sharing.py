@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gradkeel.errors import AttachError, RankError, SelectionError
+from gradkeel.measure.members import Members, Readings
 from gradkeel.measure.merge import Entry
 from gradkeel.measure.placement import (
     Piece,
@@ -22,7 +23,7 @@ from gradkeel.measure.placement import (
 )
 from gradkeel.measure.powers import tensor_norms, wide_dtype
 from gradkeel.measure.ranks import Ranks, covering, is_running, ranks_of
-from gradkeel.measure.reduce import Exchange, Members, Readings, Told
+from gradkeel.measure.reduce import Exchange, Told
 from gradkeel.norms import Needs, combine
 from gradkeel.selection import Exclude, Selection, matches
 

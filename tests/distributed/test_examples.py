@@ -1,0 +1,41 @@
+"""The examples for torchrun, on two ranks."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+@pytest.mark.parametrize("name", ["torchrun_ddp", "torchrun_fsdp2"])
+@pytest.mark.timeout(120)
+def test_example(name):
+    script = EXAMPLES / f"{name}.py"
+    assert len(script.read_text(encoding="utf-8").splitlines()) < 80
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            script,
+            "--steps=8",
+        ],
+        check=False,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+    assert run.returncode == 0, run.stderr
+    losses = [
+        float(number) for number in re.findall(r"^loss (\S+)  StepReport\(step", run.stdout, re.MULTILINE)
+    ]
+    assert len(losses) == 8  # one rank prints
+    assert losses[-1] < losses[0]
+    assert "Warning" not in run.stderr
