@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from tests.distributed import layouts
 from tests.distributed.layouts import shards
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
@@ -485,6 +486,38 @@ def test_one_collective(ranks, parameters):
 
 def test_no_collective_where_nothing_is_sharded(ranks):
     assert ranks(2, collectives, 10, "replicated") == [[0, 0, 0]] * 2
+
+
+def partial_gradients(rank):
+    layout = layouts.partial_gradients(rank, 2)
+    parameters = {name: torch.nn.Parameter(layout.place(name, WEIGHT)) for name in "abc"}
+    parameters["sharded"] = torch.nn.Parameter(sharded(WEIGHT))
+    guard = gk.attach(sgd(list(parameters.items())), gk.ClipByGlobalNorm(1.0))
+    for name in "abc":
+        parameters[name].grad = layout.gradient(name, WEIGHT)
+    parameters["sharded"].grad = sharded(WEIGHT)
+    with CommDebugMode() as mode:
+        guard.optimizer.step()
+    return mode.get_total_counts(), guard.report.norm
+
+
+def test_partial_gradients_cost_one_collective_each(ranks):
+    assert ranks(2, partial_gradients) == [(1 + 3, pytest.approx(13.0 * 2))] * 2
+
+
+def by_value(rank):
+    parameter = torch.nn.Parameter(sharded(WEIGHT))
+    guard = gk.attach(sgd([parameter]), gk.ClipByValue(1.0))
+    parameter.grad = sharded(WEIGHT)
+    guard.optimizer.step()
+    with CommDebugMode() as mode:
+        told = guard.report.clipped, guard.report.clipped_norm, repr(guard.report)
+    return *told, mode.get_total_counts()
+
+
+def test_reading_a_report_is_no_collective(ranks):
+    words = "StepReport(step 1, 2-norm 13, coefficient 1, clipped, stepped)"
+    assert ranks(2, by_value) == [(True, None, words, 0)] * 2
 
 
 def data_parallel(rank):
