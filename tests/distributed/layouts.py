@@ -30,11 +30,11 @@ class Layout:
 
 
 def on_mesh(mesh, *placements):
-    """Distributes whole tensors; a placement may be a function of the tensor."""
+    """Distributes copies of whole tensors, for a shard may share their memory; a placement may be a function."""
 
     def place(_, whole):
         chosen = [p(whole) if callable(p) else p for p in placements]
-        return distribute_tensor(whole, mesh, chosen)
+        return distribute_tensor(whole.clone(), mesh, chosen)
 
     return place
 

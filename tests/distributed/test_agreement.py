@@ -20,7 +20,9 @@ WEIGHT = torch.tensor([[3.0, 4.0], [0.0, 12.0]], dtype=torch.float64)  # norm 13
 
 
 def sharded(whole):
-    return distribute_tensor(whole, init_device_mesh("cpu", (distributed.get_world_size(),)), [Shard(0)])
+    # A copy, for the first rank's shard may share the memory of what it is cut from.
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    return distribute_tensor(whole.clone(), mesh, [Shard(0)])
 
 
 def sgd(parameters, **groups):
