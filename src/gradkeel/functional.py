@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gradkeel.apply import apply
 from gradkeel.errors import NonFiniteGradientError
 from gradkeel.measure import measure_total
-from gradkeel.measure.placement import is_distributed, settle
+from gradkeel.measure.placement import are_plain, is_distributed, settle
 from gradkeel.norms import Decision, GradientNorms
 from gradkeel.policies import Hard
 
@@ -54,8 +54,7 @@ def clip_grad_norm_(
     """
     checked = _parameters("clip_grad_norm_", parameters)
     bound = _bound("clip_grad_norm_", "max_norm", max_norm)
-    settle(checked)
-    gradients = [p.grad for p in checked if p.grad is not None]
+    gradients = settle(checked)
     total = _total(gradients, float(norm_type), error_if_nonfinite, among=checked)
     _scale(checked, bound, total)
     # A rank without gradients must return what the others do.
@@ -152,10 +151,12 @@ def _parameters(function: str, parameters: Tensor | Iterable[Tensor]) -> list[Te
             f"{function}(parameters=...): these tensors have no .grad and need none, so they look like gradients; "
             "pass the parameters themselves"
         )
-    return list({id(tensor): tensor for tensor in given}.values())
+    return list(dict(zip(map(id, given), given, strict=True)).values())
 
 
 def _check_tensors(function: str, argument: str, given: list[Tensor]) -> None:
+    if are_plain(given):
+        return
     for tensor in given:
         if not isinstance(tensor, Tensor):
             raise TypeError(
@@ -186,8 +187,9 @@ def _total(
     if math.isnan(norm_type):
         raise ValueError(f"norm_type={norm_type!r}: norm_type must be a number or inf")
     device = next((t.device for t in (*gradients, *among)), torch.device("cpu"))
-    # An empty tensor has no smallest entry.
-    total = measure_total([g for g in gradients if g.numel()], norm_type, device, among=among)
+    if norm_type < 0:  # an empty tensor has no smallest entry
+        gradients = [gradient for gradient in gradients if gradient.numel()]
+    total = measure_total(gradients, norm_type, device, among=among)
     if error_if_nonfinite and not torch.isfinite(total):
         raise NonFiniteGradientError(
             f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "

@@ -8,26 +8,32 @@ import ctypes
 import functools
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from gradkeel.measure.placement import are_plain
 
 VARIABLE = "GRADKEEL_NATIVE"
 """Environment variable: ``off`` leaves the kernels alone; ``baseline``, ``avx2`` or ``avx512`` names a level."""
 
 LEVELS = ("baseline", "avx2", "avx512")
+_OFF, _ON = {"off", "0", "no", "false"}, {"", "on", "1", "yes", "true"}
 # What gradkeel_interface() of a library that fits must return.
 _INTERFACE = 1
 LIBRARY = Path(__file__).with_name("_native.so")
 
+# What the user can do.
+_AGAIN = "install gradkeel again where it is to run, by pip with --force-reinstall --no-deps"
+_OTHER_TORCH = "install torch 2.13, for which they are made"
+
 # The C code's numbers for norm types.
 _NORMS = {math.inf: 0, 1.0: 1, 2.0: 2}
-# A subclass may hold its entries elsewhere; `placement` knows these.
-_PLAIN = {Tensor, nn.Parameter}
 _BYTES_OF_A_TENSOR = 32
 # What torch raises for a tensor without memory of its own: sparse, meta, wrapped.
 _NO_ADDRESS = (RuntimeError, BufferError, TypeError, ValueError)
@@ -55,7 +61,15 @@ class _Exchange(ctypes.Structure):
 
 
 class UnavailableError(Exception):
-    """Why the native kernels are not in use."""
+    """Why the native kernels are not in use.
+
+    Attributes:
+        remedy: what one can do about it.
+    """
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(reason)
+        self.remedy = remedy
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,7 +100,9 @@ class Kernels:
         available = LEVELS[: library.gradkeel_levels()]
         self.level = available[-1] if level is None else level
         if self.level not in available:
-            raise UnavailableError(f"{VARIABLE}={level}: this processor has {', '.join(available)}")
+            raise UnavailableError(
+                f"{VARIABLE}={level}: this processor has {', '.join(available)}", f"unset {VARIABLE}"
+            )
         self._parallel = _openmp()
         self.shares_threads = self._parallel is not None
         self._teams: dict[int, Any] = {}
@@ -132,7 +148,7 @@ class Kernels:
         return None if otherwise is None else self.table([otherwise(tensor) for tensor in held], unit_dim)
 
     def _fill(self, tensors: list[Tensor], dim: int, address: Any, rows: Any) -> bool:
-        if not set(map(type, tensors)) <= _PLAIN:
+        if not are_plain(tensors):
             return False
         try:
             taken = self._describe(
@@ -199,29 +215,42 @@ def unavailable() -> str | None:
     return _found()[1]
 
 
+def remedy() -> str | None:
+    """What one can do to have the native kernels used; None where they are."""
+    return _found()[2]
+
+
 @functools.cache
-def _found() -> tuple[Kernels | None, str | None]:
-    wanted = os.environ.get(VARIABLE, "").lower()
+def _found() -> tuple[Kernels | None, str | None, str | None]:
+    given = os.environ.get(VARIABLE, "")
+    wanted = given.lower()
     try:
-        if wanted in {"off", "0", "no", "false"}:
-            raise UnavailableError(f"turned off by {VARIABLE}={os.environ[VARIABLE]}")
-        if wanted and wanted not in LEVELS:
-            raise UnavailableError(f"{VARIABLE}={wanted}: must be off or one of {', '.join(LEVELS)}")
-        return Kernels(wanted or None), None
-    except UnavailableError as reason:
-        return None, str(reason)
+        if wanted in _OFF:
+            raise UnavailableError(f"turned off by {VARIABLE}={given}", f"unset {VARIABLE}")
+        if wanted not in {*_ON, *LEVELS}:
+            raise UnavailableError(
+                f"{VARIABLE}={given}: must be off or one of {', '.join(LEVELS)}", f"unset {VARIABLE}"
+            )
+        return Kernels(None if wanted in _ON else wanted), None, None
+    except UnavailableError as error:
+        return None, str(error), error.remedy
 
 
 def _load(kind: type[Any]) -> Any:
     if not LIBRARY.exists():
-        raise UnavailableError("not built: gradkeel was installed where no C compiler was found")
+        if sys.platform != "linux":
+            raise UnavailableError("not built: they are for Linux", "none is needed: torch's operations serve")
+        raise UnavailableError(
+            f"not built: gradkeel was installed without a working C compiler, or with {VARIABLE}=off",
+            "install a C compiler such as gcc, then gradkeel again, by pip with --force-reinstall --no-deps",
+        )
     try:
         library = kind(str(LIBRARY))
         interface = library.gradkeel_interface()
     except (OSError, AttributeError) as error:
-        raise UnavailableError(f"cannot be loaded: {error}") from None
+        raise UnavailableError(f"cannot be loaded: {error}", _AGAIN) from None
     if interface != _INTERFACE:
-        raise UnavailableError("was built from other sources than these; install gradkeel again")
+        raise UnavailableError("built from other sources than these", _AGAIN)
     return library
 
 
@@ -229,14 +258,14 @@ def _exporter() -> Any:
     """Address of the function by which torch describes a tensor in C."""
     capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if capsule is None:
-        raise UnavailableError(f"torch {torch.__version__} has no C interface for DLPack")
+        raise UnavailableError(f"torch {torch.__version__} has no C interface for DLPack", _OTHER_TORCH)
     pointer_in = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
     exchange = _Exchange.from_address(
         pointer_in(("PyCapsule_GetPointer", ctypes.pythonapi))(capsule, b"dlpack_exchange_api")
     )
     if exchange.major != 1 or not exchange.tensor_from_object:
         raise UnavailableError(
-            f"torch {torch.__version__} has DLPack {exchange.major}.{exchange.minor}, not 1.x"
+            f"torch {torch.__version__} has DLPack {exchange.major}.{exchange.minor}, not 1.x", _OTHER_TORCH
         )
     return exchange.tensor_from_object
 

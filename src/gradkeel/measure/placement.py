@@ -49,9 +49,14 @@ def local_part(tensor: Tensor) -> Tensor:
     )  # still on its way from an asynchronous collective
 
 
+def are_plain(tensors: Iterable[Tensor]) -> bool:
+    """Whether none of the tensors is of a subclass, which may hold its entries elsewhere."""
+    return set(map(type, tensors)) <= _PLAIN
+
+
 def local_parts(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """What this rank holds of each tensor; plain ones are passed on as they are."""
-    if set(map(type, tensors)) <= _PLAIN:
+    if are_plain(tensors):
         return tensors
     return [local_part(tensor) if is_distributed(tensor) else tensor for tensor in tensors]
 
@@ -66,26 +71,32 @@ def is_distributed(tensor: Tensor) -> bool:
 
 def are_distributed(tensors: Sequence[Tensor]) -> bool:
     """Whether any of the tensors is a DTensor."""
-    return not set(map(type, tensors)) <= _PLAIN and any(map(is_distributed, tensors))
+    return not are_plain(tensors) and any(map(is_distributed, tensors))
 
 
-def settle(parameters: Iterable[Tensor]) -> None:
+def settle(parameters: Sequence[Tensor]) -> list[Tensor]:
     """Give every distributed gradient its parameter's placements, so that what ranks hold are parts, not addends.
 
     A gradient that is ``Partial``, as tensor parallelism leaves it on replicated parameters, is reduced, which is a
     collective for each; the optimizer would do the same. Others are left as they are.
+
+    Returns the gradients of the parameters that have one.
     """
+    gradients = [gradient for parameter in parameters if (gradient := parameter.grad) is not None]
+    if are_plain(gradients):
+        return gradients
     for parameter in parameters:
         gradient: Any = parameter.grad
         if gradient is not None and is_distributed(gradient):
             wanted = parameter.placements  # type: ignore[attr-defined]  # its gradient is distributed, so it is
             if gradient.placements != wanted:
                 parameter.grad = gradient.redistribute(placements=wanted)
+    return [gradient for parameter in parameters if (gradient := parameter.grad) is not None]
 
 
 def settled(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """The tensors, those that are ``Partial`` reduced: a collective for each of them."""
-    if set(map(type, tensors)) <= _PLAIN:
+    if are_plain(tensors):
         return tensors
     result = []
     for tensor in tensors:

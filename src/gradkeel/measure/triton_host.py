@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from gradkeel.measure.placement import are_plain
 
 VARIABLE = "GRADKEEL_TRITON"
 
@@ -20,7 +22,6 @@ PIECE = 65_536
 
 _BLOCK = 2048
 _KEPT = 16
-_PLAIN = {Tensor, nn.Parameter}
 _DTYPES = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
@@ -65,7 +66,7 @@ class TritonKernels:
         While a CUDA graph is captured only addresses that are known already will do, for the table of new ones would
         have to travel to the device.
         """
-        if not tensors or not set(map(type, tensors)) <= _PLAIN:
+        if not tensors or not are_plain(tensors):
             return None
         if len({tensor.device for tensor in tensors}) > 1:
             return None
