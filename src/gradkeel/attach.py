@@ -53,9 +53,9 @@ def attach(
             state bit-identical, and says so once; "raise" raises before anything is modified; "keep" steps on.
         max_consecutive_skips: more skips than this in a row raise, with their reasons; at least 1.
         record: where to record every step: a path, or a `Recorder`.
-        process_group: the ranks that decide together, as a process group or a device mesh. None takes those over
-            which DTensors are sharded (FSDP2, tensor parallel), and none under DDP, whose gradients are alike on all
-            ranks. A plain parameter counts once, however many ranks have it by the same name.
+        process_group: the ranks that decide together, as a process group or a device mesh. None takes those of
+            the meshes on which DTensors are sharded (FSDP2, HSDP, tensor parallel), and none under DDP, whose
+            gradients are alike on all ranks. A plain parameter counts once, however many ranks have it by the same name.
         shard_over: what plain parameters cannot tell themselves: for name patterns, modules, parameters or
             predicates, as in ``exclude``, the group over whose ranks each is split (expert parallel, pipeline
             stages), or ``(group, dim)``. Parameters of one name are pieces of one tensor. The name of another

@@ -163,8 +163,8 @@ class Sharing:
             if kind is not None:
                 groups = [ranks_of(group, "a mesh axis") for group in shard_groups(example)]
                 known += groups
-                # One axis is a group of its own; more than one is not, and may be a part of the mesh only.
-                if len(groups) > 1 or not is_member(example):
+                # Replicas of the pieces too: they must decide alike, and hear of each other's errors and losses.
+                if groups or not is_member(example):
                     needed |= set(mesh_ranks(example))
         needed |= {rank for ranks in known for rank in ranks.members if len(ranks.members) > 1}
         if self._given is None:
