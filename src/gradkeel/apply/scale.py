@@ -105,40 +105,46 @@ def _scale_on_device(entries: Sequence[Tensor], factors: Sequence[Tensor]) -> No
 def _scale_on_host(parameters: Sequence[Tensor], factor: Tensor) -> None:
     """Multiply each gradient whose factor is not 1; the host knows the factors."""
     if factor.dim() == 0:
-        values = [float(factor)] * len(parameters)
-        if values[:1] == [1.0]:
-            return
+        rows: Sequence[int] = range(0 if float(factor) == 1.0 else len(parameters))
     else:
-        values = factor.tolist()
-    chosen = [
-        (p, gradient, value)
-        for p, value in zip(parameters, values, strict=True)
-        if value != 1.0 and (gradient := p.grad) is not None
-    ]
-    numbers = [value for _, _, value in chosen]
-    if _scale_natively([gradient for _, gradient, _ in chosen], numbers):
+        rows = [i for i, value in enumerate(factor.tolist()) if value != 1.0]
+    rows, gradients = _with_gradients(parameters, rows)
+    numbers = (
+        factor.expand(len(rows))
+        if factor.dim() == 0
+        else factor[torch.tensor(rows, dtype=torch.int64, device="cpu")]
+    )
+    if not rows or _scale_natively(gradients, numbers):
         return
-    entries = [entries_to_scale(own) for p, _, _ in chosen if (own := _own(p)) is not None]
+    entries = [entries_to_scale(own) for i in rows if (own := _own(parameters[i])) is not None]
     if _scale_natively(entries, numbers):
         return
-    wide = [
-        (e, v) for e, v in zip(entries, numbers, strict=True) if e.dtype in (torch.float32, torch.float64)
-    ]
+    pairs = list(zip(entries, numbers.tolist(), strict=True))
+    wide = [(entry, number) for entry, number in pairs if entry.dtype in (torch.float32, torch.float64)]
     if wide:
-        torch._foreach_mul_([tensor for tensor, _ in wide], [value for _, value in wide])
-    for tensor, value in zip(entries, numbers, strict=True):
-        if tensor.dtype not in (torch.float32, torch.float64):
+        torch._foreach_mul_([entry for entry, _ in wide], [number for _, number in wide])
+    for entry, number in pairs:
+        if entry.dtype not in (torch.float32, torch.float64):
             # mul_ multiplies in a wider type and rounds once; foreach would round the number first.
-            tensor.mul_(value)
+            entry.mul_(number)
 
 
-def _scale_natively(tensors: Sequence[Tensor], numbers: Sequence[float]) -> bool:
+def _with_gradients(parameters: Sequence[Tensor], rows: Sequence[int]) -> tuple[Sequence[int], list[Tensor]]:
+    """Those of the rows whose parameters have a gradient, and these."""
+    gradients = [parameters[i].grad for i in rows]
+    held = [gradient for gradient in gradients if gradient is not None]
+    if len(held) == len(gradients):
+        return rows, held
+    return [i for i, gradient in zip(rows, gradients, strict=True) if gradient is not None], held
+
+
+def _scale_natively(tensors: Sequence[Tensor], numbers: Tensor) -> bool:
     """Whether the native kernels could do it."""
     kernels = native.kernels()
     table = None if kernels is None else kernels.table(tensors)
     if kernels is None or table is None:
         return False
-    kernels.scale(table, torch.tensor(numbers, dtype=torch.float64, device="cpu"))
+    kernels.scale(table, numbers)
     return True
 
 
