@@ -31,6 +31,7 @@ LAYERS = (
     "attach",
     "smoothness",
     "gradkeel",
+    "doctor",
     "report",
     "lab",
     "integrations",

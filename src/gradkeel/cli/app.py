@@ -2,7 +2,7 @@
 
 import typer
 
-from gradkeel.cli import compare, explain, export, policies, replay, report, smoothness, theory
+from gradkeel.cli import compare, doctor, explain, export, policies, replay, report, smoothness, theory
 
 app = typer.Typer(
     help="Gradient clipping for PyTorch: compare policies, and see why a run diverged.",
@@ -27,3 +27,4 @@ app.command("explain")(explain.command)
 app.command("report")(report.command)
 app.command("replay")(replay.command)
 app.command("export")(export.command)
+app.command("doctor")(doctor.command)

@@ -29,7 +29,7 @@ _INTERFACE = 1
 LIBRARY = Path(__file__).with_name("_native.so")
 
 # What the user can do.
-_AGAIN = "install gradkeel again where it is to run, by pip with --force-reinstall --no-deps"
+_AGAIN = "install gradkeel again, with pip's --force-reinstall --no-deps"
 _OTHER_TORCH = "install torch 2.13, for which they are made"
 
 # The C code's numbers for norm types.
@@ -64,10 +64,10 @@ class UnavailableError(Exception):
     """Why the native kernels are not in use.
 
     Attributes:
-        remedy: what one can do about it.
+        remedy: what one can do about it, if anything.
     """
 
-    def __init__(self, reason: str, remedy: str) -> None:
+    def __init__(self, reason: str, remedy: str | None = None) -> None:
         super().__init__(reason)
         self.remedy = remedy
 
@@ -216,7 +216,7 @@ def unavailable() -> str | None:
 
 
 def remedy() -> str | None:
-    """What one can do to have the native kernels used; None where they are."""
+    """What one can do to have the native kernels used; None where they are, or nothing can be done."""
     return _found()[2]
 
 
@@ -239,10 +239,10 @@ def _found() -> tuple[Kernels | None, str | None, str | None]:
 def _load(kind: type[Any]) -> Any:
     if not LIBRARY.exists():
         if sys.platform != "linux":
-            raise UnavailableError("not built: they are for Linux", "none is needed: torch's operations serve")
+            raise UnavailableError("not built: they are for Linux")
         raise UnavailableError(
             f"not built: gradkeel was installed without a working C compiler, or with {VARIABLE}=off",
-            "install a C compiler such as gcc, then gradkeel again, by pip with --force-reinstall --no-deps",
+            f"install a C compiler such as gcc, then {_AGAIN}",
         )
     try:
         library = kind(str(LIBRARY))

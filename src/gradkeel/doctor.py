@@ -1,0 +1,256 @@
+"""What gradkeel runs on, which code measures and scales gradients there, and whether that code is right.
+
+For ``gradkeel doctor``, which prints it. Nothing is timed, and nothing outside is changed.
+"""
+
+import importlib.metadata
+import math
+import platform
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gradkeel
+from gradkeel.apply.scale import apply
+from gradkeel.measure import native, powers, triton_host
+from gradkeel.norms import Decision, GradientNorms, combine
+
+# Entries of such sizes fit each dtype, but the squares of the second and third do not.
+_SIZES = {
+    torch.float32: (1.0, 1e20, 1e-30),
+    torch.bfloat16: (1.0, 1e20, 1e-30),
+    torch.float16: (1.0, 1e4, 1e-6),
+    torch.float64: (1.0, 1e200, 1e-200),
+}
+_ENTRIES = 10_007  # no multiple of anything that a kernel works on at once
+_FACTOR = 0.75  # exact in every dtype, so each product is rounded once
+# The kernels add 10,007 numbers in float64; torch's operations add up to 4,096 in float32.
+_TOLERANCE = {"native": 1e-12, "triton": 1e-12, "torch": 5e-6, "foreach": 5e-6}
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Which code measures and scales the gradients on one kind of device.
+
+    Attributes:
+        device: as torch names it.
+        name: the accelerator's own name.
+        path: ``native`` or ``torch`` on CPU, ``triton`` or ``foreach`` on an accelerator.
+        level: the processor's features that the native kernels use.
+        threads: how many threads work on a CPU.
+        shares_threads: whether these are torch's own OpenMP threads.
+        reason: why the kernels are not in use.
+        remedy: what one can do about it.
+    """
+
+    device: str
+    path: str
+    name: str | None = None
+    level: str | None = None
+    threads: int | None = None
+    shares_threads: bool | None = None
+    reason: str | None = None
+    remedy: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """How a route's results compare with float64, on tensors of every dtype with ordinary, large and tiny entries.
+
+    Attributes:
+        device: as torch names it.
+        tensors: how many there were.
+        norm_error: largest relative error of a norm.
+        tolerance: the largest that is right.
+        wrong_entries: how many entries are not what scaling by 0.75 makes of them.
+        unseen: how many tensors with a NaN or inf have a finite norm.
+        failure: what was raised instead.
+    """
+
+    device: str
+    tensors: int = 0
+    norm_error: float = 0.0
+    tolerance: float = 0.0
+    wrong_entries: int = 0
+    unseen: int = 0
+    failure: str | None = None
+
+    @property
+    def is_right(self) -> bool:
+        """Whether all of it agrees."""
+        return (
+            self.failure is None
+            and self.norm_error <= self.tolerance
+            and self.wrong_entries == self.unseen == 0
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """All that ``gradkeel doctor`` says.
+
+    Attributes:
+        gradkeel, torch, python, platform: versions, and the machine's kind.
+        cpu: how gradients on CPU are measured.
+        accelerator: likewise on the accelerator, where torch can use one.
+        checks: one for each of them.
+        missing: for each extra, the packages that it asks for and that are not installed.
+    """
+
+    gradkeel: str
+    torch: str
+    python: str
+    platform: str
+    cpu: Route
+    accelerator: Route | None
+    checks: tuple[Check, ...]
+    missing: dict[str, tuple[str, ...]]
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether every check is right."""
+        return all(check.is_right for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields and verdicts, as JSON has them."""
+        plain = {"version": 1, **asdict(self), "is_healthy": self.is_healthy}
+        plain["checks"] = [
+            {**asdict(check), "norm_error": _finite(check.norm_error), "is_right": check.is_right}
+            for check in self.checks
+        ]
+        return plain
+
+
+def diagnose() -> Diagnosis:
+    """Gather the facts, and check every route; takes about a tenth of a second on CPU, and syncs the accelerator."""
+    cpu, accelerator = cpu_route(), accelerator_route()
+    return Diagnosis(
+        gradkeel=gradkeel.__version__,
+        torch=torch.__version__,
+        python=platform.python_version(),
+        platform=f"{platform.system()} {platform.machine()}",
+        cpu=cpu,
+        accelerator=accelerator,
+        checks=tuple(check(route) for route in (cpu, accelerator) if route is not None),
+        missing=missing_packages(),
+    )
+
+
+def cpu_route() -> Route:
+    """Which code measures gradients on CPU."""
+    kernels, threads = native.kernels(), torch.get_num_threads()
+    if kernels is None:
+        return Route("cpu", "torch", threads=threads, reason=native.unavailable(), remedy=native.remedy())
+    return Route(
+        "cpu",
+        "native",
+        level=kernels.level,
+        threads=threads if kernels.shares_threads else 1,
+        shares_threads=kernels.shares_threads,
+    )
+
+
+def accelerator_route() -> Route | None:
+    """Which code measures gradients on the accelerator; None where torch can use none."""
+    if not torch.accelerator.is_available():
+        return None
+    device = torch.accelerator.current_accelerator()
+    assert device is not None, "there is one"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    if triton_host.kernels() is not None:
+        return Route(device.type, "triton", name)
+    remedy = f"set {triton_host.VARIABLE}=on to try the Triton kernels, which no GPU has been timed with yet"
+    return Route(device.type, "foreach", name, reason=triton_host.unavailable(), remedy=remedy)
+
+
+def check(route: Route) -> Check:
+    """Measure and scale tensors of known norms on this route."""
+    try:
+        return _check(route)
+    except Exception as error:  # noqa: BLE001 - whatever a kernel raises is the finding
+        return Check(route.device, failure=f"{type(error).__name__}: {error}")
+
+
+def _check(route: Route) -> Check:
+    device = torch.device(route.device)
+    samples = _samples([dtype for dtype in _SIZES if dtype in _dtypes(device)])
+    parameters = [torch.zeros_like(sample, device=device) for sample in samples]
+    for parameter, sample in zip(parameters, samples, strict=True):
+        parameter.grad = sample.to(device, copy=True)
+    norms = powers.read([_gradient(p) for p in parameters], 2.0, device).norms
+    _scale(parameters, norms)
+    scaled = [(sample.double() * _FACTOR).to(sample.dtype) for sample in samples]
+    gradients = [_gradient(parameter).cpu() for parameter in parameters]
+    bad = [torch.tensor([1.0, entry], device=device) for entry in (math.nan, math.inf, -math.inf)]
+    return Check(
+        route.device,
+        tensors=len(samples),
+        norm_error=max(map(_error, norms.tolist(), samples)),
+        tolerance=_TOLERANCE[route.path],
+        wrong_entries=sum(int((a != b).sum()) for a, b in zip(gradients, scaled, strict=True)),
+        unseen=int(powers.read(bad, 2.0, device).norms.isfinite().sum()),
+    )
+
+
+def _dtypes(device: torch.device) -> set[torch.dtype]:
+    return {powers.wide_dtype(device), torch.float32, torch.bfloat16, torch.float16}
+
+
+def _samples(dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(_ENTRIES, generator=generator, dtype=torch.float64) * size).to(dtype)
+        for dtype in dtypes
+        for size in _SIZES[dtype]
+    ]
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None, "it was given one"
+    return parameter.grad
+
+
+def _error(norm: float, sample: Tensor) -> float:
+    # hypot neither overflows nor is it torch's.
+    error = abs(norm / math.hypot(*sample.double().tolist()) - 1)
+    return math.inf if math.isnan(error) else error
+
+
+def _scale(parameters: Sequence[Tensor], norms: Tensor) -> None:
+    """As a step would, whose policy wants all of them scaled."""
+    names = tuple(f"sample.{i}" for i in range(len(parameters)))
+    measured = GradientNorms(names, norms, combine(norms, 2.0), 2.0, groups=(0,) * len(names), step=1)
+    apply(parameters, Decision(coefficients=norms.new_full((), _FACTOR)), measured, prescale=1.0)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def missing_packages() -> dict[str, tuple[str, ...]]:
+    """For each extra, the packages that it asks for and that are not installed; {} where gradkeel itself is not."""
+    try:
+        metadata = importlib.metadata.metadata("gradkeel")
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    found: dict[str, list[str]] = {}
+    for requirement in metadata.get_all("Requires-Dist") or ():
+        parts = re.match(r"([\w.-]+).*;.*extra\s*==\s*['\"]([\w.-]+)['\"]", requirement)
+        if parts is None or parts[2] in {"all", "dev"}:
+            continue
+        lacking = found.setdefault(parts[2], [])
+        if not _is_installed(parts[1]):
+            lacking.append(parts[1])
+    return {extra: tuple(lacking) for extra, lacking in sorted(found.items())}
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
