@@ -55,7 +55,7 @@ def attach(
         record: where to record every step: a path, or a `Recorder`.
         process_group: the ranks that decide together, as a process group or a device mesh. None takes those of
             the meshes on which DTensors are sharded (FSDP2, HSDP, tensor parallel), and none under DDP, whose
-            gradients are alike on all ranks. A plain parameter counts once, however many ranks have it by the same name.
+            gradients are alike on all ranks. A plain parameter counts once, however many ranks have it by its name.
         shard_over: what plain parameters cannot tell themselves: for name patterns, modules, parameters or
             predicates, as in ``exclude``, the group over whose ranks each is split (expert parallel, pipeline
             stages), or ``(group, dim)``. Parameters of one name are pieces of one tensor. The name of another

@@ -325,6 +325,20 @@ def test_units_of_pieces_need_their_dimension(ranks):
     assert ranks(2, undivided, 0) == [True, True]
 
 
+def nameless(rank, size):
+    """Stages whose optimizers do not know the parameters' names: each has one of the name '0'."""
+    parameter = torch.nn.Parameter(torch.ones(size[rank]))
+    group = distributed.group.WORLD
+    return outcome(lambda: bool(gk.attach(sgd([parameter]), None, process_group=group)))
+
+
+def test_copies_have_one_shape(ranks):
+    assert ranks(2, nameless, [2, 2]) == [True, True]
+    for kind, words in ranks(2, nameless, [2, 3]):
+        assert kind == "SelectionError"
+        assert "with the shapes (2,) and (3,), so they are no copies" in words
+
+
 def small_group(rank):
     group = distributed.new_group([rank])
     parameter = torch.nn.Parameter(sharded(WEIGHT))

@@ -107,7 +107,7 @@ class Whole:
         unit_size: how many entries a unit has.
 
     Raises:
-        SelectionError: where it cannot be known which units the pieces are of.
+        SelectionError: where copies have different shapes, or it cannot be known which units the pieces are of.
     """
 
     def __init__(self, placed: Sequence[Placed], unit_dim: int | None) -> None:
@@ -115,6 +115,7 @@ class Whole:
         owners = [p for p in placed if p.entry.key is not None] or list(placed)
         # An empty piece says nothing, and would be a 0 among the lowest and highest entries.
         self._owners = [p for p in owners if p.entry.size] or owners
+        self._check_copies(owners)
         parts = {p.entry.index: p.entry for p in owners}
         self._first_unit: dict[int | None, int] = {}
         self.size = self.units = 0
@@ -124,6 +125,17 @@ class Whole:
             if unit_dim is not None:
                 self._count_units(part, unit_dim, alone=len(parts) == 1)
         self.unit_size = self.size // max(1, self.units)
+
+    def _check_copies(self, owners: Sequence[Placed]) -> None:
+        shapes: dict[tuple[int, ...] | None, tuple[int, ...]] = {}
+        for p in owners:
+            shape = shapes.setdefault(p.entry.key, p.entry.shape)
+            if shape != p.entry.shape:
+                raise SelectionError(
+                    f"ranks have parameters of the name {self.name!r} with the shapes {shape} and {p.entry.shape}, so "
+                    "they are no copies; give them names of their own (attach(model=...), named parameters), or, if "
+                    "they are pieces of one, say so with attach(shard_over=...)"
+                )
 
     def _count_units(self, part: Entry, unit_dim: int, *, alone: bool) -> None:
         if len(part.shape) <= 1 or alone:
