@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from tests.distributed.test_agreement import outcome
-from torch import nn
+from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
@@ -313,22 +313,27 @@ def test_norms_and_weights_share_one_collective(ranks, wrap):
     assert ranks(2, one_message, wrap) == [[1, 1]] * 2
 
 
-def saved_inside(rank):
-    model = DistributedDataParallel(make_model())
+def saved_inside(rank, is_told):
+    model = make_model() if is_told else DistributedDataParallel(make_model())
     guard = gk.attach(torch.optim.SGD(model.parameters(), lr=1.0), None)
-    accumulate = gk.Accumulator(guard, steps=2, model=model)
+    where = {"process_group": distributed.group.WORLD} if is_told else {"model": model}
+    accumulate = gk.Accumulator(guard, steps=2, **where)
     before = accumulate.state_dict()["count"]
     for micro in accumulate(data([2, 3], seed=rank)):
         with micro:
             micro.backward(loss_sum(model, micro.batch), weight=1)
         if not micro.closes_window:
             words = outcome(accumulate.state_dict)
+    if is_told:  # the exchange is the user's own
+        for parameter in model.parameters():
+            distributed.all_reduce(parameter.grad)
     guard.optimizer.step()
     return before, words, accumulate.state_dict()["count"]
 
 
-def test_resume_inside_a_window_is_refused(ranks):
-    for before, (kind, words), after in ranks(2, saved_inside):
+@pytest.mark.parametrize("is_told", [False, True])
+def test_resume_inside_a_window_is_refused(ranks, is_told):
+    for before, (kind, words), after in ranks(2, saved_inside, is_told):
         assert (before, after) == (0, 0)
         assert kind == "CheckpointError"
         assert "take checkpoints after optimizer.step()" in words

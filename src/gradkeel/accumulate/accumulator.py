@@ -304,11 +304,11 @@ class Accumulator:
     def state_dict(self) -> dict[str, Any]:
         """The open window, its gradients included, so that a run killed inside it resumes bitwise equal.
 
-        Under a distributed model it can be saved between windows only, and raises a `CheckpointError` inside of one.
+        Where there are several ranks it can be saved between windows only, and raises a `CheckpointError` inside of one.
         Loadable with ``torch.load(weights_only=True)``. Between windows it holds no tensors.
         """
         self._check_unbroken()
-        if self._sync.is_needed and self._open.is_open:
+        if (self._sync.is_needed or self.ranks is not None) and self._open.is_open:
             raise CheckpointError(
                 "accumulate.state_dict(): in the middle of a window each rank has sums of its own, which no checkpoint "
                 "of the model holds; take checkpoints after optimizer.step()"
