@@ -31,6 +31,15 @@ def found(monkeypatch):
     native._found.cache_clear()
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Whatever the shell asks for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def run(*arguments):
     return CliRunner().invoke(app, ["doctor", *arguments])
 
@@ -53,7 +62,7 @@ def test_native_kernels(found):
     words, cpu = told(), diagnosed()["cpu"]
     level = native.kernels().level
     assert words.startswith(f"gradkeel {gk.__version__} with torch {torch.__version__}, Python ")
-    assert f"CPU native kernels ({level}), on one thread" in words  # conftest.py allows one
+    assert f"CPU native kernels ({level}), on one thread" in words
     assert "why" not in words.split("GPU")[0]
     assert (cpu["path"], cpu["level"], cpu["threads"]) == ("native", level, 1)
     assert (cpu["reason"], cpu["remedy"]) == (None, None)
@@ -61,12 +70,8 @@ def test_native_kernels(found):
 
 @needs_kernels
 def test_how_many_threads_and_whose():
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        route = doctor.cpu_route()
-    finally:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(2)
+    route = doctor.cpu_route()
     shares = native.kernels().shares_threads
     assert (route.threads, route.shares_threads) == ((2, True) if shares else (1, False))
 

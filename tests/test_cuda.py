@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import gradkeel as gk
+from gradkeel import doctor
 from gradkeel.measure import triton_host
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -118,3 +119,10 @@ def test_a_step_that_is_not_finite_is_skipped_on_the_device():
     assert not guard.report.stepped
     assert "not finite" in guard.report.reason
     assert all(map(torch.equal, before, parameters))
+
+
+def test_the_doctor_finds_it_right(path):
+    route = doctor.accelerator_route()
+    assert (route.device, route.path) == ("cuda", path)
+    check = doctor.check(route)
+    assert check.is_right, check
