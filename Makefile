@@ -11,6 +11,7 @@ PYTHON  ?= python3
 VENV    ?= .venv
 PEERS   ?= .venv-peers
 WORKERS ?= 2
+TRITON  ?= 3.9.0
 ARGS    ?=
 
 python := $(VENV)/bin/python
@@ -48,8 +49,8 @@ test-peers: $(PEERS)/peers.stamp ## the same gradients through optax, Keras and 
 	$(PEERS)/bin/python -m pytest -m peers tests/peers $(ARGS)
 
 .PHONY: test-triton
-test-triton: $(VENV)/triton.stamp ## the GPU kernels, in Triton's interpreter; needs no GPU, but 1 GB for Triton
-	$(pytest) tests/measure/test_triton.py $(ARGS)
+test-triton: $(VENV)/triton-$(TRITON).stamp ## the GPU kernels, in Triton's interpreter; needs no GPU, but 1 GB for Triton
+	PYTHONPATH=$(abspath $(VENV)/triton) $(pytest) tests/measure/test_triton.py $(ARGS)
 
 .PHONY: lint
 lint: $(VENV)/dev.stamp ## ruff and mypy
@@ -96,8 +97,10 @@ $(VENV)/dev.stamp: pyproject.toml constraints.txt $(native) | $(VENV)/bin/python
 	$(python) -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $(VENV)/run.stamp $@
 
-$(VENV)/triton.stamp: constraints.txt | $(VENV)/dev.stamp
-	$(python) -m pip install --quiet -c constraints.txt triton
+# In a folder of its own: the other tests run without it, as torch's CPU builds do. Its version is not among the
+# constraints, for a torch that is built for GPUs requires its own.
+$(VENV)/triton-$(TRITON).stamp: | $(VENV)/dev.stamp
+	$(python) -m pip install --quiet --no-deps --upgrade --target $(VENV)/triton triton==$(TRITON)
 	touch $@
 
 $(PEERS)/peers.stamp: pyproject.toml constraints.txt constraints-peers.txt $(native) | $(PEERS)/bin/python
