@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tests.distributed.test_agreement import Window, outcome, sgd
-from tests.distributed.test_windows import hybrid, make_model
+from tests.distributed.test_windows import data, ddp, fsdp, hybrid, loss_sum, make_model
 
 import gradkeel as gk
 from gradkeel import policies as gp
@@ -30,3 +30,69 @@ def test_replicas_decide_together(ranks):
         assert stepped == [True] * 5 + [False]
         assert loss == pytest.approx(1.05 + 250.0)
         assert kind == ("WindowError" if rank == 3 else "RankError")
+
+
+class Loader:
+    """Four micro-batches, or an error in place of one of them."""
+
+    def __init__(self, rank, raises_at):
+        self.items, self.raises_at = data([2, 3, 4, 5], seed=rank), raises_at
+
+    def __iter__(self):
+        for i, item in enumerate(self.items):
+            if i == self.raises_at:
+                raise OSError("a broken file")
+            yield item
+
+
+class LoaderWithLength(Loader):
+    def __len__(self):
+        return 4
+
+
+class LoaderWithoutLength(Loader):
+    def __len__(self):
+        if self.raises_at is not None:
+            raise NotImplementedError("no length")
+        return 4
+
+
+def loading(rank, wrap, kind, raises_at):
+    model = wrap(make_model(), rank, 2)
+    optimizer = sgd(model.parameters())
+    guard = gk.attach(optimizer, gk.ClipByGlobalNorm(1.0), model=model)
+    accumulate = gk.Accumulator(guard, steps=2, model=model)
+
+    def epoch(loader):
+        for micro in accumulate(loader):
+            with micro:
+                micro.backward(loss_sum(model, micro.batch), weight=1)
+            if micro.closes_window:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    first, steps = outcome(lambda: epoch(kind(rank, raises_at if rank == 1 else None))), guard.step
+    accumulate.drop()
+    return first, steps, outcome(lambda: epoch(kind(rank, None))), guard.step - steps
+
+
+@pytest.mark.parametrize("kind", [Loader, LoaderWithLength])
+@pytest.mark.parametrize("wrap", [ddp, fsdp])
+@pytest.mark.parametrize("raises_at", [1, 2, 3])
+def test_a_loader_that_raises_on_one_rank_stops_all(ranks, wrap, kind, raises_at):
+    one, other = ranks(2, loading, wrap, kind, raises_at)
+    assert one[0][0] == "RankError"
+    assert other[0][0] == "WindowError"
+    assert other[0][1].startswith("the loader raised OSError('a broken file'); call accumulate.drop()")
+    assert one[1:] == other[1:] == (raises_at // 2, None, 2)  # the windows before it, and the next epoch's
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"), [(Loader, "OSError"), (LoaderWithoutLength, "NotImplementedError")]
+)
+def test_a_loader_that_raises_at_once_stops_all(ranks, kind, error):
+    one, other = ranks(2, loading, ddp, kind, 0)
+    assert one[0][0] == "RankError"
+    assert "loaders of the ranks [1] raised errors" in one[0][1]
+    assert other[0][0] == error
+    assert one[1:] == other[1:] == (0, None, 2)

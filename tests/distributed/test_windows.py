@@ -313,6 +313,40 @@ def test_norms_and_weights_share_one_collective(ranks, wrap):
     assert ranks(2, one_message, wrap) == [[1, 1]] * 2
 
 
+class Shuffled:
+    """Draws its order from the global generator whenever a pass begins, as a `DataLoader` does."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __iter__(self):
+        return iter([self.items[i] for i in torch.randperm(len(self.items))])
+
+    def __len__(self):
+        return len(self.items)
+
+
+def drawn(rank):
+    model = DistributedDataParallel(make_model())
+    guard = gk.attach(torch.optim.SGD(model.parameters(), lr=1.0), None)
+    accumulate = gk.Accumulator(guard, steps=4, model=model)
+    torch.manual_seed(8)
+    taken = []
+    for micro in accumulate(Shuffled(list(range(16)))):
+        taken.append(micro.batch)
+        with micro:
+            pass
+        if micro.closes_window:
+            accumulate.drop()
+    torch.manual_seed(8)
+    return taken, list(Shuffled(list(range(16))))
+
+
+def test_a_loader_is_gone_through_once(ranks):
+    for taken, plain in ranks(2, drawn):
+        assert taken == plain
+
+
 def saved_inside(rank, is_told):
     model = make_model() if is_told else DistributedDataParallel(make_model())
     guard = gk.attach(torch.optim.SGD(model.parameters(), lr=1.0), None)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gradkeel.accumulate.checkpoint import by_names, check
-from gradkeel.accumulate.lookahead import Batch, Lookahead, Together
+from gradkeel.accumulate.lookahead import Batch, ahead
 from gradkeel.accumulate.micro import MicroBatch
 from gradkeel.accumulate.noise import NoiseMeter
 from gradkeel.accumulate.open_window import OpenWindow
@@ -111,7 +111,8 @@ class Accumulator:
 
         Data-parallel ranks go on together to the end of the longest loader: a rank that has no more data repeats its
         last batch with the weight 0 (``micro.is_filler``). They tell each other the lengths of their loaders once, or,
-        where one has no length, before each window whether they have more; the last window is filled up then.
+        where one has no length, before each window whether they have more; the last window is filled up then. A
+        loader's error is raised by the window's step, which the other ranks then do not wait for.
 
         Raises:
             WindowError: if a window is open still, after an early ``break``: call `finish` or `drop` first.
@@ -125,11 +126,7 @@ class Accumulator:
         return self._windows(loader)
 
     def _windows(self, loader: Iterable[Batch]) -> "Iterator[MicroBatch[Batch]]":
-        source = Lookahead(loader, by_length=self._sync.is_needed)
-        if self._sync.ranks is not None:
-            source = Together(
-                loader, self._sync.ranks, self.guard.device, opens_window=lambda: self._open.count == 0
-            )
+        source = ahead(loader, self._sync, self.guard.device, opens_window=lambda: self._open.count == 0)
         while source.fetch():
             micro = MicroBatch(self, source.take(), source)
             yield micro
@@ -207,7 +204,8 @@ class Accumulator:
 
     def _check_unbroken(self) -> None:
         if self._open.broken is not None:
-            raise WindowError(f"{self._open.broken}; call accumulate.drop() to discard this window and go on")
+            words = f"{self._open.broken}; call accumulate.drop() to discard this window and go on"
+            raise WindowError(words) from self._open.cause
 
     def _choose_divisor(self, weight: Tensor | float | None, *, is_half: bool) -> float:
         """Power of two near a window's weight, by which float16 losses are divided; chosen once, 1 elsewhere.
@@ -304,7 +302,7 @@ class Accumulator:
     def state_dict(self) -> dict[str, Any]:
         """The open window, its gradients included, so that a run killed inside it resumes bitwise equal.
 
-        Where there are several ranks it can be saved between windows only, and raises a `CheckpointError` inside of one.
+        With several ranks it can be saved between windows only, and raises a `CheckpointError` inside of one.
         Loadable with ``torch.load(weights_only=True)``. Between windows it holds no tensors.
         """
         self._check_unbroken()

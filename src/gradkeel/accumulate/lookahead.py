@@ -5,10 +5,13 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from gradkeel.errors import WindowError
+from gradkeel.accumulate.sync import GradientSync
+from gradkeel.errors import RankError, WindowError
 from gradkeel.measure.ranks import Ranks
 
 Batch = TypeVar("Batch")
+
+_NO_LENGTH, _FAILED = -1, -2  # told in a length's place
 
 
 class Lookahead(Generic[Batch]):
@@ -20,10 +23,12 @@ class Lookahead(Generic[Batch]):
 
     Attributes:
         is_filler: whether the item taken last was taken before, since there are no more.
+        failure: what the loader has raised, where it was not passed on at once.
     """
 
     def __init__(self, loader: Iterable[Batch], *, by_length: bool) -> None:
         self.is_filler = False
+        self.failure: Exception | None = None
         self._iterator = iter(loader)
         self._fetched: list[Batch] = []
         self._taken = 0
@@ -47,6 +52,15 @@ class Lookahead(Generic[Batch]):
         return self._fetched.pop()
 
 
+def ahead(
+    loader: Iterable[Batch], sync: GradientSync, device: torch.device, *, opens_window: Callable[[], bool]
+) -> Lookahead[Batch]:
+    """The way to go through a loader, alone or together with other ranks."""
+    if sync.ranks is None:
+        return Lookahead(loader, by_length=sync.is_needed)
+    return Together(loader, sync.ranks, device, opens_window=opens_window)
+
+
 def _length(loader: Iterable[Any]) -> int | None:
     try:
         return len(loader)  # type: ignore[arg-type]  # without a length it raises, which is the test
@@ -60,6 +74,8 @@ class Together(Lookahead[Batch]):
     Where every rank's loader has a length, the lengths are told once. Else, whenever a window opens, ranks tell
     whether they have another item, and whoever has fewer than a window of them repeats its last one.
 
+    Where a loader raises, its rank goes on to the window's end likewise, for the others wait for it in backward.
+
     Args:
         loader: this rank's.
         ranks: all of them must go through their loaders alike.
@@ -68,27 +84,39 @@ class Together(Lookahead[Batch]):
 
     Raises:
         WindowError: on every rank, if one of them has no item at all that it could repeat.
+        RankError: if another rank's loader raised at its first item; on that rank what it raised.
     """
 
     def __init__(
         self, loader: Iterable[Batch], ranks: Ranks, device: torch.device, *, opens_window: Callable[[], bool]
     ) -> None:
-        super().__init__(loader, by_length=True)
         self._ranks, self._device, self._opens_window = ranks, device, opens_window
         self._last: list[Batch] = []
         self._goes_on = False
-        lengths = self._tell(-1 if self._length is None else self._length)
-        self._total = None if min(lengths) < 0 else max(lengths)
+        try:
+            super().__init__(loader, by_length=True)
+            super().fetch()
+        except Exception:
+            self._tell(_FAILED)
+            raise
+        lengths = self._tell(_NO_LENGTH if self._length is None else self._length)
+        failed = [rank for rank, length in zip(ranks.members, lengths, strict=True) if length == _FAILED]
+        if failed:
+            raise RankError(f"the loaders of the ranks {failed} raised errors (their own output says which)")
+        self._total = None if min(lengths) == _NO_LENGTH else max(lengths)
         if self._total is not None:
             self._check(lengths)
 
     def fetch(self) -> bool:
         """Have the next item at hand; False if no rank has more."""
-        has_more = super().fetch()
+        try:
+            has_more = self.failure is None and super().fetch()
+        except Exception as error:  # noqa: BLE001  # the window's step raises it
+            self.failure, has_more = error, False
         if self._total is not None:
             self._goes_on = self._taken < self._total
         elif self._opens_window():
-            told = self._tell(2 if has_more else len(self._last))
+            told = self._tell(2 if has_more or self.failure is not None else len(self._last))
             self._goes_on = max(told) == 2
             if self._goes_on:
                 self._check(told)

@@ -158,6 +158,8 @@ class MicroBatch(Generic[Batch]):
             if self._last is None:
                 self._last = self._is_last()
             owner._leave(last=self._last)
+            if self._last and (failure := self._source.failure) is not None:
+                owner._open.broken, owner._open.cause = f"the loader raised {failure!r}", failure
         elif owner._watch.change() is not None:
             owner._open.broken = (
                 f"micro-batch {self.index + 1} of {owner.steps} raised {kind.__name__} during its backward"

@@ -19,7 +19,8 @@ class OpenWindow:
         count: micro-batches so far.
         is_open: between the end of the first micro-batch and the step.
         is_complete: no micro-batch follows.
-        broken: the exception that left a micro-batch half done, in words.
+        broken: what left it half done, in words.
+        cause: the exception behind that, where it is not raised already.
         weight: of this rank's micro-batches.
         total: of all ranks', once the window is complete.
         loss: [] sum of the losses of this rank; None where nobody told any.
@@ -30,6 +31,7 @@ class OpenWindow:
     is_open: bool = False
     is_complete: bool = False
     broken: str | None = None
+    cause: Exception | None = None
     weight: Tensor | float = 0.0
     total: Tensor | float = 0.0
     loss: Tensor | None = None
