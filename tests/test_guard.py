@@ -502,6 +502,29 @@ def test_recorders_hear_of_each_step_skipped_ones_included():
     assert recorder.heard == [(1, True, 1), (2, False, 2), (3, True, 3)]
 
 
+@pytest.mark.parametrize("event", ["before_step", "record"])
+def test_a_recorder_that_raises_is_dropped_and_training_goes_on(event):
+    class Recorder:
+        def record(self, report):
+            pass
+
+        def close(self):
+            pass
+
+    def fail(report):
+        raise OSError("no space left")
+
+    (parameter,) = parameters_of([3.0, 4.0])
+    recorder = Recorder()
+    setattr(recorder, event, fail)
+    guard = gk.attach(sgd([parameter]), None, record=recorder)
+    give([parameter], [3.0, 4.0])
+    with pytest.warns(gk.errors.RecordWarning, match="step 1.*no space left.*training goes on"):
+        guard.optimizer.step()
+    guard.optimizer.step()
+    assert (guard.step, guard.recorders) == (2, [])
+
+
 # -- closures -------------------------------------------------------------------------------------------------
 
 

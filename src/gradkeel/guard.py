@@ -273,10 +273,7 @@ class Guard:
         """Keep report and new states until the optimizer has made its step."""
         report = self._report(parts, factor, stepped=stepped, reason=reason)
         self._staged = (report, committed(parts, self._states, commit))
-        for recorder in self.recorders:
-            before_step = getattr(recorder, "before_step", None)
-            if before_step is not None:
-                before_step(report)
+        hooks.tell(self.recorders, "before_step", report)
 
     def _finish(self) -> None:
         """After the optimizer's step: commit, leave no attribute behind, tell the recorders."""
@@ -301,8 +298,7 @@ class Guard:
             self._skips.made()
         if self.window is not None:
             self.window.closed(stepped=stepped)
-        for recorder in self.recorders:
-            recorder.record(self.report)
+        hooks.tell(self.recorders, "record", self.report)
 
     # ---- life ----------------------------------------------------------------------------------------------------
 

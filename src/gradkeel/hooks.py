@@ -1,4 +1,4 @@
-"""The optimizer's side of a guard: step hooks, closures, marks that must leave no trace, and who else clips."""
+"""The optimizer's side of a guard: step hooks, closures, marks that must leave no trace, who else clips or listens."""
 
 import sys
 import warnings
@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.weak import TensorWeakRef
 
-from gradkeel.errors import AttachError, DoubleClippingWarning, UnguardedCopyWarning
+from gradkeel.errors import AttachError, DoubleClippingWarning, RecordWarning, UnguardedCopyWarning
 from gradkeel.measure.placement import entries_to_read
+from gradkeel.step_report import Recorder, StepReport
 
 MARK = "_gradkeel_guard"
 _AMP_FLAG = "_step_supports_amp_scaling"
@@ -226,6 +227,26 @@ def tell_accelerate(*, stepped: bool) -> None:
         if type(owner).__module__ == "accelerate.optimizer":
             owner._accelerate_step_called = stepped  # looked at after the step of a loss scale
             owner._is_overflow = not stepped
+
+
+def tell(recorders: list[Recorder], event: str, report: StepReport) -> None:
+    """Call each recorder's method of this name; one that raises is dropped with a warning, for training goes on.
+
+    Of several ranks the one that recorded would otherwise not make the step that the others make.
+    """
+    for recorder in tuple(recorders):
+        try:
+            getattr(recorder, event, _nobody)(report)
+        except Exception as error:  # noqa: BLE001  # whatever a disk or a tracker does
+            recorders.remove(recorder)
+            warnings.warn(
+                f"recording stopped at step {report.step}: {recorder!r} raised {error!r}; training goes on",
+                RecordWarning,
+            )
+
+
+def _nobody(report: StepReport) -> None:
+    """Stands for what a recorder need not have."""
 
 
 def _callers(*packages: str) -> Iterator[Any]:

@@ -257,8 +257,9 @@ def nonfinite_words(report: StepReport, *, is_scaled: bool) -> str:
 class Recorder(Protocol):
     """Whoever wants to be told of every step: a file, a tracker, a test.
 
-    ``record`` is called after each optimizer step, skipped ones included, on the training thread; it must not raise
-    and should not read the report's numbers at once, for that syncs the host on an accelerator.
+    ``record`` is called after each optimizer step, skipped ones included, on the training thread; one that raises is
+    dropped with a `RecordWarning`. It should not read the report's numbers at once, for that syncs the host on an
+    accelerator. A method ``before_step``, where there is one, is called when the step has been decided.
     """
 
     def record(self, report: StepReport) -> None:

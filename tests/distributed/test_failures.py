@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.distributed.test_agreement import Window, outcome, sgd
+from tests.distributed.test_agreement import WEIGHT, Window, outcome, sgd, sharded
 from tests.distributed.test_windows import data, ddp, fsdp, hybrid, loss_sum, make_model
 
 import gradkeel as gk
@@ -96,3 +96,27 @@ def test_a_loader_that_raises_at_once_stops_all(ranks, kind, error):
     assert "loaders of the ranks [1] raised errors" in one[0][1]
     assert other[0][0] == error
     assert one[1:] == other[1:] == (0, None, 2)
+
+
+class BrokenRecorder:
+    def before_step(self, report):
+        raise OSError("no space left")
+
+    def record(self, report):
+        pass
+
+    def close(self):
+        pass
+
+
+def recording(rank):
+    parameter = torch.nn.Parameter(sharded(WEIGHT))
+    guard = gk.attach(sgd([parameter]), None, record=BrokenRecorder() if rank == 1 else None)
+    parameter.grad = sharded(WEIGHT)
+    with pytest.warns(gk.errors.RecordWarning) if rank == 1 else torch.enable_grad():
+        guard.optimizer.step()
+    return parameter.detach().full_tensor().tolist(), guard.step
+
+
+def test_a_recorder_that_raises_on_one_rank_keeps_none_from_stepping(ranks):
+    assert ranks(2, recording) == [([[0.0, 0.0], [0.0, 0.0]], 1)] * 2
