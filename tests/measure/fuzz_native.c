@@ -129,10 +129,12 @@ static long double plain_norm(const struct tensor *t, const char *data, int64_t 
     return norm == SQUARES ? sqrtl(sum) : sum;
 }
 
-static int same(double got, long double wanted) {
+static int same(int64_t kind, double got, long double wanted) {
     if (isnan(wanted)) return isnan(got);
-    /* up to 1e5 float64 additions in another order; and long double reaches beyond float64 at both ends */
-    return (double)wanted == got || fabsl(got - wanted) <= 1e-11L * fabsl(wanted) + 1e-300L;
+    /* up to 1e5 float64 additions in another order, or, in 16 bits, up to 1,024 in float32; and long double reaches
+     * beyond float64 at both ends */
+    long double share = kind == FLOAT16 || kind == BFLOAT16 ? 1024 * 6e-8L : 1e-11L;
+    return (double)wanted == got || fabsl(got - wanted) <= share * fabsl(wanted) + 1e-300L;
 }
 
 /* Whether `got` is `wanted` rounded to the tensor's type: no other number of the type is nearer. */
@@ -199,10 +201,10 @@ static void check_reading(const struct tensor *table, int64_t count, int64_t row
         const struct tensor *t = table + i;
         long double low = INFINITY, high = -INFINITY;
         int is_nan = 0;
-        CHECK(same(norms[i], plain_norm(t, t->data, 0, t->entries, norm)));
+        CHECK(same(t->kind, norms[i], plain_norm(t, t->data, 0, t->entries, norm)));
         for (int64_t j = 0; j < t->rows && by_row; j++) {
             int64_t size = t->entries / t->rows;
-            CHECK(same(*unit++, plain_norm(t, t->data, j * size, size, norm)));
+            CHECK(same(t->kind, *unit++, plain_norm(t, t->data, j * size, size, norm)));
         }
         for (int64_t j = 0; j < t->entries; j++) {
             long double x = value(t, t->data, j);

@@ -66,6 +66,11 @@ def is_same(got, wanted):
     return torch.equal(got.isnan(), wanted.isnan()) and torch.equal(got.nan_to_num(), wanted.nan_to_num())
 
 
+def tolerance(tensor):
+    """Float64 additions, as many as there are entries, in another order; in 16 bits 1,024 at a time in float32."""
+    return 1e-6 if tensor.dtype in HALVES else 1e-11
+
+
 # ---- numbers ---------------------------------------------------------------------------------------------
 
 
@@ -89,9 +94,9 @@ def test_norms_and_units_are_their_float64_twins(norm_type, kinds, seed, level):
     table = kernels.table(tensors, 0)
     norms, units, peaks = kernels.read(table, norm_type, units=True, peaks=True)
     cut = [unit for tensor in tensors for unit in (tensor.unbind(0) if tensor.dim() > 1 else [tensor])]
-    # float64 additions, as many as there are entries, in another order
-    assert norms.tolist() == pytest.approx([reference.norm([t], norm_type) for t in tensors], rel=1e-11)
-    assert units.tolist() == pytest.approx([reference.norm([unit], norm_type) for unit in cut], rel=1e-11)
+    for got, cells in ((norms, tensors), (units, cut)):
+        for norm, cell in zip(got.tolist(), cells, strict=True):
+            assert norm == pytest.approx(reference.norm([cell], norm_type), rel=tolerance(cell))
     extremes = [(t.min().item(), t.max().item()) if t.numel() else (0.0, 0.0) for t in tensors]
     assert [tuple(pair) for pair in peaks.tolist()] == extremes
 
@@ -101,6 +106,17 @@ def test_67_million_entries_are_exact_to_nine_digits(kernels):
     tensor = torch.full((2**26,), 0.1)
     (norm,) = kernels.read(kernels.table([tensor]), 2.0)[0].tolist()
     assert norm == pytest.approx(2**13 * tensor[0].double().item(), rel=1e-9)
+
+
+@needs_kernels
+@pytest.mark.parametrize("norm_type", [1.0, 2.0])
+@pytest.mark.parametrize("size", [1, 1024, 70_001])
+@pytest.mark.parametrize("entry", [1e-38, 1e-20, 1e18, 3e38])
+def test_bfloat16_entries_whose_sums_leave_float32_are_summed_in_float64(kernels, entry, size, norm_type):
+    tensor = torch.full((size,), entry, dtype=torch.bfloat16)
+    tensor[: size // 2 : 7] = 0
+    norms, _, _ = kernels.read(kernels.table([tensor]), norm_type)
+    assert norms.item() == pytest.approx(reference.norm([tensor], norm_type), rel=tolerance(tensor))
 
 
 @needs_kernels

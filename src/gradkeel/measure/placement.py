@@ -82,16 +82,16 @@ def settle(parameters: Sequence[Tensor]) -> list[Tensor]:
 
     Returns the gradients of the parameters that have one.
     """
-    gradients = [gradient for parameter in parameters if (gradient := parameter.grad) is not None]
-    if are_plain(gradients):
-        return gradients
+    held = [own for parameter in parameters if (own := parameter.grad) is not None]
+    if are_plain(held):
+        return held
     for parameter in parameters:
         gradient: Any = parameter.grad
         if gradient is not None and is_distributed(gradient):
             wanted = parameter.placements  # type: ignore[attr-defined]  # its gradient is distributed, so it is
             if gradient.placements != wanted:
                 parameter.grad = gradient.redistribute(placements=wanted)
-    return [gradient for parameter in parameters if (gradient := parameter.grad) is not None]
+    return [own for parameter in parameters if (own := parameter.grad) is not None]
 
 
 def settled(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
