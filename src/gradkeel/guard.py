@@ -69,12 +69,8 @@ class Guard:
         self._step = 0
         self._skips = SkipWatch(max_consecutive_skips)
         self._roster = Roster(optimizer, policy, model=model, exclude=exclude, sharing=sharing)
-        self.report = StepReport(
-            0,
-            tuple(blank(item).report() for item in self._roster.items),
-            _stepped=False,
-            _reason="no step yet",
-        )
+        nothing = tuple(blank(item).report() for item in self._roster.items)
+        self.report = StepReport(0, nothing, _stepped=False, _reason="no step yet")
         self._staged: tuple[StepReport, dict[str, State]] | None = None
         self._loss_scale = LossScale()
         self._own_attributes: dict[str, Tensor] = {}
@@ -103,6 +99,11 @@ class Guard:
     def is_sharded(self) -> bool:
         """Whether other ranks hold parts of the parameters, or further ones."""
         return self._roster.exchange is not None and self._roster.exchange.splits
+
+    @property
+    def pieces(self) -> dict[str, tuple[int, ...]]:
+        """Which piece of each parameter lies on this rank; those that count for another rank are left out."""
+        return self._roster.pieces()
 
     @property
     def model(self) -> nn.Module | None:

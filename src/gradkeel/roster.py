@@ -184,6 +184,10 @@ class Roster:
             yield f"  {selection.label}: {what}; {count} parameter{'' if count == 1 else 's'}"
             yield from (f"    {name}" for name in selection.names)
 
+    def pieces(self) -> dict[str, tuple[int, ...]]:
+        """Which piece of each parameter lies on this rank; those that count for another rank are left out."""
+        return dict.fromkeys(self.names, ()) if self.exchange is None else self.exchange.pieces()
+
     def readings(self) -> list[Readings]:
         """Norms of the gradients as this rank holds them, selection by selection."""
         settle(self._distributed)

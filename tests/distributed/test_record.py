@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tests.distributed.test_windows import ddp, fsdp, loss_sum, make_model
+from tests.distributed.test_windows import ddp, fsdp, hybrid, loss_sum, make_model, tensor_parallel
 from torch import distributed, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -44,23 +44,101 @@ def test_one_rank_writes_whole_norms(ranks, tmp_path, wrap):
     assert ("on rank 0" in one[3][1]) == (wrap is fsdp)
 
 
-def staged(rank, path):
+def staged(rank, path, per_rank):
     parameter = nn.Parameter(torch.ones(2 + rank))
     where = {"*": distributed.group.WORLD}
+    record = gk.Recorder(path, per_rank=per_rank)
     guard = gk.attach(
-        torch.optim.SGD([(f"stage{rank}.w", parameter)], lr=0.1), None, shard_over=where, record=path
+        torch.optim.SGD([(f"stage{rank}.w", parameter)], lr=0.1), None, shard_over=where, record=record
     )
     parameter.grad = torch.full((2 + rank,), 3.0)
     guard.optimizer.step()
     guard.detach()
 
 
-def test_a_record_has_every_stages_parameters(ranks, tmp_path):
+@pytest.mark.parametrize("per_rank", [False, True])
+def test_a_record_has_every_stages_parameters(ranks, tmp_path, per_rank):
     path = tmp_path / "run.keel"
-    ranks(2, staged, path)
+    ranks(2, staged, path, per_rank)
     run = Reader(path)
     assert run.names == ("stage0.w", "stage1.w")
     assert run.norms().tolist() == [[pytest.approx(3 * math.sqrt(2)), pytest.approx(3 * math.sqrt(3))]]
+    _, weights, updates = run.weight_samples()
+    sizes = [[math.sqrt(2), math.sqrt(3)]] if per_rank else []
+    assert weights.tolist() == [pytest.approx(row) for row in sizes]
+    assert updates.tolist() == [pytest.approx([0.3 * norm for norm in row]) for row in sizes]
+
+
+def recorded_by_each(rank, path, count, wrap, steps):
+    """Trains, each rank with a file of its own; one process where ``count`` is 1."""
+    model = make_model() if count == 1 else wrap(make_model(), rank, count)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=False)
+    guard = gk.attach(
+        optimizer, gk.ClipByGlobalNorm(0.5), model=model, record=gk.Recorder(path, per_rank=True)
+    )
+    inputs = torch.arange(6.0, dtype=torch.float64).reshape(2, 3)
+    for step in steps:
+        optimizer.zero_grad()
+        model(inputs * (step + 1)).square().sum().backward()
+        guard.log(rank=rank)
+        guard.optimizer.step()
+    guard.detach()
+
+
+def samples_of(path):
+    with Reader(path) as run:
+        return run.names, *run.weight_samples()
+
+
+@pytest.mark.parametrize(
+    ("count", "wrap"), [(2, fsdp), (2, ddp), (4, hybrid), (4, tensor_parallel), (4, fsdp)]
+)
+def test_files_of_all_ranks_are_read_together(ranks, tmp_path, count, wrap):
+    alone, path = tmp_path / "alone.keel", tmp_path / "run.keel"
+    ranks(1, recorded_by_each, alone, 1, None, range(3))
+    ranks(count, recorded_by_each, path, count, wrap, range(3))
+    (names, steps, weights, updates), (own_names, *own) = samples_of(alone), samples_of(path)
+    assert [name.removeprefix("module.") for name in own_names] == list(names)
+    assert own[0].tolist() == steps.tolist() == [1, 2, 3]
+    # The same float64 sums in another order.
+    assert torch.allclose(own[1], weights, rtol=1e-10, atol=0)
+    assert torch.allclose(own[2], updates, rtol=1e-10, atol=0)
+    with Reader(path) as run:
+        assert run.by_rank("scalar:rank").tolist() == [[*map(float, range(count))]] * 3
+        assert run.by_rank("time", start=2).shape == (2, count)
+    for rank in range(count):  # each is a record by itself
+        with Reader(path if rank == 0 else tmp_path / f"run.rank{rank}.keel") as run:
+            assert (len(run), run.store.rank) == (3, rank)
+
+
+def test_a_lost_file_leaves_the_rest_readable(ranks, tmp_path):
+    path = tmp_path / "run.keel"
+    ranks(2, recorded_by_each, path, 2, fsdp, range(3))
+    (tmp_path / "run.rank1.keel").unlink()
+    with Reader(path) as run:
+        assert [len(part) for part in run.weight_samples()] == [0, 0, 0]  # half of the weights is unknown
+        assert run.by_rank("scalar:rank").tolist() == [[0.0]] * 3
+        assert len(run.totals()) == 3
+
+
+def test_samples_of_other_pieces_are_not_mixed(ranks, tmp_path):
+    """From four ranks to two: what is left of the first run are halves of its weights."""
+    path = tmp_path / "run.keel"
+    ranks(4, recorded_by_each, path, 4, fsdp, range(3))
+    ranks(2, continued, path, 3)
+    steps = samples_of(path)[1]
+    assert steps.tolist() == [4, 5]
+
+
+def continued(rank, path, before):
+    model = fully_shard(make_model())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=False)
+    guard = gk.attach(optimizer, None, model=model, record=gk.Recorder(path, per_rank=True))
+    guard._step = before
+    for _ in range(2):
+        model(torch.ones(2, 3, dtype=torch.float64)).sum().backward()
+        optimizer.step()
+    guard.detach()
 
 
 POLICY = gp.Chain(gp.AutoClip(0.5, window=4, warmup=2, scope="unit"), gp.ZClip(warmup=2))

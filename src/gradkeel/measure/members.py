@@ -40,6 +40,7 @@ class Members:
         needs: what is measured.
 
     Attributes:
+        entries: rank by rank, as given.
         wholes: the parameters that any rank has, group by group and rank by rank, as one process would have them.
         lengths: by kind of number, how many each rank sends.
     """
@@ -54,7 +55,7 @@ class Members:
                 row += len(entry.rows)
         wholes = [Whole(parts, needs.unit_dim) for parts in placed.values()]
         self.wholes = tuple(sorted(wholes, key=lambda whole: whole.group))
-        self._entries = entries
+        self.entries = entries
         parameters = [len(own) for own in entries]
         units = [sum(len(entry.rows) for entry in own) for own in entries]
         self.lengths = {"norms": parameters}
@@ -150,7 +151,7 @@ class Members:
         first = [0]
         for whole in self.wholes:
             first.append(first[-1] + whole.units)
-        own = [(position[entry.name], entry) for entry in self._entries[here]]
+        own = [(position[entry.name], entry) for entry in self.entries[here]]
         rows = [i for i, _ in own]
         units = [first[i] + row for i, entry in own for row in self.wholes[i].rows_of(entry)]
         everywhere = set(range(len(self.wholes)))

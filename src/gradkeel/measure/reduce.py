@@ -187,6 +187,11 @@ class Exchange:
             ]
         )
 
+    def pieces(self) -> dict[str, tuple[int, ...]]:
+        """Which piece of each parameter this rank holds, without those that are declared copies of another's."""
+        own = [entry for one in self.members for entry in one.entries[self.ranks.here]]
+        return {entry.name: entry.key for entry in own if entry.key is not None}
+
     def where(self, agreed: Agreed, selection: int, position: int) -> int | None:
         """The first rank whose piece of a parameter is not finite; syncs the host."""
         place = self.members[selection].first_bad_rank(agreed.gathered, position)

@@ -1,6 +1,5 @@
 """Reads a record, also while training still writes it."""
 
-import math
 import os
 from pathlib import Path
 from types import TracebackType
@@ -11,7 +10,8 @@ from torch import Tensor
 
 from gradkeel.errors import RecordError
 from gradkeel.record.described import Session
-from gradkeel.record.schema import CLIPPED, NONFINITE, SCALAR_PREFIX, STEPPED, from_blobs
+from gradkeel.record.ranks import beside, by_rank, merged_samples
+from gradkeel.record.schema import CLIPPED, NONFINITE, SCALAR_PREFIX, STEPPED
 from gradkeel.record.store import Store
 
 
@@ -22,6 +22,8 @@ class Reader:
     not included; None means from the first and to the last. ``stride`` takes every so many-th of these rows. Memory
     and time grow with what is asked for, not with the file: `gradkeel.record.downsample` draws a long run from
     per-block summaries.
+
+    Files of other ranks beside it (``Recorder(..., per_rank=True)``) are read with it.
 
     Args:
         path: a file that `Recorder` wrote, or is writing.
@@ -44,6 +46,7 @@ class Reader:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.store = Store(self.path)
+        self._stores = beside(self.store, self.path)
         self.parameters = self.store.parameters
         self.names = tuple(parameter.name for parameter in self.parameters)
         self.sessions = self.store.sessions
@@ -60,7 +63,8 @@ class Reader:
 
     def close(self) -> None:
         """Close the file."""
-        self.store.close()
+        for store in self._stores:
+            store.close()
 
     # ---- what kind of run it is ----------------------------------------------------------------------------------
 
@@ -181,22 +185,20 @@ class Reader:
     def weight_samples(self) -> tuple[Tensor, Tensor, Tensor]:
         """Steps [s], norms of the parameters before that step's update [s, n], and norms of the update [s, n].
 
-        NaN stands for what was not measured.
+        NaN stands for what was not measured. Where each rank wrote a file, what their pieces come to; empty if one of
+        the files is missing.
         """
-        rows = self.store.query("SELECT step, weights, updates FROM weight_samples ORDER BY step")
-        steps = torch.tensor([step for step, _, _ in rows], dtype=torch.int64)
-        return steps, self._samples([row[1] for row in rows]), self._samples([row[2] for row in rows])
+        if len(self._stores) < self.store.ranks and not self.store.rank:
+            empty = torch.empty(0, len(self.names), dtype=torch.float64)
+            return torch.empty(0, dtype=torch.int64), empty, empty
+        return merged_samples(self._stores)
 
-    def _samples(self, blobs: list[bytes]) -> Tensor:
-        """[s, n] of blobs that may be shorter: parameters are added, and an empty one holds nothing."""
-        width = len(self.names)
-        result = torch.full((len(blobs), width), math.nan, dtype=torch.float64)
-        for size in {len(blob) for blob in blobs} - {0}:
-            rows = [i for i, blob in enumerate(blobs) if len(blob) == size]
-            result[rows, : size // 8] = from_blobs([blobs[i] for i in rows], torch.float64).reshape(
-                len(rows), -1
-            )
-        return result
+    def by_rank(self, name: str, start: int | None = None, stop: int | None = None) -> Tensor:
+        """[k, ranks] a series of one number a step (``time``, ``scalar:loss``) as each rank recorded it.
+
+        One column where only rank 0 wrote, or a rank's file is missing; NaN at steps that a rank has not written.
+        """
+        return by_rank(self._stores, name, self.steps(start, stop))
 
     def skips(self) -> list[tuple[int, str]]:
         """Number and reason of each step that was skipped."""

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from gradkeel.errors import RecordError, RecordWarning
 from gradkeel.record.outbox import Outbox, Sink
+from gradkeel.record.ranks import rank_path
 from gradkeel.record.rows import Subject, keep, same_layout
 from gradkeel.record.sampling import BeforeUpdate, Sampling
 from gradkeel.record.writer import RecordFile
@@ -45,6 +46,10 @@ class Guarded(Protocol):
     def is_sharded(self) -> bool:
         """Whether ranks share parameters."""
 
+    @property
+    def pieces(self) -> dict[str, tuple[int, ...]]:
+        """Which piece of each parameter this rank holds."""
+
 
 class Recorder:
     """Records every step of a guarded run: to a file, to trackers, or to both.
@@ -60,13 +65,16 @@ class Recorder:
     step 10,000 on: every 50th); also after a jump of the learning rate and, on the CPU, of the gradient norm.
 
     In a distributed run every rank may have a recorder; only rank 0's writes, and what it writes are the norms of whole
-    parameters, over all ranks. Where parameters are sharded, weights and updates are not recorded.
+    parameters, over all ranks. Where parameters are sharded, weights and updates are then not recorded. With
+    ``per_rank=True`` every rank writes, rank 1 to ``run.rank1.keel`` and so on: its own clock and scalars, and the
+    norms of its parts of weights and updates, which the reader puts together.
 
     Args:
         path: the record file, by convention ``*.keel``; steps recorded again replace what it holds from there on.
             None writes no file.
         sinks: who else is to be told, such as ``gradkeel.integrations.trackers.TensorBoard("runs/1")``.
         flush_seconds: steps wait in memory for at most so long while training goes on.
+        per_rank: give each rank of a distributed run a file of its own; the same on all ranks.
 
     Raises:
         TypeError: neither a path nor a sink is given.
@@ -77,21 +85,29 @@ class Recorder:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str] | None, *, sinks: Sequence[Sink] = (), flush_seconds: float = 1.0
+        self,
+        path: str | os.PathLike[str] | None,
+        *,
+        sinks: Sequence[Sink] = (),
+        flush_seconds: float = 1.0,
+        per_rank: bool = False,
     ) -> None:
         if path is None and not sinks:
             raise TypeError("Recorder(path=None): give a path, or at least one sink")
         self.path = path
+        self._per_rank = per_rank
+        self._rank, self._ranks = _place()
         self._guard: Guarded | None = None
         self._described: StepReport | None = None
         self._sampling = Sampling()
         self._before: BeforeUpdate | None = None
         self._before_step = 0
         self._outbox: Outbox | None = None
-        if _is_first_rank():
-            opened = list(sinks)
+        if self._rank == 0 or per_rank:
+            opened = own_sinks = list(sinks) if self._rank == 0 else []
             try:
-                opened = [*([] if path is None else [RecordFile(path)]), *sinks]
+                files = [] if path is None else [RecordFile(rank_path(path, self._rank))]
+                opened = [*files, *own_sinks]
             except (OSError, sqlite3.Error, RecordError) as error:
                 _warn(f"cannot record to {os.fspath(path or '')}: {error}; training goes on without a record")
             if opened:
@@ -106,7 +122,7 @@ class Recorder:
         """Copy the weights, at steps at which the update is to be measured."""
         if self._guard is None or self._outbox is None or report.step == self._before_step:
             return  # a closure may be evaluated several times within a step
-        if self._guard.is_sharded:
+        if self._guard.is_sharded and not self._per_rank:
             return  # this rank's weights are not the whole
         self._before_step = report.step
         self._before = None
@@ -174,6 +190,9 @@ class Recorder:
             policy=guard.policy_spec,
             optimizer=type(guard.optimizer).__name__,
             nonfinite=getattr(guard, "nonfinite", ""),
+            rank=self._rank if self._per_rank else 0,
+            ranks=self._ranks if self._per_rank else 1,
+            pieces=guard.pieces if self._per_rank else None,
         )
 
     def _warn_of_problems(self) -> None:
@@ -185,7 +204,8 @@ def _warn(message: str) -> None:
     warnings.warn(message, RecordWarning, stacklevel=3)
 
 
-def _is_first_rank() -> bool:
-    return not (torch.distributed.is_available() and torch.distributed.is_initialized()) or (
-        torch.distributed.get_rank() == 0
-    )
+def _place() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()

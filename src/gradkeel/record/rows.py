@@ -25,6 +25,9 @@ class Subject:
         policy: spec of the main policy.
         optimizer: name of the optimizer's class.
         nonfinite: what the guard does with non-finite gradients.
+        rank: who records.
+        ranks: how many do, each into a file of its own.
+        pieces: which piece of each parameter this rank holds; None where it holds whole ones.
     """
 
     names: tuple[str, ...] = ()
@@ -32,6 +35,9 @@ class Subject:
     policy: str = ""
     optimizer: str = ""
     nonfinite: str = ""
+    rank: int = 0
+    ranks: int = 1
+    pieces: dict[str, tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

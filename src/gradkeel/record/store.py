@@ -26,6 +26,9 @@ class Store:
         sessions: the processes that wrote, in order.
         parameters: the n parameters, in order of their position.
         blocks: where rows lie.
+        rank: of the process that wrote it, 0 where there was one.
+        ranks: how many ranks have a file of their own.
+        pieces_since: the first step of which `piece` holds.
 
     Raises:
         RecordError: there is no such file, it is no record, or a newer version wrote it.
@@ -44,6 +47,9 @@ class Store:
         query = self._connection.execute
         query("BEGIN")  # all that follows sees the record as it is now
         self.meta: dict[str, str] = dict(query("SELECT key, value FROM meta"))
+        self.rank, self.ranks = int(self.meta.get("rank", 0)), int(self.meta.get("ranks", 1))
+        self.pieces_since = int(self.meta.get("pieces_since", 0))
+        self._pieces = json.loads(self.meta.get("pieces", "null"))
         self.sessions = [Session(*row[1:]) for row in query("SELECT * FROM sessions ORDER BY session")]
         self.parameters = tuple(
             Parameter(name, tuple(json.loads(shape)), size, selection, policy, group)
@@ -63,6 +69,27 @@ class Store:
     def query(self, statement: str, *arguments: str | int) -> list[tuple[Any, ...]]:
         """All rows of a SQL query."""
         return self._connection.execute(statement, arguments).fetchall()
+
+    def piece(self, name: str) -> tuple[int, ...] | None:
+        """Which piece of a parameter this file's rank held; None for a parameter that counts for another rank."""
+        if self._pieces is None:
+            return ()
+        return tuple(self._pieces[name]) if name in self._pieces else None
+
+    def weight_samples(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Steps [s], and what was measured of the weights [s, n] and of their updates [s, n]; else NaN."""
+        rows = self.query("SELECT step, weights, updates FROM weight_samples ORDER BY step")
+        steps = torch.tensor([step for step, _, _ in rows], dtype=torch.int64)
+        return steps, self._samples([row[1] for row in rows]), self._samples([row[2] for row in rows])
+
+    def _samples(self, blobs: list[bytes]) -> Tensor:
+        """[s, n] of blobs that may be shorter: parameters are added, and an empty one holds nothing."""
+        result = torch.full((len(blobs), self.width), math.nan, dtype=torch.float64)
+        for size in {len(blob) for blob in blobs} - {0}:
+            rows = [i for i, blob in enumerate(blobs) if len(blob) == size]
+            values = from_blobs([blobs[i] for i in rows], torch.float64)
+            result[rows, : size // 8] = values.reshape(len(rows), -1)
+        return result
 
     @property
     def rows(self) -> int:

@@ -137,11 +137,25 @@ class RecordFile:
             )
         selections = self._connection.execute("SELECT selection FROM parameters ORDER BY position")
         self._is_main = torch.tensor([selection == "main" for (selection,) in selections], dtype=torch.bool)
+        self._note_rank(rows)
         if not self._has_session:
             self._insert_session(rows)
         if self._width != len(self._positions):
             self._start_block()
         self._layout = layout
+
+    def _note_rank(self, rows: Rows) -> None:
+        """Write down whose file this is, and from which step on its samples are of which pieces."""
+        subject = rows.subject
+        told = {
+            "rank": str(subject.rank),
+            "ranks": str(subject.ranks),
+            "pieces": json.dumps(subject.pieces),
+        }
+        before = dict(self._connection.execute("SELECT key, value FROM meta"))
+        if rows.steps[0] < int(before.get("pieces_since", 0)) or told.items() - before.items():
+            told["pieces_since"] = str(rows.steps[0])
+        self._connection.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", told.items())
 
     def _insert_session(self, rows: Rows) -> None:
         main = rows.selections[0]
