@@ -74,7 +74,7 @@ def attach(
     The environment variable ``GRADKEEL_POLICY`` (a spec string) overrides ``policy`` and ``exclude``, and
     ``GRADKEEL_RECORD`` (a path) ``record``: so does ``gradkeel compare --run`` with a script that it must not change.
 
-    With ``process_group`` or ``shard_over`` all their ranks must call it: it is a collective.
+    Where ranks share parameters all of them must call it: it is a collective, in which they compare what they have.
 
     On CPU the host decides; with a fused optimizer on an accelerator no step syncs the host.
 

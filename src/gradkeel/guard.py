@@ -123,8 +123,11 @@ class Guard:
         except TypeError:
             return repr(self.policy)
 
-    def _read_roster(self) -> None:
-        """Read the optimizer's groups again; statistics of other tensors, or another policy's, do not fit any more."""
+    def connect(self) -> None:
+        """Read the optimizer's groups and who shares them again, if they have changed; its ranks must do so alike."""
+        if self._roster.is_current(self.window):
+            return
+        # Statistics of other tensors, or another policy's, do not fit any more.
         before = self._roster.owners()
         self._roster.read(self.window)
         for label, owner in self._roster.owners().items():
@@ -160,8 +163,7 @@ class Guard:
         except Exception:
             self._roster.fail()
             raise
-        if not self._roster.is_current(self.window):
-            self._read_roster()
+        self.connect()
         self._loss_scale = take_loss_scale(self.optimizer, self._own_attributes)
         self._own_attributes = {}
 

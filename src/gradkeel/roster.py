@@ -110,19 +110,18 @@ class Roster:
     def read(self, window: Window | None) -> None:
         """Read names, groups and their policies from the optimizer, and find out who shares them.
 
-        A collective where ranks were declared; an error there is told to the other ranks.
+        A collective where ranks share parameters; an error there is told to the other ranks.
         """
         self._data_parallel = data_parallel = None if window is None else window.ranks
         try:
             selections, policies = self._selections()
         except Exception:
             everything = [p for group in self._optimizer.param_groups for p in group["params"]]
-            self._sharing.fail(everything, data_parallel)
+            self._sharing.fail(everything, _device_of(everything), data_parallel)
             raise
         self.names = tuple(name for selection in selections for name in selection.names)
         self.parameters = tuple(parameter for selection in selections for parameter in selection.parameters)
-        devices = {parameter.device for parameter in self.parameters}
-        self.device = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+        self.device = _device_of(self.parameters)
         self._distributed = [parameter for parameter in self.parameters if is_distributed(parameter)]
         needs = [self._needs(policy) for policy in policies]
         words = [in_words(policy) for policy in policies]
@@ -197,6 +196,12 @@ class Roster:
         """Tell the other ranks that this one has raised and will not read its gradients in this step."""
         if self.exchange is not None:
             self.exchange.fail()
+
+
+def _device_of(parameters: Iterable[Tensor]) -> torch.device:
+    """Where norms of these are put together: an accelerator, if any is on one."""
+    devices = {parameter.device for parameter in parameters}
+    return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
 
 
 def in_words(policy: Policy | None) -> str:

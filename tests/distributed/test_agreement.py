@@ -275,18 +275,20 @@ def test_an_error_on_one_rank_is_one_on_all(ranks):
     assert one[1:] == other[1:] == (pytest.approx(13.0), 1)
 
 
-def attaching(rank, exclude, policy, shard_over=None):
-    parameter = torch.nn.Parameter(WEIGHT.clone())
+def attaching(rank, exclude, policy, shard_over=None, is_sharded=False):
+    parameter = torch.nn.Parameter(sharded(WEIGHT) if is_sharded else WEIGHT.clone())
     group = distributed.group.WORLD
     arguments = {"process_group": group} if shard_over is None else {"shard_over": {shard_over[rank]: group}}
+    arguments = {} if is_sharded else arguments
     return outcome(
         lambda: bool(gk.attach(sgd([("w", parameter)]), policy[rank], exclude=exclude[rank], **arguments))
     )
 
 
-def test_attach_fails_together(ranks):
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_attach_fails_together(ranks, is_sharded):
     policies = [gk.ClipByNorm(1.0)] * 2
-    one, other = ranks(2, attaching, [None, "nope"], policies)
+    one, other = ranks(2, attaching, [None, "nope"], policies, None, is_sharded)
     assert one[0] == "RankError"
     assert one[1].startswith("rank 1 could not set its guard up")
     assert other[0] == "SelectionError"
@@ -298,9 +300,18 @@ def test_different_policies_are_refused_on_every_rank(ranks):
     assert "ClipByNorm(max_norm=2.0)" in answers[0][1]
 
 
-def test_functions_in_a_policy_have_no_address(ranks):
+@pytest.mark.parametrize("other", [gk.ClipByNorm(2.0), gk.ClipByValue(1.0)])
+def test_shards_under_different_policies_are_refused(ranks, other):
+    answers = ranks(2, attaching, [None, None], [gk.ClipByNorm(1.0), other], None, True)
+    for kind, words in answers:
+        assert kind == "RankError"
+        assert "rank 1 and rank 0 have other policies or other parameters" in words
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_functions_in_a_policy_have_no_address(ranks, is_sharded):
     schedule = gp.Clip("global", gp.Schedule(math.sqrt), gp.Hard())
-    assert ranks(2, attaching, [None, None], [schedule, schedule]) == [True, True]
+    assert ranks(2, attaching, [None, None], [schedule, schedule], None, is_sharded) == [True, True]
 
 
 def test_shard_over_must_match_on_some_rank(ranks):

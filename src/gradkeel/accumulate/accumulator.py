@@ -33,7 +33,7 @@ class Accumulator:
     Losses enter with their weight (items or tokens). Sums of gradients are divided once, at the window's end, by the
     weight of the whole window, inside the same coefficient as the clip:
     ``gradient = sum_k grad(loss_sum_k) / sum_k weight_k``. The mean of the micro-batches' means, which most loops
-    compute, is something else as soon as the weights differ.
+    compute, is something else as soon as the weights differ. All data-parallel ranks must make one alike.
 
     Args:
         guard: guards the optimizer that steps at the end of each window.
@@ -100,6 +100,7 @@ class Accumulator:
         self._open = OpenWindow()
         self._is_inside = False  # of a micro-batch's context
         guard.window = self
+        guard.connect()
 
     # ---- micro-batches -----------------------------------------------------------------------------------------
 

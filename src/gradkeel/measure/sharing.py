@@ -1,6 +1,7 @@
 """Which parameters lie on several ranks, as their placement tells or the user has declared, and who must exchange."""
 
 import math
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
 
 ShardOver = Mapping[Exclude, "Where"]
 """For name patterns, modules, parameters or predicates: where the rest of each parameter is."""
+
+
+_FINGERPRINTS = 2**24  # whole numbers that float32 knows
+_FAILED = -1  # told in a fingerprint's place
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,7 +93,7 @@ class Sharing:
     ) -> Exchange | None:
         """The exchange for these selections; None where no rank needs to know anything of another.
 
-        Where something was declared, every rank must call it alike: it is a collective then.
+        Every rank must call it alike: they tell each other what they have, or that they have the same.
 
         Raises:
             AttachError, SelectionError: if the declarations do not fit.
@@ -106,14 +111,17 @@ class Sharing:
             tables = _checked(ranks, ranks.tell(own))
         else:
             tables = [self._table(selections, needs, policies, rank) for rank in ranks.members]
+            _check_alike(ranks, zlib.crc32(repr(tables[0]).encode()) % _FINGERPRINTS, device)
         members = [Members([table.entries[i] for table in tables], need) for i, need in enumerate(needs)]
         return Exchange(ranks, members, device, data_parallel)
 
-    def fail(self, parameters: Iterable[Tensor], data_parallel: Ranks | None) -> None:
+    def fail(self, parameters: Iterable[Tensor], device: torch.device, data_parallel: Ranks | None) -> None:
         """Take part in the set-up although this rank has raised, so that the others need not wait."""
-        ranks = self._ranks(parameters, data_parallel) if self._tells else None
-        if ranks is not None:
+        ranks = self._ranks(parameters, data_parallel)
+        if ranks is not None and self._tells:
             ranks.tell(None)
+        elif ranks is not None:
+            _tell_number(ranks, _FAILED, device)
 
     def total_norm(
         self, tensors: Sequence[Tensor], norm_type: float, device: torch.device, *, among: Sequence[Tensor]
@@ -262,13 +270,33 @@ def _entry(name: str, parameter: Tensor, group: int, piece: Piece, where: Split 
     )
 
 
+def _tell_number(ranks: Ranks, number: int, device: torch.device) -> list[float]:
+    row = torch.full((1,), float(number), dtype=wide_dtype(device), device=device)
+    return ranks.gather(row).flatten().tolist()
+
+
+def _check_alike(ranks: Ranks, fingerprint: int, device: torch.device) -> None:
+    """Raise unless all ranks have the same fingerprint; a collective of one number each."""
+    told = _tell_number(ranks, fingerprint, device)
+    _refuse_failed(rank for rank, number in zip(ranks.members, told, strict=True) if number == _FAILED)
+    others = [rank for rank, number in zip(ranks.members, told, strict=True) if number != told[0]]
+    if others:
+        raise RankError(
+            f"rank {', '.join(map(str, others))} and rank {ranks.members[0]} have other policies or other parameters; "
+            "give every rank the same policy, exclude and parameter groups, or, if they have different parameters, "
+            "attach with process_group= or shard_over="
+        )
+
+
+def _refuse_failed(ranks: Iterable[int]) -> None:
+    failed = ", ".join(map(str, ranks))
+    if failed:
+        raise RankError(f"rank {failed} could not set its guard up (its own output says why), so no rank can")
+
+
 def _checked(ranks: Ranks, tables: Sequence[Table | None]) -> list[Table]:
     """The tables, if every rank has one with the same selections and policies."""
-    failed = [rank for rank, table in zip(ranks.members, tables, strict=True) if table is None]
-    if failed:
-        raise RankError(
-            f"rank {', '.join(map(str, failed))} could not set its guard up (its own output says why), so no rank can"
-        )
+    _refuse_failed(rank for rank, table in zip(ranks.members, tables, strict=True) if table is None)
     given = [table for table in tables if table is not None]
     for rank, table in zip(ranks.members, given, strict=True):
         if table.kinds != given[0].kinds:
