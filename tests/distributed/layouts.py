@@ -191,5 +191,8 @@ LAYOUTS = {
         same_dim_twice,
         sharded_stages,
         experts,
+        replicas,
+        partial_gradients,
+        plain_columns,
     ],
 }

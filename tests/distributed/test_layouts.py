@@ -1,22 +1,48 @@
 """Every policy on every layout against one process: the norms, what is done, and bits that are alike on all ranks."""
 
+import dataclasses
 import functools
 import hashlib
 import io
+import math
 
 import pytest
 import torch
+from tests.distributed import layouts
 from tests.distributed.layouts import LAYOUTS
 
 import gradkeel as gk
+from gradkeel import policies as gp
 from policy_rows import GROUPS, ROWS, SHAPES, Run, gradients, seasoned
 
 SCALES = (1e-4, 50.0, 1.0)  # below every bound, above every one, and in between
 
 cases = [
-    pytest.param(count, layout, id=f"{count}-{layout.__name__}")
+    pytest.param(count, layout, "as they are", id=f"{count}-{layout.__name__}")
     for count in LAYOUTS
     for layout in LAYOUTS[count]
+]
+
+
+def under(norm_type):
+    """The rows whose policies are one clip, under another norm."""
+    for row in ROWS:
+        clip = getattr(row.policy, "parts", row.policy)
+        if isinstance(clip, gp.Clip):
+            yield dataclasses.replace(row, policy=dataclasses.replace(clip, norm_type=norm_type))
+
+
+BATTERIES = {"as they are": ROWS, "1-norm": [*under(1.0)], "inf-norm": [*under(math.inf)]}
+# Parts of rows, empty parts, interleaved rows, replicas, plain pieces, parameters of other ranks.
+OTHER_NORMS = {
+    2: [layouts.column_shards, layouts.experts, layouts.partial_gradients],
+    4: [layouts.shards, layouts.both_dims, layouts.same_dim_twice, layouts.hybrid, layouts.sharded_stages],
+}
+cases += [
+    pytest.param(count, layout, kind, id=f"{count}-{layout.__name__}-{kind}")
+    for kind in ("1-norm", "inf-norm")
+    for count, chosen in OTHER_NORMS.items()
+    for layout in chosen
 ]
 
 
@@ -80,11 +106,11 @@ def digest(report):
     return result.hexdigest()
 
 
-def battery(rank, count, make_layout, states):
+def battery(rank, count, make_layout, kind, states):
     """For each row and step: what one process knows, and how far this rank is from it."""
     layout = make_layout(rank, count)
     found = []
-    for row, stored in zip(ROWS, states, strict=True):
+    for row, stored in zip(BATTERIES[kind], states, strict=True):
         state = torch.load(io.BytesIO(stored), weights_only=True)
         alone, spread = Run(row.policy, state=state), SpreadRun(row.policy, layout, state)
         for seed, scale in enumerate(SCALES):
@@ -110,18 +136,18 @@ def battery(rank, count, make_layout, states):
 
 
 @functools.cache
-def stored_states():
+def stored_states(kind):
     stored = []
-    for row in ROWS:
+    for row in BATTERIES[kind]:
         buffer = io.BytesIO()
         torch.save(seasoned(row)[0], buffer)
         stored.append(buffer.getvalue())
     return stored
 
 
-@pytest.mark.parametrize(("count", "layout"), cases)
-def test_layouts(ranks, count, layout):
-    answers = ranks(count, battery, count, layout, stored_states())
+@pytest.mark.parametrize(("count", "layout", "kind"), cases)
+def test_layouts(ranks, count, layout, kind):
+    answers = ranks(count, battery, count, layout, kind, stored_states(kind))
     for answer in zip(*answers, strict=True):
         for one in answer:
             # Sums of the same float64 numbers in another order.
