@@ -127,6 +127,8 @@ def _summary(guard: Guard) -> str:
 
     for recorder in guard.recorders:
         if isinstance(recorder, FileRecorder) and recorder.path is not None:
+            if recorder.rank:
+                return f"rank {recorder.rank}: rank 0 has the summary"
             recorder.flush()
             return str(explain(recorder.path))
     raise ValueError("guard.summary() reads the run's record; attach with record='runs/exp1.keel'")

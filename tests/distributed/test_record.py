@@ -1,5 +1,7 @@
 """One rank writes what all ranks have measured, and a checkpoint fits any number of ranks."""
 
+import contextlib
+import io
 import math
 
 import pytest
@@ -27,14 +29,18 @@ def recorded(rank, path, wrap):
         with pytest.warns(gk.SkippedStepWarning) if step == 3 else torch.enable_grad():
             optimizer.step()
         reports.append((guard.report.norm, guard.report.reason))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        guard.summary()
     guard.detach()
-    return reports
+    return reports, printed.getvalue()
 
 
 @pytest.mark.parametrize("wrap", [fsdp, ddp])
 def test_one_rank_writes_whole_norms(ranks, tmp_path, wrap):
     path = tmp_path / "run.keel"
-    one, other = ranks(2, recorded, path, wrap)
+    (one, summary), (other, nothing) = ranks(2, recorded, path, wrap)
+    assert "5 steps" in summary
+    assert nothing == "rank 1: rank 0 has the summary\n"
     assert [norm for norm, _ in one[:3]] == [norm for norm, _ in other[:3]]
     run = Reader(path)
     assert run.totals().tolist() == pytest.approx([norm for norm, _ in one], nan_ok=True)

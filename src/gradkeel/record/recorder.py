@@ -76,6 +76,10 @@ class Recorder:
         flush_seconds: steps wait in memory for at most so long while training goes on.
         per_rank: give each rank of a distributed run a file of its own; the same on all ranks.
 
+    Attributes:
+        path: as given.
+        rank: of this process; 0 where there is one.
+
     Raises:
         TypeError: neither a path nor a sink is given.
 
@@ -96,17 +100,17 @@ class Recorder:
             raise TypeError("Recorder(path=None): give a path, or at least one sink")
         self.path = path
         self._per_rank = per_rank
-        self._rank, self._ranks = _place()
+        self.rank, self._ranks = _place()
         self._guard: Guarded | None = None
         self._described: StepReport | None = None
         self._sampling = Sampling()
         self._before: BeforeUpdate | None = None
         self._before_step = 0
         self._outbox: Outbox | None = None
-        if self._rank == 0 or per_rank:
-            opened = own_sinks = list(sinks) if self._rank == 0 else []
+        if self.rank == 0 or per_rank:
+            opened = own_sinks = list(sinks) if self.rank == 0 else []
             try:
-                files = [] if path is None else [RecordFile(rank_path(path, self._rank))]
+                files = [] if path is None else [RecordFile(rank_path(path, self.rank))]
                 opened = [*files, *own_sinks]
             except (OSError, sqlite3.Error, RecordError) as error:
                 _warn(f"cannot record to {os.fspath(path or '')}: {error}; training goes on without a record")
@@ -190,7 +194,7 @@ class Recorder:
             policy=guard.policy_spec,
             optimizer=type(guard.optimizer).__name__,
             nonfinite=getattr(guard, "nonfinite", ""),
-            rank=self._rank if self._per_rank else 0,
+            rank=self.rank if self._per_rank else 0,
             ranks=self._ranks if self._per_rank else 1,
             pieces=guard.pieces if self._per_rank else None,
         )
