@@ -64,16 +64,18 @@ def bad_rows(rank, value, row, nonfinite):
 
 @pytest.mark.parametrize("row", [0, 1])
 @pytest.mark.parametrize(("value", "kind"), [(math.nan, "NaN"), (-math.inf, "inf")])
-def test_rank_agreement(ranks, value, kind, row):
-    for first, is_same, words, stepped, norm in ranks(2, bad_rows, value, row, "skip"):
+@pytest.mark.parametrize("count", [2, 4])  # of four ranks two have no row
+def test_rank_agreement(ranks, count, value, kind, row):
+    for first, is_same, words, stepped, norm in ranks(count, bad_rows, value, row, "skip"):
         assert first is None
         assert is_same
         assert words == f"step 1: the gradient of 'w' is not finite ({kind}) on rank {row}"
         assert (stepped, norm) == (True, pytest.approx(13.0))
 
 
-def test_raising_raises_on_every_rank_and_names_the_one(ranks):
-    for (kind, words), is_same, _, stepped, _ in ranks(2, bad_rows, math.nan, 1, "raise"):
+@pytest.mark.parametrize("count", [2, 4])
+def test_raising_raises_on_every_rank_and_names_the_one(ranks, count):
+    for (kind, words), is_same, _, stepped, _ in ranks(count, bad_rows, math.nan, 1, "raise"):
         assert kind == "NonFiniteGradientError"
         assert words.startswith("step 1: the gradient of 'w' is not finite (NaN) on rank 1")
         assert is_same
@@ -160,15 +162,16 @@ def missing(rank, held):
     return guard.report.norm, guard.report.norms, guard.report.stepped, guard.report.clipped, state
 
 
-def test_missing_gradient_on_one_rank(ranks):
-    answers = ranks(2, missing, ["ab", "a"])
+@pytest.mark.parametrize("held", [["ab", "a"], ["ab", "a", "", "b"]])
+def test_missing_gradient_on_one_rank(ranks, held):
+    answers = ranks(len(held), missing, held)
     rows = WEIGHT.norm(dim=1) * 10
     for norm, norms, stepped, clipped, _ in answers:
         assert norm == pytest.approx(math.hypot(*rows.tolist(), rows[0].item()))
         assert norms == {"a": pytest.approx(130.0), "b": pytest.approx(rows[0].item())}
         assert stepped
         assert clipped
-    assert answers[0] == answers[1]
+    assert all(answer == answers[0] for answer in answers)
 
 
 def test_a_rank_without_any_gradient_decides_like_the_others(ranks):
@@ -482,8 +485,8 @@ def test_copies_with_different_gradients_are_told(ranks):
 # ---- how many collectives ------------------------------------------------------------------------------------------
 
 
-def collectives(rank, parameters, kind):
-    mesh = init_device_mesh("cpu", (2,))
+def collectives(rank, count, parameters, kind):
+    mesh = init_device_mesh("cpu", (count,))
     placement = {"sharded": [Shard(0)], "replicated": [Replicate()]}[kind]
     whole = torch.ones(2, 2)
     own = [torch.nn.Parameter(distribute_tensor(whole, mesh, placement)) for _ in range(parameters)]
@@ -507,12 +510,13 @@ def collectives(rank, parameters, kind):
 
 
 @pytest.mark.parametrize("parameters", [10, 100, 400])
-def test_one_collective(ranks, parameters):
-    assert ranks(2, collectives, parameters, "sharded") == [[1, 1, 1]] * 2
+@pytest.mark.parametrize("count", [2, 4])
+def test_one_collective(ranks, count, parameters):
+    assert ranks(count, collectives, count, parameters, "sharded") == [[1, 1, 1]] * count
 
 
 def test_no_collective_where_nothing_is_sharded(ranks):
-    assert ranks(2, collectives, 10, "replicated") == [[0, 0, 0]] * 2
+    assert ranks(2, collectives, 2, 10, "replicated") == [[0, 0, 0]] * 2
 
 
 def partial_gradients(rank):

@@ -1,4 +1,4 @@
-"""The examples for torchrun, on two ranks."""
+"""The examples for torchrun, on two ranks and on four."""
 
 import os
 import re
@@ -12,8 +12,9 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 @pytest.mark.parametrize("name", ["torchrun_ddp", "torchrun_fsdp2"])
+@pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.timeout(120)
-def test_example(name):
+def test_example(name, ranks):
     script = EXAMPLES / f"{name}.py"
     assert len(script.read_text(encoding="utf-8").splitlines()) < 80
     run = subprocess.run(
@@ -22,7 +23,7 @@ def test_example(name):
             "-m",
             "torch.distributed.run",
             "--standalone",
-            "--nproc-per-node=2",
+            f"--nproc-per-node={ranks}",
             script,
             "--steps=8",
         ],
