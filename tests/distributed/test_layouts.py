@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests.distributed import layouts
 from tests.distributed.layouts import LAYOUTS
+from torch.distributed.tensor.debug import CommDebugMode
 
 import gradkeel as gk
 from gradkeel import policies as gp
@@ -159,6 +160,30 @@ def test_layouts(ranks, count, layout, kind):
             assert one["sizes"][0] == one["sizes"][1]
             assert one["error"] < 1e-12, one["row"]
         assert len({one["digest"] for one in answer}) == 1, answer[0]["row"]
+
+
+def messages(rank, count, make_layout):
+    """How many collectives two steps cost."""
+    run = SpreadRun(gp.AdaptiveGradientClip(0.01), make_layout(rank, count))
+    counts = []
+    for seed in range(2):
+        for name, parameter in run.parameters.items():
+            parameter.grad = run.layout.gradient(name, gradients(1.0, seed)[name])
+        with CommDebugMode() as mode:
+            run.optimizer.step()
+        counts.append(mode.get_total_counts())
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("count", "layout"),
+    [pytest.param(n, one, id=f"{n}-{one.__name__}") for n in LAYOUTS for one in LAYOUTS[n]],
+)
+def test_one_collective(ranks, count, layout):
+    # Nothing is split where there is one shard or none; a partial gradient is reduced by a collective of its own.
+    expected = {layouts.replicas: 0, layouts.partial_gradients: len(SHAPES)}.get(layout, 1)
+    expected = 0 if (count, layout) == (2, layouts.hybrid) else expected
+    assert ranks(count, messages, count, layout) == [[expected, expected]] * count
 
 
 def test_the_layouts_have_empty_pieces():
