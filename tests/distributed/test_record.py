@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from tests.distributed.test_windows import ddp, fsdp, hybrid, loss_sum, make_model, tensor_parallel
+from tests.distributed.test_windows import data, ddp, fsdp, hybrid, loss_sum, make_model, tensor_parallel
 from torch import distributed, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -208,3 +208,28 @@ def test_resume_on_another_number_of_ranks(ranks, tmp_path, first, second):
             assert mine == pytest.approx(right, rel=1e-9)
             assert mine[1] < 1.0 or right[1] == 1.0
     assert [step for _, _, step in wanted] == [6, 7, 8]
+
+
+def between_windows(rank, path, count, is_first):
+    model = make_model() if count == 1 else fsdp(make_model(), rank, count)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=False)
+    guard = gk.attach(optimizer, gp.ZClip(warmup=1), model=model)
+    accumulate = gk.Accumulator(guard, steps=2, model=model)
+    parts = {"guard": guard, "accumulate": accumulate}
+    if not is_first:
+        checkpoint.load(parts, checkpoint_id=path)
+    for micro in accumulate(data([2, 3])):
+        with micro:
+            micro.backward(loss_sum(model, micro.batch), weight=len(micro.batch[0]))
+    optimizer.step()
+    if is_first:
+        checkpoint.save(parts, checkpoint_id=path)
+    return guard.step, guard.report.stepped
+
+
+@pytest.mark.parametrize("second", [1, 2, 4])
+@pytest.mark.filterwarnings("ignore")
+def test_an_accumulator_is_taken_up_by_another_number_of_ranks(ranks, tmp_path, second):
+    path = str(tmp_path / "checkpoint")
+    assert ranks(2, between_windows, path, 2, True) == [(1, True)] * 2
+    assert ranks(second, between_windows, path, second, False) == [(2, True)] * second
