@@ -19,7 +19,7 @@ def _commands() -> None:
     pass
 
 
-app.command("compare")(compare.command)
+app.command("compare", cls=compare.Command)(compare.command)
 app.command("smoothness")(smoothness.command)
 app.command("policies")(policies.command)
 app.command("theory")(theory.command)

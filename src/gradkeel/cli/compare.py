@@ -3,12 +3,14 @@
 import contextlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from gradkeel.cli.errors import reported
 
@@ -16,6 +18,21 @@ if TYPE_CHECKING:
     from gradkeel.lab.plan import Comparison
 
 INTERRUPTED = 130  # what shells give for SIGINT
+ADDRESS = re.compile(r"\w+://.+|[^:]+:\d+|\[.+\]:\d+|auto|local")  # no task: a function's name is no number
+
+
+class Command(TyperCommand):
+    """Reads ``--ray [ADDRESS]``: Typer has no options with an optional value. An address may be the next word."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Write ``--ray`` as ``--ray=`` or ``--ray=ADDRESS``."""
+        words: list[str] = []
+        for word in args:
+            if words[-1:] == ["--ray="] and ADDRESS.fullmatch(word):
+                words[-1] += word
+            else:
+                words.append("--ray=" if word == "--ray" else word)
+        return super().parse_args(ctx, words)
 
 
 @reported
@@ -44,12 +61,20 @@ def command(
     seeds: Annotated[int | None, typer.Option(metavar="N", help="how many seeds")] = None,
     steps: Annotated[int | None, typer.Option(metavar="N", help="optimizer steps in a run")] = None,
     jobs: Annotated[
-        int | None, typer.Option(metavar="N", help="worker processes (default: one a core)")
+        int | None, typer.Option(metavar="N", help="how many runs at a time (default: one a core)")
     ] = None,
     run: Annotated[
         str | None,
         typer.Option(
             metavar="COMMAND", help="your own command instead of a task, such as 'python train.py --lr 0.1'"
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[ADDRESS]",
+            help="run on the Ray cluster at host:port or ray://host:port; without an address on the one that Ray "
+            "finds, or starts here",
         ),
     ] = None,
     record: Annotated[
@@ -88,7 +113,7 @@ def command(
             _refuse_beside_run(TASK=task, **beside)
             plan = make_command_plan(run, policies=policy, seeds=seeds, sweep=sweep)
         with Progress(plan, quiet=as_json) as progress:
-            result = compare(plan, jobs=jobs, on_run=progress.update, records=out / "runs")
+            result = compare(plan, jobs=jobs, on_run=progress.update, records=out / "runs", ray=ray)
     _deliver(result, out, as_json=as_json)
 
 

@@ -13,8 +13,9 @@ import torch
 
 from gradkeel.lab.command import in_subprocesses
 from gradkeel.lab.plan import Comparison, Plan
-from gradkeel.lab.run import Run, Trial, run_trial
-from gradkeel.lab.task import Task, TaskError, load_task
+from gradkeel.lab.ray_pool import in_ray
+from gradkeel.lab.run import Run, Trial
+from gradkeel.lab.task import Task, TaskError
 
 
 def compare(
@@ -23,6 +24,7 @@ def compare(
     jobs: int | None = None,
     on_run: Callable[[Comparison], None] | None = None,
     records: Path = Path("gradkeel-compare", "runs"),
+    ray: str | None = None,
 ) -> Comparison:
     """Run a plan; Ctrl-C ends it early and keeps the runs that have finished.
 
@@ -31,26 +33,20 @@ def compare(
 
     Args:
         plan: made by ``make_plan``.
-        jobs: how many runs at a time; None takes one a core, and one for a command. A task with 1 runs in this process.
+        jobs: how many runs at a time; None takes one a core, here or of the Ray cluster, and one for a command. A task
+            with 1, and without Ray, runs in this process.
         on_run: called in this process after each run, with all that have finished.
         records: folder for records, where the plan asks for them, and for what a command's runs record and print.
+        ray: None runs on this machine. Otherwise the address of a Ray cluster: ``host:port``, ``ray://host:port``,
+            ``auto``, ``local``; empty for the one that ``ray.init()`` finds, or starts for as long as this takes.
+
+    Raises:
+        TaskError: ``jobs`` is not above zero, the cluster cannot be reached, or is to run a command.
+        MissingExtraError: Ray is asked for, and is not installed.
     """
-    trials = plan.trials
-    if jobs is not None and jobs < 1:
-        raise TaskError(f"jobs={jobs}: it must be 1 or more")
-    jobs = min(len(trials), jobs or (1 if plan.is_command else _cores()))
     done: dict[int, Run] = {}
     interrupted = False
-    if plan.record:
-        records.mkdir(parents=True, exist_ok=True)
-    folder = records if plan.record else None
-    if plan.is_command:
-        finished = in_subprocesses(plan.target, trials, jobs, records)
-    elif jobs == 1:
-        finished = _in_this_process(plan, trials, folder)
-    else:
-        finished = _in_workers(plan, trials, jobs, folder)
-    with contextlib.closing(finished):
+    with contextlib.closing(_runs(plan, jobs, records, ray)) as finished:
         try:
             for i, run in finished:
                 done[i] = run
@@ -59,6 +55,27 @@ def compare(
         except KeyboardInterrupt:
             interrupted = True
     return _collect(plan, done, interrupted=interrupted)
+
+
+def _runs(plan: Plan, jobs: int | None, records: Path, ray: str | None) -> Generator[tuple[int, Run]]:
+    """Index and result of each trial as it finishes, from whoever is to make them."""
+    trials = plan.trials
+    if jobs is not None and jobs < 1:
+        raise TaskError(f"jobs={jobs}: it must be 1 or more")
+    if plan.is_command and ray is not None:
+        raise TaskError(
+            "--ray: a command of your own, its files and its record are on this machine; leave --ray out, or make it a "
+            "task: mypkg.mymodule:make_task"
+        )
+    if plan.record:
+        records.mkdir(parents=True, exist_ok=True)
+    folder = records if plan.record else None
+    if ray is not None:
+        return in_ray(plan, trials, jobs, folder, ray)
+    jobs = min(len(trials), jobs or (1 if plan.is_command else _cores()))
+    if plan.is_command:
+        return in_subprocesses(plan.target, trials, jobs, records)
+    return _in_this_process(plan, trials, folder) if jobs == 1 else _in_workers(plan, trials, jobs, folder)
 
 
 def _collect(plan: Plan, done: dict[int, Run], *, interrupted: bool = False) -> Comparison:
@@ -74,8 +91,7 @@ def _in_this_process(plan: Plan, trials: Sequence[Trial], records: Path | None) 
     task = _prepare(plan)
     try:
         for i, trial in enumerate(trials):
-            steps = plan.steps or task.steps
-            yield i, run_trial(task, trial, steps, accumulate=plan.accumulate, records=records)
+            yield i, plan.run(task, trial, records=records)
     finally:
         torch.set_num_threads(threads)
 
@@ -126,13 +142,10 @@ def _start_worker(plan: Plan, records: Path | None) -> None:
 
 def _prepare(plan: Plan) -> Task:
     torch.set_num_threads(1)
-    task = load_task(plan.target)
-    if plan.batch_size is not None:
-        task.batch_size = plan.batch_size
-    return task
+    return plan.load()
 
 
 def _work(trial: Trial) -> Run:
     assert _worker is not None
     task, plan, records = _worker
-    return run_trial(task, trial, plan.steps or task.steps, accumulate=plan.accumulate, records=records)
+    return plan.run(task, trial, records=records)

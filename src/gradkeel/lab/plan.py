@@ -3,10 +3,11 @@
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from gradkeel.lab.run import Run, Trial
+from gradkeel.lab.run import Run, Trial, run_trial
 from gradkeel.lab.sweep import Sweep, parse_sweep
-from gradkeel.lab.task import TaskError, load_task
+from gradkeel.lab.task import Task, TaskError, load_task
 from gradkeel.policies import parse
 
 
@@ -47,6 +48,17 @@ class Plan:
         """All runs, seed by seed, so that a table of the first ones has every policy and learning rate in it."""
         rates: Sequence[float | None] = self.learning_rates or (None,)
         return [Trial(policy, lr, seed) for seed in self.seeds for lr in rates for policy in self.policies]
+
+    def load(self) -> Task:
+        """The task, with the plan's batch size."""
+        task = load_task(self.target)
+        if self.batch_size is not None:
+            task.batch_size = self.batch_size
+        return task
+
+    def run(self, task: Task, trial: Trial, *, records: Path | None = None) -> Run:
+        """Make one run of the task that ``load`` gave, and record it in the folder ``records``."""
+        return run_trial(task, trial, self.steps or task.steps, accumulate=self.accumulate, records=records)
 
 
 @dataclass(frozen=True)
