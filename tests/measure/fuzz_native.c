@@ -251,6 +251,28 @@ static void check_writing(const struct tensor *table, int64_t count, int64_t row
     free(factors);
 }
 
+static void check_adding(struct tensor *table, int64_t count, const struct team *team) {
+    struct tensor sums[MOST];
+    long double *wanted[MOST];
+    int64_t kind = take(2) ? FLOAT64 : FLOAT32;
+    for (int64_t i = 0; i < count; i++) {
+        if (kind == FLOAT32 && table[i].kind == FLOAT64) table[i].entries = 0; /* a sum is never narrower */
+        sums[i] = (struct tensor){malloc((size_t)table[i].entries * width((int)kind) + 1), table[i].entries, 1, kind};
+        wanted[i] = malloc((size_t)table[i].entries * sizeof **wanted + 1);
+        fill(sums[i].data, table[i].entries * (int64_t)width((int)kind), (int64_t)width((int)kind));
+        for (int64_t j = 0; j < table[i].entries; j++) {
+            long double x = value(sums + i, sums[i].data, j), y = value(table + i, table[i].data, j);
+            wanted[i][j] = kind == FLOAT64 ? (double)x + (double)y : (float)x + (float)y;
+        }
+    }
+    CHECK(gradkeel_add(sums, table, count, team) == 0);
+    for (int64_t i = 0; i < count; i++) {
+        for (int64_t j = 0; j < sums[i].entries; j++) CHECK(is_rounded(sums + i, sums[i].data, j, wanted[i][j]));
+        free(sums[i].data);
+        free(wanted[i]);
+    }
+}
+
 static int is_fit(const struct fake *t, int32_t dim) {
     int32_t dims = t->described.ndim;
     int64_t count = count_of(t, (unsigned)dims);
@@ -272,6 +294,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     if (taken == count) {
         check_reading(table, count, rows, dim >= 0, &team);
         check_writing(table, count, rows, dim >= 0, &team);
+        check_adding(table, count, &team);
     }
     free(table);
     for (int64_t i = 0; i < count; i++) free(tensors[i].described.data);

@@ -206,6 +206,21 @@ def test_units_are_scaled_each_by_its_factor_and_those_with_1_are_left(kernels):
 
 
 @needs_kernels
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_are_those_of_torch(kernels, dtype, wide):
+    dtype = min(dtype, wide, key=lambda one: one.itemsize)
+    tensors = [torch.randn(shape).to(dtype) for shape in [(3,), (70_001,), (0,), (3, 70_000), (4, 5, 6)]]
+    tensors.append(torch.randn(300, 500).to(dtype).t())
+    sums = [torch.randn_like(tensor, dtype=wide) for tensor in tensors]
+    wanted = [total + tensor.to(wide) for total, tensor in zip(sums, tensors, strict=True)]
+    versions = [total._version for total in sums]
+    kernels.add(kernels.table(sums), kernels.table(tensors))
+    assert all(map(torch.equal, sums, wanted))
+    assert all(total._version > version for total, version in zip(sums, versions, strict=True))
+
+
+@needs_kernels
 def test_threads_change_no_bit(kernels):
     tensors = [torch.randn(size) for size in (300_000, 5, 70_000, 0, 65_536)]
     before = torch.get_num_threads()

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gradkeel.measure import native
+
 CHUNK = 262_144
 """Entries that are widened at a time: small enough for the cache, and adding float32 to float32 is vectorised."""
 
@@ -23,6 +25,7 @@ class WideSums:
     @torch.no_grad()
     def take(self, parameters: Sequence[Tensor]) -> None:
         """Add every gradient to its sum and clear it."""
+        sums, gradients = list[Tensor](), list[Tensor]()
         for parameter in parameters:
             gradient = parameter.grad
             if gradient is None:
@@ -35,7 +38,9 @@ class WideSums:
                 # A gradient that is wide enough and nobody else's is kept as it is.
                 self.sums[parameter] = gradient.to(dtype) if gradient.dtype != dtype else gradient
             else:
-                add_(self.sums[parameter], gradient)
+                sums.append(self.sums[parameter])
+                gradients.append(gradient)
+        add_(sums, gradients)
 
     @torch.no_grad()
     def pour(self) -> None:
@@ -45,8 +50,24 @@ class WideSums:
         self.sums.clear()
 
 
-def add_(total: Tensor, gradient: Tensor) -> None:
-    """``total += gradient`` for a narrower gradient, by chunks: ``add_`` of mixed dtypes is not vectorised on CPU."""
+def add_(sums: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """``sum += gradient`` for each pair, whose gradient may be narrower than its sum."""
+    kernels = native.kernels()
+    if kernels is not None and all(map(_lie_alike, sums, gradients)):
+        to, of = kernels.table(sums), kernels.table(gradients)
+        if to is not None and of is not None:
+            kernels.add(to, of)
+            return
+    for total, gradient in zip(sums, gradients, strict=True):
+        _add_one(total, gradient)
+
+
+def _lie_alike(total: Tensor, gradient: Tensor) -> bool:
+    return total.dtype in (torch.float32, torch.float64) and total.stride() == gradient.stride()
+
+
+def _add_one(total: Tensor, gradient: Tensor) -> None:
+    """By chunks: ``add_`` of mixed dtypes is not vectorised on CPU."""
     if total.dtype == gradient.dtype or total.device.type != "cpu" or not total.is_contiguous():
         total.add_(gradient)
         return

@@ -1,4 +1,4 @@
-/* Norms, extremes, scaling and clamping of many CPU tensors in one call.
+/* Norms, extremes, scaling, clamping and sums of many CPU tensors in one call.
  *
  * Plain C over data pointers: nothing of Python, torch or OpenMP is linked. What is needed of them comes in as a
  * function pointer: Python's PyList_GetItem, torch's DLPack exporter (DLPack 1.x, struct DLPackExchangeAPI), and the
@@ -333,6 +333,16 @@ INLINE void clamp_run(int kind, void *data, int64_t count, double low, double hi
     }
 }
 
+/* Each entry is widened, then added in the sum's own type, as torch does. */
+INLINE void add_run(int kind, const void *data, int64_t count, int sum_kind, void *sum) {
+    if (sum_kind == FLOAT64) {
+        for (int64_t i = 0; i < count; i++) ((f64 *)sum)[i] += entry(kind, data, i);
+    } else {
+        for (int64_t i = 0; i < count; i++)
+            ((u32 *)sum)[i] = bits_of(float_of(((u32 *)sum)[i]) + (float)entry(kind, data, i));
+    }
+}
+
 /* ---- jobs: what one thread does at a time ----------------------------------------------------------------------- */
 
 /* Long enough to make taking a job cheap, short enough that all threads end at about the same time. */
@@ -351,7 +361,7 @@ struct job {
     int kind, is_part;
 };
 
-enum operation { READ, SCALE, CLAMP };
+enum operation { READ, SCALE, CLAMP, ADD };
 
 struct task {
     enum operation operation;
@@ -361,6 +371,7 @@ struct task {
     const double *factors;     /* SCALE: of each tensor or, with by_row, of each row */
     int by_row;
     double low, high;          /* CLAMP */
+    const struct tensor *table, *sums; /* ADD: the tensors, and what each is added to */
     const struct job *jobs;
     int64_t count, next, threads;
 };
@@ -383,11 +394,23 @@ INLINE void scale_job(const struct task *task, int kind, const struct job *job) 
     }
 }
 
+INLINE void add_job(const struct task *task, int kind, const struct job *job) {
+    const struct tensor *sum = task->sums + job->tensor;
+    size_t first = (size_t)(job->data - (const char *)task->table[job->tensor].data) / width(kind);
+    void *to = (char *)sum->data + first * width((int)sum->kind);
+    if (sum->kind == FLOAT64) {
+        add_run(kind, job->data, job->count * job->rows, FLOAT64, to);
+    } else {
+        add_run(kind, job->data, job->count * job->rows, FLOAT32, to);
+    }
+}
+
 INLINE void do_job(struct task *task, int kind, const struct job *job) {
     switch (task->operation) {
     case READ: read_job(task, kind, job); break;
     case SCALE: scale_job(task, kind, job); break;
     case CLAMP: clamp_run(kind, job->data, job->count * job->rows, task->low, task->high); break;
+    case ADD: add_job(task, kind, job); break;
     }
 }
 
@@ -422,7 +445,7 @@ __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))) static vo
 #endif
 
 /* Raised with every change of what is exported, so that native.py never calls a library of another time. */
-EXPORT int32_t gradkeel_interface(void) { return 1; }
+EXPORT int32_t gradkeel_interface(void) { return 2; }
 
 /* How many of the levels baseline, AVX2 and AVX-512 this processor has: from 1 to 3. */
 EXPORT int32_t gradkeel_levels(void) {
@@ -579,6 +602,15 @@ EXPORT int32_t gradkeel_scale(const struct tensor *table, int64_t count, const d
 EXPORT int32_t gradkeel_clamp(const struct tensor *table, int64_t count, double low, double high,
                               const struct team *team) {
     struct task task = {.operation = CLAMP, .low = low, .high = high};
+    struct job *jobs = run(&task, table, count, team);
+    free(jobs);
+    return jobs == NULL ? -1 : 0;
+}
+
+/* Adds each tensor to the one of the same index in `sums`: float32 or float64, of as many entries in the same order. */
+EXPORT int32_t gradkeel_add(const struct tensor *sums, const struct tensor *table, int64_t count,
+                            const struct team *team) {
+    struct task task = {.operation = ADD, .table = table, .sums = sums};
     struct job *jobs = run(&task, table, count, team);
     free(jobs);
     return jobs == NULL ? -1 : 0;

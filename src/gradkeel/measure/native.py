@@ -25,7 +25,7 @@ VARIABLE = "GRADKEEL_NATIVE"
 LEVELS = ("baseline", "avx2", "avx512")
 _OFF, _ON = {"off", "0", "no", "false"}, {"", "on", "1", "yes", "true"}
 # What gradkeel_interface() of a library that fits must return.
-_INTERFACE = 1
+_INTERFACE = 2
 LIBRARY = Path(__file__).with_name("_native.so")
 
 # What the user can do.
@@ -122,6 +122,8 @@ class Kernels:
         self._scale.argtypes = (pointer, ctypes.c_int64, pointer, integer, pointer)
         self._clamp = library.gradkeel_clamp
         self._clamp.argtypes = (pointer, ctypes.c_int64, ctypes.c_double, ctypes.c_double, pointer)
+        self._add = library.gradkeel_add
+        self._add.argtypes = (pointer, pointer, ctypes.c_int64, pointer)
 
     def table(
         self,
@@ -186,6 +188,19 @@ class Kernels:
         """Clamp each entry into ``[low, high]`` in place; NaN stays."""
         self._check(self._clamp(table.address, len(table.tensors), low, high, self._team()))
         torch.autograd.graph.increment_version(table.tensors)
+
+    def add(self, sums: Table, table: Table) -> None:
+        """Add each tensor to the one of the same index in ``sums``, in place.
+
+        Args:
+            sums: float32 or float64, with the shapes and strides of the tensors.
+            table: the tensors.
+        """
+        for total, tensor in zip(sums.tensors, table.tensors, strict=True):
+            assert total.dtype in (torch.float32, torch.float64), "sums are wide"
+            assert (total.shape, total.stride()) == (tensor.shape, tensor.stride()), "they lie alike"
+        self._check(self._add(sums.address, table.address, len(table.tensors), self._team()))
+        torch.autograd.graph.increment_version(sums.tensors)
 
     def _team(self) -> Any:
         threads = torch.get_num_threads()
