@@ -34,6 +34,10 @@ compare: $(VENV)/run.stamp ## the same task under several policies: a table and 
 theory: $(VENV)/dev.stamp ## the experiments behind docs/theory.md, which it writes anew (minutes)
 	$(VENV)/bin/gradkeel theory --out docs $(ARGS)
 
+.PHONY: bench
+bench: $(PEERS)/peers.stamp ## how fast, beside the peers; writes docs/benchmarks.md (a quarter of an hour, on an idle machine)
+	$(PEERS)/bin/python -m benchmarks.speed $(or $(ARGS),--write)
+
 # -- tests and linters -------------------------------------------------------------------------------------
 
 .PHONY: test
@@ -105,5 +109,5 @@ $(VENV)/triton-$(TRITON).stamp: | $(VENV)/dev.stamp
 
 $(PEERS)/peers.stamp: pyproject.toml constraints.txt constraints-peers.txt $(native) | $(PEERS)/bin/python
 	$(PEERS)/bin/python -m pip install --quiet -c constraints.txt -c constraints-peers.txt -e . \
-	    hypothesis numpy pytest pytest-timeout jax keras optax paddlepaddle
+	    accelerate hypothesis matplotlib numpy pytest pytest-timeout jax keras optax paddlepaddle
 	touch $@

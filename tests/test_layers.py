@@ -34,6 +34,7 @@ LAYERS = (
     "doctor",
     "report",
     "lab",
+    "bench",
     "integrations",
     "cli",
     "__main__",

@@ -2,7 +2,7 @@
 
 import typer
 
-from gradkeel.cli import compare, doctor, explain, export, policies, replay, report, smoothness, theory
+from gradkeel.cli import bench, compare, doctor, explain, export, policies, replay, report, smoothness, theory
 
 app = typer.Typer(
     help="Gradient clipping for PyTorch: compare policies, and see why a run diverged.",
@@ -28,3 +28,4 @@ app.command("report")(report.command)
 app.command("replay")(replay.command)
 app.command("export")(export.command)
 app.command("doctor")(doctor.command)
+app.command("bench")(bench.command)

@@ -108,12 +108,8 @@ def load_task(target: str) -> Task:
             f"unknown task {target!r}; {hint}Known tasks: {', '.join(BUILTIN)}. "
             "One of your own is named by its module and a function that returns it: mypkg.mymodule:make_task"
         )
-    module_name, _, attribute = BUILTIN.get(target, target).partition(":")
-    made = getattr(_module(target, module_name), attribute, None) if attribute else None
-    if made is None:
-        raise TaskError(
-            f"task {target!r}: module {module_name!r} has no {attribute!r}; write {module_name}:make_task"
-        )
+    attribute = target.partition(":")[2]
+    made = named_object(BUILTIN.get(target, target), word="task")
     task = made() if callable(made) and not isinstance(made, Task) else made
     if not isinstance(task, Task):
         raise TaskError(
@@ -124,7 +120,26 @@ def load_task(target: str) -> Task:
     return task
 
 
-def _module(target: str, name: str) -> Any:
+def named_object(target: str, *, word: str) -> Any:
+    """What ``package.module:name`` names; the current directory can be imported from.
+
+    Args:
+        target: the module and the name in it.
+        word: what it should be, for messages.
+
+    Raises:
+        TaskError: there is no such module, or nothing of that name in it.
+    """
+    module_name, _, attribute = target.partition(":")
+    made = getattr(_module(f"{word} {target!r}", module_name), attribute, None) if attribute else None
+    if made is None:
+        raise TaskError(
+            f"{word} {target!r}: module {module_name!r} has no {attribute!r}; write {module_name}:make_{word}"
+        )
+    return made
+
+
+def _module(asked: str, name: str) -> Any:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
@@ -134,13 +149,11 @@ def _module(target: str, name: str) -> Any:
         missing = str(error.name)
         if name != missing and not name.startswith(f"{missing}."):
             raise TaskError(
-                f"task {target!r}: its module {name!r} needs {missing!r}, which is not installed"
+                f"{asked}: its module {name!r} needs {missing!r}, which is not installed"
             ) from None
         raise TaskError(
-            f"task {target!r}: there is no module {missing!r} here ({here}) or on Python's path; "
+            f"{asked}: there is no module {missing!r} here ({here}) or on Python's path; "
             "run from the directory that holds it, or install it"
         ) from None
     except ValueError:
-        raise TaskError(
-            f"task {target!r}: {name!r} is not a module's name; write mypkg.mymodule:make_task"
-        ) from None
+        raise TaskError(f"{asked}: {name!r} is not a module's name; write mypkg.mymodule:name") from None

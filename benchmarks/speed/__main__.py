@@ -1,0 +1,131 @@
+"""Asks the questions, each in a process of its own, prints the answers, and writes them into docs/benchmarks.md."""
+
+import argparse
+import importlib.metadata
+import multiprocessing
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from datetime import UTC, datetime
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from benchmarks.speed.answer import Answer, Curve, Target, markdown, ratio
+
+from gradkeel.bench.machine import machine
+
+QUESTIONS = (
+    "clip", "step", "bf16", "tiny", "adaptive", "agc", "accumulate", "recording", "training", "growth", "memory",
+    "precision",
+)  # fmt: skip
+PEERS = ("accelerate", "jax", "optax", "paddlepaddle")
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+
+
+def asked(question: str, rounds: int) -> Answer:
+    """The answer to one question, found in this process."""
+    warnings.simplefilter("ignore")  # peers' own, about their imports
+    answer: Answer = import_module(f"benchmarks.speed.{question}").ask(rounds)
+    return answer
+
+
+def in_words(question: str) -> str:
+    """The question itself, which is its module's docstring."""
+    return (import_module(f"benchmarks.speed.{question}").__doc__ or "").strip()
+
+
+def section(question: str, answer: Answer) -> list[str]:
+    """What is said of one question."""
+    lines = [f"### {in_words(question)}", ""]
+    for table in answer.tables:
+        lines += markdown(table)
+    for curve in answer.curves:
+        lines += [f"![Time over {curve.xlabel}](images/benchmarks-{curve.name}.png)", ""]
+    return [*lines, *answer.rows, *[""] * bool(answer.rows)]
+
+
+def targets(answers: Mapping[str, Answer]) -> list[str]:
+    """All targets in one table."""
+    found = [target for answer in answers.values() for target in answer.targets]
+    if not found:
+        return []
+    lines = ["| target | at most | measured | |", "|---|---|---|---|"]
+    lines += [
+        f"| {one.words} | {one.limit:g} | {measured(one)} | {'met' if one.is_met else 'MISSED'} |"
+        for one in found
+    ]
+    return [*lines, ""]
+
+
+def measured(one: Target) -> str:
+    """Median and quartiles, or the number that there is."""
+    return ratio(one.measured) if one.limit > 1e-3 else f"{one.measured.median:.0e}"
+
+
+def where() -> str:
+    """The machine and the versions, in one sentence."""
+    installed = {one.metadata["Name"]: one.version for one in importlib.metadata.distributions()}
+    versions = [f"{name} {installed[name]}" for name in PEERS if name in installed]
+    return f"{datetime.now(UTC):%Y-%m-%d}: {', '.join([machine(torch.device('cpu')), *versions])}."
+
+
+def draw(curves: Sequence[Curve], folder: Path) -> None:
+    """Write each curve as a picture."""
+    from gradkeel.report.figures import COLORS
+    from gradkeel.report.smoothness_figures import picture, plain_ticks, save
+
+    for curve in curves:
+        figure = picture(6.4, 4.2)
+        axes = figure.add_subplot()
+        for (name, points), color in zip(curve.lines.items(), COLORS, strict=False):
+            axes.loglog(*zip(*points, strict=True), "o-", color=color, label=name, markersize=4)
+        axes.set(xlabel=curve.xlabel, ylabel="ms", title=curve.title)
+        plain_ticks(axes)
+        axes.legend(frameon=False)
+        save(figure, folder / f"benchmarks-{curve.name}.png")
+
+
+def main() -> None:
+    """Ask, print, write."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
+    parser.add_argument("questions", nargs="*", metavar="QUESTION", help=f"some of: {', '.join(QUESTIONS)}")
+    parser.add_argument(
+        "--rounds", type=int, default=30, metavar="N", help="how often each contender is timed"
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="write docs/benchmarks.md; all questions are asked"
+    )
+    arguments = parser.parse_args()
+    unknown = set(arguments.questions) - set(QUESTIONS)
+    if unknown or (arguments.write and arguments.questions):
+        parser.error(
+            f"unknown question {unknown.pop()}" if unknown else "--write takes no questions: it asks all"
+        )
+    answers: dict[str, Answer] = {}
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as processes:
+        for question in arguments.questions or QUESTIONS:
+            answers[question] = processes.submit(asked, question, arguments.rounds).result()
+            print("\n".join(section(question, answers[question])), flush=True)
+    print("\n".join(targets(answers)))
+    if arguments.write:
+        write(answers)
+
+
+def write(answers: Mapping[str, Answer]) -> None:
+    """Put everything between the marks of docs/benchmarks.md, and the pictures beside it."""
+    path = DOCS / "benchmarks.md"
+    before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    lines = [where(), "", *targets(answers)]
+    for question, answer in answers.items():
+        lines += section(question, answer)
+    found = "\n".join(lines).rstrip()
+    path.write_text(f"{before}{BEGIN}\n\n{found}\n\n{END}{after}", encoding="utf-8")
+    draw([curve for answer in answers.values() for curve in answer.curves], DOCS / "images")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""What the answer to a question is made of, and how it is read."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from gradkeel.bench import Quartiles, Race, Table
+from gradkeel.bench.stopwatch import AGAIN
+from gradkeel.bench.workload import READ
+
+
+@dataclass(frozen=True)
+class Target:
+    """A ratio that was fixed beforehand, and what was measured.
+
+    Attributes:
+        words: of what to what.
+        limit: the largest that is good enough.
+        measured: quartiles over the rounds.
+    """
+
+    words: str
+    limit: float
+    measured: Quartiles
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the median is within the limit."""
+        return self.measured.median <= self.limit
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Milliseconds over sizes, a line for each contender; both axes are logarithmic."""
+
+    name: str
+    title: str
+    xlabel: str
+    lines: Mapping[str, Sequence[tuple[float, float]]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """All that was found out about one question; ``rows`` are further lines of Markdown, such as a table."""
+
+    tables: Sequence[Table] = ()
+    targets: Sequence[Target] = ()
+    curves: Sequence[Curve] = ()
+    rows: Sequence[str] = field(default=())
+
+
+Question = Callable[[int], Answer]
+"""Takes the number of rounds."""
+
+
+def target(words: str, limit: float, race: Race, name: str, to: str | None = None) -> Target:
+    """A target for a contender's time as a multiple of another's."""
+    return Target(words, limit, race.ratio(name, to))
+
+
+def markdown(table: Table) -> list[str]:
+    """The race as a table: time, ratio to the first contender and, where it was timed, to one read."""
+    race = table.race
+    has_read, has_errors = READ in race.seconds, bool(race.errors)
+    heads = (
+        ["", "ms", f"x {race.baseline}"]
+        + ["x one read"] * has_read
+        + ["error"] * has_errors
+        + ["first run, ms"]
+    )
+    lines = [f"**{table.title}**", ""]
+    lines += [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for name in race.seconds:
+        cells = [
+            name.replace(AGAIN, ", again (control)"),
+            number(race.time(name).median * 1e3),
+            ratio(race.ratio(name)),
+        ]
+        if has_read:
+            cells.append(f"{race.ratio(name, READ).median:.2f}")
+        if has_errors:
+            cells.append(f"{race.errors[name]:.0e}" if name in race.errors else "")
+        lines.append(f"| {' | '.join([*cells, number(race.first[name] * 1e3)])} |")
+    return [*lines, ""]
+
+
+def number(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def ratio(value: Quartiles) -> str:
+    """Median and quartiles."""
+    return f"{value.median:.2f} ({value.low:.2f} to {value.high:.2f})"

@@ -1,0 +1,76 @@
+"""The two that every benchmark has: torch's ``clip_grad_norm_``, and a guard."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from gradkeel.attach import attach
+from gradkeel.bench.stopwatch import Contender
+from gradkeel.bench.workload import Gradients
+from gradkeel.functional import clip_grad_norm_
+from gradkeel.policies import ClipByGlobalNorm, Policy
+
+TORCH = "torch clip_grad_norm_"
+FUNCTION = "gradkeel clip_grad_norm_"
+GUARD = "gradkeel guard"
+GUARDED_STEP = f"{GUARD} + step"
+
+
+class NoStep(Optimizer):
+    """An optimizer whose step does nothing, so that what is left to time is the guard."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 1.0})
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Do nothing."""
+
+
+def torch_clip(gradients: Gradients, bound: float) -> Contender:
+    """Torch's clip by global norm."""
+    return clip_function(TORCH, torch.nn.utils.clip_grad_norm_, gradients, bound)
+
+
+def own_clip(gradients: Gradients, bound: float) -> Contender:
+    """Gradkeel's function of the same signature."""
+    return clip_function(FUNCTION, clip_grad_norm_, gradients, bound)
+
+
+def clip_function(
+    name: str, function: Callable[..., object], gradients: Gradients, bound: float
+) -> Contender:
+    """Any ``clip_grad_norm_(parameters, max_norm)``."""
+    return Contender(
+        name,
+        lambda: function(gradients.parameters, bound),
+        gradients.refill,
+        lambda: gradients.error(bound),
+    )
+
+
+def guard_alone(gradients: Gradients, policy: Policy, name: str = GUARD) -> Contender:
+    """A guarded step of an optimizer that does nothing: norms per tensor, the decision, skipping, the report."""
+    optimizer = NoStep(gradients.parameters)
+    attach(optimizer, policy)
+    error = (lambda: gradients.error(policy.max_norm)) if isinstance(policy, ClipByGlobalNorm) else None
+    return Contender(name, optimizer.step, gradients.refill, error)
+
+
+def torch_clip_and_step(gradients: Gradients, bound: float, optimizer: Optimizer) -> Contender:
+    """Torch's clip by global norm, then the optimizer's step."""
+
+    def run() -> None:
+        torch.nn.utils.clip_grad_norm_(gradients.parameters, bound)
+        optimizer.step()
+
+    return Contender(f"{TORCH} + step", run, gradients.refill)
+
+
+def guarded_step(
+    gradients: Gradients, policy: Policy, optimizer: Optimizer, name: str = GUARDED_STEP, **options: Any
+) -> Contender:
+    """The optimizer's step under a guard."""
+    attach(optimizer, policy, **options)
+    return Contender(name, optimizer.step, gradients.refill)

@@ -1,0 +1,32 @@
+"""On what something was measured, in words."""
+
+import platform
+from pathlib import Path
+
+import torch
+
+from gradkeel.doctor import accelerator_route, cpu_route
+
+
+def machine(device: torch.device) -> str:
+    """Processor, threads, versions, and which code measures the gradients there."""
+    route = accelerator_route() if device.type != "cpu" else None
+    if route is None:
+        route = cpu_route()
+    name = route.name or processor()
+    threads = f", {route.threads} threads" if route.threads else ""
+    path = {"native": f"native kernels ({route.level})", "torch": "torch's operations"}.get(
+        route.path, route.path
+    )
+    python = platform.python_version()
+    return f"{name}{threads}, gradkeel's {path}, Python {python}, torch {torch.__version__}"
+
+
+def processor() -> str:
+    """The processor's name, as far as it tells."""
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text(encoding="utf-8").splitlines() if info.exists() else ():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return value.strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,99 @@
+"""``gradkeel bench``: how long clipping takes here, beside torch's, on the user's own model's shapes."""
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from gradkeel.cli.errors import reported
+
+if TYPE_CHECKING:
+    from gradkeel.bench import Table
+
+WIDTH = 110  # of what goes to no terminal
+
+
+@reported
+def command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="gpt2-small, resnet50, tiny-tensors, a task, or yours: mypkg.mymodule:make_model",
+        ),
+    ] = "gpt2-small",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="of parameters and gradients")
+    ] = "float32",
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, ...")] = "cpu",
+    rounds: Annotated[int, typer.Option(metavar="N", help="how often everything is timed", min=5)] = 30,
+    seconds: Annotated[
+        float, typer.Option(metavar="S", help="no further rounds of a table after so long", min=0)
+    ] = 10.0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print the result as JSON, and nothing else, to stdout")
+    ] = False,
+) -> None:
+    """Time clipping beside torch's clip_grad_norm_, interleaved, in one process; let the machine do nothing else."""
+    import torch
+
+    from gradkeel.bench import Gradients
+    from gradkeel.bench.machine import machine
+    from gradkeel.bench.short import bench, document, shapes_of
+
+    try:
+        where = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+        reason = str(error).partition("\n")[0]
+        raise typer.BadParameter(f"{device!r} cannot be used: {reason}", param_hint="--device") from None
+    gradients = Gradients(shapes_of(model), dtype=getattr(torch, dtype), device=where)
+    here = machine(where)
+    heading = (
+        f"{model}: {gradients.entries:,} entries in {len(gradients.true):,} "
+        f"tensor{'s' * (len(gradients.true) != 1)}, {dtype}\n{here}"
+    )
+    if not as_json:
+        print(heading, flush=True)
+    tables = bench(gradients, rounds=rounds, seconds=seconds)
+    if as_json:
+        print(json.dumps(document(model, here, gradients, tables), allow_nan=False))
+        return
+    _show(tables)
+
+
+def _show(tables: "Sequence[Table]") -> None:
+    from rich.console import Console
+    from rich.table import Table as Grid
+    from rich.text import Text
+
+    from gradkeel.bench.stopwatch import AGAIN
+    from gradkeel.bench.workload import READ
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+    for table in tables:
+        found = table.race
+        grid = Grid(title=table.title, title_justify="left", title_style="bold", box=None, padding=(0, 2))
+        grid.add_column("", no_wrap=True)
+        for head in ("ms", "x torch", "", "x one read", "error"):
+            grid.add_column(head, justify="right", no_wrap=True)
+        for name in found.seconds:
+            ratio = found.ratio(name)
+            grid.add_row(
+                Text(name.replace(AGAIN, ", again"), style="dim" if name.endswith(AGAIN) else ""),
+                f"{found.time(name).median * 1e3:.3g}",
+                f"{ratio.median:.2f}",
+                Text(f"{ratio.low:.2f} to {ratio.high:.2f}", style="dim"),
+                f"{found.ratio(name, READ).median:.2f}" if READ in found.seconds else "",
+                f"{found.errors[name]:.0e}" if name in found.errors else "",
+            )
+        console.print(grid)
+    control = [table.race.control for table in tables]
+    worst = max(max(one.median, 1 / one.median) for one in control) - 1
+    words = f"torch against itself is off by {worst:.0%} at most, so differences below that mean nothing."
+    console.print(Text(words, style="yellow" if worst > 0.05 else "dim"))
+    if worst > 0.05:
+        console.print(
+            Text("Something else is running here: try again when the machine is idle.", style="yellow")
+        )

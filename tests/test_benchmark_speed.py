@@ -1,0 +1,93 @@
+"""The benchmarks of speed, on shapes so small that they take no time: every question is answered, and rightly."""
+
+import pytest
+from benchmarks.speed import __main__ as speed
+from benchmarks.speed.answer import Curve, Target, markdown
+
+from gradkeel import bench
+from gradkeel.bench import Gradients, Quartiles
+
+pytest.importorskip("accelerate")
+
+SMALL = [(6, 4), (6,), (3, 2, 5), (1,)]
+# Those that train real models take minutes, however small the shapes.
+QUICK = [
+    question
+    for question in speed.QUESTIONS
+    if question not in {"training", "recording", "memory", "precision"}
+]
+# All of them clip in float32, or round to the gradient's own 16 bits.
+RIGHT = 5e-3
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    monkeypatch.setattr(bench.workload, "SHAPES", dict.fromkeys(bench.SHAPES, SMALL))
+    for question in speed.QUESTIONS:
+        module = __import__(f"benchmarks.speed.{question}", fromlist=["ask"])
+        if hasattr(module, "SHAPES"):
+            monkeypatch.setattr(module, "SHAPES", dict.fromkeys(bench.SHAPES, SMALL))
+    from benchmarks.speed import growth, tiny
+
+    monkeypatch.setattr(growth, "ENTRIES", (64, 1024))
+    monkeypatch.setattr(growth, "TENSORS", (1, 64))
+    monkeypatch.setattr(tiny.Cold, "block", tiny.Cold.block[:10])
+
+
+@pytest.mark.parametrize("question", QUICK)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # optax's and Paddle's, where they are installed
+def test_every_question_is_answered_and_every_contender_is_right(question):
+    answer = speed.asked(question, 5)
+    assert answer.tables or answer.curves or answer.rows
+    for table in answer.tables:
+        assert all(error < RIGHT for error in table.race.errors.values()), table.race.errors
+    text = "\n".join(speed.section(question, answer))
+    assert text.startswith("### ")
+    assert text.count("**") == 2 * len(answer.tables)
+    assert len(speed.targets({question: answer})) == (4 + len(answer.targets) - 1 if answer.targets else 0)
+
+
+def test_precision_is_that_of_the_dtype(monkeypatch):
+    from benchmarks.speed import precision
+
+    monkeypatch.setattr(precision, "ENTRIES", 2**18)
+    (target,) = precision.ask(1).targets
+    assert target.is_met
+
+
+def test_a_target_is_met_by_its_median():
+    assert Target("", 0.5, Quartiles(0.1, 0.5, 2.0)).is_met
+    assert not Target("", 0.5, Quartiles(0.1, 0.51, 2.0)).is_met
+
+
+def test_the_page_is_written_between_its_marks(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "images").mkdir()
+    page = tmp_path / "benchmarks.md"
+    page.write_text(f"above\n{speed.BEGIN}\nold\n{speed.END}\nbelow\n")
+    monkeypatch.setattr(speed, "DOCS", tmp_path)
+    answers = {"step": speed.asked("step", 5), "growth": speed.asked("growth", 5)}
+    speed.write(answers)
+    text = page.read_text()
+    assert text.startswith("above\n<!--")
+    assert text.endswith("-->\nbelow\n")
+    assert "old" not in text
+    assert "torch clip_grad_norm_ + step, again (control)" in text
+    for name in ("entries", "tensors"):
+        assert f"images/benchmarks-{name}.png" in text
+        assert (tmp_path / f"images/benchmarks-{name}.png").stat().st_size > 5000
+
+
+def test_a_race_becomes_a_table():
+    gradients = Gradients(SMALL)
+    race = bench.race([bench.Contender("a", list), gradients.read()], rounds=5)
+    lines = markdown(bench.Table("title", race))
+    assert lines[0] == "**title**"
+    assert lines[2] == "|  | ms | x a | x one read | first run, ms |"
+    assert len(lines) == 4 + 3 + 1
+
+
+def test_curves_are_drawn_for_any_number_of_lines(tmp_path):
+    pytest.importorskip("matplotlib")
+    speed.draw([Curve("name", "title", "x", {"one": [(1.0, 2.0), (10.0, 3.0)]})], tmp_path)
+    assert (tmp_path / "benchmarks-name.png").exists()
