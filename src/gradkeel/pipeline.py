@@ -141,7 +141,7 @@ def measure_all(
         loss = torch.full((), loss, device=roster.device)
     factor = prescale(loss_scale, 1.0 if window is None else window.factor(), roster.device)
     norms = tuple(
-        true_norms(replace(item.blank, step=step, loss=loss), one, factor)
+        true_norms(item.blank, one, factor, step=step, loss=loss)
         for item, one in zip(roster.items, found, strict=True)
     )
     present = tuple(one.present for one in found)

@@ -39,9 +39,9 @@ def measure(
 
     Does not sync the host on an accelerator.
     """
-    blank = replace(blank_norms(selection, needs, device), step=step, loss=loss)
     found = readings(selection, needs, device)
-    return true_norms(blank, found, prescale), found.present
+    blank = blank_norms(selection, needs, device)
+    return true_norms(blank, found, prescale, step=step, loss=loss), found.present
 
 
 def blank_norms(members: Selection | Members, needs: Needs, device: torch.device) -> GradientNorms:
@@ -93,13 +93,17 @@ def readings(selection: Selection, needs: Needs, device: torch.device) -> Readin
     )
 
 
-def true_norms(blank: GradientNorms, found: Readings, prescale: Tensor | float) -> GradientNorms:
-    """``blank`` with the norms of the true gradients: those of the stored ones times ``prescale``."""
+def true_norms(
+    blank: GradientNorms, found: Readings, prescale: Tensor | float, *, step: int, loss: Tensor | None
+) -> GradientNorms:
+    """``blank`` with the norms of the true gradients of a step: those of the stored ones times ``prescale``."""
     if not blank.names:
-        return blank
+        return replace(blank, step=step, loss=loss)
     norms = _times(found.norms, prescale)
     return replace(
         blank,
+        step=step,
+        loss=loss,
         norms=norms,
         total=_whole(norms, blank.norm_type),
         units=None if found.units is None else _times(found.units, prescale),
