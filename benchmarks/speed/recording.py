@@ -14,8 +14,8 @@ from gradkeel.bench.contenders import guarded_step
 from gradkeel.lab.task import endless
 from gradkeel.lab.tasks.tiny_transformer import TinyTransformer
 
-BLOCK = 50  # steps: the recorder looks at weights in one step of 10, at updates in one of 50
-WARMUP = 100  # steps; it looks at them in each of the first 100
+BLOCK = 50  # steps: in one of them the recorder looks at weights and updates
+WARMUP = 100  # steps; it does so in each of the first 100
 OFF, ON = "not recorded", "recorded"
 
 

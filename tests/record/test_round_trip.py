@@ -189,15 +189,13 @@ def test_weights_and_updates_are_sampled(tmp_path):
     guard.detach()
     with Reader(tmp_path / "run.keel") as run:
         steps, weight_norms, update_norms = run.weight_samples()
-        assert {*range(1, 101), *range(110, 161, 10)} <= set(steps.tolist())
+        assert {*range(1, 101), 150} <= set(steps.tolist())
         assert len(steps) < 160
         expected = torch.tensor([weights, updates], dtype=torch.float64)[:, steps - 1]
         # The measured norms are float64 over float32 entries; torch's own are float32.
         torch.testing.assert_close(weight_norms, expected[0], rtol=1e-5, atol=0)
         measured = ~update_norms.isnan().any(dim=1)
-        assert measured[steps <= 100].all()
-        assert measured[steps == 150].all()
-        assert not measured[steps == 110].any()
+        assert measured[(steps <= 100) | (steps == 150)].all()
         torch.testing.assert_close(update_norms[measured], expected[1][measured], rtol=1e-5, atol=1e-9)
 
 
@@ -212,8 +210,8 @@ def test_a_jump_of_the_norm_is_sampled_whatever_the_interval(tmp_path):
     guard.detach()
     with Reader(tmp_path / "run.keel") as run:
         steps, _, updates = run.weight_samples()
-        assert [step for step in steps.tolist() if step > 100] == [110, 120, *range(123, 134), 140]
-        assert updates.isfinite().all(dim=1)[steps > 120].tolist() == [True] * 11 + [False]
+        assert [step for step in steps.tolist() if step > 100] == [*range(123, 134)]
+        assert updates.isfinite().all()
 
 
 def test_many_blocks_and_every_way_to_slice_them(tmp_path, make_report):

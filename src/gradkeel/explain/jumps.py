@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gradkeel.explain.events import log_norms
 from gradkeel.record import Reader
-from gradkeel.record.sampling import UPDATES_EVERY
+from gradkeel.record.sampling import EVERY
 
 LEAST, LEAST_ESTIMATED = 1.5, 3.0
 """A change by less than this factor is passed over: where the update was measured, and where it is estimated."""
@@ -82,10 +82,10 @@ def _learning_rate_growth(reader: Reader, steps: Tensor) -> Tensor:
     if not len(rates) or bool(rates.isnan().all()):
         return torch.ones(len(steps) - 1, dtype=torch.float64)
     rows = torch.searchsorted(reader.steps(), steps)
-    padded = torch.cat([rates[:1].expand(UPDATES_EVERY), rates]).nan_to_num()
+    padded = torch.cat([rates[:1].expand(EVERY), rates]).nan_to_num()
     growth = []
     for first, last in zip(rows.tolist(), rows[1:].tolist(), strict=False):
-        before = float(padded[first : first + UPDATES_EVERY].amin())
+        before = float(padded[first : first + EVERY].amin())
         now = float(rates[first:last].nan_to_num().amax()) if last > first else 0.0
         growth.append(max(1.0, now / before) if before > 0 else math.inf)
     return torch.tensor(growth, dtype=torch.float64)

@@ -61,8 +61,8 @@ class Recorder:
     less, and never harms the file.
 
     Besides what the guard measures anyway, the parameters' own 2-norms and those of their updates are recorded: at
-    each of the first 100 steps, then at every 10th (updates, for which the weights are copied, and everything from
-    step 10,000 on: every 50th); also after a jump of the learning rate and, on the CPU, of the gradient norm.
+    each of the first 100 steps, then at every 50th, and after a jump of the learning rate and, on the CPU, of the
+    gradient norm. For an update the weights are copied.
 
     In a distributed run every rank may have a recorder; only rank 0's writes, and what it writes are the norms of whole
     parameters, over all ranks. Where parameters are sharded, weights and updates are then not recorded. With

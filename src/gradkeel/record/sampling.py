@@ -13,8 +13,7 @@ from gradkeel.norms import GradientNorms
 from gradkeel.record.rows import Sample
 
 FIRST_STEPS = 100
-WEIGHTS_EVERY, UPDATES_EVERY = 10, 50
-LONG_RUN = 10_000  # steps, from which on weights too are measured at every 50th only
+EVERY = 50  # steps; an update costs a copy of the weights and three passes over them
 SUSPICION, ALARM = 1.5, 3.0
 """Times the highest norm of the last 20 steps: from there on weights, and also updates, are measured whatever the
 interval."""
@@ -23,11 +22,10 @@ RATE_ALARM = 2.0  # times the last learning rate
 
 
 class Sampling:
-    """Chooses steps: each of the first 100; then every 10th for weights, every 50th for updates, which need a copy.
+    """Chooses steps: each of the first 100, then every 50th, and those at which something jumps.
 
-    From step 10,000 on every 50th for both. Also those at which the learning rate jumps and, on the CPU, the gradient
-    norm, for these are what one wants to know about later; elsewhere the host would have to wait for the norm. What
-    is measured are 2-norms.
+    That is the learning rate and, on the CPU, the gradient norm: these steps are what one wants to know about later;
+    elsewhere the host would have to wait for the norm. What is measured are 2-norms.
     """
 
     def __init__(self) -> None:
@@ -46,9 +44,8 @@ class Sampling:
         ):
             self._alarmed_until = step + AFTER_ALARM
         self._rate = rate
-        updates = self._seen <= FIRST_STEPS or step % UPDATES_EVERY == 0 or step <= self._alarmed_until
-        weights = (step % WEIGHTS_EVERY == 0 and step <= LONG_RUN) or not jump <= SUSPICION
-        return updates or weights, updates
+        updates = self._seen <= FIRST_STEPS or step % EVERY == 0 or step <= self._alarmed_until
+        return updates or not jump <= SUSPICION, updates
 
     def _jump(self, measured: GradientNorms) -> float:
         """The norm relative to the highest of the last steps; NaN where it is not finite."""
@@ -78,5 +75,6 @@ class BeforeUpdate:
         if self._copies is None:
             return Sample(self._names, self._weights, torch.full_like(self._weights, math.nan))
         entries = [entries_to_read(parameter) for parameter in self._parameters]
-        updates = [after - before for after, before in zip(entries, self._copies, strict=True)]
-        return Sample(self._names, self._weights, tensor_norms(updates, 2.0, self._device))
+        # In place, for the copies are as large as the model.
+        torch._foreach_sub_(self._copies, entries)
+        return Sample(self._names, self._weights, tensor_norms(self._copies, 2.0, self._device))
