@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 
 import pytest
 
@@ -235,6 +236,12 @@ def test_without_the_extra_there_is_one_line_with_the_command(tmp_path, monkeypa
         "gradkeel: comparing on a Ray cluster needs ray, which is not installed; run: pip install 'gradkeel[ray]'\n"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_program_keeps_the_connection_that_it_has(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(is_initialized=lambda: True))
+    with pytest.raises(TaskError, match="connected to Ray already"):
+        compare(make_plan("exploding-linear"), ray="")
 
 
 def test_a_command_of_ones_own_stays_on_this_machine(tmp_path, monkeypatch):
