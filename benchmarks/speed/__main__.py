@@ -3,7 +3,6 @@
 import argparse
 import importlib.metadata
 import multiprocessing
-import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
@@ -11,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
-from benchmarks.speed.answer import Answer, Curve, Target, markdown, ratio
+from benchmarks.speed.answer import Answer, Curve, Target, asked, markdown, ratio
 
 from gradkeel.bench.machine import machine
 
@@ -22,13 +21,6 @@ QUESTIONS = (
 PEERS = ("accelerate", "jax", "optax", "paddlepaddle")
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-
-
-def asked(question: str, rounds: int) -> Answer:
-    """The answer to one question, found in this process."""
-    warnings.simplefilter("ignore")  # peers' own, about their imports
-    answer: Answer = import_module(f"benchmarks.speed.{question}").ask(rounds)
-    return answer
 
 
 def in_words(question: str) -> str:
@@ -69,6 +61,13 @@ def where() -> str:
     installed = {one.metadata["Name"]: one.version for one in importlib.metadata.distributions()}
     versions = [f"{name} {installed[name]}" for name in PEERS if name in installed]
     return f"{datetime.now(UTC):%Y-%m-%d}: {', '.join([machine(torch.device('cpu')), *versions])}."
+
+
+def noise(answers: Mapping[str, Answer]) -> str:
+    """How far the controls are off, in one sentence."""
+    controls = [table.race.control.median for answer in answers.values() for table in answer.tables]
+    off = max((abs(median - 1) for median in controls), default=0.0)
+    return f"Baselines against themselves: medians within {off:.1%} of 1 in all {len(controls)} tables."
 
 
 def draw(curves: Sequence[Curve], folder: Path) -> None:
@@ -119,7 +118,7 @@ def write(answers: Mapping[str, Answer]) -> None:
     path = DOCS / "benchmarks.md"
     before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    lines = [where(), "", *targets(answers)]
+    lines = [where(), noise(answers), "", *targets(answers)]
     for question, answer in answers.items():
         lines += section(question, answer)
     found = "\n".join(lines).rstrip()

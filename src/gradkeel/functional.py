@@ -151,7 +151,9 @@ def _parameters(function: str, parameters: Tensor | Iterable[Tensor]) -> list[Te
             f"{function}(parameters=...): these tensors have no .grad and need none, so they look like gradients; "
             "pass the parameters themselves"
         )
-    return list(dict(zip(map(id, given), given, strict=True)).values())
+    if len(set(map(id, given))) == len(given):
+        return given
+    return list({id(tensor): tensor for tensor in given}.values())
 
 
 def _check_tensors(function: str, argument: str, given: list[Tensor]) -> None:
