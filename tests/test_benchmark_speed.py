@@ -52,12 +52,12 @@ def test_precision_is_that_of_the_dtype(monkeypatch):
 
     monkeypatch.setattr(precision, "ENTRIES", 2**18)
     (target,) = precision.ask(1).targets
-    assert target.is_met
+    assert target.verdict == "met"
 
 
-def test_a_target_is_met_by_its_median():
-    assert Target("", 0.5, Quartiles(0.1, 0.5, 2.0)).is_met
-    assert not Target("", 0.5, Quartiles(0.1, 0.51, 2.0)).is_met
+def test_a_target_is_met_or_missed_by_three_rounds_of_four():
+    verdicts = [Target("", limit, Quartiles(0.4, 0.5, 0.6)).verdict for limit in (0.6, 0.5, 0.4, 0.39)]
+    assert verdicts == ["met", "undecided", "undecided", "MISSED"]
 
 
 def test_the_page_is_written_between_its_marks(tmp_path, monkeypatch):

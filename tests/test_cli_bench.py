@@ -40,6 +40,8 @@ def test_json_is_all_that_goes_to_stdout():
     [
         (["resnet"], "did you mean 'resnet50'"),
         (["--device", "nonsense"], "'nonsense' cannot be used"),
+        (["--device", "meta"], "'meta' cannot be used"),
+        (["nonsense"], "unknown model 'nonsense'. Known models"),
         (["--rounds", "2"], "--rounds"),
         (["--dtype", "float8"], "--dtype"),
     ],

@@ -23,7 +23,7 @@ def ask(rounds: int) -> Answer:
         gradients = Gradients(SHAPES["gpt2-small"], scale=SMALL)
         for gradient in gradients.true if every else ():
             (gradient[::every] if gradient.dim() > 1 else gradient).mul_(LARGE / SMALL)
-        found = race([*agc.clips(gradients), contender(gradients)], rounds=rounds)
+        found = race([*agc.clips(gradients), contender(gradients), gradients.read()], rounds=rounds)
         tables.append(Table(f"GPT-2 small, {words} above its bound", found))
         targets.append(target(f"AGC, {words} above its bound, to foreach operations", 0.5, found, GUARD))
     return Answer(tables, targets)

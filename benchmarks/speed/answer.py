@@ -25,9 +25,11 @@ class Target:
     measured: Quartiles
 
     @property
-    def is_met(self) -> bool:
-        """Whether the median is within the limit."""
-        return self.measured.median <= self.limit
+    def verdict(self) -> str:
+        """Met or missed by three rounds of four, or else undecided."""
+        if self.measured.high <= self.limit:
+            return "met"
+        return "MISSED" if self.measured.low > self.limit else "undecided"
 
 
 @dataclass(frozen=True)

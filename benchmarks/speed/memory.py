@@ -48,7 +48,10 @@ def ask(rounds: int) -> Answer:
     if not RESET.exists():
         return Answer(rows=["Only Linux tells."])
     count = len(contenders(Gradients([(1,)])))
-    rows = ["| GPT-2 small, norm above the bound | of the gradients' own memory |", "|---|---|"]
+    rows = [
+        "| GPT-2 small, norm above the bound, first run (optax compiles in it) | of the gradients' own memory |",
+        "|---|---|",
+    ]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as processes:
         rows += [f"| {name} | {share:.0%} |" for name, share in processes.map(extra, range(count))]

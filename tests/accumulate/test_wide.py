@@ -30,6 +30,18 @@ def test_every_layout_adds_up(path, narrow):
     assert all(map(torch.equal, sums, wanted))
 
 
+def test_what_torch_keeps_negated_counts_as_it_is(path):
+    gradient = torch.full((1,), 2.0)
+    sums = [torch.ones(1), torch.ones(1)._neg_view()]
+    wide.add_(sums, [gradient._neg_view(), gradient])
+    assert [total.item() for total in sums] == [-1.0, 1.0]
+
+
+def test_a_gradient_of_another_length_is_refused(path):
+    with pytest.raises(RuntimeError, match="size"):
+        wide.add_([torch.ones(3)], [torch.ones(5, dtype=torch.bfloat16)])
+
+
 def test_a_gradient_that_comes_again_is_summed_and_cleared(path):
     parameters = [torch.nn.Parameter(torch.zeros(4, 3, dtype=torch.bfloat16)) for _ in range(2)]
     sums = wide.WideSums(torch.float32)

@@ -121,6 +121,13 @@ def test_models_of_one_s_own(module):
         ("", "gpt2-smal", "did you mean 'gpt2-small'"),
         ("", "of_bench_2:make_model", "has no 'make_model'; write of_bench_2:make_model"),
         ("make_model = int", "of_bench_3:make_model", "gives a int; make it a torch.nn.Module"),
+        ("make_model = torch.nn.Linear", "of_bench_5:make_model", "without arguments, but has a missing"),
+        ("def make_model(): return torch.nn.LazyLinear(3)", "of_bench_6:make_model", "without a shape yet"),
+        (
+            "def make_model(): return torch.nn.ParameterList([torch.zeros(0, 3)])",
+            "of_bench_7:make_model",
+            "nothing to clip",
+        ),
         ("make_model = torch.nn.ReLU", "of_bench_4:make_model", "no parameters that need gradients"),
     ],
 )

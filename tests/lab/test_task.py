@@ -84,7 +84,7 @@ def test_a_task_may_have_a_name_of_its_own(module):
             "char-lsmt",
             "unknown task 'char-lsmt'; did you mean 'char-lstm'.*Known tasks: char-lstm, exploding-linear",
         ),
-        ("zebra", "unknown task 'zebra'; Known tasks: .*mypkg.mymodule:make_task"),
+        ("zebra", "unknown task 'zebra'. Known tasks: .*mypkg.mymodule:make_task"),
         ("no_such_module:make_task", "no module 'no_such_module' here.*run from the directory that holds it"),
         ("gradkeel.nothing:make_task", "no module 'gradkeel.nothing'"),
         ("gradkeel.lab:nothing", "module 'gradkeel.lab' has no 'nothing'"),

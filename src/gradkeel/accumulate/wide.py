@@ -63,7 +63,14 @@ def add_(sums: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
 
 
 def _lie_alike(total: Tensor, gradient: Tensor) -> bool:
-    return total.dtype in (torch.float32, torch.float64) and total.stride() == gradient.stride()
+    """Whether the kernel may add them entry by entry, as they lie in memory."""
+    return (
+        total.dtype in (torch.float32, torch.float64)
+        and total.shape == gradient.shape
+        and total.stride() == gradient.stride()
+        and not total.is_neg()
+        and not gradient.is_neg()
+    )
 
 
 def _add_one(total: Tensor, gradient: Tensor) -> None:

@@ -2,6 +2,8 @@
 
 import difflib
 import functools
+import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,13 +34,21 @@ def shapes_of(model: str) -> Shapes:
     if ":" not in model:
         known = [*SHAPES, *BUILTIN]
         near = difflib.get_close_matches(model, known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = f"; did you mean {near[0]!r}? " if near else ". "
         raise TaskError(
-            f"unknown model {model!r}; {hint}Known models: {', '.join(known)}. "
+            f"unknown model {model!r}{hint}Known models: {', '.join(known)}. "
             "One of your own is named by its module and a function that returns it: mypkg.mymodule:make_model"
         )
     made = named_object(model, word="model")
     if callable(made) and not isinstance(made, nn.Module):
+        try:
+            inspect.signature(made).bind()
+        except TypeError as error:
+            raise TaskError(
+                f"model {model!r}: it must be called without arguments, but has a {error}"
+            ) from None
+        except ValueError:
+            pass  # a built-in, whose signature is not known
         made = made()
     if isinstance(made, Task):
         made = made.model()
@@ -50,9 +60,15 @@ def shapes_of(model: str) -> Shapes:
 
 
 def _shapes(model: nn.Module) -> Shapes:
-    shapes = [tuple(parameter.shape) for parameter in model.parameters() if parameter.requires_grad]
-    if not shapes:
-        raise TaskError(f"{type(model).__name__} has no parameters that need gradients, so nothing to clip")
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    name = type(model).__name__
+    if any(isinstance(parameter, nn.UninitializedParameter) for parameter in parameters):
+        raise TaskError(
+            f"{name} has parameters without a shape yet; run its forward once before you return it"
+        )
+    shapes = [tuple(parameter.shape) for parameter in parameters]
+    if not any(map(math.prod, shapes)):
+        raise TaskError(f"{name} has no parameters that need gradients, so nothing to clip")
     return shapes
 
 

@@ -87,8 +87,8 @@ def race(
 ) -> Race:
     """Time all contenders once a round, in a random order that is another in each round.
 
-    The first contender is the baseline, and is timed twice a round: the second time as its own control. The output of
-    each is checked before it is timed. The garbage collector is off meanwhile.
+    The first contender is the baseline, and is timed twice a round: the second time as its own control. Whoever
+    has an ``error`` is checked before it is timed. The garbage collector is off meanwhile.
 
     Args:
         contenders: at least one, with names of their own.

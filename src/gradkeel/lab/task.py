@@ -103,9 +103,9 @@ def load_task(target: str) -> Task:
     """
     if target not in BUILTIN and ":" not in target:
         near = difflib.get_close_matches(target, BUILTIN, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = f"; did you mean {near[0]!r}? " if near else ". "
         raise TaskError(
-            f"unknown task {target!r}; {hint}Known tasks: {', '.join(BUILTIN)}. "
+            f"unknown task {target!r}{hint}Known tasks: {', '.join(BUILTIN)}. "
             "One of your own is named by its module and a function that returns it: mypkg.mymodule:make_task"
         )
     attribute = target.partition(":")[2]

@@ -191,7 +191,8 @@ SUM_OF(wide_sum, double)
 SUM_OF(narrow_sum, float)
 
 /* 16-bit entries are summed in float32, which is several times as fast, but never more of them than this: 8 digits
- * of entries that have 3. Where such a sum leaves float32's range it is made again in float64. */
+ * of entries that have 3. Where such a sum leaves float32's range, or is so small that squares
+ * which a processor may flush to zero would count in it, it is made again in float64. */
 #define SHORT 1024
 
 INLINE double sum_of(int kind, int squares, const void *data, int64_t count) {
@@ -201,7 +202,7 @@ INLINE double sum_of(int kind, int squares, const void *data, int64_t count) {
         const u16 *here = (const u16 *)data + i;
         int64_t entries = count - i < SHORT ? count - i : SHORT;
         double part = narrow_sum(kind, squares, here, entries);
-        sum += part > 1e-30 && part < 1e38 ? part : wide_sum(kind, squares, here, entries);
+        sum += part > 1e-27 && part < 1e38 ? part : wide_sum(kind, squares, here, entries);
     }
     return sum;
 }
@@ -333,7 +334,7 @@ INLINE void clamp_run(int kind, void *data, int64_t count, double low, double hi
     }
 }
 
-/* Each entry is widened, then added in the sum's own type, as torch does. */
+/* Each entry takes on the sum's type, then is added. */
 INLINE void add_run(int kind, const void *data, int64_t count, int sum_kind, void *sum) {
     if (sum_kind == FLOAT64) {
         for (int64_t i = 0; i < count; i++) ((f64 *)sum)[i] += entry(kind, data, i);

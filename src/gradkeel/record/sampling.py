@@ -76,5 +76,6 @@ class BeforeUpdate:
             return Sample(self._names, self._weights, torch.full_like(self._weights, math.nan))
         entries = [entries_to_read(parameter) for parameter in self._parameters]
         # In place, for the copies are as large as the model.
-        torch._foreach_sub_(self._copies, entries)
+        if entries:
+            torch._foreach_sub_(self._copies, entries)
         return Sample(self._names, self._weights, tensor_norms(self._copies, 2.0, self._device))
