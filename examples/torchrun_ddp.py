@@ -58,7 +58,6 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
     guard = gk.attach(optimizer, gk.ClipByGlobalNorm(1.0), model=model, record=chosen.record)
     accumulate = gk.Accumulator(guard, steps=4, model=model)
-
     for micro in accumulate(lines(rank, ranks, 8, device)):
         inputs, labels = micro.batch
         with micro:
@@ -72,6 +71,7 @@ def main() -> None:
         if guard.step == chosen.steps:
             break
     guard.detach()
+    distributed.barrier()  # nobody leaves while others still talk to it
     distributed.destroy_process_group()
 
 

@@ -62,6 +62,7 @@ def main() -> None:
         checkpoint.save(
             parts(), storage_writer=checkpoint.FileSystemWriter(chosen.checkpoint, overwrite=True)
         )
+    distributed.barrier()  # nobody leaves while others still talk to it
     distributed.destroy_process_group()
 
 
