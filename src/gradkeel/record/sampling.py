@@ -75,7 +75,6 @@ class BeforeUpdate:
         if self._copies is None:
             return Sample(self._names, self._weights, torch.full_like(self._weights, math.nan))
         entries = [entries_to_read(parameter) for parameter in self._parameters]
-        # In place, for the copies are as large as the model.
-        if entries:
-            torch._foreach_sub_(self._copies, entries)
+        for before, after in zip(self._copies, entries, strict=True):
+            before.sub_(after)  # in place, for the copies are as large as the model
         return Sample(self._names, self._weights, tensor_norms(self._copies, 2.0, self._device))
