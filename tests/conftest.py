@@ -59,3 +59,14 @@ def browser():
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=chromedriver))
     yield driver
     driver.quit()
+
+
+@pytest.fixture
+def found(monkeypatch):
+    """Look for the native kernels again, in this test and after it."""
+    from gradkeel.measure import native
+
+    native._found.cache_clear()
+    yield monkeypatch
+    monkeypatch.undo()
+    native._found.cache_clear()

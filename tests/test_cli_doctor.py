@@ -22,15 +22,6 @@ from gradkeel.measure import native, powers, triton_host
 needs_kernels = pytest.mark.skipif(native.kernels() is None, reason=str(native.unavailable()))
 
 
-@pytest.fixture
-def found(monkeypatch):
-    """Look for the kernels again, in this test and after it."""
-    native._found.cache_clear()
-    yield monkeypatch
-    monkeypatch.undo()
-    native._found.cache_clear()
-
-
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Whatever the shell asks for."""

@@ -1,19 +1,15 @@
 """How long does adaptive gradient clipping take, which looks at each output unit of gradients and weights?"""
 
+from functools import partial
+
 from benchmarks.peers import agc
 from benchmarks.speed.answer import Answer, target
 
 import gradkeel as gk
-from gradkeel.bench import SHAPES, Contender, Gradients, Table, race
+from gradkeel.bench import SHAPES, Gradients, Table, race
 from gradkeel.bench.contenders import GUARD, guard_alone
 
 SMALL, LARGE = 1e-6, 1.0  # standard deviations of gradients that are below their bounds, and above
-
-
-def contender(gradients: Gradients) -> Contender:
-    """A guard with the policy, and the error of what it leaves."""
-    guard = guard_alone(gradients, gk.AdaptiveGradientClip(agc.RATIO))
-    return Contender(guard.name, guard.run, guard.prepare, lambda: agc.error(gradients))
 
 
 def ask(rounds: int) -> Answer:
@@ -23,7 +19,9 @@ def ask(rounds: int) -> Answer:
         gradients = Gradients(SHAPES["gpt2-small"], scale=SMALL)
         for gradient in gradients.true if every else ():
             (gradient[::every] if gradient.dim() > 1 else gradient).mul_(LARGE / SMALL)
-        found = race([*agc.clips(gradients), contender(gradients), gradients.read()], rounds=rounds)
+        error = partial(agc.error, gradients)
+        guard = guard_alone(gradients, gk.AdaptiveGradientClip(agc.RATIO), error)
+        found = race([*agc.clips(gradients), guard, gradients.read()], rounds=rounds)
         tables.append(Table(f"GPT-2 small, {words} above its bound", found))
         targets.append(target(f"AGC, {words} above its bound, to foreach operations", 0.5, found, GUARD))
     return Answer(tables, targets)

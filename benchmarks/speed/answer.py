@@ -1,11 +1,11 @@
 """What the answer to a question is made of, and how it is read."""
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 
-from gradkeel.bench import Quartiles, Race, Table
+from gradkeel.bench import SHAPES, Gradients, Quartiles, Race, Table
 from gradkeel.bench.stopwatch import AGAIN
 from gradkeel.bench.workload import READ
 
@@ -49,7 +49,7 @@ class Answer:
     tables: Sequence[Table] = ()
     targets: Sequence[Target] = ()
     curves: Sequence[Curve] = ()
-    rows: Sequence[str] = field(default=())
+    rows: Sequence[str] = ()
 
 
 def asked(question: str, rounds: int) -> Answer:
@@ -62,6 +62,19 @@ def asked(question: str, rounds: int) -> Answer:
 def target(words: str, limit: float, race: Race, name: str, to: str | None = None) -> Target:
     """A target for a contender's time as a multiple of another's."""
     return Target(words, limit, race.ratio(name, to))
+
+
+def bound(gradients: Gradients, *, active: bool) -> float:
+    """Twice the gradients' norm or, if the bound is to be active, a third of it."""
+    return gradients.norm * (1 / 3 if active else 2)
+
+
+def both_sides(name: str, words: str, timed: Callable[..., Race]) -> tuple[Race, Race, list[Table]]:
+    """A race below and one above the bound, on the shapes of this name, and their tables."""
+    gradients = Gradients(SHAPES[name])
+    below, above = (timed(gradients, active=active) for active in (False, True))
+    tables = [(f"{words}, norm below the bound", below), (f"{words}, norm above the bound", above)]
+    return below, above, [Table(title, race) for title, race in tables]
 
 
 def markdown(table: Table) -> list[str]:

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-from benchmarks.speed.answer import Answer, Curve
+from benchmarks.speed.answer import Answer, Curve, bound
 
-import gradkeel as gk
 from gradkeel.bench import Gradients, Race, race
-from gradkeel.bench.contenders import FUNCTION, GUARD, TORCH, guard_alone, own_clip, torch_clip
+from gradkeel.bench.contenders import FUNCTION, GUARD, TORCH, clips
 from gradkeel.bench.workload import READ, Shapes
 
 ENTRIES = tuple(4**power for power in range(5, 14))  # 1,024 to 67 million, in 16 tensors
@@ -16,13 +15,7 @@ TENSORS = tuple(4**power for power in range(7))  # 1 to 4,096, of 4 million entr
 def below(shapes: Shapes, rounds: int) -> Race:
     """Clip only, norm below the bound."""
     gradients = Gradients(shapes)
-    bound = 2 * gradients.norm
-    contenders = [
-        torch_clip(gradients, bound),
-        own_clip(gradients, bound),
-        guard_alone(gradients, gk.ClipByGlobalNorm(bound)),
-        gradients.read(),
-    ]
+    contenders = clips(gradients, bound(gradients, active=False))
     return race(contenders, rounds=rounds, seconds=10.0)
 
 

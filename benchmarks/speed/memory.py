@@ -5,12 +5,12 @@ import re
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from benchmarks.peers import clips
-from benchmarks.speed.answer import Answer
+from benchmarks import peers
+from benchmarks.speed.answer import Answer, bound
 
-import gradkeel as gk
 from gradkeel.bench import SHAPES, Contender, Gradients
-from gradkeel.bench.contenders import guard_alone, own_clip, torch_clip
+from gradkeel.bench.contenders import clips
+from gradkeel.bench.workload import READ
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -24,9 +24,9 @@ def resident(kind: str) -> int:
 
 def contenders(gradients: Gradients) -> list[Contender]:
     """All that clip, above the bound."""
-    bound = gradients.norm / 3
-    own = [own_clip(gradients, bound), guard_alone(gradients, gk.ClipByGlobalNorm(bound))]
-    return [torch_clip(gradients, bound), *own, *clips(gradients, bound)]
+    limit = bound(gradients, active=True)
+    own = [contender for contender in clips(gradients, limit) if contender.name != READ]
+    return [*own, *peers.clips(gradients, limit)]
 
 
 def extra(index: int) -> tuple[str, float]:

@@ -28,7 +28,7 @@ def ask(rounds: int) -> Answer:
     warm, cold = (kind(SHAPES["tiny-tensors"]) for kind in (Gradients, Cold))
     below, above = (clip_only(warm, active=active, rounds=rounds) for active in (False, True))
     # Without optax, which compiles for half a minute.
-    gone = clip_only(cold, active=False, rounds=rounds, peers=(accelerate_clip, paddle_clip))
+    gone = clip_only(cold, active=False, rounds=rounds, beside=(accelerate_clip, paddle_clip))
     tables = [
         Table("In the cache, norm below the bound", below),
         Table("In the cache, norm above the bound", above),

@@ -103,6 +103,19 @@ def gradkeel(environment, tmp_path):
     return run
 
 
+def started(environment, folder, *arguments):
+    """``gradkeel compare`` in a group of its own: a terminal sends Ctrl-C to Ray's processes as well."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "gradkeel", "compare", *arguments],
+        env=environment,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
 def untimed(data):
     """All of a compare.json that does not depend on how fast the machine is."""
     for row in [*data["runs"], *data["summary"]]:
@@ -119,15 +132,7 @@ def locally(target, **other):
 @needs_ray
 @posix
 def test_ray_is_started_gives_the_same_results_as_json_alone_and_is_gone_afterwards(environment, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gradkeel", "compare", *QUICK, "--json", "--ray"],
-        env=environment,
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = started(environment, tmp_path, *QUICK, "--json", "--ray")
     with process:
         out, error = process.communicate(timeout=ENDS_WITHIN)
     assert (process.returncode, error) == (0, "")
@@ -183,16 +188,7 @@ def test_an_error_of_the_task_is_raised_as_it_is_without_ray(gradkeel, cluster, 
 @needs_ray
 @posix
 def test_ctrl_c_keeps_what_has_finished_and_leaves_no_process(environment, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gradkeel", "compare", "exploding-linear", "--seeds", "5000", "--out", "o", "--ray"],
-        env=environment,
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    # A group of its own, signalled whole: a terminal sends Ctrl-C to Ray's processes as well.
+    process = started(environment, tmp_path, "exploding-linear", "--seeds", "5000", "--out", "o", "--ray")
     with process:
         # The first table that is shown while runs go on; it comes after some have finished.
         for line in process.stderr:

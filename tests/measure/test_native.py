@@ -47,15 +47,6 @@ def kernels(request):
     return native.Kernels(request.param)
 
 
-@pytest.fixture
-def found(monkeypatch):
-    """Look for the kernels again, in this test and after it."""
-    native._found.cache_clear()
-    yield monkeypatch
-    monkeypatch.undo()
-    native._found.cache_clear()
-
-
 def all_halves(dtype):
     """Every number of a 16-bit type, NaN and inf included."""
     return torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)

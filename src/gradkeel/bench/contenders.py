@@ -1,4 +1,4 @@
-"""The two that every benchmark has: torch's ``clip_grad_norm_``, and a guard."""
+"""Those that every benchmark has: torch's ``clip_grad_norm_``, gradkeel's, and a guard."""
 
 from collections.abc import Callable
 from typing import Any
@@ -50,12 +50,30 @@ def clip_function(
     )
 
 
-def guard_alone(gradients: Gradients, policy: Policy, name: str = GUARD) -> Contender:
+def guard_alone(
+    gradients: Gradients, policy: Policy, error: Callable[[], float], name: str = GUARD
+) -> Contender:
     """A guarded step of an optimizer that does nothing: norms per tensor, the decision, skipping, the report."""
     optimizer = NoStep(gradients.parameters)
     attach(optimizer, policy)
-    error = (lambda: gradients.error(policy.max_norm)) if isinstance(policy, ClipByGlobalNorm) else None
     return Contender(name, optimizer.step, gradients.refill, error)
+
+
+def clips(gradients: Gradients, bound: float) -> list[Contender]:
+    """All that clip by the global norm, torch's first, and the limit."""
+    guard = guard_alone(gradients, ClipByGlobalNorm(bound), lambda: gradients.error(bound))
+    return [torch_clip(gradients, bound), own_clip(gradients, bound), guard, gradients.read()]
+
+
+def steps(gradients: Gradients, bound: float) -> list[Contender]:
+    """Clip and AdamW's step, fused where it can be; torch's first, and last the step without clipping."""
+    fused = gradients.device.type in {"cpu", "cuda"}
+    torchs, own, plain = (torch.optim.AdamW(gradients.parameters, lr=1e-9, fused=fused) for _ in range(3))
+    return [
+        torch_clip_and_step(gradients, bound, torchs),
+        guarded_step(gradients, ClipByGlobalNorm(bound), own),
+        Contender("step without clipping", plain.step, gradients.refill),
+    ]
 
 
 def torch_clip_and_step(gradients: Gradients, bound: float, optimizer: Optimizer) -> Contender:

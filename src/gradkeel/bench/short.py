@@ -1,8 +1,6 @@
 """The short form of the benchmarks: the user's own machine, and the user's own model."""
 
-import difflib
 import functools
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,11 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradkeel.bench.contenders import guard_alone, guarded_step, own_clip, torch_clip, torch_clip_and_step
-from gradkeel.bench.stopwatch import AGAIN, Contender, Race, Table, race
+from gradkeel.bench.contenders import clips, steps
+from gradkeel.bench.stopwatch import AGAIN, Race, Table, race
 from gradkeel.bench.workload import READ, SHAPES, Gradients, Shapes
-from gradkeel.lab.task import BUILTIN, Task, TaskError, load_task, named_object
-from gradkeel.policies import ClipByGlobalNorm
+from gradkeel.lab.task import BUILTIN, Task, TaskError, load_task, named_object, unknown
 
 
 def shapes_of(model: str) -> Shapes:
@@ -32,24 +29,8 @@ def shapes_of(model: str) -> Shapes:
     if model in BUILTIN:
         return _shapes(load_task(model).model())
     if ":" not in model:
-        known = [*SHAPES, *BUILTIN]
-        near = difflib.get_close_matches(model, known, n=1)
-        hint = f"; did you mean {near[0]!r}? " if near else ". "
-        raise TaskError(
-            f"unknown model {model!r}{hint}Known models: {', '.join(known)}. "
-            "One of your own is named by its module and a function that returns it: mypkg.mymodule:make_model"
-        )
-    made = named_object(model, word="model")
-    if callable(made) and not isinstance(made, nn.Module):
-        try:
-            inspect.signature(made).bind()
-        except TypeError as error:
-            raise TaskError(
-                f"model {model!r}: it must be called without arguments, but has a {error}"
-            ) from None
-        except ValueError:
-            pass  # a built-in, whose signature is not known
-        made = made()
+        raise unknown("model", model, [*SHAPES, *BUILTIN])
+    made = named_object("model", model, nn.Module, Task)
     if isinstance(made, Task):
         made = made.model()
     if not isinstance(made, nn.Module):
@@ -91,25 +72,6 @@ def bench(gradients: Gradients, *, rounds: int, seconds: float | None = None) ->
             Table(f"clip and AdamW step, norm {words} the bound", timed(steps(gradients, bound))),
         ]
     return tables
-
-
-def clips(gradients: Gradients, bound: float) -> list[Contender]:
-    """What clips by itself, and the limit."""
-    guard = guard_alone(gradients, ClipByGlobalNorm(bound))
-    return [torch_clip(gradients, bound), own_clip(gradients, bound), guard, gradients.read()]
-
-
-def steps(gradients: Gradients, bound: float) -> list[Contender]:
-    """Clip and step, and the step without clipping."""
-    torchs, own, plain = (
-        torch.optim.AdamW(gradients.parameters, lr=1e-9, fused=gradients.device.type in {"cpu", "cuda"})
-        for _ in range(3)
-    )
-    return [
-        torch_clip_and_step(gradients, bound, torchs),
-        guarded_step(gradients, ClipByGlobalNorm(bound), own),
-        Contender("step without clipping", plain.step, gradients.refill),
-    ]
 
 
 def synchronizer(device: torch.device) -> Callable[[], None]:

@@ -2,9 +2,10 @@
 
 import difflib
 import importlib
+import inspect
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,15 +103,9 @@ def load_task(target: str) -> Task:
         TaskError: for an unknown name, a module or attribute that is not there, or something that is no task.
     """
     if target not in BUILTIN and ":" not in target:
-        near = difflib.get_close_matches(target, BUILTIN, n=1)
-        hint = f"; did you mean {near[0]!r}? " if near else ". "
-        raise TaskError(
-            f"unknown task {target!r}{hint}Known tasks: {', '.join(BUILTIN)}. "
-            "One of your own is named by its module and a function that returns it: mypkg.mymodule:make_task"
-        )
+        raise unknown("task", target, list(BUILTIN))
     attribute = target.partition(":")[2]
-    made = named_object(BUILTIN.get(target, target), word="task")
-    task = made() if callable(made) and not isinstance(made, Task) else made
+    task = named_object("task", BUILTIN.get(target, target), Task)
     if not isinstance(task, Task):
         raise TaskError(
             f"task {target!r} gives a {type(task).__name__}, which is not a gradkeel.lab.Task; "
@@ -120,15 +115,26 @@ def load_task(target: str) -> Task:
     return task
 
 
-def named_object(target: str, *, word: str) -> Any:
-    """What ``package.module:name`` names; the current directory can be imported from.
+def unknown(word: str, name: str, known: Sequence[str]) -> TaskError:
+    """The error for a name that is not among those that are known."""
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}? " if near else ". "
+    return TaskError(
+        f"unknown {word} {name!r}{hint}Known {word}s: {', '.join(known)}. "
+        f"One of your own is named by its module and a function that returns it: mypkg.mymodule:make_{word}"
+    )
+
+
+def named_object(word: str, target: str, *kinds: type) -> Any:
+    """What ``package.module:name`` names, or makes where it is called; the current directory can be imported from.
 
     Args:
-        target: the module and the name in it.
         word: what it should be, for messages.
+        target: the module and the name in it.
+        kinds: whatever is of these is taken as it is; of anything else that can be called, what it returns.
 
     Raises:
-        TaskError: there is no such module, or nothing of that name in it.
+        TaskError: there is no such module, nothing of that name in it, or it cannot be called without arguments.
     """
     module_name, _, attribute = target.partition(":")
     made = getattr(_module(f"{word} {target!r}", module_name), attribute, None) if attribute else None
@@ -136,7 +142,17 @@ def named_object(target: str, *, word: str) -> Any:
         raise TaskError(
             f"{word} {target!r}: module {module_name!r} has no {attribute!r}; write {module_name}:make_{word}"
         )
-    return made
+    if isinstance(made, kinds) or not callable(made):
+        return made
+    try:
+        inspect.signature(made).bind()
+    except TypeError as error:
+        raise TaskError(
+            f"{word} {target!r}: it must be callable without arguments, but has a {error}"
+        ) from None
+    except ValueError:
+        pass  # a built-in, whose signature is not known
+    return made()
 
 
 def _module(asked: str, name: str) -> Any:
