@@ -32,7 +32,7 @@ compare: $(VENV)/run.stamp ## the same task under several policies: a table and 
 
 .PHONY: theory
 theory: $(VENV)/dev.stamp ## the experiments behind docs/theory.md, which it writes anew (minutes)
-	$(VENV)/bin/gradkeel theory --out docs $(ARGS)
+	$(python) -m experiments.theory --out docs $(ARGS)
 
 .PHONY: bench
 bench: $(PEERS)/peers.stamp ## how fast, beside the peers; writes docs/benchmarks.md (a quarter of an hour, on an idle machine)
@@ -54,7 +54,7 @@ test-peers: $(PEERS)/peers.stamp ## the same gradients through optax, Keras and 
 
 .PHONY: test-triton
 test-triton: $(VENV)/triton-$(TRITON).stamp ## the GPU kernels, in Triton's interpreter; needs no GPU, but 1 GB for Triton
-	PYTHONPATH=$(abspath $(VENV)/triton) $(pytest) tests/measure/test_triton.py $(ARGS)
+	PYTHONPATH=$(abspath $(VENV)/triton) $(pytest) tests/kernels/test_triton.py $(ARGS)
 
 .PHONY: lint
 lint: $(VENV)/dev.stamp ## ruff and mypy
@@ -64,7 +64,7 @@ lint: $(VENV)/dev.stamp ## ruff and mypy
 
 # More rounds than `make test` runs, and other ones with ARGS='<rounds> <seed>'.
 fuzz := $(CC) -std=gnu11 -g -O1 -Wall -Wextra -Werror -DMAIN -fno-math-errno -fno-trapping-math -fno-signed-zeros \
-    -fassociative-math tests/measure/fuzz_native.c -lm -lpthread
+    -fassociative-math tests/kernels/fuzz_native.c -lm -lpthread
 
 .PHONY: sanitize
 sanitize: ## the native kernels on random tensors under the address, undefined-behavior and thread sanitizers
@@ -82,7 +82,7 @@ clean: ## remove the environments, caches and builds
 # -- environments ------------------------------------------------------------------------------------------
 # A stamp is as new as the last installation that succeeded, which also compiles the native kernels.
 
-native := hatch_build.py src/gradkeel/measure/native.c
+native := hatch_build.py src/gradkeel/kernels/native.c
 
 define new-venv
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("gradkeel needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12 ...")'

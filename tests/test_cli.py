@@ -87,7 +87,7 @@ def test_json_is_all_that_stdout_gets(gradkeel, tmp_path):
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_what_a_task_prints_does_not_get_into_the_json(tmp_path, jobs):
     (tmp_path / "chatty.py").write_text(
-        "from gradkeel.lab.tasks.exploding_linear import ExplodingLinear\n"
+        "from gradkeel.compare.tasks.exploding_linear import ExplodingLinear\n"
         "print('imported')\n"
         "class Chatty(ExplodingLinear):\n"
         "    def model(self):\n"

@@ -17,7 +17,8 @@ import gradkeel as gk
 from gradkeel import doctor
 from gradkeel.apply import scale
 from gradkeel.cli.app import app
-from gradkeel.measure import native, powers, triton_host
+from gradkeel.kernels import native, triton_host
+from gradkeel.measure import powers
 
 needs_kernels = pytest.mark.skipif(native.kernels() is None, reason=str(native.unavailable()))
 
@@ -241,10 +242,10 @@ def test_extras(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", without_ray)
     missing = doctor.missing_packages()
     assert missing["ray"] == ("ray",)
-    assert missing["report"] == missing["theory"] == ("plotly",)
+    assert missing["report"] == ("plotly",)
     assert missing["cli"] == ()
     assert {"all", "dev"}.isdisjoint(missing)
-    assert "ray, report, theory" in told()
+    assert "ray, report" in told()
     assert "pip install 'gradkeel[" in told()
     monkeypatch.setattr(importlib.metadata, "version", lambda package: "1")
     assert "extras all installed" in told()

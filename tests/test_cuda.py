@@ -5,7 +5,7 @@ import torch
 
 import gradkeel as gk
 from gradkeel import doctor
-from gradkeel.measure import triton_host
+from gradkeel.kernels import triton_host
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 import gradkeel
 from gradkeel.apply.scale import apply
-from gradkeel.measure import native, powers, triton_host
+from gradkeel.kernels import native, triton_host
+from gradkeel.measure import powers
 from gradkeel.norms import Decision, GradientNorms, combine
 
 # Entries of such sizes fit each dtype, but the squares of the second and third do not.

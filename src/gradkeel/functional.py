@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from gradkeel.apply import apply
 from gradkeel.errors import NonFiniteGradientError
-from gradkeel.measure import measure_total
-from gradkeel.measure.placement import are_plain, is_distributed, settle
 from gradkeel.norms import Decision, GradientNorms
 from gradkeel.policies import Hard
+from gradkeel.ranks.total import measure_total
+from gradkeel.tensors import are_plain, is_distributed, settle
 
 # The epsilon that torch.nn.utils.clip_grads_with_norm_ adds to the norm.
 _TORCH_FORM = Hard(eps=1e-6)

@@ -7,7 +7,7 @@ from html import escape
 import torch
 from torch import nn
 
-from gradkeel.measure import measure_total
+from gradkeel.ranks.total import measure_total
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gradkeel.accumulate import wide
-from gradkeel.measure import native
+from gradkeel.kernels import native
 
 
 @pytest.fixture(params=["native", "torch"])

@@ -7,7 +7,7 @@ import torch
 
 import reference
 from gradkeel.apply.scale import _scale_on_device
-from gradkeel.measure import native, triton_host
+from gradkeel.kernels import native, triton_host
 from gradkeel.measure.powers import _device_norms
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

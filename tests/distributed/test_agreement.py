@@ -6,8 +6,6 @@ import warnings
 
 import pytest
 import torch
-from tests.distributed import layouts
-from tests.distributed.layouts import shards
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -15,6 +13,9 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import gradkeel as gk
 from gradkeel import policies as gp
+
+from tests.distributed import layouts
+from tests.distributed.layouts import shards
 
 WEIGHT = torch.tensor([[3.0, 4.0], [0.0, 12.0]], dtype=torch.float64)  # norm 13
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from tests.distributed.test_agreement import WEIGHT, Window, outcome, sgd, sharded
-from tests.distributed.test_windows import data, ddp, fsdp, hybrid, loss_sum, make_model
 
 import gradkeel as gk
 from gradkeel import policies as gp
+
+from tests.distributed.test_agreement import WEIGHT, Window, outcome, sgd, sharded
+from tests.distributed.test_windows import data, ddp, fsdp, hybrid, loss_sum, make_model
 
 
 def replicas(rank):

@@ -4,9 +4,6 @@ import math
 
 import pytest
 import torch
-from tests.distributed import layouts
-from tests.distributed.test_layouts import local
-from tests.distributed.test_windows import fsdp, loss_sum, make_model, tensor_parallel
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
@@ -15,6 +12,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 import gradkeel as gk
 from policy_rows import GROUPS, Run, gradients
+
+from tests.distributed import layouts
+from tests.distributed.test_layouts import local
+from tests.distributed.test_windows import fsdp, loss_sum, make_model, tensor_parallel
 
 MADE_OF_DTENSORS = [
     (2, layouts.shards),

@@ -5,7 +5,6 @@ import warnings
 
 import pytest
 import torch
-from tests.distributed.test_agreement import outcome
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -13,6 +12,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 import gradkeel as gk
+
+from tests.distributed.test_agreement import outcome
 
 BOUND = 0.05  # clips each of these windows
 

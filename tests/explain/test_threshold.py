@@ -9,10 +9,10 @@ from torch import nn
 import gradkeel as gk
 from gradkeel.explain import advise, explain
 from gradkeel.explain.explosion import Explosion
+from gradkeel.guard.report import SelectionReport, StepReport
 from gradkeel.norms import Decision, GradientNorms
 from gradkeel.record import Reader, Recorder
 from gradkeel.record.rows import Subject
-from gradkeel.step_report import SelectionReport, StepReport
 
 LEVELS = {0.5: 0.0, 0.75: 0.67448975, 0.9: 1.28155157, 0.95: 1.64485363, 0.99: 2.32634787}
 

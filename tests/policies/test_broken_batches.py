@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import gradkeel as gk
-from gradkeel.lab import load_task
+from gradkeel.compare import load_task
 
 EXAMPLE = "examples.broken_batches:make_task"
 

@@ -9,7 +9,7 @@ import pytest
 import gradkeel.policies
 from gradkeel import PolicySpecError
 from gradkeel import policies as gp
-from gradkeel.policies.parse import COMPOSITES, REGISTRY
+from gradkeel.policies.spec.parse import COMPOSITES, REGISTRY
 
 parse = gp.parse
 

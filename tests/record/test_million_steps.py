@@ -47,7 +47,7 @@ DRAW = """
     torch.set_num_threads(1)
     from gradkeel.explain import explain
     from gradkeel.record import Reader
-    from gradkeel.report.run_page import run_page
+    from gradkeel.explain.run_page import run_page
 
     with Reader(sys.argv[1]) as run:
         page = run_page(run)

@@ -8,20 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from gradkeel.accumulate.checkpoint import by_names, check
-from gradkeel.accumulate.lookahead import Batch, ahead
+from gradkeel.accumulate.loader import Batch, ahead
 from gradkeel.accumulate.micro import MicroBatch
 from gradkeel.accumulate.noise import NoiseMeter
-from gradkeel.accumulate.open_window import OpenWindow
 from gradkeel.accumulate.sync import GradientSync
 from gradkeel.accumulate.watch import GradientWatch
 from gradkeel.accumulate.wide import WideSums
+from gradkeel.accumulate.window import OpenWindow
 from gradkeel.apply.skip import clear_gradients
 from gradkeel.errors import CheckpointError, WindowError
-from gradkeel.guard import Guard
+from gradkeel.guard.guard import Guard
 from gradkeel.noise_scale import NoiseScale
 
 if TYPE_CHECKING:
-    from gradkeel.measure.ranks import Group, Ranks
+    from gradkeel.ranks.group import Group, Ranks
 
 Reduction = Literal["sum", "mean"]
 _VERSION = 1

@@ -4,9 +4,9 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from gradkeel.guard import Guard
-from gradkeel.measure import measure_total
+from gradkeel.guard.guard import Guard
 from gradkeel.noise_scale import NoiseScale
+from gradkeel.ranks.total import measure_total
 
 _PENDING = 1000
 

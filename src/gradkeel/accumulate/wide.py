@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradkeel.measure import native
+from gradkeel.kernels import native
 
 CHUNK = 262_144
 """Entries that are widened at a time: small enough for the cache, and adding float32 to float32 is vectorised."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
-from gradkeel.measure.placement import shares_memory
+from gradkeel.tensors import shares_memory
 
 # RMSprop and the rest ignore or refuse grad_scale; each optimizer of torch.optim has its line in the tests.
 FOLDING: tuple[type[Optimizer], ...] = (SGD, Adam, AdamW, Adagrad)

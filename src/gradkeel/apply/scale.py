@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradkeel.measure import native, triton_host
-from gradkeel.measure.placement import entries_to_scale, shares_memory
+from gradkeel.kernels import native, triton_host
 from gradkeel.norms import Decision, GradientNorms
+from gradkeel.tensors import entries_to_scale, shares_memory
 
 
 @torch.no_grad()

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradkeel.measure import native, triton_host
-from gradkeel.measure.placement import entries_by_position, entries_to_read
+from gradkeel.kernels import native, triton_host
+from gradkeel.tensors import entries_by_position, entries_to_read
 
 BLOCK = 4096
 """Entries that torch's own kernel may sum in float32; longer sums are made of such blocks, in float64."""

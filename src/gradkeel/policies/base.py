@@ -35,7 +35,7 @@ class Policy(ABC):
     @property
     @abstractmethod
     def spec(self) -> str:
-        """The string from which ``gradkeel.policies.parse`` makes this policy again."""
+        """The string from which ``gradkeel.policies.spec.parse`` makes this policy again."""
 
     @abstractmethod
     def init(self, norms: GradientNorms) -> State:

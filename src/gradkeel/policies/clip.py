@@ -9,8 +9,8 @@ from torch import Tensor
 
 from gradkeel.norms import Decision, GradientNorms, Needs, State
 from gradkeel.policies.base import Policy, Scope, count, positive
-from gradkeel.policies.bounds import Bound, HostBound
-from gradkeel.policies.cells import Cells
+from gradkeel.policies.bounds.base import Bound, HostBound
+from gradkeel.policies.scopes import Cells
 
 
 class Form(ABC):

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradkeel.errors import RecordError, RecordWarning
+from gradkeel.guard.report import StepReport
 from gradkeel.record.outbox import Outbox, Sink
 from gradkeel.record.ranks import rank_path
 from gradkeel.record.rows import Subject, keep, same_layout
 from gradkeel.record.sampling import BeforeUpdate, Sampling
 from gradkeel.record.writer import RecordFile
-from gradkeel.step_report import StepReport
 
 
 class Guarded(Protocol):

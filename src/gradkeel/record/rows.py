@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from gradkeel.guard.report import SelectionReport, StepReport
 from gradkeel.norms import combine
 from gradkeel.record.schema import CLIPPED, NONFINITE, SCALAR_PREFIX, STEPPED
-from gradkeel.step_report import SelectionReport, StepReport
 
 ASKED = "the policy asked to skip this step"
 """Why a step was skipped whose gradients were sound."""

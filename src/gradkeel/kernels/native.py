@@ -1,0 +1,303 @@
+"""The optional native kernels for CPU tensors (`native.c`): found, loaded and called here, and never missed.
+
+They are a shared library with a plain C interface, built with the package where there is a C compiler. Where it is not
+there, or torch cannot feed it, `kernels` returns None and torch's own operations do the work.
+"""
+
+import ctypes
+import functools
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradkeel.tensors import are_plain
+
+VARIABLE = "GRADKEEL_NATIVE"
+"""Environment variable: ``off`` leaves the kernels alone; ``baseline``, ``avx2`` or ``avx512`` names a level."""
+
+LEVELS = ("baseline", "avx2", "avx512")
+_OFF, _ON = {"off", "0", "no", "false"}, {"", "on", "1", "yes", "true"}
+# What gradkeel_interface() of a library that fits must return.
+_INTERFACE = 2
+LIBRARY = Path(__file__).with_name("_native.so")
+
+# What the user can do.
+_AGAIN = "install gradkeel again, with pip's --force-reinstall --no-deps"
+_OTHER_TORCH = "install torch 2.13, for which they are made"
+
+# The C code's numbers for norm types.
+_NORMS = {math.inf: 0, 1.0: 1, 2.0: 2}
+_BYTES_OF_A_TENSOR = 32
+# What torch raises for a tensor without memory of its own: sparse, meta, wrapped.
+_NO_ADDRESS = (RuntimeError, BufferError, TypeError, ValueError)
+
+
+class _Team(ctypes.Structure):
+    """struct team of native.c."""
+
+    _fields_ = (("level", ctypes.c_int32), ("threads", ctypes.c_int32), ("parallel", ctypes.c_void_p))
+
+
+class _Exchange(ctypes.Structure):
+    """DLPackExchangeAPI of DLPack 1.x."""
+
+    _fields_ = (
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("previous", ctypes.c_void_p),
+        ("allocate", ctypes.c_void_p),
+        ("managed_from_object", ctypes.c_void_p),
+        ("managed_to_object", ctypes.c_void_p),
+        ("tensor_from_object", ctypes.c_void_p),
+        ("stream", ctypes.c_void_p),
+    )
+
+
+class UnavailableError(Exception):
+    """Why the native kernels are not in use.
+
+    Attributes:
+        remedy: what one can do about it, if anything.
+    """
+
+    def __init__(self, reason: str, remedy: str | None = None) -> None:
+        super().__init__(reason)
+        self.remedy = remedy
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Table:
+    """Addresses, sizes and dtypes of dense CPU tensors; valid while none of them is resized.
+
+    Attributes:
+        tensors: the tensors, so that they live as long.
+        address: the table as the library reads it.
+        rows: how many units the tensors have; each is one where it was not cut.
+    """
+
+    tensors: list[Tensor]
+    address: Any
+    rows: int
+
+
+class Kernels:
+    """The loaded library.
+
+    Attributes:
+        level: the processor's features in use, one of ``LEVELS``.
+        shares_threads: whether the kernels run on the threads of torch's own OpenMP library; else on one thread.
+    """
+
+    def __init__(self, level: str | None = None) -> None:
+        library, held = _load(ctypes.CDLL), _load(ctypes.PyDLL)
+        available = LEVELS[: library.gradkeel_levels()]
+        self.level = available[-1] if level is None else level
+        if self.level not in available:
+            raise UnavailableError(
+                f"{VARIABLE}={level}: this processor has {', '.join(available)}", f"unset {VARIABLE}"
+            )
+        self._parallel = _openmp()
+        self.shares_threads = self._parallel is not None
+        self._teams: dict[int, Any] = {}
+        # Filling the table needs the interpreter's lock, and raises what torch raises; the long calls release it.
+        self._describe = held.gradkeel_table
+        self._describe.restype = ctypes.c_int64
+        self._describe.argtypes = (
+            ctypes.py_object, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p,
+            ctypes.c_void_p,
+        )  # fmt: skip
+        self._item = ctypes.cast(ctypes.pythonapi.PyList_GetItem, ctypes.c_void_p)
+        self._export = _exporter()
+        pointer, integer = ctypes.c_void_p, ctypes.c_int32
+        self._read = library.gradkeel_read
+        self._read.argtypes = (pointer, ctypes.c_int64, integer, pointer, pointer, pointer, pointer)
+        self._scale = library.gradkeel_scale
+        self._scale.argtypes = (pointer, ctypes.c_int64, pointer, integer, pointer)
+        self._clamp = library.gradkeel_clamp
+        self._clamp.argtypes = (pointer, ctypes.c_int64, ctypes.c_double, ctypes.c_double, pointer)
+        self._add = library.gradkeel_add
+        self._add.argtypes = (pointer, pointer, ctypes.c_int64, pointer)
+
+    def table(
+        self,
+        tensors: Sequence[Tensor],
+        unit_dim: int | None = None,
+        *,
+        otherwise: Callable[[Tensor], Tensor] | None = None,
+    ) -> Table | None:
+        """Where the tensors lie, each cut into the units of ``unit_dim`` if given; None if one is not fit for that.
+
+        Fit are dense CPU tensors of float32, bfloat16, float16 and float64, whose units lie one after the other.
+
+        Args:
+            tensors: k tensors.
+            unit_dim: the dimension that counts units.
+            otherwise: where a tensor is not fit as it is, the table is of what this makes of each of them.
+        """
+        held = list(tensors)
+        address = ctypes.create_string_buffer(_BYTES_OF_A_TENSOR * len(held) + 1)
+        rows = ctypes.c_int64()
+        dim = -1 if unit_dim is None else unit_dim
+        if self._fill(held, dim, address, rows):
+            return Table(held, address, rows.value)
+        return None if otherwise is None else self.table([otherwise(tensor) for tensor in held], unit_dim)
+
+    def _fill(self, tensors: list[Tensor], dim: int, address: Any, rows: Any) -> bool:
+        if not are_plain(tensors):
+            return False
+        try:
+            taken = self._describe(
+                tensors, len(tensors), self._item, self._export, dim, address, ctypes.byref(rows)
+            )
+        except _NO_ADDRESS:
+            return False
+        return bool(taken == len(tensors))
+
+    def read(
+        self, table: Table, norm_type: float, *, units: bool = False, peaks: bool = False
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Read each tensor once, in float64: norms [k], norms of the units [u], and peaks [k, 2]."""
+        count = len(table.tensors)
+        norms = torch.empty(count, dtype=torch.float64, device="cpu")
+        unit_norms = torch.empty(table.rows, dtype=torch.float64, device="cpu") if units else None
+        extremes = torch.empty(count, 2, dtype=torch.float64, device="cpu") if peaks else None
+        self._check(
+            self._read(
+                table.address, count, _NORMS[norm_type], norms.data_ptr(), _address(unit_norms), _address(extremes),
+                self._team(),
+            )
+        )  # fmt: skip
+        return norms, unit_norms, extremes
+
+    def scale(self, table: Table, factors: Tensor, *, by_unit: bool = False) -> None:
+        """Multiply each tensor, or each unit, by its float64 factor in place; where it is 1 nothing is touched."""
+        factors = factors.to(torch.float64).contiguous()
+        self._check(
+            self._scale(table.address, len(table.tensors), factors.data_ptr(), int(by_unit), self._team())
+        )
+        torch.autograd.graph.increment_version(table.tensors)
+
+    def clamp(self, table: Table, low: float, high: float) -> None:
+        """Clamp each entry into ``[low, high]`` in place; NaN stays."""
+        self._check(self._clamp(table.address, len(table.tensors), low, high, self._team()))
+        torch.autograd.graph.increment_version(table.tensors)
+
+    def add(self, sums: Table, table: Table) -> None:
+        """Add each tensor to the one of the same index in ``sums``, in place.
+
+        Args:
+            sums: float32 or float64, with the shapes and strides of the tensors.
+            table: the tensors.
+        """
+        for total, tensor in zip(sums.tensors, table.tensors, strict=True):
+            assert total.dtype in (torch.float32, torch.float64), "sums are wide"
+            assert (total.shape, total.stride()) == (tensor.shape, tensor.stride()), "they lie alike"
+        self._check(self._add(sums.address, table.address, len(table.tensors), self._team()))
+        torch.autograd.graph.increment_version(sums.tensors)
+
+    def _team(self) -> Any:
+        threads = torch.get_num_threads()
+        if threads not in self._teams:
+            team = _Team(LEVELS.index(self.level) + 1, threads, self._parallel)
+            self._teams[threads] = ctypes.pointer(team)
+        return self._teams[threads]
+
+    @staticmethod
+    def _check(status: int) -> None:
+        if status != 0:
+            raise MemoryError("gradkeel: no memory for the list of jobs")
+
+
+def has_norm(norm_type: float) -> bool:
+    """Whether the kernels know this norm."""
+    return norm_type in _NORMS
+
+
+def kernels() -> Kernels | None:
+    """The native kernels, or None where they are not in use."""
+    return _found()[0]
+
+
+def unavailable() -> str | None:
+    """Why the native kernels are not in use; None where they are."""
+    return _found()[1]
+
+
+def remedy() -> str | None:
+    """What one can do to have the native kernels used; None where they are, or nothing can be done."""
+    return _found()[2]
+
+
+@functools.cache
+def _found() -> tuple[Kernels | None, str | None, str | None]:
+    given = os.environ.get(VARIABLE, "")
+    wanted = given.lower()
+    try:
+        if wanted in _OFF:
+            raise UnavailableError(f"turned off by {VARIABLE}={given}", f"unset {VARIABLE}")
+        if wanted not in {*_ON, *LEVELS}:
+            raise UnavailableError(
+                f"{VARIABLE}={given}: must be off or one of {', '.join(LEVELS)}", f"unset {VARIABLE}"
+            )
+        return Kernels(None if wanted in _ON else wanted), None, None
+    except UnavailableError as error:
+        return None, str(error), error.remedy
+
+
+def _load(kind: type[Any]) -> Any:
+    if not LIBRARY.exists():
+        if sys.platform != "linux":
+            raise UnavailableError("not built: they are for Linux")
+        raise UnavailableError(
+            f"not built: gradkeel was installed without a working C compiler, or with {VARIABLE}=off",
+            f"install a C compiler such as gcc, then {_AGAIN}",
+        )
+    try:
+        library = kind(str(LIBRARY))
+        interface = library.gradkeel_interface()
+    except (OSError, AttributeError) as error:
+        raise UnavailableError(f"cannot be loaded: {error}", _AGAIN) from None
+    if interface != _INTERFACE:
+        raise UnavailableError("built from other sources than these", _AGAIN)
+    return library
+
+
+def _exporter() -> Any:
+    """Address of the function by which torch describes a tensor in C."""
+    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if capsule is None:
+        raise UnavailableError(f"torch {torch.__version__} has no C interface for DLPack", _OTHER_TORCH)
+    pointer_in = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
+    exchange = _Exchange.from_address(
+        pointer_in(("PyCapsule_GetPointer", ctypes.pythonapi))(capsule, b"dlpack_exchange_api")
+    )
+    if exchange.major != 1 or not exchange.tensor_from_object:
+        raise UnavailableError(
+            f"torch {torch.__version__} has DLPack {exchange.major}.{exchange.minor}, not 1.x", _OTHER_TORCH
+        )
+    return exchange.tensor_from_object
+
+
+def _openmp() -> Any:
+    """Address of GOMP_parallel in the OpenMP library that torch has loaded; None where it is of another kind.
+
+    Looked up through torch's library, so that a second OpenMP library never comes into the process.
+    """
+    for path in (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"):
+        try:
+            function = ctypes.CDLL(str(path)).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        return ctypes.cast(function, ctypes.c_void_p)
+    return None
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
