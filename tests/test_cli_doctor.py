@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import gradkeel as gk
 from gradkeel import doctor
-from gradkeel.apply import scale
+from gradkeel.apply import host
 from gradkeel.cli.app import app
 from gradkeel.kernels import native, triton_host
 from gradkeel.measure import powers
@@ -177,7 +177,7 @@ def wrong_scaling(monkeypatch):
         for parameter in parameters:
             parameter.grad[5:] *= factor
 
-    monkeypatch.setattr(scale, "_scale", scale_naively)
+    monkeypatch.setattr(host, "scale", scale_naively)
     return "entries were scaled wrongly"
 
 
@@ -216,14 +216,14 @@ def test_a_wrong_path_is_told_and_exits_with_1(monkeypatch, fault):
 
 @needs_kernels
 def test_a_wrong_native_kernel_is_found_and_how_to_go_on_without_it(monkeypatch):
-    right = native.Kernels.read
+    right = native.Kernels.norms
 
-    def read(self, *args, **kwargs):
-        norms, *others = right(self, *args, **kwargs)
-        norms[0] = float("nan")
-        return norms, *others
+    def norms(self, *args, **kwargs):
+        found, *others = right(self, *args, **kwargs)
+        found[0] = float("nan")
+        return found, *others
 
-    monkeypatch.setattr(native.Kernels, "read", read)
+    monkeypatch.setattr(native.Kernels, "norms", norms)
     result = run()
     assert result.exit_code == 1
     assert "a norm is off by inf" in result.stdout

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import gradkeel
-from gradkeel.apply.scale import apply
+from gradkeel.apply import apply
 from gradkeel.kernels import native, triton_host
 from gradkeel.measure import powers
 from gradkeel.norms import Decision, GradientNorms, combine

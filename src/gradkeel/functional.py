@@ -8,15 +8,13 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
-from gradkeel.apply import apply
+from gradkeel.apply import clamp, scale
 from gradkeel.errors import NonFiniteGradientError
-from gradkeel.norms import Decision, GradientNorms
-from gradkeel.policies import Hard
 from gradkeel.ranks.total import measure_total
 from gradkeel.tensors import are_plain, is_distributed, settle
 
-# The epsilon that torch.nn.utils.clip_grads_with_norm_ adds to the norm.
-_TORCH_FORM = Hard(eps=1e-6)
+_TORCH_EPS = 1e-6
+"""What torch.nn.utils.clip_grads_with_norm_ adds to the norm."""
 
 
 @torch.no_grad()
@@ -96,7 +94,7 @@ def clip_grad_value_(
     checked = _parameters("clip_grad_value_", parameters)
     bound = _bound("clip_grad_value_", "clip_value", clip_value)
     settle(checked)
-    apply(checked, Decision(clamp=(-bound, bound)), _unnamed(checked, torch.zeros(())), prescale=1.0)
+    clamp(checked, (-bound, bound))
 
 
 @torch.no_grad()
@@ -201,16 +199,12 @@ def _total(
 
 
 def _scale(parameters: list[Tensor], bound: float, total: Tensor) -> None:
-    if bound == 0.0:
-        coefficient = torch.zeros_like(total)
-    else:
-        coefficient = _TORCH_FORM.coefficient(total, torch.full_like(total, bound))
-    coefficient = torch.where(torch.isfinite(total), coefficient, torch.ones_like(coefficient))
-    apply(parameters, Decision(coefficients=coefficient), _unnamed(parameters, total), prescale=1.0)
-
-
-def _unnamed(parameters: list[Tensor], total: Tensor) -> GradientNorms:
-    return GradientNorms(("",) * len(parameters), total.expand(len(parameters)), total, 2.0, (), 0)
+    if total.device.type == "cpu":
+        norm = float(total)
+        scale(parameters, min(1.0, bound / (norm + _TORCH_EPS)) if math.isfinite(norm) else 1.0)
+        return
+    coefficient = (bound / (total + _TORCH_EPS)).clamp(max=1.0)
+    scale(parameters, torch.where(torch.isfinite(total), coefficient, torch.ones_like(coefficient)))
 
 
 def _narrowed(total: Tensor, gradients: list[Tensor]) -> Tensor:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import reference
-from gradkeel.apply.scale import _scale_on_device
+from gradkeel.apply.device import scale_entries
 from gradkeel.kernels import native, triton_host
-from gradkeel.measure.powers import _device_norms
+from gradkeel.measure.device import device_norms
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -31,12 +31,12 @@ def test_factors_are_multiplied_in_the_wider_type_and_rounded_once(factors):
         for tensor, number in zip(tensors, numbers, strict=True)
         for wide in [torch.promote_types(tensor.dtype, torch.float32)]
     ]
-    _scale_on_device(tensors, numbers)
+    scale_entries(tensors, numbers)
     assert all(map(torch.equal, tensors, wanted))
 
 
 def test_nothing_to_scale():
-    _scale_on_device([], [])
+    scale_entries([], [])
 
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, math.inf])
@@ -49,10 +49,10 @@ def test_norms_of_every_dtype_without_overflow(norm_type):
         torch.full((5,), 1e-30),
     ]
     tensors += [torch.tensor([3.0, -4.0], dtype=torch.float64) * scale for scale in (1e300, 1e-300)]
-    norms = _device_norms(tensors, norm_type, torch.float64)
+    norms = device_norms(tensors, norm_type, torch.float64)
     assert norms.tolist() == pytest.approx([reference.norm([t], norm_type) for t in tensors], rel=1e-12)
 
 
 def test_float64_that_is_not_finite_shows():
     tensors = [torch.tensor([1.0, bad], dtype=torch.float64) for bad in (math.inf, math.nan, -math.inf)]
-    assert str(_device_norms(tensors, 2.0, torch.float64).tolist()) == "[inf, nan, inf]"
+    assert str(device_norms(tensors, 2.0, torch.float64).tolist()) == "[inf, nan, inf]"

@@ -215,7 +215,9 @@ def carry_out(optimizer: Optimizer, parts: Sequence[Part], prescale: Tensor | fl
     for part in filled:
         decision, measured = part.here
         plain = decision.unit_coefficients is None and decision.clamp is None
-        factor = factors(decision, measured, prescale) if plain and len(filled) == 1 else None
+        factor = factors(decision, prescale) if plain and len(filled) == 1 else None
+        if isinstance(factor, float):
+            factor = measured.total.new_full((), factor)
         if factor is not None and factor.dim() == 0:
             if factor.device.type == "cpu" and float(factor) == 1.0:
                 return None

@@ -364,13 +364,16 @@ struct job {
 
 enum operation { READ, SCALE, CLAMP, ADD };
 
+/* What has a factor of its own: each tensor, each row, or nothing, where all have the same. */
+enum share { OF_TENSOR, OF_ROW, OF_ALL };
+
 struct task {
     enum operation operation;
     int norm, range;           /* READ: what is wanted */
     struct reading *readings;  /* READ: of each job */
     double *units;             /* READ: power of each row; NULL if not wanted */
-    const double *factors;     /* SCALE: of each tensor or, with by_row, of each row */
-    int by_row;
+    const double *factors;     /* SCALE */
+    enum share share;          /* SCALE: what has a factor of its own */
     double low, high;          /* CLAMP */
     const struct tensor *table, *sums; /* ADD: the tensors, and what each is added to */
     const struct job *jobs;
@@ -390,7 +393,8 @@ INLINE void read_job(struct task *task, int kind, const struct job *job) {
 
 INLINE void scale_job(const struct task *task, int kind, const struct job *job) {
     for (int64_t i = 0; i < job->rows; i++) {
-        double factor = task->factors[task->by_row ? job->row + i : job->tensor];
+        int64_t index = task->share == OF_ROW ? job->row + i : task->share == OF_TENSOR ? job->tensor : 0;
+        double factor = task->factors[index];
         if (factor != 1.0) scale_run(kind, job->data + (size_t)(i * job->count) * width(kind), job->count, factor);
     }
 }
@@ -446,7 +450,7 @@ __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))) static vo
 #endif
 
 /* Raised with every change of what is exported, so that native.py never calls a library of another time. */
-EXPORT int32_t gradkeel_interface(void) { return 2; }
+EXPORT int32_t gradkeel_interface(void) { return 3; }
 
 /* How many of the levels baseline, AVX2 and AVX-512 this processor has: from 1 to 3. */
 EXPORT int32_t gradkeel_levels(void) {
@@ -590,10 +594,42 @@ EXPORT int32_t gradkeel_read(const struct tensor *table, int64_t count, int32_t 
     return 0;
 }
 
-/* Multiplies each tensor or, with by_row, each row by its factor; where that is 1 nothing is touched. */
-EXPORT int32_t gradkeel_scale(const struct tensor *table, int64_t count, const double *factors, int32_t by_row,
+/* The norm of all tensors together, from theirs: relative to the largest one where squares leave the range. */
+EXPORT double gradkeel_total(const double *norms, int64_t count, int32_t norm) {
+    double largest = 0, sum = 0;
+    for (int64_t i = 0; i < count; i++) largest = larger(largest, norms[i]);
+    if (norm == LARGEST || !(largest > 0 && largest < __builtin_inf())) return largest;
+    double scale = norm == SUM || (largest > 1e-140 && largest < 1e140) ? 1 : largest;
+    for (int64_t i = 0; i < count; i++) {
+        double part = norms[i] / scale;
+        sum += norm == SQUARES ? part * part : part;
+    }
+    return scale * (norm == SQUARES ? __builtin_sqrt(sum) : sum);
+}
+
+/* Describes the tensors of a Python list as gradkeel_table does, and reads them at once if they are few entries, so that
+ * a small model costs one call. Needs the GIL, for which more entries would keep others waiting.
+ *
+ * Returns how many were taken, as gradkeel_table; *is_read tells whether norms and *total were written (or, below zero,
+ * that there was no memory).
+ */
+EXPORT int64_t gradkeel_norms(void *list, int64_t count, item_of_list item, export_tensor export, int32_t norm,
+                              struct tensor *table, double *norms, double *total, int32_t *is_read,
                               const struct team *team) {
-    struct task task = {.operation = SCALE, .factors = factors, .by_row = by_row};
+    int64_t rows, entries = 0, taken = gradkeel_table(list, count, item, export, -1, table, &rows);
+    *is_read = 0;
+    if (taken < count) return taken;
+    for (int64_t i = 0; i < count; i++) entries += table[i].entries;
+    if (entries >= GRAIN) return taken;
+    *is_read = gradkeel_read(table, count, norm, norms, NULL, NULL, team) == 0 ? 1 : -1;
+    *total = gradkeel_total(norms, count, norm);
+    return taken;
+}
+
+/* Multiplies everything by its factor (see enum share); where that is 1 nothing is touched. */
+EXPORT int32_t gradkeel_scale(const struct tensor *table, int64_t count, const double *factors, int32_t share,
+                              const struct team *team) {
+    struct task task = {.operation = SCALE, .factors = factors, .share = (enum share)share};
     struct job *jobs = run(&task, table, count, team);
     free(jobs);
     return jobs == NULL ? -1 : 0;

@@ -25,7 +25,7 @@ VARIABLE = "GRADKEEL_NATIVE"
 LEVELS = ("baseline", "avx2", "avx512")
 _OFF, _ON = {"off", "0", "no", "false"}, {"", "on", "1", "yes", "true"}
 # What gradkeel_interface() of a library that fits must return.
-_INTERFACE = 2
+_INTERFACE = 3
 LIBRARY = Path(__file__).with_name("_native.so")
 
 # What the user can do.
@@ -35,6 +35,7 @@ _OTHER_TORCH = "install torch 2.13, for which they are made"
 # The C code's numbers for norm types.
 _NORMS = {math.inf: 0, 1.0: 1, 2.0: 2}
 _BYTES_OF_A_TENSOR = 32
+_OF_TENSOR, _OF_ROW, _OF_ALL = range(3)
 # What torch raises for a tensor without memory of its own: sparse, meta, wrapped.
 _NO_ADDRESS = (RuntimeError, BufferError, TypeError, ValueError)
 
@@ -116,6 +117,15 @@ class Kernels:
         self._item = ctypes.cast(ctypes.pythonapi.PyList_GetItem, ctypes.c_void_p)
         self._export = _exporter()
         pointer, integer = ctypes.c_void_p, ctypes.c_int32
+        self._norms = held.gradkeel_norms
+        self._norms.restype = ctypes.c_int64
+        self._norms.argtypes = (
+            ctypes.py_object, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p,
+            ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p,
+        )  # fmt: skip
+        self._total = held.gradkeel_total
+        self._total.restype = ctypes.c_double
+        self._total.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)
         self._read = library.gradkeel_read
         self._read.argtypes = (pointer, ctypes.c_int64, integer, pointer, pointer, pointer, pointer)
         self._scale = library.gradkeel_scale
@@ -160,6 +170,33 @@ class Kernels:
             return False
         return bool(taken == len(tensors))
 
+    def norms(self, tensors: list[Tensor], norm_type: float) -> tuple[Tensor, float] | None:
+        """[k] float64 norm of each tensor, and that of all together; None if a tensor is not fit.
+
+        Few entries are read in the same call that looks where they lie; for more the interpreter's lock is released.
+        """
+        if not are_plain(tensors):
+            return None
+        count = len(tensors)
+        norms = torch.empty(count, dtype=torch.float64, device="cpu")
+        address = ctypes.create_string_buffer(_BYTES_OF_A_TENSOR * count + 1)
+        total, is_read = ctypes.c_double(), ctypes.c_int32()
+        pointer, norm, team = norms.data_ptr(), _NORMS[norm_type], self._team()
+        try:
+            taken = self._norms(
+                tensors, count, self._item, self._export, norm, address, pointer, ctypes.byref(total),
+                ctypes.byref(is_read), team,
+            )  # fmt: skip
+        except _NO_ADDRESS:
+            return None
+        if taken != count:
+            return None
+        if is_read.value == 0:
+            self._check(self._read(address, count, norm, pointer, None, None, team))
+            return norms, self._total(pointer, count, norm)
+        self._check(is_read.value - 1)
+        return norms, total.value
+
     def read(
         self, table: Table, norm_type: float, *, units: bool = False, peaks: bool = False
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -176,12 +213,18 @@ class Kernels:
         )  # fmt: skip
         return norms, unit_norms, extremes
 
-    def scale(self, table: Table, factors: Tensor, *, by_unit: bool = False) -> None:
-        """Multiply each tensor, or each unit, by its float64 factor in place; where it is 1 nothing is touched."""
-        factors = factors.to(torch.float64).contiguous()
-        self._check(
-            self._scale(table.address, len(table.tensors), factors.data_ptr(), int(by_unit), self._team())
-        )
+    def scale(self, table: Table, factors: Tensor | float, *, by_unit: bool = False) -> None:
+        """Multiply all tensors by one factor, or each tensor, or each unit, by its own, in place.
+
+        Where a factor is 1 nothing is touched.
+        """
+        if isinstance(factors, float):
+            held: Any = ctypes.c_double(factors)
+            pointer, share = ctypes.addressof(held), _OF_ALL
+        else:
+            held = factors.to(torch.float64).contiguous()
+            pointer, share = held.data_ptr(), _OF_ROW if by_unit else _OF_TENSOR
+        self._check(self._scale(table.address, len(table.tensors), pointer, share, self._team()))
         torch.autograd.graph.increment_version(table.tensors)
 
     def clamp(self, table: Table, low: float, high: float) -> None:
@@ -213,6 +256,36 @@ class Kernels:
     def _check(status: int) -> None:
         if status != 0:
             raise MemoryError("gradkeel: no memory for the list of jobs")
+
+
+def scale(tensors: Sequence[Tensor], factors: Tensor | float, unit_dim: int | None = None) -> bool:
+    """Multiply all tensors by one factor, or each, or each of their units, by its own; whether the kernels did it."""
+    own = kernels()
+    table = None if own is None else own.table(tensors, unit_dim)
+    if own is None or table is None:
+        return False
+    own.scale(table, factors, by_unit=unit_dim is not None)
+    return True
+
+
+def clamp(tensors: Sequence[Tensor], low: float, high: float) -> bool:
+    """Clamp each entry into ``[low, high]`` in place; whether the kernels did it."""
+    own = kernels()
+    table = None if own is None or any(map(Tensor.is_neg, tensors)) else own.table(tensors)
+    if own is None or table is None:
+        return False
+    own.clamp(table, low, high)
+    return True
+
+
+def add(sums: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
+    """Add each tensor to its sum, which lies alike, in place; whether the kernels did it."""
+    own = kernels()
+    to, of = (None, None) if own is None else (own.table(sums), own.table(tensors))
+    if own is None or to is None or of is None:
+        return False
+    own.add(to, of)
+    return True
 
 
 def has_norm(norm_type: float) -> bool:

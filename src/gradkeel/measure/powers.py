@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradkeel.kernels import native, triton_host
+from gradkeel.kernels import native
+from gradkeel.measure.device import device_norms
 from gradkeel.tensors import entries_by_position, entries_to_read
 
 BLOCK = 4096
@@ -29,11 +30,13 @@ class Reading:
         norms: [k] norm of each tensor.
         units: [u] norm of each unit, tensor after tensor, where asked for.
         peaks: [k, 2] each tensor's lowest and highest entry, where asked for; 0, 0 for an empty one.
+        total: norm of all of them together, where the host knows it already.
     """
 
     norms: Tensor
     units: Tensor | None = None
     peaks: Tensor | None = None
+    total: float | None = None
 
 
 def read(
@@ -83,6 +86,11 @@ def _native_reading(
     kernels = native.kernels()
     if kernels is None:
         return None
+    if unit_dim is None and not with_peaks:
+        found = kernels.norms(list(tensors), norm_type) or kernels.norms(
+            [entries_to_read(tensor) for tensor in tensors], norm_type
+        )
+        return None if found is None else Reading(found[0], total=found[1])
     # What sparse, complex and sharded tensors hold is dense, but not cut into units as they are.
     table = kernels.table(tensors, unit_dim, otherwise=entries_to_read if unit_dim is None else None)
     if table is None or (with_peaks and any(map(Tensor.is_neg, table.tensors))):
@@ -105,39 +113,11 @@ def _norms(tensors: Sequence[Tensor], norm_type: float, device: torch.device) ->
         if kind.type == "cpu":
             values = _cpu_norms(chosen, norm_type).to(device, non_blocking=True)
         else:
-            values = _device_norms(chosen, norm_type, wide).to(device, non_blocking=True)
+            values = device_norms(chosen, norm_type, wide).to(device, non_blocking=True)
         if len(here) == len(tensors):
             return values
         result[here] = values
     return result
-
-
-def _device_norms(tensors: Sequence[Tensor], norm_type: float, wide: torch.dtype) -> Tensor:
-    """[k] norms of the tensors of one accelerator, by the Triton kernels or in one foreach call."""
-    kernels = triton_host.kernels() if norm_type in (1.0, 2.0) else None
-    table = None if kernels is None else kernels.table(tensors)
-    if kernels is not None and table is not None:
-        return kernels.norms(table, norm_type)
-    filled = [_filled(tensor) for tensor in tensors]
-    norms = list(torch._foreach_norm(filled, norm_type, dtype=wide))
-    doubles = [i for i, tensor in enumerate(filled) if tensor.dtype == torch.float64]
-    if doubles and norm_type > 0 and not math.isinf(norm_type):
-        # Squares of float64 entries leave even float64's range, so they are taken relative to max |g|, at any rate:
-        # looking whether that is necessary would sync the host.
-        chosen = [filled[i] for i in doubles]
-        largest = torch.stack(list(torch._foreach_norm(chosen, math.inf)))
-        scales = torch.where(
-            (largest > 0) & torch.isfinite(largest), largest, torch.ones_like(largest)
-        ).unbind()
-        scaled = torch._foreach_norm(torch._foreach_div(chosen, list(scales)), norm_type)
-        for i, norm, scale in zip(doubles, scaled, scales, strict=True):
-            norms[i] = norm * scale
-    return torch.stack(norms)
-
-
-def _filled(tensor: Tensor) -> Tensor:
-    # Some norms of an empty tensor are undefined in torch; that of a zero is 0.
-    return tensor if tensor.numel() else tensor.new_zeros(1)
 
 
 def _cpu_norms(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
