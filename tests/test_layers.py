@@ -9,8 +9,10 @@ PACKAGE = Path(__file__).resolve().parents[1] / "src" / "gradkeel"
 
 # A module imports modules of its own layer and of earlier ones. `gradkeel` is the package's own `__init__`.
 LAYERS = (
+    "version",
     "errors",
     "norms",
+    "outcome",
     "tensors",
     "kernels",
     "policies",

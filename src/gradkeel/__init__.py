@@ -27,12 +27,11 @@ from gradkeel.functional import clip_grad_norm_, clip_grad_value_, clip_grads_wi
 from gradkeel.guard import Guard, StepReport
 from gradkeel.policies import AdaptiveGradientClip, ClipByGlobalNorm, ClipByNorm, ClipByValue
 from gradkeel.table import gradients
+from gradkeel.version import __version__ as __version__
 
 if typing.TYPE_CHECKING:
     from gradkeel import explain, smoothness
     from gradkeel.record import Recorder
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Accumulator",

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
 
 _PLAIN = {Tensor, nn.Parameter}
 
@@ -72,6 +73,27 @@ def is_distributed(tensor: Tensor) -> bool:
 def are_distributed(tensors: Sequence[Tensor]) -> bool:
     """Whether any of the tensors is a DTensor."""
     return not are_plain(tensors) and any(map(is_distributed, tensors))
+
+
+class Seen:
+    """A tensor as it was seen once: held weakly, with the version that torch counts up at each write.
+
+    ``GradScaler.unscale_`` does not count: it leaves the version as it is.
+    """
+
+    __slots__ = ("_reference", "_version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._reference, self._version = TensorWeakRef(tensor), tensor._version
+
+    def is_tensor(self, tensor: Tensor | None) -> bool:
+        """Whether this is the tensor that was seen."""
+        return tensor is not None and self._reference() is tensor
+
+    def unchanged(self) -> Tensor | None:
+        """The tensor, if it is still there and nobody has written to it."""
+        tensor: Tensor | None = self._reference()
+        return tensor if tensor is not None and tensor._version == self._version else None
 
 
 def settle(parameters: Sequence[Tensor]) -> list[Tensor]:

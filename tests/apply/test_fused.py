@@ -34,7 +34,7 @@ def test_the_kernel_divides_by_the_scale(kind):
     for optimizer, factor in [(folded, 4.0), (plain, 1.0)]:
         for parameter in optimizer.param_groups[0]["params"]:
             parameter.grad = torch.full_like(parameter, factor)
-    folded.grad_scale = kernel_scale(torch.tensor(0.25, dtype=torch.float64))
+    folded.grad_scale = kernel_scale(0.25, CPU)
     folded.step()
     plain.step()
     # a power of two: bit-identical

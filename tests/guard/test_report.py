@@ -58,7 +58,7 @@ def test_each_tensor_has_its_coefficient():
     assert main.coefficients == {"0": pytest.approx(0.2), "1": 1.0}
     assert report.coefficient == pytest.approx(0.2)
     assert report.clipped_norm == pytest.approx(reference.norm([torch.tensor([1.0, 0.6])]), rel=1e-6)
-    assert main.bound() == 1.0
+    assert main.outcome.bound() == 1.0
 
 
 def test_the_norm_type_is_named():
@@ -161,12 +161,12 @@ def test_tensors_of_a_report_are_on_the_device_and_in_float64():
     for tensor in (
         main.measured.norms,
         main.measured.total,
-        main.parameter_coefficients(),
+        main.outcome.coefficients(),
         main.clipped_total(),
     ):
         assert tensor.dtype == torch.float64
         assert tensor.device == main.measured.norms.device
-    assert main.was_clipped().dtype == torch.bool
+    assert main.outcome.is_clipped().dtype == torch.bool
     assert report.stepped_tensor().item() is True
     assert report.stepped_or_pending is True
 

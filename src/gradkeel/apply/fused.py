@@ -50,6 +50,8 @@ def _has_state(optimizer: Optimizer, parameter: Tensor) -> bool:
     return bool(optimizer.state.get(parameter))
 
 
-def kernel_scale(factor: Tensor) -> Tensor:
+def kernel_scale(factor: Tensor | float, device: torch.device) -> Tensor:
     """[] float32 ``grad_scale`` that makes a fused kernel multiply its gradients by ``factor``."""
+    if isinstance(factor, float):
+        return torch.full((), 1.0 / factor, dtype=torch.float32, device=device)
     return (1.0 / factor).to(torch.float32)

@@ -11,12 +11,13 @@ from gradkeel.apply.fused import can_skip_on_device
 from gradkeel.apply.skip import Snapshot, clear_gradients, moves_between_closures
 from gradkeel.errors import NonFiniteGradientError
 from gradkeel.guard import hooks, other_clips
+from gradkeel.guard.checkpoint import check_state
 from gradkeel.guard.prescale import LossScale, put_back, set_attribute, take_loss_scale
-from gradkeel.guard.report import Recorder, StepReport, nonfinite_words
+from gradkeel.guard.report import Recorder, SelectionReport, SkipReason, StepReport
 from gradkeel.guard.roster import Roster
 from gradkeel.guard.skips import SkipWatch
-from gradkeel.guard.step import Part, blank, carry_out, check_state, committed, decide_all, judge, measure_all
-from gradkeel.norms import State, Window
+from gradkeel.guard.step import carry_out, committed, decide_all, judge, measure_all
+from gradkeel.norms import Decision, State, Window
 from gradkeel.policies import Policy
 from gradkeel.ranks.declared import Sharing
 from gradkeel.selection import Exclude
@@ -60,8 +61,11 @@ class Guard:
         self._step = 0
         self._skips = SkipWatch(max_consecutive_skips)
         self._roster = Roster(optimizer, policy, model=model, exclude=exclude, sharing=sharing)
-        nothing = tuple(blank(item).report() for item in self._roster.items)
-        self.report = StepReport(0, nothing, _stepped=False, _reason="no step yet")
+        nothing = tuple(
+            SelectionReport(part.label, part.shown, part.blank, Decision(), (False,) * len(part.blank.names))
+            for part in self._roster.parts
+        )
+        self.report = StepReport(0, nothing, stepped_or_pending=False)
         self._staged: tuple[StepReport, dict[str, State]] | None = None
         self._loss_scale = LossScale()
         self._own_attributes: dict[str, Tensor] = {}
@@ -158,46 +162,49 @@ class Guard:
         self._loss_scale = take_loss_scale(self.optimizer, self._own_attributes)
         self._own_attributes = {}
 
-    @torch.no_grad()
     def _evaluate(self) -> None:
-        """The pipeline up to the optimizer's own step."""
-        if hooks.only_creates_state(self.optimizer, self.parameters, alone=self._roster.exchange is None):
+        """From the gradients to the optimizer's own step: read, exchange, decide, judge, apply, and note the row."""
+        roster, scaled = self._roster, self._loss_scale.present
+        if hooks.only_creates_state(self.optimizer, roster.parameters, alone=roster.exchange is None):
             return
-        try:
-            self._check()
-            if self._snapshot is not None and self._snapshot.is_wanted:
-                clear_gradients(self.parameters)  # an earlier evaluation of this step was abandoned
-                return
-            found = self._roster.readings()
-        except Exception:
-            self._roster.fail()
-            raise
-        measured = measure_all(
-            self._roster,
-            found,
-            window=self.window,
-            loss_scale=self._loss_scale,
-            step=self._step + 1,
-            loss=self._scalars.get("loss"),
-        )
-        self._scalars |= measured.agreed_scalars
-        parts, factor = decide_all(self._roster, measured, self._states), measured.prescale
-        # Under a loss scale an overflow is normal, and skipped whatever was asked for.
-        tolerant = self.nonfinite == "keep" and not self._loss_scale.present
-        finite, may_step = judge(parts, measured.found_inf, self.window, tolerant=tolerant)
-        here = measured.has_gradients
-        can_wait = self.nonfinite == "skip" and can_skip_on_device(
-            self.optimizer, self.device, self.parameters
-        )
-        if here and can_wait and isinstance(may_step, Tensor):
-            self._carry_out(parts, factor)
-            self._set_attribute("found_inf", (~may_step).float())
-            self._stage(parts, factor, commit=finite, stepped=may_step)
-        elif here and bool(may_step):
-            self._carry_out(parts, factor)
-            self._stage(parts, factor, commit=self.nonfinite != "keep" or bool(finite))
-        else:
-            self._abandon(parts, factor, is_finite=bool(finite), any_gradient=here)
+        with torch.no_grad():
+            try:
+                self._check()
+                if self._snapshot is not None and self._snapshot.is_wanted:
+                    clear_gradients(roster.parameters)  # an earlier evaluation of this step was abandoned
+                    return
+                found = roster.readings()
+            except Exception:
+                roster.fail()
+                raise
+            measured = measure_all(
+                roster,
+                found,
+                window=self.window,
+                loss_scale=self._loss_scale,
+                step=self._step + 1,
+                loss=self._scalars.get("loss"),
+            )
+            self._scalars |= measured.agreed_scalars
+            reports, after = decide_all(roster, measured, self._states)
+            row = StepReport(self._step + 1, tuple(reports), measured.prescale, dict(self._scalars))
+            # Under a loss scale an overflow is normal, and skipped whatever was asked for.
+            tolerant = self.nonfinite == "keep" and not scaled
+            finite, may_step = judge(reports, measured.found_inf, self.window, tolerant=tolerant)
+            if not measured.has_gradients:
+                commit: Tensor | bool = self._abandon(row, SkipReason.NO_GRADIENT)
+            elif isinstance(may_step, Tensor) and self._can_skip_on_device():
+                self._carry_out(row)
+                self._set_attribute("found_inf", (~may_step).float())
+                row.stepped_or_pending, commit = may_step, finite
+            elif may_step:
+                self._carry_out(row)
+                commit = not tolerant or bool(finite)
+            else:
+                why = self._reason_to_skip(is_finite=bool(finite), tolerant=tolerant)
+                commit = self._abandon(row, why) and bool(finite)
+            self._staged = row, committed(roster.parts, reports, after, self._states, commit)
+        hooks.tell(self.recorders, "before_step", row)
 
     def _check(self) -> None:
         """Is this the moment to step, and does nobody else clip?"""
@@ -206,8 +213,15 @@ class Guard:
         else:
             other_clips.warn_of_other_clips(self._canary)
 
-    def _carry_out(self, parts: list[Part], factor: Tensor | float) -> None:
-        if (folded := carry_out(self.optimizer, parts, factor)) is not None:
+    def _can_skip_on_device(self) -> bool:
+        """Whether the optimizer's kernel may be left to skip by itself, so that the host need not know."""
+        return self.nonfinite == "skip" and can_skip_on_device(
+            self.optimizer, self.device, self._roster.parameters
+        )
+
+    def _carry_out(self, row: StepReport) -> None:
+        folded = carry_out(self.optimizer, self._roster, row.selections, row.prescale)
+        if folded is not None:
             self._set_attribute("grad_scale", folded)
 
     def _set_attribute(self, name: str, value: Tensor) -> None:
@@ -215,59 +229,37 @@ class Guard:
         set_attribute(self.optimizer, name, value)
         self._own_attributes[name] = value
 
-    def _abandon(
-        self, parts: list[Part], factor: Tensor | float, *, is_finite: bool, any_gradient: bool
-    ) -> None:
-        """Skip this step and say why; the host knows that it must be skipped."""
-        undone = [part.undone() for part in parts]
-        reason = None if any_gradient else "no parameter has a gradient"
+    def _reason_to_skip(self, *, is_finite: bool, tolerant: bool) -> SkipReason:
         if self.window is not None and bool(self.window.is_empty()):
-            reason = "the window's weight is zero"
-        elif any_gradient and not is_finite:
-            reason = nonfinite_words(self._report(undone, factor), is_scaled=self._loss_scale.present)
-            if not self._loss_scale.present:
-                self._refuse(reason)
-        # Without a reason of the guard's own it was the policy that asked, and its statistics go on.
-        self._stage(undone, factor, commit=reason is None, stepped=False, reason=reason)
-        clear_gradients(self.parameters)
+            return SkipReason.EMPTY_WINDOW
+        if is_finite or tolerant:  # who tolerates would have made the step
+            return SkipReason.POLICY
+        return SkipReason.LOSS_SCALE if self._loss_scale.present else SkipReason.NONFINITE
+
+    def _abandon(self, row: StepReport, why: SkipReason) -> bool:
+        """Skip this step, as the host knows that it must; returns whether the policies' statistics go on."""
+        if self.window is not None and bool(self.window.is_empty()):
+            why = SkipReason.EMPTY_WINDOW
+        for selection in row.selections:  # nothing is applied; the bound stays, for the report
+            selection.decision = Decision(bound=selection.decision.bound)
+        row.stepped_or_pending, row.why = False, why
+        if why is SkipReason.NONFINITE:
+            self._refuse(row)
+        clear_gradients(self._roster.parameters)
         if self._snapshot is not None:
             self._snapshot.is_wanted = True
+        return why is SkipReason.POLICY
 
-    def _refuse(self, reason: str) -> None:
+    def _refuse(self, row: StepReport) -> None:
         """Raise, or count and warn of, a non-finite gradient; nothing has been modified yet."""
         try:
             if self.nonfinite == "raise":
-                raise NonFiniteGradientError(f"{reason}; nothing has been modified")
-            self._skips.skipped(reason)
+                raise NonFiniteGradientError(f"{row.reason}; nothing has been modified")
+            self._skips.skipped(row.reason or "")
         except Exception:
             if self._snapshot is not None:
                 self._snapshot.restore()
             raise
-
-    def _report(
-        self,
-        parts: list[Part],
-        factor: Tensor | float,
-        *,
-        stepped: bool | Tensor = True,
-        reason: str | None = None,
-    ) -> StepReport:
-        reports = tuple(part.report() for part in parts)
-        return StepReport(self._step + 1, reports, factor, dict(self._scalars), stepped, reason)
-
-    def _stage(
-        self,
-        parts: list[Part],
-        factor: Tensor | float,
-        *,
-        commit: bool | Tensor,
-        stepped: bool | Tensor = True,
-        reason: str | None = None,
-    ) -> None:
-        """Keep report and new states until the optimizer has made its step."""
-        report = self._report(parts, factor, stepped=stepped, reason=reason)
-        self._staged = (report, committed(parts, self._states, commit))
-        hooks.tell(self.recorders, "before_step", report)
 
     def _finish(self) -> None:
         """After the optimizer's step: commit, leave no attribute behind, tell the recorders."""

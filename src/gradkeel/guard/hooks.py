@@ -1,9 +1,7 @@
 """The optimizer's side of a guard: step hooks, closures, marks that must leave no trace, and who listens."""
 
-import sys
 import warnings
 from collections.abc import Callable, Sequence
-from types import FrameType
 from typing import Any
 
 import torch
@@ -11,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradkeel.errors import AttachError, RecordWarning, UnguardedCopyWarning
+from gradkeel.guard import stack
 from gradkeel.guard.report import Recorder, StepReport
 from gradkeel.tensors import entries_to_read
 
@@ -125,14 +124,7 @@ def _is_called_by_own_step(optimizer: Optimizer) -> bool:
 
     torch runs the hooks for each of the two.
     """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        # The rest of a compiled function has another name, which contains the function's.
-        code = frame.f_code
-        if "step" in code.co_name and "self" in code.co_varnames and frame.f_locals.get("self") is optimizer:
-            return True
-        frame = frame.f_back
-    return False
+    return any(stack.is_method_of(optimizer, frame, "step") for frame in stack.frames())
 
 
 def tell(recorders: list[Recorder], event: str, report: StepReport) -> None:
@@ -160,21 +152,13 @@ def only_creates_state(optimizer: Optimizer, parameters: Sequence[Tensor], *, al
 
     ``torch.distributed.checkpoint.state_dict`` makes such steps. They must run, and nobody needs to hear of them.
     """
-    groups = optimizer.param_groups
-    if any(isinstance(g["lr"], Tensor) and g["lr"].device.type != "cpu" for g in groups if "lr" in g):
+    if any(optimizer.state.values()):
         return False
-    if any(optimizer.state.values()) or not all("lr" in g and float(g["lr"]) == 0.0 for g in groups):
-        return False
+    for group in optimizer.param_groups:
+        rate = group.get("lr")
+        if rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu") or float(rate) != 0.0:
+            return False
     if any(p.grad is not None and bool(entries_to_read(p.grad).any()) for p in parameters):
         return False
     # A rank's own zeros tell nothing of the others' gradients; who calls is the same on all of them.
-    return alone or _is_called_by_checkpoint()
-
-
-def _is_called_by_checkpoint() -> bool:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "_init_optim_state":
-            return True
-        frame = frame.f_back
-    return False
+    return alone or stack.is_inside("_init_optim_state")

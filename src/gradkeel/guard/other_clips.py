@@ -1,16 +1,14 @@
 """Who else clips, and who else must hear of a skip: other libraries' trainers, found on the call stack."""
 
-import sys
 import warnings
-from collections.abc import Iterator
-from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 from gradkeel.errors import DoubleClippingWarning
+from gradkeel.guard.stack import callers
+from gradkeel.tensors import Seen
 
 
 class Canary:
@@ -27,7 +25,7 @@ class Canary:
     def __init__(self, parameter: Tensor | None) -> None:
         self.is_new = True
         self.is_settled = False
-        self._seen: tuple[TensorWeakRef, int] | None = None
+        self._seen: Seen | None = None
         # Weakly: torch's list of a parameter's hooks is out of the garbage collector's sight.
         self._parameter = None if parameter is None else TensorWeakRef(parameter)
         self._handle = None
@@ -36,16 +34,15 @@ class Canary:
 
     def _note(self, parameter: Tensor) -> None:
         if parameter.grad is not None and parameter.grad.layout == torch.strided:
-            self._seen = (TensorWeakRef(parameter.grad), parameter.grad._version)
+            self._seen = Seen(parameter.grad)
 
     def was_touched(self) -> bool:
         """Whether the gradient that backward left has been modified in place since; forgets it."""
         seen, self._seen = self._seen, None
-        parameter: Tensor | None = None if self._parameter is None else self._parameter()
-        gradient = None if parameter is None else parameter.grad
-        if seen is None or gradient is None or gradient is not seen[0]() or _is_distributed():
+        if seen is None or _is_distributed():
             return False
-        return gradient._version != seen[1]
+        parameter = None if self._parameter is None else self._parameter()
+        return parameter is not None and seen.is_tensor(parameter.grad) and seen.unchanged() is None
 
     def remove(self) -> None:
         """Stop watching."""
@@ -83,7 +80,7 @@ def _trainer_that_clips() -> tuple[str | None, bool]:
 
     The Transformers Trainer multiplies every gradient by 1 where it is set not to clip.
     """
-    for owner in _callers("transformers", "lightning", "pytorch_lightning"):
+    for owner in callers("transformers", "lightning", "pytorch_lightning"):
         limit = getattr(getattr(owner, "args", None), "max_grad_norm", None)
         if limit is not None:
             words = "the Transformers Trainer clips too; set TrainingArguments(max_grad_norm=0)"
@@ -100,24 +97,7 @@ def tell_accelerate(*, stepped: bool) -> None:
     Its schedulers and the Transformers Trainer ask it; by itself it takes a step that was called for one that was
     made.
     """
-    for owner in _callers("accelerate"):
+    for owner in callers("accelerate"):
         if type(owner).__module__ == "accelerate.optimizer":
             owner._accelerate_step_called = stepped  # looked at after the step of a loss scale
             owner._is_overflow = not stepped
-
-
-def _callers(*packages: str) -> Iterator[Any]:
-    """The objects whose methods, defined in one of these packages, are on the call stack, outermost first.
-
-    Before Python 3.13 a frame whose variables were read keeps all of them alive until it ends. So nobody else's are
-    read, and of a trainer's own those of its entry point first, which hold no batch.
-    """
-    found = []
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        module = frame.f_globals.get("__name__", "")
-        if module.partition(".")[0] in packages and "self" in frame.f_code.co_varnames:
-            found.append(frame)
-        frame = frame.f_back
-    for caller in reversed(found):
-        yield caller.f_locals.get("self")

@@ -3,15 +3,61 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from gradkeel.norms import Decision, GradientNorms, combine
+from gradkeel.norms import Decision, GradientNorms
+from gradkeel.outcome import Outcome
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class SkipReason(Enum):
+    """Why a step was not made."""
+
+    NONFINITE = "nonfinite"
+    """A gradient is NaN or inf."""
+    LOSS_SCALE = "loss_scale_overflow"
+    """A gradient is NaN or inf under a loss scale, which the scaler lowers."""
+    NO_GRADIENT = "no_gradient"
+    """No parameter has a gradient."""
+    EMPTY_WINDOW = "empty_window"
+    """The accumulation window's weight is zero."""
+    POLICY = "policy"
+    """The policy asked for it; the gradients are sound, and its statistics go on."""
+
+    def words(self, step: int, place: str | None = None) -> str:
+        """The reason as a sentence; ``place`` names the parameter whose gradient is not finite, where it is known."""
+        if self is SkipReason.NONFINITE:
+            return place or f"step {step}: a gradient is not finite"
+        if self is SkipReason.LOSS_SCALE:
+            return f"step {step}: the loss scale overflowed" + (f" ({place})" if place else "")
+        return _WORDS[self]
+
+    @classmethod
+    def of_words(cls, words: str) -> "SkipReason":
+        """The reason that a sentence of `words` gives; records of the first schema hold nothing else."""
+        if "the loss scale overflowed" in words:
+            return cls.LOSS_SCALE
+        return next((why for why, own in _WORDS.items() if own == words), cls.NONFINITE)
+
+
+_WORDS = {
+    SkipReason.NO_GRADIENT: "no parameter has a gradient",
+    SkipReason.EMPTY_WINDOW: "the window's weight is zero",
+    SkipReason.POLICY: "the policy asked to skip this step",
+}
+
+
+def nonfinite_words(step: int, name: str, norm: float, where: str = "") -> str:
+    """Which gradient is not finite, in words."""
+    return (
+        f"step {step}: the gradient of {name!r} is not finite ({'NaN' if math.isnan(norm) else 'inf'}){where}"
+    )
+
+
+@dataclass(slots=True, eq=False, repr=False)
 class SelectionReport:
     """What one policy did to its selection of parameters in one step. Reading a number syncs the host.
 
@@ -36,6 +82,11 @@ class SelectionReport:
         return type(self), (self.label, self.policy, self.measured, self.decision, self.present)
 
     @property
+    def outcome(self) -> Outcome:
+        """What the decision did to the norms, as tensors; does not sync the host."""
+        return Outcome(self.measured, self.decision)
+
+    @property
     def norm(self) -> float:
         """Norm of the selection's true gradients, before clipping."""
         return float(self.measured.total)
@@ -57,50 +108,17 @@ class SelectionReport:
     @property
     def coefficient(self) -> float:
         """What the gradients were multiplied by; the smallest one where parameters or units have their own."""
-        parts = [self.decision.coefficients, self.decision.unit_coefficients]
-        return math.prod(float(part.min()) for part in parts if part is not None and part.numel())
+        return self.outcome.coefficient()
 
     @property
     def coefficients(self) -> dict[str, float]:
         """What each parameter's gradient was multiplied by; the smallest one of its units under the unit scope."""
-        return dict(zip(self.measured.names, self.parameter_coefficients().tolist(), strict=True))
-
-    def parameter_coefficients(self) -> Tensor:
-        """[n] what each parameter's gradient was multiplied by, as a tensor; does not sync the host."""
-        norms, decision = self.measured.norms, self.decision
-        result = torch.ones_like(norms)
-        if decision.coefficients is not None:
-            result = result * decision.coefficients
-        if decision.unit_coefficients is not None:
-            parts = decision.unit_coefficients.split(list(self.measured.unit_counts))
-            result = result * torch.stack(
-                [part.min() if part.numel() else norms.new_ones(()) for part in parts]
-            )
-        return result
-
-    def bound(self) -> Tensor | None:
-        """[] the bound in force: the smallest one where parameters or units have their own; None without a bound."""
-        if self.decision.bound is not None and self.decision.bound.numel():
-            return self.decision.bound.min()
-        return None if self.decision.clamp is None else self.measured.norms.new_tensor(self.decision.clamp[1])
-
-    def was_clipped(self) -> Tensor:
-        """[] bool: whether any gradient was made smaller; does not sync the host."""
-        decision = self.decision
-        result = torch.zeros((), dtype=torch.bool, device=self.measured.norms.device)
-        for part in (decision.coefficients, decision.unit_coefficients):
-            if part is not None:
-                result = result | (part < 1).any()
-        if decision.clamp is not None and self.measured.peaks is not None:
-            low, high = decision.clamp
-            peaks = self.measured.peaks * self.parameter_coefficients().unsqueeze(1)  # the clamp comes last
-            result = result | (peaks[:, 0] < low).any() | (peaks[:, 1] > high).any()
-        return result
+        return dict(zip(self.measured.names, self.outcome.coefficients().tolist(), strict=True))
 
     @property
     def clipped(self) -> bool:
         """Whether any of the selection's gradients was made smaller."""
-        return bool(self.was_clipped())
+        return bool(self.outcome.is_clipped())
 
     @property
     def clipped_norm(self) -> float | None:
@@ -108,28 +126,16 @@ class SelectionReport:
 
         Under the value scope it is measured when read, and None once the gradients are cleared or changed.
         """
-        untouched = self.decision.coefficients is None and self.decision.unit_coefficients is None
-        if self.decision.clamp is not None and untouched and not self.clipped:
+        if self.decision.clamp is not None and not self.outcome.factors and not self.clipped:
             return self.norm
         total = self.clipped_total()
         return None if total is None else float(total)
 
     def clipped_total(self) -> Tensor | None:
         """[] the same as a tensor; does not sync the host. Under the value scope it is measured now, clipped or not."""
-        measured, decision = self.measured, self.decision
-        if decision.clamp is not None:
-            return self._remeasure() if self._remeasure is not None else None
-        if decision.unit_coefficients is not None and measured.units is not None:
-            scales = decision.unit_coefficients
-            if decision.coefficients is not None:
-                counts = torch.tensor(measured.unit_counts, device=scales.device)
-                scales = scales * decision.coefficients.expand(len(counts)).repeat_interleave(counts)
-            return combine(measured.units * scales, measured.norm_type)
-        if decision.coefficients is None:
-            return measured.total
-        if decision.coefficients.dim() == 0:
-            return measured.total * decision.coefficients
-        return combine(measured.norms * decision.coefficients, measured.norm_type)
+        if self.decision.clamp is None:
+            return self.outcome.total()
+        return None if self._remeasure is None else self._remeasure()
 
     def __repr__(self) -> str:
         """One line."""
@@ -139,26 +145,28 @@ class SelectionReport:
         )
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
+@dataclass(slots=True, eq=False, repr=False)
 class StepReport:
-    """What one ``optimizer.step()`` came to. Reading a number syncs the host, so read it outside the hot loop.
+    """The row of one ``optimizer.step()``. Reading a number syncs the host, so read it outside the hot loop.
 
     ``norm``, ``clipped_norm``, ``coefficient`` and ``clipped`` are the main policy's; each other policy's are in
     ``selections``.
 
     Attributes:
-        step: number of the step, from 1; skipped steps count.
+        step: number of the step, from 1; skipped steps count. 0 before the first.
         selections: the main policy's report, then those of parameter groups with their own, then of the excluded.
         prescale: [] what gradients were multiplied by besides clipping: 1 / (loss scale x window weight).
         scalars: what ``guard.log`` was told before this step, such as the loss.
+        stepped_or_pending: whether the step was made; a [] bool tensor where only the device knows yet. Does not sync.
+        why: what the host skipped the step for; None where it was made, or only the device knows.
     """
 
     step: int
     selections: tuple[SelectionReport, ...]
     prescale: Tensor | float = 1.0
     scalars: Mapping[str, Tensor | float] = field(default_factory=dict)
-    _stepped: bool | Tensor = True
-    _reason: str | None = None
+    stepped_or_pending: bool | Tensor = True
+    why: SkipReason | None = None
 
     @property
     def norm_type(self) -> float:
@@ -188,35 +196,38 @@ class StepReport:
     @property
     def stepped(self) -> bool:
         """Whether the optimizer made its step; False where it was skipped."""
-        return bool(self._stepped)
+        return bool(self.stepped_or_pending)
+
+    @property
+    def skip_reason(self) -> SkipReason | None:
+        """Why the step was skipped; None where it was made, and before the first."""
+        if self.stepped or self.step == 0:
+            return None
+        if self.why is not None:
+            return self.why
+        return SkipReason.POLICY if self.nonfinite_reason() is None else SkipReason.NONFINITE
 
     @property
     def reason(self) -> str | None:
         """Why the step was skipped, with the parameter's name; None where it was made."""
-        if self.stepped:
-            return None
-        return self._reason or self.nonfinite_reason() or "the policy asked to skip this step"
+        if self.step == 0:
+            return "no step yet"
+        why = self.skip_reason
+        return None if why is None else why.words(self.step, self.nonfinite_reason())
 
     def nonfinite_reason(self) -> str | None:
         """The first parameter whose gradient is not finite, in words; None where all are finite."""
         for selection in self.selections:
             for name, norm in selection.norms.items():
                 if not math.isfinite(norm):
-                    kind = "NaN" if math.isnan(norm) else "inf"
-                    where = selection.place_of(name)
-                    return f"step {self.step}: the gradient of {name!r} is not finite ({kind}){where}"
+                    return nonfinite_words(self.step, name, norm, selection.place_of(name))
         return None
-
-    @property
-    def stepped_or_pending(self) -> bool | Tensor:
-        """Whether the step was made; a [] bool tensor where only the device knows yet. Does not sync the host."""
-        return self._stepped
 
     def stepped_tensor(self) -> Tensor:
         """[] bool: whether the optimizer made its step, without syncing the host."""
-        if isinstance(self._stepped, Tensor):
-            return self._stepped
-        return torch.tensor(self._stepped)
+        if isinstance(self.stepped_or_pending, Tensor):
+            return self.stepped_or_pending
+        return torch.tensor(self.stepped_or_pending)
 
     @property
     def norms(self) -> dict[str, float]:
@@ -244,14 +255,6 @@ class StepReport:
             f"<tr><td>{escape(name)}</td><td>{norm:.6g}</td></tr>" for name, norm in self.norms.items()
         )
         return f"<p>{escape(repr(self))}</p><table><tr><th>parameter</th><th>norm</th></tr>{rows}</table>"
-
-
-def nonfinite_words(report: StepReport, *, is_scaled: bool) -> str:
-    """Why a step without finite gradients is skipped, under a loss scale or without; syncs the host."""
-    found = report.nonfinite_reason()
-    if is_scaled:
-        return f"step {report.step}: the loss scale overflowed" + (f" ({found})" if found else "")
-    return found or f"step {report.step}: a gradient is not finite"
 
 
 class Recorder(Protocol):

@@ -16,6 +16,7 @@ from gradkeel.policies import Policy
 from gradkeel.ranks.declared import Sharing
 from gradkeel.ranks.exchange import Exchange
 from gradkeel.ranks.group import Ranks
+from gradkeel.ranks.local import Locally
 from gradkeel.selection import (
     EXCLUDED,
     MAIN,
@@ -31,10 +32,11 @@ from gradkeel.tensors import is_distributed, settle
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Item:
-    """One selection under its policy.
+class Part:
+    """One selection under its policy: what does not change from step to step.
 
     Attributes:
+        label: the selection's.
         selection: the parameters on this rank.
         policy: what decides on them; None where they are only measured.
         needs: what is measured of them.
@@ -43,6 +45,7 @@ class Item:
         shown: the policy's repr.
     """
 
+    label: str
     selection: Selection
     policy: Policy | None
     needs: Needs
@@ -62,7 +65,7 @@ class Roster:
         sharing: what was declared about ranks.
 
     Attributes:
-        items: the selections, as in `gradkeel.selection.select`.
+        parts: the selections, as in `gradkeel.selection.select`.
         names: names of all parameters on this rank, selection after selection.
         parameters: all parameters on this rank, likewise.
         device: where norms are put together.
@@ -86,7 +89,7 @@ class Roster:
         self._signature: tuple[tuple[int, Any], ...] = ()
         self._held: list[list[Tensor]] = []
         self._data_parallel: Ranks | None = None
-        self.items: tuple[Item, ...] = ()
+        self.parts: tuple[Part, ...] = ()
         self.exchange: Exchange | None = None
         self.read(None)
 
@@ -126,8 +129,9 @@ class Roster:
         words = [in_words(policy) for policy in policies]
         self.exchange = self._sharing.connect(selections, needs, words, self.device, data_parallel)
         members: Sequence[Any] = selections if self.exchange is None else self.exchange.members
-        self.items = tuple(
-            Item(
+        self.parts = tuple(
+            Part(
+                selection.label,
                 selection,
                 policy,
                 need,
@@ -155,30 +159,30 @@ class Roster:
 
     def owners(self) -> dict[str, tuple[tuple[str, ...], Policy | None]]:
         """The parameters, over all ranks, and the policy that each selection's state belongs to."""
-        return {item.selection.label: (item.blank.names, item.policy) for item in self.items}
+        return {part.label: (part.blank.names, part.policy) for part in self.parts}
 
     def fingerprint(self) -> dict[str, Any]:
         """What a saved state must have in common with this roster to belong to it."""
         return {
-            "policies": {item.selection.label: in_words(item.policy) for item in self.items},
-            "parameters": {item.selection.label: len(item.blank.names) for item in self.items},
+            "policies": {part.label: in_words(part.policy) for part in self.parts},
+            "parameters": {part.label: len(part.blank.names) for part in self.parts},
         }
 
     def filled(self, states: Mapping[str, State]) -> dict[str, State]:
         """Each policy's state, or the one that it starts with: what a checkpoint is made of, and loaded into."""
         return {
-            item.selection.label: states.get(item.selection.label) or item.policy.init(item.blank)
-            for item in self.items
-            if item.policy is not None and item.blank.names
+            part.label: states.get(part.label) or part.policy.init(part.blank)
+            for part in self.parts
+            if part.policy is not None and part.blank.names
         }
 
     def lines(self) -> Iterator[str]:
         """What is under which policy, in words."""
-        for item in self.items:
-            selection, count = item.selection, len(item.selection.names)
+        for part in self.parts:
+            selection, count = part.selection, len(part.selection.names)
             if selection.label != MAIN and not count:
                 continue
-            what = "measured, not clipped" if item.policy is None else repr(item.policy)
+            what = "measured, not clipped" if part.policy is None else repr(part.policy)
             yield f"  {selection.label}: {what}; {count} parameter{'' if count == 1 else 's'}"
             yield from (f"    {name}" for name in selection.names)
 
@@ -186,10 +190,17 @@ class Roster:
         """Which piece of each parameter lies on this rank; those that count for another rank are left out."""
         return dict.fromkeys(self.names, ()) if self.exchange is None else self.exchange.pieces()
 
+    def local(self, index: int) -> Locally | None:
+        """Which of a part's parameters, as all ranks know them, are here; None where all are, and whole."""
+        if self.exchange is None:
+            return None
+        local = self.exchange.local[index]
+        return None if not self.exchange.splits and local.rows is None else local
+
     def readings(self) -> list[Readings]:
         """Norms of the gradients as this rank holds them, selection by selection."""
         settle(self._distributed)
-        return [item.nothing or readings(item.selection, item.needs, self.device) for item in self.items]
+        return [part.nothing or readings(part.selection, part.needs, self.device) for part in self.parts]
 
     def fail(self) -> None:
         """Tell the other ranks that this one has raised and will not read its gradients in this step."""

@@ -1,96 +1,36 @@
-"""One step's way from gradients to decisions: measure every selection, let its policy decide, judge the whole."""
+"""The stages of one step, in their order: exchange, measure, decide, judge, apply, commit; `Guard` runs them."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.weak import TensorWeakRef
 
 from gradkeel.apply import apply, factors
 from gradkeel.apply.fused import can_fold, kernel_scale
-from gradkeel.errors import CheckpointError
 from gradkeel.guard.prescale import LossScale, prescale
 from gradkeel.guard.report import SelectionReport
-from gradkeel.guard.roster import Item, Roster
+from gradkeel.guard.roster import Part, Roster
 from gradkeel.measure import Readings, true_norms
 from gradkeel.norms import Decision, GradientNorms, State, Window
-from gradkeel.policies import Policy
-from gradkeel.ranks.exchange import Agreed, Exchange, Told
-from gradkeel.ranks.local import Locally
+from gradkeel.ranks.exchange import Agreed, Told
 from gradkeel.ranks.total import measure_total
-from gradkeel.selection import Selection
+from gradkeel.tensors import Seen
 
 _NO_STATE: State = {}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Part:
-    """One selection on its way through the pipeline.
-
-    Attributes:
-        selection: its parameters on this rank.
-        policy: what decides on them; None where they are only measured.
-        measured: the norms of the whole selection, over all ranks.
-        present: which of the measured parameters have a gradient.
-        decision: what is to be done, to the whole selection.
-        state: the policy's new state.
-        shown: the policy's repr.
-        local: which of the measured parameters are on this rank; None where all are, and whole.
-        place_of: tells where a parameter of the given index is not finite.
-    """
-
-    selection: Selection
-    policy: Policy | None
-    measured: GradientNorms
-    present: tuple[bool, ...]
-    decision: Decision
-    state: State
-    shown: str
-    local: Locally | None = None
-    place_of: Callable[[int], str] | None = None
-
-    def undone(self) -> "Part":
-        """The same part with nothing applied; the bound stays, for the report."""
-        return replace(self, decision=Decision(bound=self.decision.bound))
-
-    def report(self) -> SelectionReport:
-        """What to tell of this part."""
-        again = None
-        if (
-            self.decision.clamp is not None and self.local is None
-        ):  # measuring again would be another collective
-            again = _norm_while_untouched(self.selection.parameters, self.measured)
-        return SelectionReport(
-            self.selection.label,
-            self.shown,
-            self.measured,
-            self.decision,
-            self.present,
-            again,
-            self.place_of,
-        )
-
-    @property
-    def here(self) -> tuple[Decision, GradientNorms]:
-        """What is to be done to the parameters on this rank, and their norms."""
-        if self.local is None:
-            return self.decision, self.measured
-        return self.local.decision(self.decision), self.local.measured(self.measured)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Measured:
     """What one step's gradients are, before any decision.
 
     Attributes:
         prescale: [] what turns the stored gradients into the true ones.
-        norms: each selection's.
-        present: for each selection, which of its parameters have a gradient.
+        norms: each part's.
+        present: for each part, which of its parameters have a gradient.
         has_gradients: whether any parameter has one, on any rank.
         found_inf: [] above 0 where a loss scaler saw a non-finite gradient, or a rank has raised.
         agreed: what the ranks told each other.
@@ -98,19 +38,12 @@ class Measured:
     """
 
     prescale: Tensor | float
-    norms: tuple[GradientNorms, ...]
-    present: tuple[tuple[bool, ...], ...]
+    norms: list[GradientNorms]
+    present: list[tuple[bool, ...]]
     has_gradients: bool
     found_inf: Tensor | None
     agreed: Agreed | None
     agreed_scalars: Mapping[str, Tensor]
-
-
-def blank(item: Item) -> Part:
-    """A part on which nothing has been measured yet."""
-    return Part(
-        item.selection, item.policy, item.blank, (False,) * len(item.blank.names), Decision(), {}, item.shown
-    )
 
 
 def measure_all(
@@ -122,16 +55,17 @@ def measure_all(
     step: int,
     loss: Tensor | float | None,
 ) -> Measured:
-    """The true norms of all selections from what this rank has read; one collective where ranks share parameters."""
-    gradients = sum(sum(one.present) for one in found)
+    """The true norms of all parts from what this rank has read; one collective where ranks share parameters."""
+    has_gradients = any(True in one.present for one in found)
     agreed, scalars, found_inf = None, dict[str, Tensor](), loss_scale.found_inf
     if roster.exchange is not None:
         weight = None if window is None or window.ranks is None else window.weight()
+        gradients = sum(sum(one.present) for one in found)
         agreed = roster.exchange(found, Told(gradients, found_inf, weight, loss))
         found, found_inf = agreed.readings, agreed.found_inf + agreed.failed
         # An accelerator is not asked: without gradients norms are 0, and without losses their mean is NaN.
         on_host = roster.device.type == "cpu"
-        gradients = int(agreed.gradients) if on_host else 1
+        has_gradients = int(agreed.gradients) > 0 if on_host else True
         if loss is not None or (on_host and not bool(agreed.loss.isnan())):
             scalars["loss"] = agreed.loss
         if window is not None and agreed.weight is not None:
@@ -140,149 +74,148 @@ def measure_all(
     if isinstance(loss, float):
         loss = torch.full((), loss, device=roster.device)
     factor = prescale(loss_scale, 1.0 if window is None else window.factor(), roster.device)
-    norms = tuple(
-        true_norms(item.blank, one, factor, step=step, loss=loss)
-        for item, one in zip(roster.items, found, strict=True)
-    )
-    present = tuple(one.present for one in found)
-    return Measured(factor, norms, present, gradients > 0, found_inf, agreed, scalars)
+    norms = [
+        true_norms(part.blank, one, factor, step=step, loss=loss)
+        for part, one in zip(roster.parts, found, strict=True)
+    ]
+    present = [one.present for one in found]
+    return Measured(factor, norms, present, has_gradients, found_inf, agreed, scalars)
 
 
-def decide_all(roster: Roster, measured: Measured, states: Mapping[str, State]) -> list[Part]:
-    """Let each selection's policy decide; does not sync the host."""
-    parts = []
-    for i, (item, norms, present) in enumerate(
-        zip(roster.items, measured.norms, measured.present, strict=True)
-    ):
+def decide_all(
+    roster: Roster, measured: Measured, states: Mapping[str, State]
+) -> tuple[list[SelectionReport], list[State]]:
+    """Each part's report with its policy's decision, and its policy's new state; does not sync the host."""
+    reports, after = [], []
+    for i, (part, norms) in enumerate(zip(roster.parts, measured.norms, strict=True)):
         decision, state = Decision(), _NO_STATE
-        if item.policy is not None and norms.names:
-            before = states.get(item.selection.label)
-            decision, state = item.policy.decide(norms, item.policy.init(norms) if before is None else before)
-        local, place_of = None, None
-        if roster.exchange is not None and measured.agreed is not None:
-            local = roster.exchange.local[i]
-            if not roster.exchange.splits and local.rows is None:
-                local = None
-            place_of = partial(_place_of, roster.exchange, measured.agreed, i)
-        parts.append(
-            Part(item.selection, item.policy, norms, present, decision, state, item.shown, local, place_of)
+        if part.policy is not None and norms.names:
+            before = states.get(part.label)
+            decision, state = part.policy.decide(norms, part.policy.init(norms) if before is None else before)
+        again = None
+        if decision.clamp is not None and roster.local(i) is None:  # elsewhere it would be another collective
+            again = _norm_while_unchanged(part.selection.parameters, norms)
+        place_of = None if measured.agreed is None else partial(_place_of, roster, measured.agreed, i)
+        reports.append(
+            SelectionReport(part.label, part.shown, norms, decision, measured.present[i], again, place_of)
         )
-    return parts
+        after.append(state)
+    return reports, after
 
 
-def _place_of(exchange: Exchange, agreed: Agreed, selection: int, position: int) -> str:
-    rank = exchange.where(agreed, selection, position)
+def _place_of(roster: Roster, agreed: Agreed, part: int, position: int) -> str:
+    rank = None if roster.exchange is None else roster.exchange.where(agreed, part, position)
     return "" if rank is None else f" on rank {rank}"
 
 
 def judge(
-    parts: Sequence[Part], found_inf: Tensor | None, window: Window | None, *, tolerant: bool
-) -> tuple[Tensor, bool | Tensor]:
-    """[] bool: every gradient is finite, excluded ones included; and whether the step may be made.
+    reports: Sequence[SelectionReport], found_inf: Tensor | None, window: Window | None, *, tolerant: bool
+) -> tuple[bool | Tensor, bool | Tensor]:
+    """Whether every gradient is finite, excluded ones included; and whether the step may be made.
 
-    The latter is a [] bool tensor, or known to the host: False in an empty window, True where nothing can forbid it.
+    Booleans where the host can know without waiting, [] bool tensors on an accelerator.
 
     Args:
-        parts: all of them, with their policies' decisions.
+        reports: all of them, with their policies' decisions.
         found_inf: [] above 0 where a loss scaler, or another rank, knows of a non-finite gradient.
         window: the accumulation window, if there is one.
         tolerant: whether a step may be made on non-finite gradients.
     """
     # A norm is never below zero, so that only NaN and inf are not below inf.
-    totals = [part.measured.total for part in parts if part.measured.names] or [parts[0].measured.total]
-    finite = _all([total < math.inf for total in totals])
+    totals = [report.measured.total for report in reports if report.measured.names]
+    sound = [_known(total) < math.inf for total in totals]
     if found_inf is not None:
-        finite = finite & (found_inf.to(finite.device) == 0)
-    assents = [~part.decision.skip for part in parts if part.decision.skip is not None]
+        sound.append(_known(found_inf) == 0)
+    finite = _all(sound)
+    skips = [report.decision.skip for report in reports]
+    assents = [_not(_known(skip)) for skip in skips if skip is not None]
     if not tolerant:
         assents.append(finite)
-    empty = window is not None and window.is_empty()
-    if isinstance(empty, Tensor):
-        assents.append(~empty.to(finite.device))
-    elif empty:
-        return finite, False
-    return finite, _all(assents) if assents else True
+    if window is not None:
+        assents.append(_not(_known(window.is_empty())))
+    return finite, _all(assents)
 
 
-def _all(flags: Sequence[Tensor]) -> Tensor:
-    """[] bool: every one of the [] bools."""
-    return flags[0] if len(flags) == 1 else torch.stack(list(flags)).all()
+def _known(value: Tensor | bool) -> Tensor | bool | float:
+    """A number that the host may look at; on an accelerator the tensor."""
+    if isinstance(value, Tensor) and value.device.type == "cpu":
+        return value.item()
+    return value
 
 
-def carry_out(optimizer: Optimizer, parts: Sequence[Part], prescale: Tensor | float) -> Tensor | None:
+def _not(flag: Tensor | bool | float) -> Tensor | bool:
+    return ~flag if isinstance(flag, Tensor) else not flag
+
+
+def _all(flags: Sequence[Tensor | bool]) -> Tensor | bool:
+    """Whether every one of the flags is set: known to the host if one of them is not, or all are the host's."""
+    pending = [flag for flag in flags if isinstance(flag, Tensor)]
+    if not pending or not all(flag for flag in flags if not isinstance(flag, Tensor)):
+        return not pending and all(flags)
+    device = next((flag.device for flag in pending if flag.device.type != "cpu"), pending[0].device)
+    return pending[0] if len(pending) == 1 else torch.stack([flag.to(device) for flag in pending]).all()
+
+
+def carry_out(
+    optimizer: Optimizer, roster: Roster, reports: Sequence[SelectionReport], prescale: Tensor | float
+) -> Tensor | None:
     """Apply the decisions; returns the scale where one was folded into the optimizer's kernel, to be set on it."""
-    filled = [part for part in parts if any(p.grad is not None for p in part.selection.parameters)]
-    for part in filled:
-        decision, measured = part.here
+    filled = [
+        i for i, part in enumerate(roster.parts) if any(p.grad is not None for p in part.selection.parameters)
+    ]
+    for i in filled:
+        part, decision, measured = roster.parts[i], reports[i].decision, reports[i].measured
+        local = roster.local(i)
+        if local is not None:
+            decision, measured = local.decision(decision), local.measured(measured)
         plain = decision.unit_coefficients is None and decision.clamp is None
-        factor = factors(decision, prescale) if plain and len(filled) == 1 else None
-        if isinstance(factor, float):
-            factor = measured.total.new_full((), factor)
-        if factor is not None and factor.dim() == 0:
-            if factor.device.type == "cpu" and float(factor) == 1.0:
+        if plain and len(filled) == 1:
+            factor = factors(decision, prescale)
+            if isinstance(factor, Tensor) and factor.dim() == 0 and factor.device.type == "cpu":
+                factor = factor.item()
+            if factor == 1.0 if isinstance(factor, float) else False:
                 return None
-            if can_fold(optimizer, part.selection.parameters):
-                return kernel_scale(factor)
-        unit_dim = None if part.policy is None else part.policy.needs.unit_dim
+            if not (isinstance(factor, Tensor) and factor.dim()) and can_fold(
+                optimizer, part.selection.parameters
+            ):
+                return kernel_scale(factor, roster.device)
+        unit_dim = None if part.policy is None else part.needs.unit_dim
         apply(part.selection.parameters, decision, measured, prescale=prescale, unit_dim=unit_dim)
     return None
 
 
-def committed(parts: Sequence[Part], old: Mapping[str, State], commit: Tensor | bool) -> dict[str, State]:
+def committed(
+    parts: Sequence[Part],
+    reports: Sequence[SelectionReport],
+    after: Sequence[State],
+    old: Mapping[str, State],
+    commit: Tensor | bool,
+) -> dict[str, State]:
     """The policies' states after the step: the new ones where ``commit`` holds."""
     result = dict(old)
-    for part in parts:
-        label, measured = part.selection.label, part.measured
-        if part.policy is None or commit is False or not measured.names:
+    if commit is False:
+        return result
+    for part, report, new in zip(parts, reports, after, strict=True):
+        if part.policy is None or not report.measured.names:
             continue
         if isinstance(commit, Tensor):
-            before = old.get(label) or part.policy.init(measured)
-            result[label] = {k: torch.where(commit, value, before[k]) for k, value in part.state.items()}
+            before = old.get(part.label) or part.policy.init(report.measured)
+            result[part.label] = {key: torch.where(commit, new[key], before[key]) for key in new}
         else:
-            result[label] = part.state
+            result[part.label] = new
     return result
 
 
-def check_state(
-    state: Mapping[str, Any],
-    *,
-    version: int,
-    policies: Mapping[str, str],
-    parameters: Mapping[str, int],
-    states: Mapping[str, State],
-) -> None:
-    """Raise `CheckpointError` unless a guard's saved state belongs to these policies and numbers of parameters.
-
-    A policy that remembers nothing may be another one than before: with a lower bound, for instance.
-    """
-    if state.get("version") != version:
-        raise CheckpointError(f"state has version {state.get('version')!r}; this gradkeel reads {version}")
-    remembering = [
-        label for label in {**state["states"], **states} if state["states"].get(label) or states.get(label)
-    ]
-    if any(state["policies"].get(label) != policies.get(label) for label in remembering):
-        raise CheckpointError(
-            f"state belongs to the policies {state['policies']}, but this guard has {policies}; attach with the same "
-            "policies and groups, or do not load it, so that statistics begin anew"
-        )
-    if state["parameters"] != parameters:
-        raise CheckpointError(
-            f"state belongs to so many parameters: {state['parameters']}, but this guard has {parameters}; attach to "
-            "the same parameters with the same exclude"
-        )
-
-
-def _norm_while_untouched(
+def _norm_while_unchanged(
     parameters: Sequence[Tensor], measured: GradientNorms
 ) -> Callable[[], Tensor | None]:
     """Measures the gradients when called, or returns None once one of them is gone or was changed."""
-    seen = [(TensorWeakRef(p.grad), p.grad._version) for p in parameters if p.grad is not None]
+    seen = [Seen(p.grad) for p in parameters if p.grad is not None]
 
     def norm() -> Tensor | None:
-        gradients = [(reference(), version) for reference, version in seen]
-        untouched = [g for g, version in gradients if g is not None and g._version == version]
-        if len(untouched) != len(seen):
+        unchanged = [gradient for one in seen if (gradient := one.unchanged()) is not None]
+        if len(unchanged) != len(seen):
             return None
-        return measure_total(untouched, measured.norm_type, measured.norms.device)
+        return measure_total(unchanged, measured.norm_type, measured.norms.device)
 
     return norm

@@ -21,6 +21,7 @@ class Readings:
         present: which of the parameters have a gradient.
         norms, units, peaks: as in `gradkeel.norms.GradientNorms`; n parameters, u units.
         weights, unit_weights: of the parameters themselves, where asked for.
+        total: norm of all of them together, where the host knows it already.
     """
 
     present: tuple[bool, ...]
@@ -29,6 +30,7 @@ class Readings:
     peaks: Tensor | None = None
     weights: Tensor | None = None
     unit_weights: Tensor | None = None
+    total: float | None = None
 
 
 class Members(Protocol):
@@ -123,6 +125,7 @@ def readings(selection: Selection, needs: Needs, device: torch.device) -> Readin
         peaks=None if reading.peaks is None else _spread(reading.peaks, present),
         weights=weights.norms if needs.weights else None,
         unit_weights=weights.units,
+        total=reading.total,
     )
 
 
@@ -133,16 +136,25 @@ def true_norms(
     if not blank.names:
         return replace(blank, step=step, loss=loss)
     norms = _times(found.norms, prescale)
-    return replace(
-        blank,
-        step=step,
-        loss=loss,
+    if found.total is not None and isinstance(prescale, float):
+        total = torch.scalar_tensor(found.total * prescale, dtype=norms.dtype)
+    else:
+        total = whole_norm(norms, blank.norm_type)
+    return GradientNorms(
+        names=blank.names,
         norms=norms,
-        total=whole_norm(norms, blank.norm_type),
-        units=None if found.units is None else _times(found.units, prescale),
-        peaks=None if found.peaks is None else _times(found.peaks, prescale),
+        total=total,
+        norm_type=blank.norm_type,
+        groups=blank.groups,
+        step=step,
+        sizes=blank.sizes,
         weights=found.weights,
+        units=None if found.units is None else _times(found.units, prescale),
         unit_weights=found.unit_weights,
+        unit_counts=blank.unit_counts,
+        unit_sizes=blank.unit_sizes,
+        peaks=None if found.peaks is None else _times(found.peaks, prescale),
+        loss=loss,
     )
 
 

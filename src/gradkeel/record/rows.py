@@ -7,12 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gradkeel.guard.report import SelectionReport, StepReport
+from gradkeel.guard.report import SelectionReport, SkipReason, StepReport, nonfinite_words
 from gradkeel.norms import combine
 from gradkeel.record.schema import CLIPPED, NONFINITE, SCALAR_PREFIX, STEPPED
-
-ASKED = "the policy asked to skip this step"
-"""Why a step was skipped whose gradients were sound."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +78,7 @@ class Rows:
         steps: their numbers, ascending.
         series: by the names in ``schema.SERIES`` (and ``scalar:...``), one row a step; columns are the selections'
             parameters, one selection after the other.
-        skips: number and reason of the skipped ones.
+        skips: number, reason and words of the skipped ones.
         samples: number and sample of those whose weights were measured.
     """
 
@@ -89,7 +86,7 @@ class Rows:
     selections: tuple[SelectionReport, ...]
     steps: list[int]
     series: dict[str, Tensor]
-    skips: list[tuple[int, str]]
+    skips: list[tuple[int, SkipReason, str]]
     samples: list[tuple[int, Sample]]
 
     @property
@@ -125,10 +122,10 @@ def keep(report: StepReport, time: float, scalars: dict[str, Tensor | float], sa
         time=time,
         scalars={name: _own(value, like) for name, value in scalars.items()},
         coefficients=tuple(
-            s.decision.coefficients if s.decision.unit_coefficients is None else s.parameter_coefficients()
+            s.decision.coefficients if s.decision.unit_coefficients is None else s.outcome.coefficients()
             for s in report.selections
         ),
-        clipped=main.was_clipped() if main.decision.clamp is not None else None,
+        clipped=main.outcome.is_clipped() if main.decision.clamp is not None else None,
         clipped_total=None if direct else main.clipped_total(),
         sample=sample,
     )
@@ -194,7 +191,7 @@ class Batch:
             steps=[report.step for report in reports],
             series=series,
             skips=[
-                (report.step, _reason(report, norms))
+                _skip(report, norms)
                 for report, norms, made in zip(reports, series["norms"], stepped, strict=True)
                 if not made
             ],
@@ -208,7 +205,7 @@ def _stack(kept: Sequence[Kept]) -> dict[str, Tensor]:
     unknown = main[0].measured.norms.new_full((), math.nan)
     series = {
         "total": torch.stack([s.measured.total for s in main]),
-        "bound": torch.stack([_or(s.bound(), unknown) for s in main]),
+        "bound": torch.stack([_or(s.outcome.bound(), unknown) for s in main]),
         "stepped": _scalars([_number(row.report.stepped_or_pending) for row in kept], unknown),
     }
     columns = range(len(kept[0].report.selections))
@@ -288,13 +285,12 @@ def _derive(series: dict[str, Tensor], main: SelectionReport) -> None:
     series["verdict"] = verdict.to(torch.uint8)
 
 
-def _reason(report: StepReport, norms: Tensor) -> str:
-    """Why a step was skipped, from numbers that are on the host already."""
-    if report._reason is not None:
-        return report._reason
-    names = [name for s in report.selections for name in s.measured.names]
-    for name, norm in zip(names, norms.tolist(), strict=True):
+def _skip(report: StepReport, norms: Tensor) -> tuple[int, SkipReason, str]:
+    """A skipped step's number, reason and words, from norms that are on the host already."""
+    place, columns = None, [(s, name) for s in report.selections for name in s.measured.names]
+    for (selection, name), norm in zip(columns, norms.tolist(), strict=True):
         if not math.isfinite(norm):
-            kind = "NaN" if math.isnan(norm) else "inf"
-            return f"step {report.step}: the gradient of {name!r} is not finite ({kind})"
-    return ASKED
+            place = nonfinite_words(report.step, name, norm, selection.place_of(name))
+            break
+    why = report.why or (SkipReason.POLICY if place is None else SkipReason.NONFINITE)
+    return report.step, why, why.words(report.step, place)
