@@ -28,7 +28,7 @@ from gradkeel.prescale import LossScale, put_back, set_attribute, take_loss_scal
 from gradkeel.roster import Roster
 from gradkeel.selection import Exclude
 from gradkeel.skips import SkipWatch
-from gradkeel.step_report import Recorder, StepReport, nonfinite_words
+from gradkeel.step_report import ASKED, Recorder, StepReport, nonfinite_words
 
 NonFinite = Literal["skip", "raise", "keep"]
 _VERSION = 1
@@ -195,10 +195,8 @@ class Guard:
         tolerant = self.nonfinite == "keep" and not self._loss_scale.present
         finite, may_step = judge(parts, measured.found_inf, self.window, tolerant=tolerant)
         here = measured.has_gradients
-        can_wait = self.nonfinite == "skip" and can_skip_on_device(
-            self.optimizer, self.device, self.parameters
-        )
-        if here and can_wait and isinstance(may_step, Tensor):
+        waits = self.nonfinite == "skip" and can_skip_on_device(self.optimizer, self.device, self.parameters)
+        if here and waits and isinstance(may_step, Tensor):
             self._carry_out(parts, factor)
             self._set_attribute("found_inf", (~may_step).float())
             self._stage(parts, factor, commit=finite, stepped=may_step)
@@ -232,6 +230,8 @@ class Guard:
         reason = None if any_gradient else "no parameter has a gradient"
         if self.window is not None and bool(self.window.is_empty()):
             reason = "the window's weight is zero"
+        elif any_gradient and not is_finite and self.nonfinite == "keep" and not self._loss_scale.present:
+            reason = ASKED  # "keep" would have made the step
         elif any_gradient and not is_finite:
             reason = nonfinite_words(self._report(undone, factor), is_scaled=self._loss_scale.present)
             if not self._loss_scale.present:

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from gradkeel.norms import Decision, GradientNorms, combine
 
+ASKED = "the policy asked to skip this step"
+"""Why a step was skipped that nothing else forbade."""
+
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class SelectionReport:
@@ -195,7 +198,7 @@ class StepReport:
         """Why the step was skipped, with the parameter's name; None where it was made."""
         if self.stepped:
             return None
-        return self._reason or self.nonfinite_reason() or "the policy asked to skip this step"
+        return self._reason or self.nonfinite_reason() or ASKED
 
     def nonfinite_reason(self) -> str | None:
         """The first parameter whose gradient is not finite, in words; None where all are finite."""

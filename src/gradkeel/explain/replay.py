@@ -16,7 +16,7 @@ from gradkeel.errors import RecordError
 from gradkeel.norms import Decision, GradientNorms, Needs, State, combine
 from gradkeel.policies import Policy, parse
 from gradkeel.record import Reader
-from gradkeel.record.rows import ASKED
+from gradkeel.step_report import ASKED
 
 _NOT_COMMITTED = ("no parameter has a gradient", "the window's weight is zero", "the loss scale overflowed")
 _CHUNK = 1024

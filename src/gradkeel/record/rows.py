@@ -9,10 +9,7 @@ from torch import Tensor
 
 from gradkeel.norms import combine
 from gradkeel.record.schema import CLIPPED, NONFINITE, SCALAR_PREFIX, STEPPED
-from gradkeel.step_report import SelectionReport, StepReport
-
-ASKED = "the policy asked to skip this step"
-"""Why a step was skipped whose gradients were sound."""
+from gradkeel.step_report import ASKED, SelectionReport, StepReport
 
 
 @dataclass(frozen=True, slots=True)
