@@ -350,13 +350,10 @@ def test_a_changed_clip_is_recorded_from_that_step_on(model, tmp_path):
     groups = [{"params": model.norm.parameters()}, {"params": model.head.parameters(), "clip": "norm:0.5"}]
     optimizer = torch.optim.SGD(groups, lr=0.0)
     guard = gk.attach(optimizer, "global-norm:1.0", model=model, record=tmp_path / "run.keel")
-    for clip in ("norm:0.5", "norm:0.5", "global-norm:0.25", None):
+    for clip in ("norm:0.5", "norm:0.5", "global-norm:0.25", None, "norm:0.2", "norm:0.1"):
         optimizer.param_groups[1]["clip"] = clip
         gradients_of(BIG, *model.norm.parameters(), *model.head.parameters())
         optimizer.step()
-    optimizer.param_groups[1]["clip"] = "norm:0.1"
-    gradients_of(BIG, *model.norm.parameters(), *model.head.parameters())
-    optimizer.step()
     guard.detach()
     with Reader(tmp_path / "run.keel") as run:
         assert run.names == ("norm.weight", "norm.bias", "head.weight", "head.bias")
@@ -365,17 +362,18 @@ def test_a_changed_clip_is_recorded_from_that_step_on(model, tmp_path):
         assert [p.policy for p in run.parameters][2:] == [repr(gk.ClipByNorm(0.1))] * 2
         assert run.main.tolist() == [True, True, False, False]
         coefficients = run.parameter_coefficients()
-        assert run.norms().tolist() == [pytest.approx([BIG * n**0.5 for n in (2, 2, 4, 2)], rel=1e-6)] * 5
-        assert run.coefficients().tolist() == pytest.approx([1 / (2 * BIG)] * 5, rel=1e-6)
+        assert run.norms().tolist() == [pytest.approx([BIG * n**0.5 for n in (2, 2, 4, 2)], rel=1e-6)] * 6
+        assert run.coefficients().tolist() == pytest.approx([1 / (2 * BIG)] * 6, rel=1e-6)
     # Four weights and two biases of the head, each of BIG.
     tensors, together = (BIG * 2, BIG * 2**0.5), BIG * 6**0.5
     wanted = [[0.5 / n for n in tensors]] * 2 + [
         [0.25 / together] * 2,
         [1.0, 1.0],
+        [0.2 / n for n in tensors],
         [0.1 / n for n in tensors],
     ]
     assert coefficients[:, 2:].tolist() == [pytest.approx(row, rel=1e-6) for row in wanted]
-    assert coefficients[:, :2].tolist() == [pytest.approx([1 / (2 * BIG)] * 2, rel=1e-6)] * 5
+    assert coefficients[:, :2].tolist() == [pytest.approx([1 / (2 * BIG)] * 2, rel=1e-6)] * 6
 
 
 # -- the optimizer changes ------------------------------------------------------------------------------------
