@@ -339,3 +339,5 @@ class Accumulator:
             assert self._wide is not None
             self._wide.sums[by_name[name]] = total.to(by_name[name].device).clone()
         self._watch.note()
+        if self._open.is_complete:
+            self._complete()  # which tells the guard the window's loss
