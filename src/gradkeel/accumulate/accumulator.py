@@ -196,6 +196,8 @@ class Accumulator:
             raise WindowError(
                 "a new window would add to the last one's gradients: call optimizer.zero_grad() after optimizer.step()"
             )
+        else:
+            self.guard.connect()  # to the parameters of a group that was added after the last window
 
     def _check_unbroken(self) -> None:
         if self._open.broken is not None:
