@@ -160,6 +160,8 @@ class Accumulator:
             self._wide.sums.clear()
         if self._noise is not None:
             self._noise.drop()
+        if self._open.has_logged:
+            self.guard.logged.pop("loss", None)
         self._watch.forget()
         self._open = OpenWindow()
 
@@ -243,6 +245,7 @@ class Accumulator:
             self._last_loss = loss
             if "loss" not in self.guard.logged:
                 self.guard.log(loss=loss)
+                self._open.has_logged = True
 
     # ---- the guard's side (norms.Window) -----------------------------------------------------------------------
 
