@@ -343,6 +343,8 @@ class Accumulator:
         for name, total in state["sums"].items():
             assert self._wide is not None
             self._wide.sums[by_name[name]] = total.to(by_name[name].device).clone()
+        if self._noise is not None:
+            self._noise.note(self._open.weight, self._divisor or 1.0, state["sums"].values())
         self._watch.note()
         if self._open.is_complete:
             self._complete()  # which tells the guard the window's loss
