@@ -157,3 +157,14 @@ def test_a_float16_model_needs_no_other_rank_to_choose_its_divisor(model):
             micro.backward(model(torch.full((2,), micro.batch * 16, dtype=torch.float16)), weight=16)
     optimizer.step()
     assert moved(model) == [3072.0] * 2
+
+
+def test_wide_sums_are_rounded_for_the_exchange_only(model):
+    """256 + 1 + 1 = 258, but in bfloat16 256 + 1 = 256."""
+    model.bfloat16()
+    optimizer, accumulate = make(model, steps=4, accumulate_dtype=torch.float32)
+    for micro in accumulate([256.0, 1.0, 1.0, 0.0]):
+        with micro:
+            micro.backward(model(torch.full((2,), micro.batch, dtype=torch.bfloat16)), weight=0.25)
+    optimizer.step()
+    assert moved(model) == [258.0] * 2
