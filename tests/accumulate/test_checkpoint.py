@@ -206,3 +206,12 @@ def test_loading_discards_the_window_that_was_open():
     loop.accumulate.load_state_dict(Loop().accumulate.state_dict())
     loop.run(MICROS)
     assert loop.moved == [1.5, 1.5]
+
+
+def test_a_resumed_window_is_watched():
+    killed = Loop(3)
+    killed.leave_open(MICROS)
+    loop = resumed(killed.accumulate.state_dict(), steps=3)
+    loop.optimizer.zero_grad()
+    with pytest.raises(gk.WindowError, match="cleared in the middle"), next(loop.accumulate(MICROS)):
+        pass

@@ -48,7 +48,6 @@ class OpenWindow:
             is_open=count > 0,
             is_complete=bool(state["is_complete"]),
             weight=weight,
-            total=weight,
             loss=state["loss"],
             weighs=state["weighs"],
         )
