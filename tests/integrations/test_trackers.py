@@ -15,7 +15,7 @@ from gradkeel.record import Reader, Recorder
 STEPS = 120
 
 
-def train(recorder):
+def train(recorder, at_the_end=None):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -28,6 +28,8 @@ def train(recorder):
         optimizer.step()
         optimizer.zero_grad()
         norms.append(guard.report.norm)
+    if at_the_end is not None:
+        at_the_end()
     guard.detach()
     return norms
 
@@ -96,8 +98,12 @@ def test_a_slow_tracker_catches_up(tmp_path):
     recorder = Recorder(
         tmp_path / "run.keel", sinks=[TensorBoard(writer, parameters_every=60)], flush_seconds=0.0
     )
-    threading.Timer(0.5, lambda: (made.append(len(writer.scalars)), go.set())).start()
-    norms = train(recorder)  # returns when all is told
+
+    def trained():
+        made.append(len(writer.scalars))
+        threading.Timer(0.5, go.set).start()
+
+    norms = train(recorder, trained)  # returns when all is told
     assert made == [0]
     shown = [(step, value) for tag, step, value, _ in writer.scalars if tag == "gradkeel/norm"]
     assert shown == list(zip(range(1, STEPS + 1), norms, strict=True))
