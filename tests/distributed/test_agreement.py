@@ -120,30 +120,49 @@ def test_an_excluded_gradient_stops_all_ranks(ranks):
         assert "'b' is not finite (NaN) on rank 1" in reason
 
 
-def scaled(rank, value, is_sharded):
-    parameter = torch.nn.Parameter(sharded(WEIGHT) if is_sharded else WEIGHT.clone())
-    arguments = {} if is_sharded else {"shard_over": {"w": distributed.group.WORLD}}
+def scaled(rank, value):
+    parameter = torch.nn.Parameter(sharded(WEIGHT))
     optimizer = torch.optim.AdamW([("w", parameter)], lr=1.0)
-    guard = gk.attach(optimizer, gk.ClipByGlobalNorm(1.0), **arguments)
+    guard = gk.attach(optimizer, gk.ClipByGlobalNorm(1.0))
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     scaler.scale(torch.ones(()))  # makes the scaler create its state
-    gradient = WEIGHT * 1024.0 * (torch.tensor([[1.0], [value]]) if is_sharded or rank == 1 else 1.0)
-    parameter.grad = sharded(gradient) if is_sharded else gradient
+    parameter.grad = sharded(WEIGHT * 1024.0 * torch.tensor([[1.0], [value]]))
     scaler.step(optimizer)
     scaler.update()
     return guard.report.stepped, guard.report.norm, scaler.get_scale()
 
 
 def test_a_loss_scaler_backs_off_on_every_rank(ranks):
-    assert [(stepped, scale) for stepped, _, scale in ranks(2, scaled, math.inf, True)] == [
-        (False, 512.0)
-    ] * 2
-    for stepped, norm, scale in ranks(2, scaled, 1.0, True):
+    assert [(stepped, scale) for stepped, _, scale in ranks(2, scaled, math.inf)] == [(False, 512.0)] * 2
+    for stepped, norm, scale in ranks(2, scaled, 1.0):
         assert (stepped, norm, scale) == (True, pytest.approx(13.0), 1024.0)
 
 
-def test_what_one_ranks_scaler_saw_stops_all(ranks):
-    assert [stepped for stepped, _, _ in ranks(2, scaled, math.inf, False)] == [False, False]
+def repaired(rank, bad, is_sharded):
+    """One rank's gradient is not finite when the scaler looks at it, and is mended before the step."""
+    parameter = torch.nn.Parameter(sharded(WEIGHT) if is_sharded else WEIGHT.clone())
+    arguments = {} if is_sharded else {"shard_over": {"w": distributed.group.WORLD}}
+    optimizer = torch.optim.AdamW([("w", parameter)], lr=1.0)
+    guard = gk.attach(optimizer, gk.ClipByGlobalNorm(1.0), **arguments)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.ones(()))  # makes the scaler create its state
+    parameter.grad = sharded(WEIGHT * 1024.0) if is_sharded else WEIGHT * 1024.0
+    held = parameter.grad.to_local() if is_sharded else parameter.grad
+    if rank == bad:
+        held[0, 0] = math.inf
+    scaler.unscale_(optimizer)
+    held.nan_to_num_(posinf=0.0)
+    scaler.step(optimizer)
+    whole = parameter.detach().full_tensor() if is_sharded else parameter.detach()
+    return guard.report.stepped, math.isfinite(guard.report.norm), torch.equal(whole, WEIGHT)
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+@pytest.mark.parametrize("bad", [0, 1])
+def test_what_one_ranks_scaler_saw_stops_all(ranks, bad, is_sharded):
+    # No norm tells of it any more, so it is the scaler's verdict that must travel.
+    assert ranks(2, repaired, bad, is_sharded) == [(False, True, True)] * 2
+    assert ranks(2, repaired, None, is_sharded) == [(True, True, False)] * 2
 
 
 # ---- gradients that are not everywhere -----------------------------------------------------------------------------

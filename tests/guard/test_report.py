@@ -152,6 +152,52 @@ def test_unit_clips_know_the_norm_after():
     assert guard.report.coefficient == pytest.approx(0.01 * 2**0.5 / 5, rel=1e-6)
 
 
+@pytest.mark.parametrize("policy", ["global-norm:1.0", "norm:1.0", "value:1.0", "agc:0.01", "smooth:1.0"])
+def test_what_is_excluded_keeps_the_coefficient_one_under_a_clip(policy):
+    parameters = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(3))]
+    guard = gk.attach(torch.optim.SGD(parameters, lr=0.1), policy, exclude=parameters[1:])
+    give(guard, [30.0, 40.0], [[30.0, 40.0], [0.0, 0.0]], [0.0, 0.0, 60.0])
+    guard.optimizer.step()
+    main, excluded = guard.report.selections
+    assert main.clipped
+    assert excluded.coefficients == {"1": 1.0, "2": 1.0}
+    assert (excluded.coefficient, excluded.clipped, excluded.outcome.bound()) == (1.0, False, None)
+    assert excluded.norm == excluded.clipped_norm == pytest.approx(math.hypot(50.0, 60.0), rel=1e-12)
+    assert parameters[1].grad.tolist() == [[30.0, 40.0], [0.0, 0.0]]
+    assert set(main.coefficients) == {"0"}
+
+
+def test_the_smallest_coefficient_stands_for_units_and_tensors_together():
+    """Under a chain both kinds multiply; the report names the product for each parameter."""
+    parameters = [nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))]
+    guard = gk.attach(torch.optim.SGD(parameters, lr=0.1), "agc:1.0+norm:0.5")
+    give(guard, [[3.0, 4.0], [0.6, 0.8]], [0.0, 0.25])
+    guard.optimizer.step()
+    (main, _) = guard.report.selections
+    unit = math.sqrt(2) / 5  # weights (1, 1) against a gradient of norm 5; the other row is below its bound
+    tensor = 0.5 / math.sqrt(2 + 1)
+    assert main.coefficients == {"0": pytest.approx(unit * tensor, rel=1e-6), "1": 1.0}
+    assert main.coefficient == pytest.approx(unit * tensor, rel=1e-6)
+    assert main.clipped_norm == pytest.approx(math.hypot(0.5, 0.25), rel=1e-6)
+    assert main.outcome.bound().item() == 0.5
+    assert repr(main).startswith("main: Chain(")
+    assert repr(main).endswith(f"norm {main.norm:.6g}, coefficient {main.coefficient:.6g}, 2 parameters")
+
+
+@pytest.mark.parametrize(("policy", "bound"), [("value:-0.5,1", 1.0), ("norm:2.0", 2.0), ("none", None)])
+def test_the_bound_that_was_in_force_is_told(policy, bound):
+    (main, excluded) = guarded(policy, [3.0, 4.0]).report.selections
+    assert main.outcome.bound() == bound
+    assert excluded.outcome.bound() is None
+
+
+def test_growth_is_no_clip():
+    report = guarded("normalize:10.0", [3.0, 4.0]).report
+    assert (report.clipped, report.coefficient) == (False, 2.0)
+    assert report.clipped_norm == pytest.approx(10.0, rel=1e-12)
+    assert repr(report) == "StepReport(step 1, 2-norm 5, coefficient 2, not clipped, stepped)"
+
+
 # -- lazily --------------------------------------------------------------------------------------------------------
 
 

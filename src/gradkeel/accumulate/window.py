@@ -25,6 +25,7 @@ class OpenWindow:
         total: of all ranks', once the window is complete.
         loss: [] sum of the losses of this rank; None where nobody told any.
         weighs: whether the micro-batches have weights of their own; None before the first.
+        has_logged: whether the guard has been told the mean loss, for the step.
     """
 
     count: int = 0
@@ -36,6 +37,7 @@ class OpenWindow:
     total: Tensor | float = 0.0
     loss: Tensor | None = None
     weighs: bool | None = None
+    has_logged: bool = False
 
     @classmethod
     def loaded(cls, state: Mapping[str, Any]) -> "OpenWindow":
@@ -46,7 +48,6 @@ class OpenWindow:
             is_open=count > 0,
             is_complete=bool(state["is_complete"]),
             weight=weight,
-            total=weight,
             loss=state["loss"],
             weighs=state["weighs"],
         )

@@ -92,7 +92,7 @@ def replay(reader: Reader, policy: Policy | str, *, exclude: Sequence[str] = ())
     columns = _columns(reader, exclude)
     same_columns = columns == reader.main.nonzero().flatten().tolist()
     if chosen is not None:
-        _check(reader, chosen, name)
+        _check(reader, chosen, name, columns)
     rows = [_row(d, n) for d, n in _decisions(reader, chosen, columns, live_totals=same_columns)]
     table = torch.tensor(rows, dtype=torch.float64).reshape(-1, 6)
     live, stepped = reader.coefficients(), reader.stepped()
@@ -130,7 +130,7 @@ def _columns(reader: Reader, exclude: Sequence[str]) -> list[int]:
     ]
 
 
-def _check(reader: Reader, policy: Policy, name: str) -> None:
+def _check(reader: Reader, policy: Policy, name: str, columns: list[int]) -> None:
     """Refuse a policy that looks at something that was not recorded."""
     needs = policy.needs
     if needs.norm_type != reader.norm_type:
@@ -144,7 +144,9 @@ def _check(reader: Reader, policy: Policy, name: str) -> None:
             "large as the model has rows, at each step); train with it instead, as with gradkeel compare"
         )
     for wanted, series in ((needs.weights, "weights"), (needs.peaks, "peaks")):
-        if wanted and bool(reader.series(series).isnan().any()):
+        # Beside a norm that is not finite, NaN may have been measured.
+        measured = torch.isfinite(reader.norms()[:, columns])
+        if wanted and bool(reader.series(series)[:, columns][measured].isnan().any()):
             what = (
                 "each parameter's weight norm"
                 if series == "weights"
@@ -180,12 +182,8 @@ def _skipped_anyway(reader: Reader) -> Tensor:
 
 def _committed(reader: Reader) -> Tensor:
     """[k] bool: steps after which the guard keeps the policies' new state."""
-    keeps = reader.session.nonfinite == "keep"
-    committed = ~reader.nonfinite() | (
-        reader.stepped() if keeps else torch.zeros(len(reader), dtype=torch.bool)
-    )
     unreal = [step for step, why in reader.skip_reasons().items() if why in _NOT_COMMITTED]
-    return committed & ~torch.isin(reader.steps(), torch.tensor(unreal, dtype=torch.int64))
+    return ~reader.nonfinite() & ~torch.isin(reader.steps(), torch.tensor(unreal, dtype=torch.int64))
 
 
 def _steps(

@@ -146,8 +146,8 @@ class Guard:
             self._scalars[name] = value.detach() if isinstance(value, Tensor) else float(value)
 
     @property
-    def logged(self) -> Mapping[str, Tensor | float]:
-        """What `log` was told for the coming step."""
+    def logged(self) -> dict[str, Tensor | float]:
+        """What `log` was told for the coming step; what is taken out of it counts as never told."""
         return self._scalars
 
     def _begin(self) -> None:

@@ -67,6 +67,8 @@ class SelectionReport:
         measured: the norms of the true gradients, before clipping.
         decision: what was applied; empty where the step was skipped.
         present: which of the parameters had a gradient.
+        remeasure: measures the norm after a clamp; None from it once the gradients are gone or changed.
+        locate: on which rank the gradient of the parameter of an index is not finite, in words.
     """
 
     label: str
@@ -74,8 +76,8 @@ class SelectionReport:
     measured: GradientNorms
     decision: Decision
     present: tuple[bool, ...]
-    _remeasure: Callable[[], Tensor | None] | None = None
-    _place_of: Callable[[int], str] | None = None
+    remeasure: Callable[[], Tensor | None] | None = None
+    locate: Callable[[int], str] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles hold what was measured, and cannot measure again."""
@@ -103,7 +105,7 @@ class SelectionReport:
 
     def place_of(self, name: str) -> str:
         """On which rank the gradient of a parameter is not finite, in words; empty where there are no ranks."""
-        return "" if self._place_of is None else self._place_of(self.measured.names.index(name))
+        return "" if self.locate is None else self.locate(self.measured.names.index(name))
 
     @property
     def coefficient(self) -> float:
@@ -135,7 +137,7 @@ class SelectionReport:
         """[] the same as a tensor; does not sync the host. Under the value scope it is measured now, clipped or not."""
         if self.decision.clamp is None:
             return self.outcome.total()
-        return None if self._remeasure is None else self._remeasure()
+        return None if self.remeasure is None else self.remeasure()
 
     def __repr__(self) -> str:
         """One line."""

@@ -92,12 +92,9 @@ def decide_all(
         if part.policy is not None and norms.names:
             before = states.get(part.label)
             decision, state = part.policy.decide(norms, part.policy.init(norms) if before is None else before)
-        again = None
-        if decision.clamp is not None and roster.local(i) is None:  # elsewhere it would be another collective
-            again = _norm_while_unchanged(part.selection.parameters, norms)
         place_of = None if measured.agreed is None else partial(_place_of, roster, measured.agreed, i)
         reports.append(
-            SelectionReport(part.label, part.shown, norms, decision, measured.present[i], again, place_of)
+            SelectionReport(part.label, part.shown, norms, decision, measured.present[i], None, place_of)
         )
         after.append(state)
     return reports, after
@@ -123,20 +120,20 @@ def judge(
     """
     # A norm is never below zero, so that only NaN and inf are not below inf.
     totals = [report.measured.total for report in reports if report.measured.names]
-    sound = [_known(total) < math.inf for total in totals]
+    sound = [known(total) < math.inf for total in totals]
     if found_inf is not None:
-        sound.append(_known(found_inf) == 0)
+        sound.append(known(found_inf) == 0)
     finite = _all(sound)
     skips = [report.decision.skip for report in reports]
-    assents = [_not(_known(skip)) for skip in skips if skip is not None]
+    assents = [_not(known(skip)) for skip in skips if skip is not None]
     if not tolerant:
         assents.append(finite)
     if window is not None:
-        assents.append(_not(_known(window.is_empty())))
+        assents.append(_not(known(window.is_empty())))
     return finite, _all(assents)
 
 
-def _known(value: Tensor | bool) -> Tensor | bool | float:
+def known(value: Tensor | bool) -> Tensor | bool | float:
     """A number that the host may look at; on an accelerator the tensor."""
     if isinstance(value, Tensor) and value.device.type == "cpu":
         return value.item()
@@ -181,6 +178,8 @@ def carry_out(
                 return kernel_scale(factor, roster.device)
         unit_dim = None if part.policy is None else part.needs.unit_dim
         apply(part.selection.parameters, decision, measured, prescale=prescale, unit_dim=unit_dim)
+        if decision.clamp is not None and local is None:  # elsewhere it would be another collective
+            reports[i].remeasure = _norm_while_unchanged(part.selection.parameters, measured)
     return None
 
 

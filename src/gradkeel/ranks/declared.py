@@ -225,10 +225,13 @@ class Sharing:
 def _entries(
     selection: Selection, unit_dim: int | None, declared: Mapping[int, Split | str | None], rank: int
 ) -> Iterator[Entry]:
-    """What a rank tells of a selection's parameters; those whose mesh it is not on are left out."""
+    """What a rank tells of a selection's parameters; one whose mesh it is not on is an empty copy of the others'."""
     for name, parameter, group in zip(selection.names, selection.parameters, selection.groups, strict=True):
         piece = _piece(parameter, unit_dim, rank)
-        if piece is not None:
+        if piece is None:  # torch leaves an empty vector here, which is one unit
+            rows = () if unit_dim is None else (0,)
+            yield Entry(name, group, tuple(parameter.shape), None, rows=rows)
+        else:
             yield _entry(name, parameter, group, piece, declared.get(id(parameter)))
 
 

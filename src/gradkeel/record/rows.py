@@ -225,11 +225,14 @@ def _stack(kept: Sequence[Kept]) -> dict[str, Tensor]:
             dim=1,
         )
     if any(row.clipped_total is not None for row in kept):
-        series["clipped_total"] = torch.stack([_or(row.clipped_total, unknown) for row in kept])
+        totals = [row.clipped_total for row in kept]
+        for i, s in enumerate(main):  # a policy may change its form within a batch, as `Warmup` does
+            if totals[i] is None and s.decision.clamp is None:
+                totals[i] = s.clipped_total()
+        series["clipped_total"] = torch.stack([_or(total, unknown) for total in totals])
     if any(row.clipped is not None for row in kept):
-        series["clipped"] = torch.stack(
-            [_or(row.clipped, unknown != unknown).to(unknown.dtype) for row in kept]
-        )
+        never = torch.zeros_like(unknown)
+        series["clipped"] = torch.stack([_or(row.clipped, never).to(never.dtype) for row in kept])
     for name in dict.fromkeys(name for row in kept for name in row.scalars):
         values = [row.scalars.get(name, math.nan) for row in kept]
         series[SCALAR_PREFIX + name] = _scalars(values, unknown)

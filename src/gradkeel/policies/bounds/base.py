@@ -52,7 +52,7 @@ class AdaptiveBound(Bound):
 
     A norm that shifts for good would otherwise be clipped for as long as the statistics remember the old one. So
     after ``patience`` valid norms in a row above the bound, the statistics begin anew with the norm of that step;
-    until they have seen ``warmup`` norms again, the last bound stays in force.
+    until they have seen ``warmup`` norms again, the last bound stays in force, and what is above it does not count.
 
     A subclass says what it keeps (`start`), how a norm enters it (`learn`) and what bound follows (`estimate`). Where
     ``state["seen"]`` is 0 it must take everything else in the state for empty. The norms that it learns from are the
@@ -102,7 +102,9 @@ class AdaptiveBound(Bound):
         """State that has learned this step's norms, after a fresh start where patience has run out."""
         seen, extra = state["seen"], {}
         if self.patience is not None:
-            run = torch.where(cells.norms > bound, state["run"] + 1, 0)
+            # Above the last bound, while new statistics fill, says nothing of these: they would never fill.
+            judged = (cells.norms > bound) & (seen >= self.warmup)
+            run = torch.where(judged, state["run"] + 1, 0)
             seen = torch.where(run >= self.patience, 0, seen)
             extra = {"run": torch.where(run >= self.patience, 0, run), "held": bound}
         learned = self.learn(cells, {**state, "seen": seen}, bound)
