@@ -16,6 +16,16 @@ State = Mapping[str, Tensor]
 """A policy's state: flat, tensors only, on the device of the norms."""
 
 
+def is_on_host(tensor: Tensor) -> bool:
+    """Whether its numbers may be read without waiting: they are on CPU, and nobody traces or watches operations."""
+    return (
+        type(tensor) is Tensor
+        and tensor.is_cpu
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
 def combine(norms: Tensor, norm_type: float) -> Tensor:
     """Norm of a whole from the norms of its parts: ``(sum n_i^p)^(1/p)``, computed relative to the largest part.
 
@@ -32,6 +42,10 @@ def combine(norms: Tensor, norm_type: float) -> Tensor:
         return norms.sum(-1)
     if norm_type < 0:  # a zero part makes the whole zero, so there is nothing to scale by
         return _vector_norm(norms, norm_type)
+    if norms.dim() == 1 and norm_type in (1.0, 2.0) and is_on_host(norms):
+        whole = _vector_norm(norms, norm_type)
+        if 1e-140 < whole.item() < 1e150 and norms.dtype == torch.float64:  # no power has left the range
+            return whole
     largest = norms.amax(-1)
     scale = torch.where((largest > 0) & (largest < math.inf), largest, torch.ones_like(largest))
     return _vector_norm(norms / scale.unsqueeze(-1), norm_type) * scale
@@ -82,7 +96,7 @@ class GradientNorms:
     loss: Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Decision:
     """What a policy wants done to the gradients of its selection; the parts that are None are not wanted.
 

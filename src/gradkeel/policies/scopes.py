@@ -2,13 +2,18 @@
 
 import math
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from gradkeel.norms import Decision, GradientNorms, combine
+from gradkeel.norms import GradientNorms, combine, is_on_host
 from gradkeel.policies.base import Scope
+from gradkeel.policies.numbers import Number, where
+from gradkeel.policies.states import HOST, from_list
+
+# Cells up to this number are decided on one after the other in plain numbers, where the host has them.
+FEW = 8
 
 
 class Cells:
@@ -16,23 +21,37 @@ class Cells:
 
     Attributes:
         norms: [k] gradient norm of each cell.
-        valid: [k] bool: finite and above zero; only such cells enter a bound's statistics.
         total: [] norm of all parameters together.
         step: number of the step, from 1.
+        all_valid: whether the host knows that every cell is valid.
     """
 
-    norms: Tensor
-    valid: Tensor
-    total: Tensor
+    norms: Number
+    total: Number
     step: int
+    all_valid: bool
 
     def __init__(self, measured: GradientNorms, scope: Scope) -> None:
         self._measured = measured
         self._scope = scope
         self.norms = self._gather(measured.norms, measured.units, measured.total)
-        self.valid = (self.norms > 0) & (self.norms < math.inf)
         self.total = measured.total
         self.step = measured.step
+        self.all_valid = _are_valid(self.norms)
+
+    @property
+    def valid(self) -> Number:
+        """[k] bool: finite and above zero; only such cells enter a bound's statistics."""
+        return (self.norms > 0) & (self.norms < math.inf)
+
+    def if_valid(self, yes: Number, no: Number) -> Number:
+        """``yes`` [k, ...] for the valid cells, ``no`` for the others."""
+        if self.all_valid:
+            return yes
+        valid = self.valid
+        if isinstance(yes, Tensor):
+            valid = valid.reshape(valid.shape + (1,) * (yes.dim() - 1))
+        return where(valid, yes, no)
 
     def _gather(self, per_tensor: Tensor, per_unit: Tensor | None, total: Tensor | None = None) -> Tensor:
         if self._scope == "tensor":
@@ -48,51 +67,114 @@ class Cells:
             return per_tensor.new_empty(0)
         return torch.stack([combine(take(per_tensor, rows), p) for rows in members])
 
-    @cached_property
-    def weights(self) -> Tensor:
+    @property
+    def weights(self) -> Number:
         """[k] norm of each cell's weights; measured only for bounds with ``needs_weights``."""
         assert self._measured.weights is not None, "the bound declares needs_weights"
         return self._gather(self._measured.weights, self._measured.unit_weights)
 
-    @cached_property
-    def sizes(self) -> Tensor:
+    @property
+    def sizes(self) -> Number:
         """[k] number of entries of each cell."""
-        measured = self._measured
-        if self._scope == "unit":
-            sizes = expanded(measured.unit_sizes, measured.unit_counts)
-        elif self._scope == "tensor":
-            sizes = measured.sizes
-        elif self._scope == "global":
-            sizes = (sum(measured.sizes),)
-        else:
-            sizes = tuple(sum(measured.sizes[i] for i in rows) for rows in group_members(measured.groups))
-        return _constant(sizes, self.norms.dtype, self.norms.device)
+        return _constant(_sizes(self._measured, self._scope), self.norms.dtype, self.norms.device)
 
-    def spread(self, coefficients: Tensor, bound: Tensor) -> Decision:
-        """Decision that multiplies every parameter by the coefficient of its cell."""
-        bound = bound.expand_as(coefficients)
-        if self._scope == "unit":
-            return Decision(unit_coefficients=coefficients, bound=bound)
-        if self._scope == "tensor":
-            return Decision(coefficients=coefficients, bound=bound)
-        if self._scope == "global":
-            return Decision(coefficients=coefficients.reshape(()), bound=bound.reshape(()))
-        order = {group: i for i, group in enumerate(sorted(set(self._measured.groups)))}
-        rows = tuple(order[group] for group in self._measured.groups)
-        return Decision(coefficients=take(coefficients, rows), bound=take(bound, rows))
+
+class Cell(Cells):
+    """One of the cells in plain numbers, on the host; its attributes are those of `Cells`."""
+
+    def __init__(self, measured: GradientNorms, scope: Scope, place: int, norm: float, total: float) -> None:
+        self._measured = measured
+        self._scope = scope
+        self._place = place
+        self.norms = norm
+        self.total = total
+        self.step = measured.step
+        self.all_valid = 0.0 < norm < math.inf
+
+    @property
+    def valid(self) -> Number:
+        """Whether the cell is valid."""
+        return self.all_valid
+
+    @property
+    def weights(self) -> Number:
+        """Norm of the cell's weights."""
+        whole = super().weights
+        return whole.tolist()[self._place]
+
+    @property
+    def sizes(self) -> Number:
+        """Number of the cell's entries."""
+        return float(_sizes(self._measured, self._scope)[self._place])
+
+
+def plain_cells(measured: GradientNorms, scope: Scope) -> Sequence[Cell]:
+    """The cells in plain numbers, where they are few and on the host; else none."""
+    norms = measured.norms
+    if not is_on_host(norms) or norms.dtype != torch.float64:
+        return ()
+    total = measured.total.item()
+    if scope == "global":
+        return (Cell(measured, scope, 0, total, total),)
+    if scope == "unit" and measured.units is not None:
+        norms = measured.units
+    elif scope == "group":
+        norms = Cells(measured, scope).norms
+    if norms.shape[0] > FEW:
+        return ()
+    return [Cell(measured, scope, i, norm, total) for i, norm in enumerate(norms.tolist())]
 
 
 class LossCells(Cells):
     """The loss of the step as one cell; any finite loss is valid, zero and negative ones included."""
 
-    def __init__(self, measured: GradientNorms) -> None:
-        loss = measured.total if measured.loss is None else measured.loss
-        self._measured = measured
-        self._scope = "global"
+    def __init__(self, measured: GradientNorms, loss: Tensor) -> None:
+        super().__init__(measured, "global")
         self.norms = loss.detach().to(measured.total).reshape(1)
-        self.valid = torch.isfinite(self.norms)
-        self.total = measured.total
-        self.step = measured.step
+        self.all_valid = False
+
+    @property
+    def valid(self) -> Number:
+        """[1] bool: finite."""
+        return torch.isfinite(self.norms)
+
+
+def plain_loss(measured: GradientNorms, loss: Tensor) -> Sequence[Cell]:
+    """The same in plain numbers, where norms and loss are on the host; else none."""
+    if not loss.is_cpu or not is_on_host(measured.norms):
+        return ()
+    value = loss.item()
+    cell = Cell(measured, "global", 0, value, measured.total.item())
+    cell.all_valid = math.isfinite(value)
+    return (cell,)
+
+
+def _are_valid(norms: Tensor) -> bool:
+    if not norms.numel() or not is_on_host(norms):
+        return False
+    least, most = norms.aminmax()
+    return least.item() > 0 and most.item() < math.inf
+
+
+def _sizes(measured: GradientNorms, scope: Scope) -> tuple[int, ...]:
+    if scope == "unit":
+        return expanded(measured.unit_sizes, measured.unit_counts)
+    if scope == "tensor":
+        return measured.sizes
+    if scope == "global":
+        return (sum(measured.sizes),)
+    return tuple(sum(measured.sizes[i] for i in rows) for rows in group_members(measured.groups))
+
+
+def spread(values: Tensor | list[float], measured: GradientNorms, scope: Scope) -> Tensor:
+    """From a value for each cell [k] to one for all parameters [], for each parameter [n], or for each unit [u]."""
+    if isinstance(values, list):
+        if scope == "global":
+            return torch.full((), values[0], dtype=torch.float64, device=HOST)
+        values = from_list(values)
+    elif scope == "global":
+        return values.reshape(())
+    return values if scope != "group" else take(values, _places(measured.groups))
 
 
 def take(values: Tensor, rows: Sequence[int]) -> Tensor:
@@ -115,6 +197,12 @@ def _constant(values: tuple[int, ...], dtype: torch.dtype, device: torch.device)
 def group_members(groups: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     """For each parameter group that is there, in ascending order, which parameters are in it."""
     return tuple(tuple(i for i, g in enumerate(groups) if g == group) for group in sorted(set(groups)))
+
+
+@lru_cache(maxsize=64)
+def _places(groups: tuple[int, ...]) -> tuple[int, ...]:
+    order = {group: i for i, group in enumerate(sorted(set(groups)))}
+    return tuple(order[group] for group in groups)
 
 
 @lru_cache(maxsize=64)

@@ -6,10 +6,10 @@ from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from gradkeel.norms import State
-from gradkeel.policies.base import count
+from gradkeel.policies.base import count, plain_parameters
+from gradkeel.policies.numbers import Memory, Number, constant, where
 from gradkeel.policies.scopes import Cells
 
 # Norms vary from step to step; a smaller standard deviation of their logarithm is an accident of a short history.
@@ -17,19 +17,34 @@ LEAST_SPREAD = 0.01
 
 
 class Bound(ABC):
-    """How large a cell's norm may be. Configuration only; every state tensor has the leading dimension k."""
+    """How large a cell's norm may be. Configuration only; every state tensor has the leading dimension k.
+
+    A subclass whose formulas are written in the operations of `gradkeel.policies.numbers` says so by
+    ``class Mine(Bound, on_numbers=True)``. On CPU they then are followed in the plain numbers of one cell at a time,
+    which is many times faster where cells are few; the others always see tensors.
+    """
 
     needs_weights: ClassVar[bool] = False
+    on_numbers: ClassVar[bool] = False
+
+    def __init_subclass__(cls, *, on_numbers: bool = False) -> None:
+        """Note what the subclass says of its own formulas; it is not inherited, for formulas may be overridden."""
+        super().__init_subclass__()
+        cls.on_numbers = on_numbers
+
+    def __post_init__(self) -> None:
+        """Take plain numbers."""
+        plain_parameters(self)
 
     def init(self, cells: Cells) -> State:
         """State before the first step; none unless a bound says otherwise."""
         return {}
 
     @abstractmethod
-    def bound(self, cells: Cells, state: State) -> Tensor:
+    def bound(self, cells: Cells, state: Memory) -> Number:
         """[k] or [1] bound in force at this step; inf where there is none yet."""
 
-    def update(self, cells: Cells, state: State, bound: Tensor) -> State:
+    def update(self, cells: Cells, state: Memory, bound: Number) -> Memory:
         """State after this step; a cell that is not valid keeps its old state whatever is returned for it."""
         return state
 
@@ -41,9 +56,9 @@ class HostBound(Bound):
     def at(self, step: int) -> tuple[float, float]:
         """Lowest entry and highest entry or norm allowed at ``step`` (from 1)."""
 
-    def bound(self, cells: Cells, state: State) -> Tensor:
+    def bound(self, cells: Cells, state: Memory) -> Number:
         """[1] the highest norm allowed."""
-        return cells.norms.new_full((1,), self.at(cells.step)[1])
+        return constant(self.at(cells.step)[1], cells.norms)
 
 
 @dataclass(frozen=True)
@@ -69,6 +84,7 @@ class AdaptiveBound(Bound):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
+        super().__post_init__()
         count(type(self).__name__, "warmup", self.warmup)
         if self.patience is not None:
             count(type(self).__name__, "patience", self.patience)
@@ -78,11 +94,11 @@ class AdaptiveBound(Bound):
         """What is kept, before the first norm."""
 
     @abstractmethod
-    def learn(self, cells: Cells, state: State, bound: Tensor) -> State:
+    def learn(self, cells: Cells, state: Memory, bound: Number) -> Memory:
         """What is kept after this step's norms, which were judged by ``bound`` [k]."""
 
     @abstractmethod
-    def estimate(self, cells: Cells, state: State) -> Tensor:
+    def estimate(self, cells: Cells, state: Memory) -> Number:
         """[k] the bound that follows from what is kept; read only where ``warmup`` norms were seen."""
 
     def init(self, cells: Cells) -> State:
@@ -93,19 +109,20 @@ class AdaptiveBound(Bound):
             state |= {"run": seen, "held": torch.full_like(cells.norms, math.inf)}
         return state
 
-    def bound(self, cells: Cells, state: State) -> Tensor:
+    def bound(self, cells: Cells, state: Memory) -> Number:
         """[k] the estimate, once enough was seen; until then the last bound, which is inf at the start."""
-        held = torch.full_like(cells.norms, math.inf) if self.patience is None else state["held"]
-        return torch.where(state["seen"] >= self.warmup, self.estimate(cells, state), held)
+        held = math.inf if self.patience is None else state["held"]
+        return where(state["seen"] >= self.warmup, self.estimate(cells, state), held)
 
-    def update(self, cells: Cells, state: State, bound: Tensor) -> State:
+    def update(self, cells: Cells, state: Memory, bound: Number) -> Memory:
         """State that has learned this step's norms, after a fresh start where patience has run out."""
         seen, extra = state["seen"], {}
         if self.patience is not None:
             # Above the last bound, while new statistics fill, says nothing of these: they would never fill.
             judged = (cells.norms > bound) & (seen >= self.warmup)
-            run = torch.where(judged, state["run"] + 1, 0)
-            seen = torch.where(run >= self.patience, 0, seen)
-            extra = {"run": torch.where(run >= self.patience, 0, run), "held": bound}
+            run = where(judged, state["run"] + 1, 0)
+            run_out = run >= self.patience
+            seen = where(run_out, 0, seen)
+            extra = {"run": where(run_out, 0, run), "held": bound}
         learned = self.learn(cells, {**state, "seen": seen}, bound)
         return {"seen": seen + 1, **learned, **extra}

@@ -4,16 +4,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from gradkeel.norms import State
 from gradkeel.policies.base import positive
 from gradkeel.policies.bounds.base import Bound, HostBound
+from gradkeel.policies.numbers import Memory, Number, divide, maximum, sqrt
 from gradkeel.policies.scopes import Cells
 
 
 @dataclass(frozen=True)
-class Constant(HostBound):
+class Constant(HostBound, on_numbers=True):
     """The same bound at every step.
 
     Args:
@@ -26,6 +25,7 @@ class Constant(HostBound):
 
     def __post_init__(self) -> None:
         """Check the limit; two limits need only be in order."""
+        super().__post_init__()
         if self.lowest is None:
             positive("Constant", "highest", self.highest)
 
@@ -35,7 +35,7 @@ class Constant(HostBound):
 
 
 @dataclass(frozen=True)
-class Schedule(HostBound):
+class Schedule(HostBound, on_numbers=True):
     """A bound that follows the step's number: ``bound(step)``, steps counted from 1.
 
     The host computes it, so a captured CUDA graph keeps the bound of the step at which it was captured.
@@ -53,7 +53,7 @@ class Schedule(HostBound):
 
 
 @dataclass(frozen=True)
-class RootMeanSquare(Bound):
+class RootMeanSquare(Bound, on_numbers=True):
     """``c * sqrt(m)`` for a cell of m entries: bounds the root mean square of its entries by ``c``.
 
     Args:
@@ -64,15 +64,21 @@ class RootMeanSquare(Bound):
 
     def __post_init__(self) -> None:
         """Check the limit."""
+        super().__post_init__()
         positive("RootMeanSquare", "highest", self.highest)
 
-    def bound(self, cells: Cells, state: State) -> Tensor:
+    def init(self, cells: Cells) -> State:
+        """Nothing is kept; the sizes are brought to the device before the first step."""
+        _ = cells.sizes
+        return {}
+
+    def bound(self, cells: Cells, state: Memory) -> Number:
         """[k] the largest 2-norm allowed."""
-        return self.highest * cells.sizes.sqrt()
+        return self.highest * sqrt(cells.sizes)
 
 
 @dataclass(frozen=True)
-class ParameterRatio(Bound):
+class ParameterRatio(Bound, on_numbers=True):
     """``ratio * max(||w||, floor)``: bounds a gradient relative to the weights that it changes.
 
     Args:
@@ -86,16 +92,17 @@ class ParameterRatio(Bound):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
+        super().__post_init__()
         positive("ParameterRatio", "ratio", self.ratio)
         positive("ParameterRatio", "floor", self.floor)
 
-    def bound(self, cells: Cells, state: State) -> Tensor:
+    def bound(self, cells: Cells, state: Memory) -> Number:
         """[k] the largest gradient norm allowed."""
-        return self.ratio * cells.weights.clamp(min=self.floor)
+        return self.ratio * maximum(cells.weights, self.floor)
 
 
 @dataclass(frozen=True)
-class Smoothness(Bound):
+class Smoothness(Bound, on_numbers=True):
     """``n / (L0 + L1 n)``: the length of the best step where the curvature is at most ``L0 + L1 n``.
 
     It grows with ``n`` to the limit ``1 / L1``. With the form `Rescale` the coefficient is ``1 / (L0 + L1 n)``, with
@@ -114,9 +121,10 @@ class Smoothness(Bound):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
+        super().__post_init__()
         positive("Smoothness", "L0", self.L0)
         positive("Smoothness", "L1", self.L1)
 
-    def bound(self, cells: Cells, state: State) -> Tensor:
+    def bound(self, cells: Cells, state: Memory) -> Number:
         """[k] the length of the best step."""
-        return cells.norms / (self.L0 + self.L1 * cells.norms)
+        return divide(cells.norms, self.L0 + self.L1 * cells.norms)

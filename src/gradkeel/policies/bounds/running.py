@@ -7,25 +7,39 @@ by ten times as much. Early averages are corrected for the weight that they stil
 
 import math
 from dataclasses import KW_ONLY, dataclass
+from functools import lru_cache
 
 import torch
-from torch import Tensor
 
 from gradkeel.norms import State
 from gradkeel.policies.base import between, positive
 from gradkeel.policies.bounds.base import LEAST_SPREAD, AdaptiveBound, Bound
+from gradkeel.policies.numbers import (
+    Memory,
+    Number,
+    divide,
+    exp,
+    expm1,
+    log,
+    maximum,
+    minimum,
+    real,
+    sqrt,
+    where,
+)
 from gradkeel.policies.scopes import Cells
 
 
-def share(seen: Tensor, decay: float, like: Tensor) -> Tensor:
+def share(seen: Number, decay: float, like: Number) -> Number:
     """[k] weight of the newest of ``seen + 1`` values in their bias-corrected exponential average: 1, then falling.
 
     ``(1 - decay) / (1 - decay^(seen + 1))``: what dividing the average by its own weight comes to.
     """
-    missing = -torch.expm1((seen + 1).to(like.dtype) * math.log(decay))
-    return ((1 - decay) / missing).clamp(max=1)  # the first is 1, but for rounding
+    missing = -expm1(real(seen + 1, like) * math.log(decay))
+    return minimum((1 - decay) / missing, 1.0)  # the first is 1, but for rounding
 
 
+@lru_cache(maxsize=64)
 def limited_variance(z: float) -> float:
     """Variance of a standard normal value that is limited to +-z: what a variance of limited values is divided by.
 
@@ -38,7 +52,7 @@ def limited_variance(z: float) -> float:
 
 
 @dataclass(frozen=True)
-class Ema(AdaptiveBound):
+class Ema(AdaptiveBound, on_numbers=True):
     """``ratio`` times the running geometric mean of the cell's own norms: ``ratio * exp(EMA(log n))``.
 
     Clips a share ``1 - Phi(ln(ratio) / s)`` of stationary log-normal norms whose logarithm has the standard deviation
@@ -67,18 +81,18 @@ class Ema(AdaptiveBound):
         """No average yet."""
         return {"log_mean": torch.zeros_like(cells.norms)}
 
-    def learn(self, cells: Cells, state: State, bound: Tensor) -> State:
+    def learn(self, cells: Cells, state: Memory, bound: Number) -> Memory:
         """The average with this step's norms."""
         mean = state["log_mean"]
-        return {"log_mean": mean + (cells.norms.log() - mean) * share(state["seen"], self.decay, mean)}
+        return {"log_mean": mean + (log(cells.norms) - mean) * share(state["seen"], self.decay, mean)}
 
-    def estimate(self, cells: Cells, state: State) -> Tensor:
+    def estimate(self, cells: Cells, state: Memory) -> Number:
         """[k] ratio times the geometric mean."""
-        return self.ratio * state["log_mean"].exp()
+        return self.ratio * exp(state["log_mean"])
 
 
 @dataclass(frozen=True)
-class RunningZScore(AdaptiveBound):
+class RunningZScore(AdaptiveBound, on_numbers=True):
     """``exp(m + z s)`` with the running mean m and standard deviation s of the logarithm of norms.
 
     What is above it is clipped the harder the further it is out: a norm ``d = ln n - m`` standard deviations away is
@@ -113,31 +127,32 @@ class RunningZScore(AdaptiveBound):
         """No averages yet."""
         return {"log_mean": torch.zeros_like(cells.norms), "log_variance": torch.zeros_like(cells.norms)}
 
-    def learn(self, cells: Cells, state: State, bound: Tensor) -> State:
+    def learn(self, cells: Cells, state: Memory, bound: Number) -> Memory:
         """The averages with this step's norms: a weighted form of Welford's update, which cannot go negative."""
         mean, variance = state["log_mean"], state["log_variance"]
         weight = share(state["seen"], self.decay, mean)
-        delta = cells.norms.log() - mean
+        delta = log(cells.norms) - mean
         warm, margin = state["seen"] >= self.warmup, self._margin(state)
-        limited = torch.where(warm, torch.clamp(delta, -margin, margin), delta)
-        square = torch.where(warm, limited.square() / limited_variance(self.z), limited.square())
+        limited = where(warm, minimum(maximum(delta, -margin), margin), delta)
+        square = limited * limited
+        square = where(warm, square / limited_variance(self.z), square)
         return {
             "log_mean": mean + weight * limited,
             "log_variance": (1 - weight) * (variance + weight * square),
         }
 
-    def _margin(self, state: State) -> Tensor:
-        return self.z * state["log_variance"].sqrt().clamp(min=LEAST_SPREAD)
+    def _margin(self, state: Memory) -> Number:
+        return self.z * maximum(sqrt(state["log_variance"]), LEAST_SPREAD)
 
-    def estimate(self, cells: Cells, state: State) -> Tensor:
+    def estimate(self, cells: Cells, state: Memory) -> Number:
         """[k] the bound for these norms."""
         margin = self._margin(state)
-        distance = torch.maximum(cells.norms.log() - state["log_mean"], margin)
-        return torch.exp(state["log_mean"] + margin * margin / distance)
+        distance = maximum(log(cells.norms) - state["log_mean"], margin)
+        return exp(state["log_mean"] + divide(margin * margin, distance))
 
 
 @dataclass(frozen=True)
-class GeometricQuantile(Bound):
+class GeometricQuantile(Bound, on_numbers=True):
     """The q-quantile of norms, followed by multiplication: ``c <- c * exp(-eta * (1[n <= c] - q))``.
 
     Clips a share ``1 - q`` of norms in the long run, whatever their distribution, stationary or not: each norm above
@@ -161,6 +176,7 @@ class GeometricQuantile(Bound):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
+        super().__post_init__()
         between("GeometricQuantile", "q", self.q, 0, 1)
         positive("GeometricQuantile", "eta", self.eta)
         if self.initial is not None:
@@ -170,12 +186,12 @@ class GeometricQuantile(Bound):
         """The first bound; inf where it is not given."""
         return {"quantile": torch.full_like(cells.norms, math.inf if self.initial is None else self.initial)}
 
-    def bound(self, cells: Cells, state: State) -> Tensor:
+    def bound(self, cells: Cells, state: Memory) -> Number:
         """[k] the quantile."""
         return state["quantile"]
 
-    def update(self, cells: Cells, state: State, bound: Tensor) -> State:
+    def update(self, cells: Cells, state: Memory, bound: Number) -> Memory:
         """The quantile, moved towards this step's norms; the first norm itself."""
-        below = (cells.norms <= bound).to(bound.dtype)
-        moved = bound * torch.exp(self.eta * (self.q - below))
-        return {"quantile": torch.where(torch.isinf(bound), cells.norms, moved)}
+        fallen, risen = (bound * math.exp(self.eta * (self.q - below)) for below in (1, 0))
+        moved = where(cells.norms <= bound, fallen, risen)
+        return {"quantile": where(bound == math.inf, cells.norms, moved)}

@@ -4,12 +4,11 @@ import math
 from abc import abstractmethod
 from dataclasses import KW_ONLY, dataclass
 
-import torch
-from torch import Tensor
-
 from gradkeel.norms import State
 from gradkeel.policies.base import between, count, positive
 from gradkeel.policies.bounds.base import LEAST_SPREAD, AdaptiveBound
+from gradkeel.policies.bounds.window import Window, entered, window_of
+from gradkeel.policies.numbers import Memory, Number, exp, maximum, minimum, real, sqrt, where
 from gradkeel.policies.scopes import Cells
 
 # Standard deviations of a normal distribution per median absolute deviation.
@@ -39,34 +38,24 @@ class Windowed(AdaptiveBound):
             )
 
     @abstractmethod
-    def statistic(self, history: Tensor, filled: Tensor, number: Tensor) -> Tensor:
-        """[k] the bound; ``history`` [k, window] counts where ``filled`` [k, window], ``number`` [k] entries a row."""
+    def statistic(self, window: Window) -> Number:
+        """[k] the bound that follows from the last norms."""
 
     def start(self, cells: Cells) -> State:
         """An empty ring."""
         return {"history": cells.norms.new_zeros(cells.norms.shape[0], self.window)}
 
-    def learn(self, cells: Cells, state: State, bound: Tensor) -> State:
+    def learn(self, cells: Cells, state: Memory, bound: Number) -> Memory:
         """The ring with this step's norms."""
-        return self.entered(cells.norms, state)
+        return {"history": entered(state["history"], state["seen"], cells.norms)}
 
-    def estimate(self, cells: Cells, state: State) -> Tensor:
+    def estimate(self, cells: Cells, state: Memory) -> Number:
         """The statistic of what is filled."""
-        return self.statistic(state["history"], *self.filled(state))
-
-    def entered(self, values: Tensor, state: State) -> State:
-        """The ring with these values [k]."""
-        place = (state["seen"] % self.window).unsqueeze(1)
-        return {"history": state["history"].scatter(1, place, values.unsqueeze(1))}
-
-    def filled(self, state: State) -> tuple[Tensor, Tensor]:
-        """[k, window] which entries of the ring count, and [k] how many."""
-        number = state["seen"].clamp(max=self.window)
-        return torch.arange(self.window, device=number.device) < number.unsqueeze(1), number
+        return self.statistic(window_of(state["history"], state["seen"]))
 
 
 @dataclass(frozen=True)
-class Quantile(Windowed):
+class Quantile(Windowed, on_numbers=True):
     """The q-quantile of the last norms, interpolated linearly between neighbours.
 
     Clips a share ``1 - q`` of stationary norms, whatever their distribution.
@@ -88,13 +77,13 @@ class Quantile(Windowed):
         super().__post_init__()
         between("Quantile", "q", self.q, 0, 1)
 
-    def statistic(self, history: Tensor, filled: Tensor, number: Tensor) -> Tensor:
+    def statistic(self, window: Window) -> Number:
         """[k] the quantile."""
-        return quantile(history, filled, number, self.q)
+        return window.quantile(self.q)
 
 
 @dataclass(frozen=True)
-class ZScore(Windowed):
+class ZScore(Windowed, on_numbers=True):
     """``mean + z * std`` of the last norms, with the unbiased standard deviation.
 
     Of normally distributed stationary norms a share ``1 - Phi(z)`` is above it; of skewed ones more.
@@ -122,30 +111,29 @@ class ZScore(Windowed):
         positive("ZScore", "z", self.z)
         count("ZScore", "warmup", self.warmup, least=2)
 
-    def learn(self, cells: Cells, state: State, bound: Tensor) -> State:
+    def learn(self, cells: Cells, state: Memory, bound: Number) -> Memory:
         """The ring with this step's norms, limited."""
         norms = cells.norms
         if self.limited:
-            mean, std = self._moments(state["history"], *self.filled(state))
-            reach = torch.where(state["seen"] >= self.warmup, 2 * self.z * std, math.inf)
-            norms = torch.clamp(norms, mean - reach, mean + reach)
-        return self.entered(norms, state)
+            mean, std = self._moments(window_of(state["history"], state["seen"]))
+            reach = where(state["seen"] >= self.warmup, 2 * self.z * std, math.inf)
+            norms = minimum(maximum(norms, mean - reach), mean + reach)
+        return {"history": entered(state["history"], state["seen"], norms)}
 
-    def statistic(self, history: Tensor, filled: Tensor, number: Tensor) -> Tensor:
+    def statistic(self, window: Window) -> Number:
         """[k] mean + z std."""
-        mean, std = self._moments(history, filled, number)
+        mean, std = self._moments(window)
         return mean + self.z * std
 
-    def _moments(self, history: Tensor, filled: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
-        mean = torch.where(filled, history, 0.0).sum(1) / number.clamp(min=1)
-        deviations = torch.where(filled, history - mean.unsqueeze(1), 0.0)
-        std = torch.linalg.vector_norm(deviations, dim=1) / (number - 1).clamp(min=1).to(mean.dtype).sqrt()
+    def _moments(self, window: Window) -> tuple[Number, Number]:
+        mean = window.mean()
+        std = window.deviation(mean) / sqrt(real(maximum(window.number - 1, 1), mean))
         # From a spread of nothing, limited values could never widen it.
-        return mean, torch.maximum(std, (1e-3 if self.limited else ROUNDING) * mean.abs())
+        return mean, maximum(std, (1e-3 if self.limited else ROUNDING) * mean)
 
 
 @dataclass(frozen=True)
-class RobustZScore(Windowed):
+class RobustZScore(Windowed, on_numbers=True):
     """``exp(median + z * 1.4826 * MAD)`` of the logarithms of the last norms, MAD the median absolute deviation.
 
     Half of the window may be outliers before they move it. Clips a share ``1 - Phi(z)`` of stationary log-normal
@@ -167,23 +155,9 @@ class RobustZScore(Windowed):
         super().__post_init__()
         positive("RobustZScore", "z", self.z)
 
-    def statistic(self, history: Tensor, filled: Tensor, number: Tensor) -> Tensor:
+    def statistic(self, window: Window) -> Number:
         """[k] exp(median + z std), std estimated by the MAD."""
-        logs = torch.where(filled, history, 1.0).log()
-        median = quantile(logs, filled, number, 0.5)
-        deviation = quantile((logs - median.unsqueeze(1)).abs(), filled, number, 0.5)
-        return torch.exp(median + self.z * (MAD_TO_STD * deviation).clamp(min=LEAST_SPREAD))
-
-
-def quantile(values: Tensor, filled: Tensor, number: Tensor, q: float) -> Tensor:
-    """[k] q-quantile of the ``number`` filled entries of each row of ``values`` [k, window]; inf for an empty row.
-
-    Interpolates linearly, as ``torch.quantile`` and ``numpy.quantile`` do by default. No host sync.
-    """
-    ordered = torch.where(filled, values, math.inf).sort(dim=1).values
-    position = q * (number - 1).clamp(min=0).to(values.dtype)
-    below = position.floor()
-    low = ordered.gather(1, below.to(torch.int64).unsqueeze(1)).squeeze(1)
-    high = ordered.gather(1, position.ceil().to(torch.int64).unsqueeze(1)).squeeze(1)
-    # Equal neighbours, infinite ones among them, are the result themselves.
-    return torch.where(low == high, low, low + (high - low) * (position - below))
+        logs = window.logs()
+        median = logs.quantile(0.5)
+        deviation = logs.distances(median).quantile(0.5)
+        return exp(median + self.z * maximum(MAD_TO_STD * deviation, LEAST_SPREAD))

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, reduce
+from operator import or_
 from typing import ClassVar
 
 import torch
@@ -11,6 +13,7 @@ from gradkeel.norms import Decision, GradientNorms, Needs, State, combine
 from gradkeel.policies.base import Policy, count
 from gradkeel.policies.clip import Clip
 from gradkeel.policies.scopes import expanded, take
+from gradkeel.policies.states import JoinedState
 
 
 class Composite(Policy):
@@ -65,7 +68,7 @@ class Chain(Composite):
                 )
         union("Chain", stages)
 
-    @property
+    @cached_property
     def needs(self) -> Needs:
         """What any stage needs."""
         return union("Chain", self.stages)
@@ -77,15 +80,16 @@ class Chain(Composite):
 
     def init(self, norms: GradientNorms) -> State:
         """States of the stages, under ``0.``, ``1.``, ..."""
-        return joined({str(i): stage.init(norms) for i, stage in enumerate(self.stages)})
+        return JoinedState({str(i): stage.init(norms) for i, stage in enumerate(self.stages)})
 
     def decide(self, norms: GradientNorms, state: State) -> tuple[Decision, State]:
         """Let each stage decide on what the one before leaves."""
-        total, states = Decision(), {}
+        total, decision, states = Decision(), Decision(), {}
         for i, stage in enumerate(self.stages):
+            norms = scaled(norms, decision)
             decision, states[str(i)] = stage.decide(norms, part(state, str(i)))
-            norms, total = scaled(norms, decision), _product(total, decision)
-        return total, joined(states)
+            total = _product(total, decision)
+        return total, JoinedState(states)
 
     def __repr__(self) -> str:
         """Call that makes this policy."""
@@ -135,7 +139,7 @@ class Warmup(Composite):
         check_policies("Warmup", [policy for policy in (self.before, self.after) if policy is not None])
         union("Warmup", (self.before, self.after))
 
-    @property
+    @cached_property
     def needs(self) -> Needs:
         """What either needs."""
         return union("Warmup", (self.before, self.after))
@@ -148,17 +152,19 @@ class Warmup(Composite):
     def init(self, norms: GradientNorms) -> State:
         """States of both, under ``before.`` and ``after.``."""
         parts = {"before": self.before, "after": self.after}
-        return joined({key: policy.init(norms) for key, policy in parts.items() if policy is not None})
+        return JoinedState({key: policy.init(norms) for key, policy in parts.items() if policy is not None})
 
     def decide(self, norms: GradientNorms, state: State) -> tuple[Decision, State]:
         """What the policy in force decides; the second one learns in any case."""
-        first, second = Decision(), Decision()
-        states = {"before": part(state, "before"), "after": part(state, "after")}
-        if self.before is not None and norms.step <= self.steps:
-            first, states["before"] = self.before.decide(norms, states["before"])
+        is_early = norms.step <= self.steps
+        decision, states = Decision(), {"before": part(state, "before"), "after": part(state, "after")}
         if self.after is not None:
-            second, states["after"] = self.after.decide(norms, states["after"])
-        return (first if norms.step <= self.steps else second), joined(states)
+            decision, states["after"] = self.after.decide(norms, states["after"])
+        if is_early:
+            decision = Decision()
+        if self.before is not None and is_early:
+            decision, states["before"] = self.before.decide(norms, states["before"])
+        return decision, JoinedState(states)
 
     def __repr__(self) -> str:
         """Call that makes this policy."""
@@ -201,7 +207,7 @@ def _product(first: Decision, second: Decision) -> Decision:
         coefficients=_times(first.coefficients, second.coefficients),
         unit_coefficients=_times(first.unit_coefficients, second.unit_coefficients),
         clamp=second.clamp,
-        skip=torch.stack(skips).any() if skips else None,
+        skip=reduce(or_, skips) if skips else None,
         bound=first.bound if second.bound is None else second.bound,
     )
 
@@ -257,11 +263,8 @@ def nested(policy: Policy | None) -> str:
     return f"({policy.spec})" if isinstance(policy, Composite) else policy.spec
 
 
-def joined(states: dict[str, State]) -> State:
-    """One flat state from the states of parts, each under its prefix."""
-    return {f"{prefix}.{key}": value for prefix, state in states.items() for key, value in state.items()}
-
-
 def part(state: State, prefix: str) -> State:
-    """The state of the part with this prefix."""
+    """The state of the part with this prefix, out of a `JoinedState` or a saved one."""
+    if isinstance(state, JoinedState):
+        return state.parts.get(prefix, {})
     return {key[len(prefix) + 1 :]: value for key, value in state.items() if key.startswith(f"{prefix}.")}

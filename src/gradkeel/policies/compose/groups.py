@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, reduce
+from operator import or_
 from typing import ClassVar
 
 import torch
@@ -13,13 +15,13 @@ from gradkeel.policies.compose.chain import (
     Composite,
     brief,
     check_policies,
-    joined,
     nested,
     part,
     per_tensor,
     union,
 )
 from gradkeel.policies.scopes import expanded, group_members, index, take
+from gradkeel.policies.states import JoinedState
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -71,7 +73,7 @@ class PerGroup(Composite):
                 )
         union("PerGroup", policies)
 
-    @property
+    @cached_property
     def needs(self) -> Needs:
         """What any of them needs."""
         return union("PerGroup", self.policies)
@@ -83,7 +85,9 @@ class PerGroup(Composite):
 
     def init(self, norms: GradientNorms) -> State:
         """States of the policies, under ``0.``, ``1.``, ..."""
-        return joined({str(g): policy.init(subset(norms, rows)) for g, policy, rows in self._members(norms)})
+        return JoinedState(
+            {str(g): policy.init(subset(norms, rows)) for g, policy, rows in self._members(norms)}
+        )
 
     def decide(self, norms: GradientNorms, state: State) -> tuple[Decision, State]:
         """Let each policy decide on its group."""
@@ -92,7 +96,7 @@ class PerGroup(Composite):
             decision, states[str(g)] = policy.decide(subset(norms, rows), part(state, str(g)))
             decisions.append(decision)
             members.append(rows)
-        return _assembled(norms, members, decisions), joined(states)
+        return _assembled(norms, members, decisions), JoinedState(states)
 
     def _members(self, norms: GradientNorms) -> list[tuple[int, Policy, tuple[int, ...]]]:
         groups = sorted(set(norms.groups))
@@ -147,7 +151,7 @@ def _assembled(
             unit_coefficients=_placed(
                 result.unit_coefficients, decision.unit_coefficients, columns, norms.units, 1.0
             ),
-            skip=torch.stack(skips).any() if skips else None,
+            skip=reduce(or_, skips) if skips else None,
             bound=_placed(result.bound, bound, rows, norms.norms, torch.inf),
         )
     return result

@@ -7,11 +7,12 @@ from gradkeel.norms import Decision, GradientNorms, Needs, State
 from gradkeel.policies.base import Policy, positive
 from gradkeel.policies.bounds.base import Bound
 from gradkeel.policies.bounds.windowed import ZScore
-from gradkeel.policies.clip import Clip, judge
+from gradkeel.policies.clip import Clip, Verdict, any_of, in_turn, judge
 from gradkeel.policies.compose.chain import Chain
 from gradkeel.policies.forms import SkipAbove
+from gradkeel.policies.numbers import Memory
 from gradkeel.policies.recipes.named import NamedPolicy
-from gradkeel.policies.scopes import LossCells
+from gradkeel.policies.scopes import Cells, LossCells, plain_loss
 
 
 @dataclass(frozen=True)
@@ -38,15 +39,22 @@ class SkipOnLoss(Policy):
 
     def init(self, norms: GradientNorms) -> State:
         """State of the bound."""
-        return self.bound.init(LossCells(norms))
+        return self.bound.init(Cells(norms, "global"))
 
     def decide(self, norms: GradientNorms, state: State) -> tuple[Decision, State]:
         """Whether to skip."""
         if norms.loss is None:
             return Decision(), state
-        cells = LossCells(norms)
-        limit, updated = judge(self.bound, cells, state)
-        return Decision(skip=(cells.valid & (cells.norms > limit)).any()), updated
+        plain = plain_loss(norms, norms.loss) if self.bound.on_numbers else ()
+        if plain:
+            found, _, updated = in_turn(self._verdict, plain, state)
+        else:
+            found, _, updated = self._verdict(LossCells(norms, norms.loss), state)
+        return Decision(skip=any_of(found)), updated
+
+    def _verdict(self, cells: Cells, state: Memory) -> Verdict:
+        bound, updated = judge(self.bound, cells, state)
+        return cells.valid & (cells.norms > bound), bound, updated
 
 
 @dataclass(frozen=True, repr=False)
