@@ -1,7 +1,8 @@
-"""What the stages of the pipeline hand to each other: frozen, slotted, and made of norms, never of gradients.
+"""What the stages of the pipeline hand to each other: slotted, and made of norms, never of gradients.
 
 ``measure`` makes a `GradientNorms`; a policy turns it into a `Decision`; ``apply`` carries that out; the guard sums
-the step up in a ``StepReport``, which stands in ``step_report`` with the ``Recorder`` protocol.
+the step up in a ``StepReport``, which stands in ``guard.report`` with the ``Recorder`` protocol. None of them changes
+once it is made; they are not frozen, for that would make each of them four times as slow to make.
 """
 
 import math
@@ -56,7 +57,7 @@ def _vector_norm(values: Tensor, norm_type: float) -> Tensor:
     return norm
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class GradientNorms:
     """The norms of the TRUE gradients of one selection of parameters, at one step.
 

@@ -2,14 +2,12 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from gradkeel.apply import device, host
 from gradkeel.norms import Decision, GradientNorms
 
 
-@torch.no_grad()
 def apply(
     parameters: Sequence[Tensor],
     decision: Decision,
@@ -27,7 +25,8 @@ def apply(
         prescale: [] what turns the stored gradients into the true ones.
         unit_dim: the dimension that counts units, where the decision has unit coefficients.
 
-    On CPU a gradient whose coefficient is exactly 1 is not touched. On an accelerator the host is not synced.
+    On CPU a gradient whose coefficient is exactly 1 is not touched. On an accelerator the host is not synced. Gradients
+    that require gradients must be written to under ``torch.no_grad()``, as everything that calls this does.
     """
     scale(parameters, factors(decision, prescale))
     units = decision.unit_coefficients
@@ -40,13 +39,17 @@ def apply(
 
 
 def factors(decision: Decision, prescale: Tensor | float) -> Tensor | float:
-    """One factor for all parameters, a number or [], or [n] one for each: prescale x clip."""
-    if decision.coefficients is None:
+    """Prescale x clip: one factor for all parameters, a number where the host knows it, or [n] one for each."""
+    factor = decision.coefficients
+    if factor is None:
+        factor = prescale if isinstance(prescale, Tensor) else None
+    elif not (isinstance(prescale, float) and prescale == 1.0):
+        factor = factor * prescale
+    if factor is None:
         return prescale
-    return decision.coefficients * prescale
+    return factor.item() if factor.is_cpu and factor.dim() == 0 else factor
 
 
-@torch.no_grad()
 def scale(parameters: Sequence[Tensor], factor: Tensor | float) -> None:
     """Multiply all gradients by one factor, or each by its own, in place; a factor that the host knows may be a number.
 
@@ -57,13 +60,12 @@ def scale(parameters: Sequence[Tensor], factor: Tensor | float) -> None:
     if isinstance(factor, float):
         if factor != 1.0:
             host.scale(parameters, factor)
-    elif factor.device.type == "cpu":
-        host.scale(parameters, float(factor) if factor.dim() == 0 else factor)
+    elif factor.is_cpu:
+        host.scale(parameters, factor.item() if factor.dim() == 0 else factor)
     else:
         device.scale(parameters, factor)
 
 
-@torch.no_grad()
 def clamp(parameters: Sequence[Tensor], limits: tuple[float, float], peaks: Tensor | None = None) -> None:
     """Clamp every entry of every gradient into ``limits``, in place; NaN stays.
 

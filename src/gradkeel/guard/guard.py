@@ -13,7 +13,7 @@ from gradkeel.errors import NonFiniteGradientError
 from gradkeel.guard import hooks, other_clips
 from gradkeel.guard.checkpoint import check_state
 from gradkeel.guard.prescale import LossScale, put_back, set_attribute, take_loss_scale
-from gradkeel.guard.report import Recorder, SelectionReport, SkipReason, StepReport
+from gradkeel.guard.report import Recorder, SkipReason, StepReport
 from gradkeel.guard.roster import Roster
 from gradkeel.guard.skips import SkipWatch
 from gradkeel.guard.step import carry_out, committed, decide_all, judge, measure_all
@@ -61,10 +61,7 @@ class Guard:
         self._step = 0
         self._skips = SkipWatch(max_consecutive_skips)
         self._roster = Roster(optimizer, policy, model=model, exclude=exclude, sharing=sharing)
-        nothing = tuple(
-            SelectionReport(part.label, part.shown, part.blank, Decision(), (False,) * len(part.blank.names))
-            for part in self._roster.parts
-        )
+        nothing = tuple(part.report for part in self._roster.parts)
         self.report = StepReport(0, nothing, stepped_or_pending=False)
         self._staged: tuple[StepReport, dict[str, State]] | None = None
         self._loss_scale = LossScale()

@@ -69,7 +69,6 @@ def remove_attributes(optimizer: Optimizer) -> None:
             delattr(optimizer, name)
 
 
-@torch.no_grad()
 def prescale(loss_scale: LossScale, window: Tensor | float, device: torch.device) -> Tensor | float:
     """[] the one factor that turns the stored gradients into the true ones: ``window / loss scale``."""
     if loss_scale.scale is None:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradkeel.guard.report import SelectionReport
 from gradkeel.measure import Readings, blank_norms, readings
-from gradkeel.norms import GradientNorms, Needs, State, Window
+from gradkeel.measure.readings import Members
+from gradkeel.norms import Decision, GradientNorms, Needs, State, Window
 from gradkeel.policies import Policy
 from gradkeel.ranks.declared import Sharing
 from gradkeel.ranks.exchange import Exchange
@@ -41,7 +43,8 @@ class Part:
         policy: what decides on them; None where they are only measured.
         needs: what is measured of them.
         blank: norms of the whole selection, over all ranks, on which nothing has been measured.
-        nothing: what is read where there are no parameters; None where there are.
+        nothing: what is read where there are no parameters here; None where there are.
+        report: what is said of it where there are none on any rank, or before the first step.
         shown: the policy's repr.
     """
 
@@ -51,6 +54,7 @@ class Part:
     needs: Needs
     blank: GradientNorms
     nothing: Readings | None
+    report: SelectionReport
     shown: str
 
 
@@ -129,18 +133,13 @@ class Roster:
         words = [in_words(policy) for policy in policies]
         self.exchange = self._sharing.connect(selections, needs, words, self.device, data_parallel)
         members: Sequence[Any] = selections if self.exchange is None else self.exchange.members
-        self.parts = tuple(
-            Part(
-                selection.label,
-                selection,
-                policy,
-                need,
-                blank_norms(whole, need, self.device),
-                None if selection.parameters else readings(selection, need, self.device),
-                repr(policy),
-            )
-            for selection, policy, need, whole in zip(selections, policies, needs, members, strict=True)
-        )
+        self.parts = tuple(map(self._part, selections, policies, needs, members))
+
+    def _part(self, selection: Selection, policy: Policy | None, needs: Needs, whole: Members) -> Part:
+        blank, shown = blank_norms(whole, needs, self.device), repr(policy)
+        nothing = None if selection.parameters else readings(selection, needs, self.device)
+        report = SelectionReport(selection.label, shown, blank, Decision(), (False,) * len(blank.names))
+        return Part(selection.label, selection, policy, needs, blank, nothing, report, shown)
 
     def _selections(self) -> tuple[tuple[Selection, ...], list[Policy | None]]:
         optimizer = self._optimizer

@@ -21,6 +21,7 @@ from gradkeel.ranks.total import measure_total
 from gradkeel.tensors import Seen
 
 _NO_STATE: State = {}
+_NOTHING = Decision()
 
 
 @dataclass(slots=True, eq=False)
@@ -88,8 +89,12 @@ def decide_all(
     """Each part's report with its policy's decision, and its policy's new state; does not sync the host."""
     reports, after = [], []
     for i, (part, norms) in enumerate(zip(roster.parts, measured.norms, strict=True)):
-        decision, state = Decision(), _NO_STATE
-        if part.policy is not None and norms.names:
+        decision, state = _NOTHING, _NO_STATE
+        if not norms.names:
+            reports.append(part.report)
+            after.append(state)
+            continue
+        if part.policy is not None:
             before = states.get(part.label)
             decision, state = part.policy.decide(norms, part.policy.init(norms) if before is None else before)
         place_of = None if measured.agreed is None else partial(_place_of, roster, measured.agreed, i)
@@ -168,13 +173,10 @@ def carry_out(
         plain = decision.unit_coefficients is None and decision.clamp is None
         if plain and len(filled) == 1:
             factor = factors(decision, prescale)
-            if isinstance(factor, Tensor) and factor.dim() == 0 and factor.device.type == "cpu":
-                factor = factor.item()
-            if factor == 1.0 if isinstance(factor, float) else False:
+            if isinstance(factor, float) and factor == 1.0:
                 return None
-            if not (isinstance(factor, Tensor) and factor.dim()) and can_fold(
-                optimizer, part.selection.parameters
-            ):
+            is_one = isinstance(factor, float) or factor.dim() == 0
+            if is_one and can_fold(optimizer, part.selection.parameters):
                 return kernel_scale(factor, roster.device)
         unit_dim = None if part.policy is None else part.needs.unit_dim
         apply(part.selection.parameters, decision, measured, prescale=prescale, unit_dim=unit_dim)

@@ -607,22 +607,27 @@ EXPORT double gradkeel_total(const double *norms, int64_t count, int32_t norm) {
     return scale * (norm == SQUARES ? __builtin_sqrt(sum) : sum);
 }
 
+struct answer {
+    double total;
+    int32_t is_read;
+};
+
 /* Describes the tensors of a Python list as gradkeel_table does, and reads them at once if they are few entries, so that
  * a small model costs one call. Needs the GIL, for which more entries would keep others waiting.
  *
- * Returns how many were taken, as gradkeel_table; *is_read tells whether norms and *total were written (or, below zero,
+ * Returns how many were taken, as gradkeel_table; is_read tells whether norms and total were written (or, below zero,
  * that there was no memory).
  */
 EXPORT int64_t gradkeel_norms(void *list, int64_t count, item_of_list item, export_tensor export, int32_t norm,
-                              struct tensor *table, double *norms, double *total, int32_t *is_read,
+                              struct tensor *table, double *norms, struct answer *answer,
                               const struct team *team) {
     int64_t rows, entries = 0, taken = gradkeel_table(list, count, item, export, -1, table, &rows);
-    *is_read = 0;
+    answer->is_read = 0;
     if (taken < count) return taken;
     for (int64_t i = 0; i < count; i++) entries += table[i].entries;
     if (entries >= GRAIN) return taken;
-    *is_read = gradkeel_read(table, count, norm, norms, NULL, NULL, team) == 0 ? 1 : -1;
-    *total = gradkeel_total(norms, count, norm);
+    answer->is_read = gradkeel_read(table, count, norm, norms, NULL, NULL, team) == 0 ? 1 : -1;
+    answer->total = gradkeel_total(norms, count, norm);
     return taken;
 }
 

@@ -46,6 +46,12 @@ class _Team(ctypes.Structure):
     _fields_ = (("level", ctypes.c_int32), ("threads", ctypes.c_int32), ("parallel", ctypes.c_void_p))
 
 
+class _Answer(ctypes.Structure):
+    """struct answer of native.c."""
+
+    _fields_ = (("total", ctypes.c_double), ("is_read", ctypes.c_int32))
+
+
 class _Exchange(ctypes.Structure):
     """DLPackExchangeAPI of DLPack 1.x."""
 
@@ -121,7 +127,7 @@ class Kernels:
         self._norms.restype = ctypes.c_int64
         self._norms.argtypes = (
             ctypes.py_object, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p,
-            ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p,
+            ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p,
         )  # fmt: skip
         self._total = held.gradkeel_total
         self._total.restype = ctypes.c_double
@@ -179,23 +185,22 @@ class Kernels:
             return None
         count = len(tensors)
         norms = torch.empty(count, dtype=torch.float64, device="cpu")
-        address = ctypes.create_string_buffer(_BYTES_OF_A_TENSOR * count + 1)
-        total, is_read = ctypes.c_double(), ctypes.c_int32()
+        address = _buffer(count)()
+        answer = _Answer()
         pointer, norm, team = norms.data_ptr(), _NORMS[norm_type], self._team()
         try:
             taken = self._norms(
-                tensors, count, self._item, self._export, norm, address, pointer, ctypes.byref(total),
-                ctypes.byref(is_read), team,
-            )  # fmt: skip
+                tensors, count, self._item, self._export, norm, address, pointer, ctypes.byref(answer), team
+            )
         except _NO_ADDRESS:
             return None
         if taken != count:
             return None
-        if is_read.value == 0:
+        if answer.is_read == 0:
             self._check(self._read(address, count, norm, pointer, None, None, team))
             return norms, self._total(pointer, count, norm)
-        self._check(is_read.value - 1)
-        return norms, total.value
+        self._check(answer.is_read - 1)
+        return norms, answer.total
 
     def read(
         self, table: Table, norm_type: float, *, units: bool = False, peaks: bool = False
@@ -286,6 +291,12 @@ def add(sums: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
         return False
     own.add(to, of)
     return True
+
+
+@functools.lru_cache(maxsize=64)
+def _buffer(count: int) -> type[Any]:
+    """The type of a table of so many tensors; making it anew costs more than the table."""
+    return ctypes.c_char * (_BYTES_OF_A_TENSOR * count + 1)
 
 
 def has_norm(norm_type: float) -> bool:

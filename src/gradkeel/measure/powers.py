@@ -22,7 +22,7 @@ _SAFE = {torch.float64: (1e-140, 1e150)}
 _SAFE_FLOAT32 = (1e-15, 1e18)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Reading:
     """What one read of k tensors gave, in float64 (float32 on devices without it).
 
@@ -52,8 +52,9 @@ def read(
     A tensor whose entries are all finite has finite norms; a NaN or inf entry gives NaN or inf. On an accelerator all
     sums are float64 to begin with, and the host is not synced.
     """
-    if device.type == "cpu" and native.has_norm(norm_type):
-        reading = _native_reading(tensors, norm_type, unit_dim=unit_dim, with_peaks=with_peaks)
+    kernels = native.kernels() if device.type == "cpu" and native.has_norm(norm_type) else None
+    if kernels is not None:
+        reading = _native_reading(kernels, tensors, norm_type, unit_dim=unit_dim, with_peaks=with_peaks)
         if reading is not None:
             return reading
     entries = [entries_to_read(tensor) for tensor in tensors]
@@ -80,12 +81,14 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 
 
 def _native_reading(
-    tensors: Sequence[Tensor], norm_type: float, *, unit_dim: int | None, with_peaks: bool
+    kernels: native.Kernels,
+    tensors: Sequence[Tensor],
+    norm_type: float,
+    *,
+    unit_dim: int | None,
+    with_peaks: bool,
 ) -> Reading | None:
-    """The same by the native kernels; None where they are not in use or one of the tensors is not for them."""
-    kernels = native.kernels()
-    if kernels is None:
-        return None
+    """The same by the native kernels; None where one of the tensors is not for them."""
     if unit_dim is None and not with_peaks:
         found = kernels.norms(list(tensors), norm_type) or kernels.norms(
             [entries_to_read(tensor) for tensor in tensors], norm_type

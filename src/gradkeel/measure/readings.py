@@ -1,6 +1,6 @@
 """Reads each gradient of a selection once, and makes norms of the true gradients of what was read."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from gradkeel.selection import Selection
 from gradkeel.tensors import local_parts
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Readings:
     """The norms of a selection's stored gradients, without prescale: one rank's, or all ranks' together.
 
@@ -101,16 +101,18 @@ def blank_norms(members: Members, needs: Needs, device: torch.device) -> Gradien
     )
 
 
-@torch.no_grad()
 def readings(selection: Selection, needs: Needs, device: torch.device) -> Readings:
     """Norms of a selection's gradients as they are stored on this rank; does not sync the host on an accelerator."""
     held = [gradient for parameter in selection.parameters if (gradient := parameter.grad) is not None]
-    present = (True,) * len(held)
-    if len(held) < len(selection.parameters):
-        present = tuple(parameter.grad is not None for parameter in selection.parameters)
     reading = read(
         local_parts(held), needs.norm_type, device, unit_dim=needs.unit_dim, with_peaks=needs.peaks
     )
+    if len(held) == len(selection.parameters):
+        present = selection.all_present
+        if not needs.weights:
+            return Readings(present, reading.norms, reading.units, reading.peaks, total=reading.total)
+    else:
+        present = tuple(parameter.grad is not None for parameter in selection.parameters)
     weights = Reading(reading.norms)
     if needs.weights:
         weights = read(local_parts(selection.parameters), needs.norm_type, device, unit_dim=needs.unit_dim)
@@ -134,12 +136,12 @@ def true_norms(
 ) -> GradientNorms:
     """``blank`` with the norms of the true gradients of a step: those of the stored ones times ``prescale``."""
     if not blank.names:
-        return replace(blank, step=step, loss=loss)
+        return blank
     norms = _times(found.norms, prescale)
     if found.total is not None and isinstance(prescale, float):
         total = torch.scalar_tensor(found.total * prescale, dtype=norms.dtype)
     else:
-        total = whole_norm(norms, blank.norm_type)
+        total = combine(norms, blank.norm_type)
     return GradientNorms(
         names=blank.names,
         norms=norms,
@@ -156,15 +158,6 @@ def true_norms(
         peaks=None if found.peaks is None else _times(found.peaks, prescale),
         loss=loss,
     )
-
-
-def whole_norm(norms: Tensor, norm_type: float) -> Tensor:
-    """`combine`, in one operation where the host can see that no power leaves the range of float64."""
-    if norms.device.type == "cpu" and norm_type in (1.0, 2.0):
-        plain: Tensor = torch.linalg.vector_norm(norms, norm_type)
-        if 1e-140 < float(plain) < 1e150:
-            return plain
-    return combine(norms, norm_type)
 
 
 def _spread(values: Tensor, present: tuple[bool, ...]) -> Tensor:

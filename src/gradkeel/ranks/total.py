@@ -5,16 +5,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradkeel.measure import whole_norm
-from gradkeel.measure.powers import tensor_norms
+from gradkeel.measure.powers import read
+from gradkeel.norms import combine, is_on_host
 from gradkeel.ranks.declared import Sharing
 from gradkeel.tensors import are_distributed, settled
 
 
-def measure_total(
+def total_norm(
     tensors: Sequence[Tensor], norm_type: float, device: torch.device, *, among: Sequence[Tensor] = ()
-) -> Tensor:
-    """[] float64 norm of all these tensors taken together; a collective if some are distributed over ranks.
+) -> Tensor | float:
+    """Norm of all these tensors taken together: a number on CPU, [] float64 elsewhere.
+
+    A collective if some are distributed over ranks.
 
     Args:
         tensors: such as gradients.
@@ -24,5 +26,15 @@ def measure_total(
     """
     given = settled(tensors)
     if are_distributed(given) or are_distributed(among):
-        return Sharing(None, None).total_norm(given, norm_type, device, among=among)
-    return whole_norm(tensor_norms(given, norm_type, device), norm_type)
+        total = Sharing(None, None).total_norm(given, norm_type, device, among=among)
+    else:
+        reading = read(given, norm_type, device)
+        if reading.total is not None:
+            return reading.total
+        total = combine(reading.norms, norm_type)
+    return total.item() if is_on_host(total) else total
+
+
+def measure_total(tensors: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
+    """[] float64 norm of all these tensors; see `total_norm`."""
+    return torch.as_tensor(total_norm(tensors, norm_type, device), dtype=torch.float64)
