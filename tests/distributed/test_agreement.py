@@ -486,7 +486,7 @@ def test_copies_with_different_gradients_are_told(ranks):
 # ---- how many collectives ------------------------------------------------------------------------------------------
 
 
-def collectives(rank, count, parameters, kind):
+def collectives(rank, count, parameters, kind, has_maxima=True):
     mesh = init_device_mesh("cpu", (count,))
     placement = {"sharded": [Shard(0)], "replicated": [Replicate()]}[kind]
     whole = torch.ones(2, 2)
@@ -494,10 +494,13 @@ def collectives(rank, count, parameters, kind):
     third = len(own) // 3
     groups = [
         {"params": own[:third]},
-        {"params": own[third : 2 * third], "clip": gk.ClipByGlobalNorm(1.0, norm_type=math.inf)},
+        {
+            "params": own[third : 2 * third],
+            "clip": gk.ClipByGlobalNorm(1.0, norm_type=math.inf if has_maxima else 1.0),
+        },
         {"params": own[2 * third :], "clip": gk.policies.AdaptiveGradientClip()},
     ]
-    guard = gk.attach(sgd(groups), gk.ClipByValue(0.5))
+    guard = gk.attach(sgd(groups), gk.ClipByValue(0.5) if has_maxima else gk.ClipByNorm(0.5))
     counts = []
     for _ in range(3):
         for parameter in own:
@@ -513,7 +516,11 @@ def collectives(rank, count, parameters, kind):
 @pytest.mark.parametrize("parameters", [10, 100, 400])
 @pytest.mark.parametrize("count", [2, 4])
 def test_one_collective(ranks, count, parameters):
-    assert ranks(count, collectives, count, parameters, "sharded") == [[1, 1, 1]] * count
+    assert ranks(count, collectives, count, parameters, "sharded", False) == [[1, 1, 1]] * count
+
+
+def test_largest_and_lowest_entries_are_a_second_collective(ranks):
+    assert ranks(2, collectives, 2, 10, "sharded") == [[2, 2, 2]] * 2
 
 
 def test_no_collective_where_nothing_is_sharded(ranks):

@@ -21,7 +21,7 @@ from gradkeel.measure import Readings, true_norms
 from gradkeel.norms import Decision, GradientNorms, State, Window
 from gradkeel.policies import Policy
 from gradkeel.ranks.exchange import Agreed, Exchange, Told
-from gradkeel.ranks.local import Locally
+from gradkeel.ranks.layout import Layout
 from gradkeel.ranks.total import measure_total
 from gradkeel.selection import Selection
 
@@ -51,7 +51,7 @@ class Part:
     decision: Decision
     state: State
     shown: str
-    local: Locally | None = None
+    local: Layout | None = None
     place_of: Callable[[int], str] | None = None
 
     def undone(self) -> "Part":
