@@ -155,8 +155,8 @@ def units_here(tensor: Tensor, unit_dim: int) -> Sequence[int]:
     units = range(tensor.shape[unit_dim])
     if not is_distributed(tensor):
         return units
-    mesh = given.device_mesh
-    return () if not is_member(tensor) else _held(units, unit_dim, mesh, given.placements)
+    # Outside of the mesh torch leaves an empty vector, which is one unit.
+    return _held(units, unit_dim, given.device_mesh, given.placements) if is_member(tensor) else (0,)
 
 
 def mesh_of(tensor: Tensor) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gradkeel.errors import AttachError, RankError, SelectionError
 from gradkeel.norms import Needs
 from gradkeel.ranks.exchange import WIDE, Exchange
-from gradkeel.ranks.group import Ranks, covering, is_running, ranks_of
+from gradkeel.ranks.group import Ranks, covering, is_running, ranks_of, spans
 from gradkeel.ranks.layout import Census, Layout, Parameter
 from gradkeel.selection import Exclude, Selection, matches
 from gradkeel.tensors import (
@@ -222,15 +222,15 @@ def participants(parameters: Iterable[Tensor], known: Sequence[Ranks], given: Ra
     """
     if not is_running():
         return None
+    examples = [p for kind, p in {placement_key(p): p for p in parameters}.items() if kind is not None]
+    spread = [p for p in examples if not is_member(p) or shard_groups(p)]
+    if given is None and not known and len({mesh_of(p) for p in spread}) == 1 and spans(mesh_of(spread[0])):
+        return ranks_of(mesh_of(spread[0]), "a mesh")  # as nearly always, and quickly found
     groups, needed = list(known), set[int]()
-    examples = {placement_key(p): p for p in parameters}
-    for kind, example in examples.items():
-        if kind is not None:
-            split = [ranks_of(group, "a mesh axis") for group in shard_groups(example)]
-            groups += split
-            # Replicas of the pieces too: they must decide alike, and hear of each other's errors and losses.
-            if split or not is_member(example):
-                needed.update(mesh_ranks(example))
+    for example in spread:
+        # Replicas of the pieces too: they must decide alike, and hear of each other's errors and losses.
+        needed.update(mesh_ranks(example))
+        groups += [ranks_of(group, "a mesh axis") for group in shard_groups(example)]
     needed.update(rank for ranks in groups for rank in ranks.members if len(ranks.members) > 1)
     if given is None:
         return covering(needed, groups) if needed else None

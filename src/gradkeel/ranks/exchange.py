@@ -29,7 +29,7 @@ from gradkeel.ranks.layout import Layout
     _AMOUNTS,
     _BAD,  # ranks with a gradient that is not finite, and the sum of their places
     _BAD_PLACES,
-    _LACKING,  # ranks that hold the first copy of something, without a gradient
+    _CHANGED,  # ranks whose copies have gradients where they had none, or none where they had some
 ) = range(10)
 _HEAD = 10
 
@@ -218,7 +218,9 @@ class Exchange:
         # Ranks whose windows are of the same items, as those of one tensor-parallel group, count once.
         self._adds_weight = data_parallel is None or ranks.members[0] in data_parallel.members
         self._kinds = [list(_kinds(layout)) for layout in layouts]
+        # Copies count where their first has no gradient, until ranks find that this has changed.
         self._counted = [layout.counted for layout in layouts]
+        self._copied = [layout.copied([True] * layout.here) for layout in layouts]
         self._slots = sum(len(layout.slot_names) for layout in layouts)
         # Copies are compared in the first step, in which the host may be synced.
         self._compares = self._slots > 0
@@ -240,8 +242,9 @@ class Exchange:
         sums = self._sums(head, readings, self._counted)
         if self._on_host:
             self._refuse_failed(sums)
-            if float(sums[_LACKING]) > 0:
-                sums = self._sums(head, readings, self._standing_in(readings))
+            if float(sums[_CHANGED]) > 0:
+                self._count_again(readings)
+                sums = self._sums(head, readings, self._counted)
         if self._compares:
             self._compare_copies(sums[-3 * self._slots :].view(3, -1), readings)
             self._compares = False
@@ -302,8 +305,8 @@ class Exchange:
         bad = ~(finite[0] if len(finite) == 1 else torch.stack(finite).all())
         values[_BAD] = self._number(bad)
         values[_BAD_PLACES] = values[_BAD] * self.ranks.here
-        if any(one.lacks(own.present) for one, own in zip(self.members, readings, strict=True)):
-            values[_LACKING] = self._number(1.0)
+        if self._copied_here(readings) != self._copied:
+            values[_CHANGED] = self._number(1.0)
         return torch.stack(values)
 
     def _number(self, value: Tensor | float) -> Tensor:
@@ -396,12 +399,16 @@ class Exchange:
                 "output says which), so no rank makes it"
             )
 
-    def _standing_in(self, readings: Sequence[Readings]) -> list[Tensor | None]:
-        """Which pieces count here where the first copy of some has no gradient: the first that has one counts."""
+    def _copied_here(self, readings: Sequence[Readings]) -> list[tuple[bool, ...]]:
+        return [layout.copied(one.present) for layout, one in zip(self.members, readings, strict=True)]
+
+    def _count_again(self, readings: Sequence[Readings]) -> None:
+        """Find out which pieces count here: those of which this rank is the first that has a gradient."""
+        self._copied = self._copied_here(readings)
         here = [layout.told_present(one.present) for layout, one in zip(self.members, readings, strict=True)]
         present = self.ranks.gather(torch.cat(here).to(self._sums_on)).cpu()
         parts = present.split([len(layout.names) for layout in self.members], dim=1)
-        return [
+        self._counted = [
             layout.counting(part, self.ranks.here, self._sums_on)
             for layout, part in zip(self.members, parts, strict=True)
         ]
@@ -410,7 +417,7 @@ class Exchange:
         """For each parameter the place of the first rank on which it is not finite, or the number of ranks."""
         count, parts = len(self.ranks.members), []
         for layout, one in zip(self.members, readings, strict=True):
-            values = torch.where(one.norms.isfinite(), 0.0, float(count - self.ranks.here))
+            values = (~one.norms.isfinite()).to(torch.float64) * (count - self.ranks.here)
             if layout.rows is not None:
                 values = values.new_zeros(len(layout.names)).scatter_reduce_(0, layout.rows, values, "amax")
             parts.append(values)

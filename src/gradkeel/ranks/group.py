@@ -110,6 +110,13 @@ def covering(needed: Iterable[int], known: Sequence[Ranks]) -> Ranks:
     return min(fitting, key=lambda ranks: len(ranks.members))
 
 
+def spans(mesh: "DeviceMesh") -> bool:
+    """Whether a mesh has a process group of all its ranks, of which this rank is one."""
+    return mesh.size() == distributed.get_world_size() or (
+        mesh.ndim == 1 and mesh.get_coordinate() is not None
+    )
+
+
 def _in_order(values: Tensor, *, back: bool = False) -> Tensor:
     """float64 numbers as int64 of the same order, NaN last; or, ``back``, the other way round."""
     if not back:

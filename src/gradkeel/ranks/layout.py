@@ -206,6 +206,7 @@ class Layout:
             would have them.
         unit_total: how many units they have together.
         needs: as given.
+        here: k.
         is_wide: whether any entries are float64.
         is_split: whether other ranks have parts of them, or further ones; copies are none.
         rows: [k] indices of this rank's parameters among the n; None if it has all of them, in the same order.
@@ -223,7 +224,7 @@ class Layout:
     def __init__(
         self, census: Census, selection: int, needs: Needs, parameters: Sequence[Tensor], device: torch.device
     ) -> None:
-        self.needs = needs
+        self.needs, self.here = needs, len(parameters)
         parts: dict[str, list[tuple[int, Parameter]]] = {}
         for number, one in enumerate(census.sets):
             for parameter in one[selection]:
@@ -295,9 +296,7 @@ class Layout:
         self._unit_counts = torch.tensor(self.unit_counts, dtype=torch.int64, device=device)
         self.counted, self.filled = _unless_true(counted, device), _unless_true(filled, device)
         self.slots = torch.tensor(slots, dtype=torch.int64, device=device) if self.slot_names else None
-        self._stands_for_copies = [
-            is_first and len(one) > 1 for is_first, one in zip(counted, self._holders, strict=True)
-        ]
+        self._has_copies = [len(one) > 1 for one in self._holders]
 
     def units(self, dim: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """How many units along ``dim`` each of the n has, and how many entries a unit; empty where dim is None."""
@@ -319,11 +318,9 @@ class Layout:
         }
         return tuple(position not in lacking for position in range(len(self.names)))
 
-    def lacks(self, own: Sequence[bool]) -> bool:
-        """Whether some parameter of which other ranks hold copies counts here but has no gradient."""
-        return not all(own) and any(
-            stands and not here for stands, here in zip(self._stands_for_copies, own, strict=True)
-        )
+    def copied(self, own: Sequence[bool]) -> tuple[bool, ...]:
+        """Which of the pieces that other ranks hold too have a gradient here."""
+        return tuple(here for here, has in zip(own, self._has_copies, strict=True) if has)
 
     def told_present(self, own: Sequence[bool]) -> Tensor:
         """[n] uint8: which of the n have a gradient on this rank."""
@@ -345,7 +342,7 @@ class Layout:
             having = holders[present[holders, position] > 0]
             if len(holders) > 1 and len(having):
                 counted[i] = int(having[0]) == here
-        return torch.tensor(counted, device=device)
+        return torch.tensor(counted, dtype=torch.bool, device=device)
 
     def decision(self, decision: Decision) -> Decision:
         """The part of a decision that is about this rank's parameters."""
