@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from gradkeel.errors import AttachError, RankError, SelectionError
 from gradkeel.norms import Needs
-from gradkeel.ranks.exchange import WIDE, Exchange
+from gradkeel.ranks.exchange import Exchange
 from gradkeel.ranks.group import Ranks, covering, is_running, ranks_of, spans
 from gradkeel.ranks.layout import Census, Layout, Parameter
+from gradkeel.ranks.powers import WIDE
 from gradkeel.selection import Exclude, Selection, matches
 from gradkeel.tensors import (
     is_member,

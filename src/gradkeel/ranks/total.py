@@ -9,7 +9,7 @@ from torch import Tensor
 from gradkeel.measure import whole_norm
 from gradkeel.measure.powers import tensor_norms, wide_dtype
 from gradkeel.ranks.declared import participants
-from gradkeel.ranks.exchange import WIDE, PowerSums
+from gradkeel.ranks.powers import WIDE, PowerSums
 from gradkeel.tensors import (
     are_distributed,
     is_distributed,
