@@ -17,7 +17,7 @@ from benchmarks.speed.answer import Answer, Curve, Target, asked, markdown, rati
 
 QUESTIONS = (
     "clip", "step", "bf16", "tiny", "adaptive", "agc", "accumulate", "recording", "training", "growth", "memory",
-    "precision",
+    "precision", "ranks",
 )  # fmt: skip
 PEERS = ("accelerate", "jax", "optax", "paddlepaddle")
 DOCS = Path(__file__).resolve().parents[2] / "docs"

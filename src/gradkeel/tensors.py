@@ -3,8 +3,6 @@
 import itertools
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -43,11 +41,14 @@ def local_part(tensor: Tensor) -> Tensor:
     if not is_distributed(tensor):
         return tensor.detach()
     with torch.no_grad():
-        local: Any = tensor.to_local()  # type: ignore[attr-defined]  # a DTensor
-    local = local.detach()
-    return (
-        local.wait() if hasattr(local, "wait") else local
-    )  # still on its way from an asynchronous collective
+        return _local(tensor).detach()
+
+
+def _local(tensor: Any) -> Tensor:
+    """What this rank holds of a distributed tensor."""
+    local: Any = tensor.to_local()
+    # Where it is still on its way from an asynchronous collective, it is waited for.
+    return local if type(local) in _PLAIN or not hasattr(local, "wait") else local.wait()
 
 
 def are_plain(tensors: Iterable[Tensor]) -> bool:
@@ -59,7 +60,8 @@ def local_parts(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """What this rank holds of each tensor; plain ones are passed on as they are."""
     if are_plain(tensors):
         return tensors
-    return [local_part(tensor) if is_distributed(tensor) else tensor for tensor in tensors]
+    with torch.no_grad():
+        return [_local(tensor) if is_distributed(tensor) else tensor for tensor in tensors]
 
 
 def is_distributed(tensor: Tensor) -> bool:
@@ -107,13 +109,14 @@ def settle(parameters: Sequence[Tensor]) -> list[Tensor]:
     held = [own for parameter in parameters if (own := parameter.grad) is not None]
     if are_plain(held):
         return held
+    is_settled = True
     for parameter in parameters:
         gradient: Any = parameter.grad
         if gradient is not None and is_distributed(gradient):
             wanted = parameter.placements  # type: ignore[attr-defined]  # its gradient is distributed, so it is
             if gradient.placements != wanted:
-                parameter.grad = gradient.redistribute(placements=wanted)
-    return [own for parameter in parameters if (own := parameter.grad) is not None]
+                parameter.grad, is_settled = gradient.redistribute(placements=wanted), False
+    return held if is_settled else [own for parameter in parameters if (own := parameter.grad) is not None]
 
 
 def settled(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -131,35 +134,57 @@ def settled(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     return result
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """The part of a tensor that one rank holds.
+def coordinate(tensor: Tensor) -> tuple[int, ...] | None:
+    """Which piece of a distributed tensor this rank holds, as its place on each mesh axis that splits it.
 
-    Attributes:
-        key: which part it is; ranks with equal keys hold copies of the same.
-        row_key: which units it is of; pieces with equal row keys hold parts of the same units.
-        rows: these units' indices in the whole tensor, in the order in which they lie here.
-        size: number of entries here.
-    """
-
-    key: tuple[int, ...] = ()
-    row_key: tuple[int, ...] = ()
-    rows: Sequence[int] = ()
-    size: int = 0
-
-
-def pieces(tensor: Tensor, unit_dim: int | None) -> dict[int, Piece]:
-    """What each rank of its mesh holds of a distributed tensor; empty for a plain one.
-
-    Args:
-        tensor: known from its metadata alone, the same on every rank.
-        unit_dim: the dimension that counts units; None where nobody looks at units.
+    Ranks with equal coordinates hold copies of one piece. () for a plain tensor, which is one piece; None for a rank
+    that is not on the mesh.
     """
     if not is_distributed(tensor):
-        return {}
+        return ()
     given: Any = tensor
-    dim = None if unit_dim is None or tensor.dim() <= 1 else unit_dim
-    return _pieces(given.device_mesh, tuple(given.placements), tuple(tensor.shape), dim, unit_dim is not None)
+    here = given.device_mesh.get_coordinate()
+    return None if here is None else tuple(here[axis] for axis in split_axes(tensor))
+
+
+def split_axes(tensor: Tensor) -> tuple[int, ...]:
+    """The mesh axes that split a distributed tensor; the others hold copies. None of them for a plain tensor."""
+    given: Any = tensor
+    return tuple(_split_axes(given.placements)) if is_distributed(tensor) else ()
+
+
+def is_first_copy(tensor: Tensor) -> bool:
+    """Whether this rank holds the first of the copies of its piece of a distributed tensor."""
+    given: Any = tensor
+    here, axes = given.device_mesh.get_coordinate(), split_axes(tensor)
+    return here is not None and not any(place for axis, place in enumerate(here) if axis not in axes)
+
+
+def is_split(tensor: Tensor) -> bool:
+    """Whether a tensor lies in more than one piece that has entries."""
+    given: Any = tensor
+    return bool(tensor.numel()) and any(
+        given.device_mesh.size(axis) > 1 and tensor.shape[given.placements[axis].dim] > 1
+        for axis in split_axes(tensor)
+    )
+
+
+def units_here(tensor: Tensor, unit_dim: int) -> Sequence[int]:
+    """Of which units this rank holds something: their indices in the whole tensor, in the order in which they lie."""
+    if tensor.dim() <= 1:
+        return (0,)
+    given: Any = tensor
+    units = range(tensor.shape[unit_dim])
+    if not is_distributed(tensor):
+        return units
+    # Outside of the mesh torch leaves an empty vector, which is one unit.
+    return _held(units, unit_dim, given.device_mesh, given.placements) if is_member(tensor) else (0,)
+
+
+def mesh_of(tensor: Tensor) -> Any:
+    """The mesh of a distributed tensor; None for a plain one."""
+    given: Any = tensor
+    return given.device_mesh if is_distributed(tensor) else None
 
 
 def shard_groups(tensor: Tensor) -> list[Any]:
@@ -195,37 +220,14 @@ def _split_axes(placements: Sequence[Any]) -> list[int]:
     return [axis for axis, placement in enumerate(placements) if hasattr(placement, "dim")]
 
 
-@lru_cache(maxsize=4096)
-def _pieces(
-    mesh: Any, placements: tuple[Any, ...], shape: tuple[int, ...], dim: int | None, wants_units: bool
-) -> dict[int, Piece]:
-    axes = _split_axes(placements)
-    along = [axis for axis in axes if placements[axis].dim == dim]
-    result = {}
-    for coordinate in itertools.product(*(range(size) for size in mesh.mesh.shape)):
-        held = [_held(shape[d], d, mesh.mesh.shape, placements, coordinate) for d in range(len(shape))]
-        size = 1
-        for indices in held:
-            size *= len(indices)
-        rows: Sequence[int] = ()
-        if wants_units:
-            rows = (0,) if dim is None else held[dim]
-        result[int(mesh.mesh[coordinate])] = Piece(
-            tuple(coordinate[axis] for axis in axes), tuple(coordinate[axis] for axis in along), rows, size
-        )
-    return result
-
-
-def _held(
-    size: int, dim: int, mesh_shape: Sequence[int], placements: Sequence[Any], coordinate: Sequence[int]
-) -> Sequence[int]:
-    """Which indices along ``dim`` the rank at ``coordinate`` holds: each mesh axis splits what the earlier left."""
-    indices: Sequence[int] = range(size)
+def _held(indices: Sequence[int], dim: int, mesh: Any, placements: Sequence[Any]) -> Sequence[int]:
+    """Which of the indices along ``dim`` this rank holds: each mesh axis splits what the earlier left."""
+    here = mesh.get_coordinate()
     for axis in _split_axes(placements):
         if placements[axis].dim == dim:
             # A strided shard is interleaved: split first as a later axis does, then each part by this axis.
             stride = int(getattr(placements[axis], "split_factor", 1))
-            split = [_chunk(part, mesh_shape[axis], coordinate[axis]) for part in _chunks(indices, stride)]
+            split = [_chunk(part, mesh.size(axis), here[axis]) for part in _chunks(indices, stride)]
             indices = split[0] if stride == 1 else tuple(itertools.chain.from_iterable(split))
     return indices
 

@@ -505,7 +505,7 @@ def test_copies_with_different_gradients_are_told(ranks):
 # ---- how many collectives ------------------------------------------------------------------------------------------
 
 
-def collectives(rank, count, parameters, kind):
+def collectives(rank, count, parameters, kind, has_maxima=True):
     mesh = init_device_mesh("cpu", (count,))
     placement = {"sharded": [Shard(0)], "replicated": [Replicate()]}[kind]
     whole = torch.ones(2, 2)
@@ -513,10 +513,13 @@ def collectives(rank, count, parameters, kind):
     third = len(own) // 3
     groups = [
         {"params": own[:third]},
-        {"params": own[third : 2 * third], "clip": gk.ClipByGlobalNorm(1.0, norm_type=math.inf)},
+        {
+            "params": own[third : 2 * third],
+            "clip": gk.ClipByGlobalNorm(1.0, norm_type=math.inf if has_maxima else 1.0),
+        },
         {"params": own[2 * third :], "clip": gk.policies.AdaptiveGradientClip()},
     ]
-    guard = gk.attach(sgd(groups), gk.ClipByValue(0.5))
+    guard = gk.attach(sgd(groups), gk.ClipByValue(0.5) if has_maxima else gk.ClipByNorm(0.5))
     counts = []
     for _ in range(3):
         for parameter in own:
@@ -532,11 +535,64 @@ def collectives(rank, count, parameters, kind):
 @pytest.mark.parametrize("parameters", [10, 100, 400])
 @pytest.mark.parametrize("count", [2, 4])
 def test_one_collective(ranks, count, parameters):
-    assert ranks(count, collectives, count, parameters, "sharded") == [[1, 1, 1]] * count
+    assert ranks(count, collectives, count, parameters, "sharded", False) == [[1, 1, 1]] * count
+
+
+def test_largest_and_lowest_entries_are_a_second_collective(ranks):
+    assert ranks(2, collectives, 2, 10, "sharded") == [[2, 2, 2]] * 2
 
 
 def test_no_collective_where_nothing_is_sharded(ranks):
     assert ranks(2, collectives, 2, 10, "replicated") == [[0, 0, 0]] * 2
+
+
+def unused_copies(rank):
+    """Of two plain copies one gets no gradient in some steps, on both ranks or on the first; collectives and norms."""
+    parameters = {name: torch.nn.Parameter(WEIGHT.clone()) for name in "ab"}
+    guard = gk.attach(sgd(list(parameters.items())), None, process_group=distributed.group.WORLD)
+    found = []
+    for lacking in ((), (0, 1), (0, 1), (0,), (0,), ()):
+        parameters["a"].grad = WEIGHT.clone()
+        parameters["b"].grad = None if rank in lacking else WEIGHT.clone()
+        with CommDebugMode() as mode:
+            guard._begin()
+            guard._evaluate()
+        guard._finish()
+        found.append((mode.get_total_counts(), guard.report.norms.get("b", 0.0)))
+    return found
+
+
+def test_copies_without_gradients_cost_collectives_only_where_that_changes(ranks):
+    full = pytest.approx(13.0)
+    wanted = [(1, full), (3, 0.0), (1, 0.0), (3, full), (1, full), (3, full)]
+    assert ranks(2, unused_copies) == [wanted] * 2
+
+
+def sets_told(rank, make_layout):
+    """How many objects ranks send each other in attach."""
+    layout = make_layout(rank, 4)
+    placed = {name: layout.place(name, torch.ones(4, 2)) for name in ("linear", "bias")}
+    parameters = [(name, torch.nn.Parameter(value)) for name, value in placed.items() if value is not None]
+    told, broadcast = [], distributed.broadcast_object_list
+
+    def counted(values, *arguments, **options):
+        told.append(values)
+        return broadcast(values, *arguments, **options)
+
+    distributed.broadcast_object_list = counted
+    try:
+        gk.attach(sgd(parameters), gk.ClipByNorm(1.0), **layout.arguments)
+    finally:
+        distributed.broadcast_object_list = broadcast
+    return len(told)
+
+
+@pytest.mark.parametrize(
+    ("layout", "sets"),
+    [(layouts.shards, 0), (layouts.experts, 0), (layouts.everywhere, 0), (layouts.sharded_stages, 2)],
+)
+def test_each_distinct_set_of_parameters_is_told_once(ranks, layout, sets):
+    assert ranks(4, sets_told, layout) == [sets] * 4
 
 
 def partial_gradients(rank):

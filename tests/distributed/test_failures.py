@@ -34,6 +34,27 @@ def test_replicas_decide_together(ranks):
         assert kind == ("WindowError" if rank == 3 else "RankError")
 
 
+def several(rank, policy):
+    parameter = torch.nn.Parameter(sharded(WEIGHT))
+    guard = gk.attach(sgd([("w", parameter)]), policy)
+    guard.window = Window(is_bad=rank in (1, 3))
+    parameter.grad = sharded(WEIGHT)
+    first = outcome(guard.optimizer.step)
+    guard.window = None
+    guard.optimizer.step()
+    return first, guard.report.norm, guard.step
+
+
+# The first sums only, the second asks for the largest entries too.
+@pytest.mark.parametrize("policy", [gk.ClipByGlobalNorm(1.0), gk.ClipByValue(1.0)])
+def test_all_ranks_that_failed_are_named(ranks, policy):
+    answers = ranks(4, several, policy)
+    for rank, ((kind, words), norm, steps) in enumerate(answers):
+        assert kind == ("WindowError" if rank in (1, 3) else "RankError")
+        assert rank in (1, 3) or words.startswith("rank 1, 3 raised an error before this step")
+        assert (norm, steps) == (pytest.approx(13.0), 1)
+
+
 class Loader:
     """Four micro-batches, or an error in place of one of them."""
 

@@ -18,7 +18,7 @@ from gradkeel.policies import Policy
 from gradkeel.ranks.declared import Sharing
 from gradkeel.ranks.exchange import Exchange
 from gradkeel.ranks.group import Ranks
-from gradkeel.ranks.local import Locally
+from gradkeel.ranks.layout import Layout
 from gradkeel.selection import (
     EXCLUDED,
     MAIN,
@@ -189,7 +189,7 @@ class Roster:
         """Which piece of each parameter lies on this rank; those that count for another rank are left out."""
         return dict.fromkeys(self.names, ()) if self.exchange is None else self.exchange.pieces()
 
-    def local(self, index: int) -> Locally | None:
+    def local(self, index: int) -> Layout | None:
         """Which of a part's parameters, as all ranks know them, are here; None where all are, and whole."""
         if self.exchange is None:
             return None

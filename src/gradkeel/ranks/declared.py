@@ -1,32 +1,28 @@
-"""Which parameters lie on several ranks, as their placement tells or the user has declared, and who must exchange."""
+"""What the user has declared of ranks, what placements tell, and who must exchange because of it."""
 
-import math
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gradkeel.errors import AttachError, RankError, SelectionError
-from gradkeel.measure import Readings
-from gradkeel.measure.powers import tensor_norms, wide_dtype
-from gradkeel.norms import Needs, combine
-from gradkeel.ranks.exchange import Exchange, Told
-from gradkeel.ranks.group import Ranks, covering, is_running, ranks_of
-from gradkeel.ranks.members import Members
-from gradkeel.ranks.merge import Entry
+from gradkeel.norms import Needs
+from gradkeel.ranks.exchange import Exchange
+from gradkeel.ranks.group import Ranks, covering, is_running, ranks_of, spans
+from gradkeel.ranks.layout import Census, Layout, Parameter
+from gradkeel.ranks.powers import WIDE
 from gradkeel.selection import Exclude, Selection, matches
 from gradkeel.tensors import (
-    Piece,
-    is_distributed,
     is_member,
-    local_parts,
+    is_split,
+    mesh_of,
     mesh_ranks,
-    pieces,
     placement_key,
     shard_groups,
+    split_axes,
 )
 
 if TYPE_CHECKING:
@@ -38,8 +34,6 @@ if TYPE_CHECKING:
 ShardOver = Mapping[Exclude, "Where"]
 """For name patterns, modules, parameters or predicates: where the rest of each parameter is."""
 
-
-_FINGERPRINTS = 2**24  # whole numbers that float32 knows
 _FAILED = -1  # told in a fingerprint's place
 
 
@@ -51,19 +45,20 @@ class Split:
     dim: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
-    """What one rank has.
+class Manifest(NamedTuple):
+    """What a rank has; ranks with equal ones need to tell it only once.
 
     Attributes:
         kinds: each selection's label and policy.
-        entries: each selection's parameters.
+        parameters: each selection's.
+        meshes: shape and ranks of the meshes on which they lie.
         unmatched: patterns of ``shard_over`` that match nothing here.
     """
 
     kinds: tuple[tuple[str, str], ...]
-    entries: tuple[tuple[Entry, ...], ...]
-    unmatched: frozenset[str]
+    parameters: tuple[tuple[Parameter, ...], ...]
+    meshes: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    unmatched: tuple[str, ...]
 
 
 class Sharing:
@@ -81,8 +76,6 @@ class Sharing:
     def __init__(self, process_group: "Group | None", shard_over: ShardOver | None) -> None:
         self._given = None if process_group is None else ranks_of(process_group, "process_group")
         self._declared = [(entry, _read(entry, where)) for entry, where in (shard_over or {}).items()]
-        # Ranks may have different parameters then, so each tells what it has.
-        self._tells = self._given is not None or bool(self._declared)
 
     def connect(
         self,
@@ -94,7 +87,8 @@ class Sharing:
     ) -> Exchange | None:
         """The exchange for these selections; None where no rank needs to know anything of another.
 
-        Every rank must call it alike: they tell each other what they have, or that they have the same.
+        Every rank must call it alike: they compare what they have in a collective of one number each. Only where
+        ranks may have different parameters do they tell each other which, once for each distinct set.
 
         Raises:
             AttachError, SelectionError: if the declarations do not fit.
@@ -103,112 +97,68 @@ class Sharing:
         ranks = self._ranks([p for s in selections for p in s.parameters], data_parallel)
         if ranks is None:
             return None
-        if self._tells:
-            try:
-                own = self._table(selections, needs, policies, ranks.members[ranks.here])
-            except Exception:
-                ranks.tell(None)
-                raise
-            tables = _checked(ranks, ranks.tell(own))
-        else:
-            tables = [self._table(selections, needs, policies, rank) for rank in ranks.members]
-            _check_alike(ranks, zlib.crc32(repr(tables[0]).encode()) % _FINGERPRINTS, device)
-        members = [Members([table.entries[i] for table in tables], need) for i, need in enumerate(needs)]
-        return Exchange(ranks, members, device, data_parallel)
+        try:
+            own = self._manifest(selections, policies)
+        except Exception:
+            _tell(ranks, _FAILED, device)
+            raise
+        census = self._census(ranks, own, device)
+        layouts = [
+            Layout(census, i, need, selection.parameters, device)
+            for i, (selection, need) in enumerate(zip(selections, needs, strict=True))
+        ]
+        return Exchange(ranks, layouts, device, data_parallel)
 
     def fail(self, parameters: Iterable[Tensor], device: torch.device, data_parallel: Ranks | None) -> None:
         """Take part in the set-up although this rank has raised, so that the others need not wait."""
         ranks = self._ranks(parameters, data_parallel)
-        if ranks is not None and self._tells:
-            ranks.tell(None)
-        elif ranks is not None:
-            _tell_number(ranks, _FAILED, device)
-
-    def total_norm(
-        self, tensors: Sequence[Tensor], norm_type: float, device: torch.device, *, among: Sequence[Tensor]
-    ) -> Tensor:
-        """[] float64 norm of all these tensors together; one collective where some of them are sharded.
-
-        Tensors that lie alike are put together on each rank first, so that a call costs no more for many of them.
-
-        Args:
-            tensors: may be fewer on some ranks.
-            norm_type: the p of the p-norm.
-            device: where norms are put together.
-            among: tensors that lie in all the ways that any rank's ``tensors`` do, such as the parameters.
-        """
-        examples = {placement_key(tensor): tensor for tensor in (*among, *tensors)}
-        alike: dict[object, list[Tensor]] = {key: [] for key in examples}
-        for tensor in tensors:
-            alike[placement_key(tensor)].append(tensor)
-        parts = [_norm_here(group, norm_type, device) for group in alike.values()]
-        norms = torch.stack(parts) if parts else torch.zeros(0, dtype=wide_dtype(device), device=device)
-        ranks = self._ranks(examples.values(), None)
-        if ranks is None:
-            return combine(norms, norm_type)
-        entries = [
-            [
-                Entry(str(i), 0, (), piece.key, size=1)
-                for i, example in enumerate(examples.values())
-                if (piece := _piece(example, None, rank)) is not None
-            ]
-            for rank in ranks.members
-        ]
-        exchange = Exchange(ranks, [Members(entries, Needs(norm_type))], device)
-        own = torch.tensor(
-            [int(entry.name) for entry in entries[ranks.here]], dtype=torch.int64, device=device
-        )
-        agreed = exchange([Readings((True,) * len(own), norms.index_select(0, own))], Told(0))
-        return combine(agreed.readings[0].norms, norm_type)
+        if ranks is not None:
+            _tell(ranks, _FAILED, device)
 
     def _ranks(self, parameters: Iterable[Tensor], data_parallel: Ranks | None) -> Ranks | None:
         """Who takes part; None if nobody needs to."""
-        if not is_running():
-            return None
         known = [where.ranks for _, where in self._declared if isinstance(where, Split)]
         known += [] if data_parallel is None else [data_parallel]
-        needed: set[int] = set()
-        for kind, example in {placement_key(p): p for p in parameters}.items():
-            if kind is not None:
-                groups = [ranks_of(group, "a mesh axis") for group in shard_groups(example)]
-                known += groups
-                # Replicas of the pieces too: they must decide alike, and hear of each other's errors and losses.
-                if groups or not is_member(example):
-                    needed |= set(mesh_ranks(example))
-        needed |= {rank for ranks in known for rank in ranks.members if len(ranks.members) > 1}
-        if self._given is None:
-            return covering(needed, known) if needed else None
-        missing = needed - set(self._given.members)
-        if missing:
-            raise AttachError(
-                f"attach(process_group=...): the group of the ranks {list(self._given.members)} lacks the ranks "
-                f"{sorted(missing)}, over which parameters or batches are split; pass a group that has all of them"
-            )
-        return self._given
+        return participants(parameters, known, self._given)
 
-    def _table(
-        self, selections: Sequence[Selection], needs: Sequence[Needs], policies: Sequence[str], rank: int
-    ) -> Table:
-        """What a rank has: this one by its declarations, any other one if all have the same parameters."""
+    def _manifest(self, selections: Sequence[Selection], policies: Sequence[str]) -> Manifest:
         declared, unmatched = self._chosen(selections)
-        return Table(
-            tuple((s.label, policy) for s, policy in zip(selections, policies, strict=True)),
+        meshes: dict[Any, int] = {None: -1}
+        parameters = tuple(
             tuple(
-                tuple(_entries(selection, need.unit_dim, declared, rank))
-                for selection, need in zip(selections, needs, strict=True)
-            ),
-            unmatched,
+                self._parameter(name, parameter, group, declared.get(id(parameter)), meshes)
+                for name, parameter, group in zip(s.names, s.parameters, s.groups, strict=True)
+            )
+            for s in selections
+        )
+        kinds = tuple((s.label, policy) for s, policy in zip(selections, policies, strict=True))
+        told = tuple((tuple(m.mesh.shape), tuple(m.mesh.flatten().tolist())) for m in meshes if m is not None)
+        return Manifest(kinds, parameters, told, unmatched)
+
+    def _parameter(
+        self, name: str, parameter: Tensor, group: int, entry: int | None, meshes: dict[Any, int]
+    ) -> Parameter:
+        where = None if entry is None else self._declared[entry][1]
+        return Parameter(
+            name=where if isinstance(where, str) else name,
+            group=group,
+            shape=tuple(parameter.shape),
+            is_wide=parameter.dtype in WIDE,
+            is_split=is_split(parameter),
+            is_alias=isinstance(where, str),
+            entry=entry if isinstance(where, Split) else None,
+            dim=where.dim if isinstance(where, Split) else None,
+            mesh=meshes.setdefault(mesh_of(parameter), len(meshes) - 1),
+            axes=split_axes(parameter),
         )
 
-    def _chosen(
-        self, selections: Sequence[Selection]
-    ) -> tuple[dict[int, Split | str | None], frozenset[str]]:
-        """What was declared for each parameter, by ``id``, a later entry before an earlier; and what matched none."""
-        result: dict[int, Split | str | None] = {}
-        unmatched = set()
-        for entry, where in self._declared:
+    def _chosen(self, selections: Sequence[Selection]) -> tuple[dict[int, int], tuple[str, ...]]:
+        """Which entry was declared for each parameter, by ``id``, a later one before an earlier; which match none."""
+        result: dict[int, int] = {}
+        unmatched = []
+        for i, (entry, _) in enumerate(self._declared):
             found = {
-                id(parameter): where
+                id(parameter): i
                 for selection in selections
                 for name, parameter in zip(selection.names, selection.parameters, strict=True)
                 if matches(entry, name, parameter, "shard_over")
@@ -217,30 +167,81 @@ class Sharing:
                 shown = type(entry).__name__ if isinstance(entry, nn.Module | Tensor) else repr(entry)
                 raise SelectionError(f"shard_over: {shown} selects none of the optimizer's parameters")
             if not found:
-                unmatched.add(str(entry))
+                unmatched.append(str(entry))
             result |= found
-        return result, frozenset(unmatched)
+        return result, tuple(unmatched)
 
-
-def _entries(
-    selection: Selection, unit_dim: int | None, declared: Mapping[int, Split | str | None], rank: int
-) -> Iterator[Entry]:
-    """What a rank tells of a selection's parameters; one whose mesh it is not on is an empty copy of the others'."""
-    for name, parameter, group in zip(selection.names, selection.parameters, selection.groups, strict=True):
-        piece = _piece(parameter, unit_dim, rank)
-        if piece is None:  # torch leaves an empty vector here, which is one unit
-            rows = () if unit_dim is None else (0,)
-            yield Entry(name, group, tuple(parameter.shape), None, rows=rows)
+    def _census(self, ranks: Ranks, own: Manifest, device: torch.device) -> Census:
+        """Who has what, all ranks knowing the same."""
+        digest = hashlib.sha256(repr(own).encode()).digest()
+        told = _tell(ranks, int.from_bytes(digest[:7], "big"), device)
+        failed = [rank for rank, number in zip(ranks.members, told, strict=True) if number == _FAILED]
+        if failed:
+            raise RankError(
+                f"rank {', '.join(map(str, failed))} could not set its guard up (its own output says why), so no rank "
+                "can"
+            )
+        firsts = {number: place for place, number in reversed(list(enumerate(told)))}
+        places = sorted(firsts.values())
+        if self._given is None and not self._declared:
+            others = [rank for rank, number in zip(ranks.members, told, strict=True) if number != told[0]]
+            if others:
+                raise RankError(
+                    f"rank {', '.join(map(str, others))} and rank {ranks.members[0]} have other policies or other "
+                    "parameters; give every rank the same policy, exclude and parameter groups, or, if they have "
+                    "different parameters, attach with process_group= or shard_over="
+                )
+            manifests, indices = [own], torch.zeros(len(told), 0, dtype=torch.int64)
         else:
-            yield _entry(name, parameter, group, piece, declared.get(id(parameter)))
+            manifests = [own] if len(places) == 1 else [ranks.broadcast(own, place) for place in places]
+            _check_kinds([ranks.members[place] for place in places], manifests)
+            indices = self._indices(ranks, device)
+        numbers = {told[place]: i for i, place in enumerate(places)}
+        return Census(
+            ranks,
+            [manifest.parameters for manifest in manifests],
+            [manifest.meshes for manifest in manifests],
+            torch.tensor([numbers[number] for number in told]),
+            indices,
+        )
+
+    def _indices(self, ranks: Ranks, device: torch.device) -> Tensor:
+        """[ranks, entries] which piece each rank has of what its entries of ``shard_over`` declare."""
+        own = [where.ranks.here if isinstance(where, Split) else 0 for _, where in self._declared]
+        width = max(_tell(ranks, len(own), device))  # each rank has its own shard_over
+        row = torch.tensor(own + [0] * (width - len(own)), dtype=torch.int64, device=device)
+        return ranks.gather(row).cpu() if width else torch.zeros(len(ranks.members), 0, dtype=torch.int64)
 
 
-def _norm_here(tensors: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
-    """[] norm of what this rank holds of tensors; what changes no norm where it holds nothing."""
-    held = [part for part in local_parts(tensors) if part.numel()]
-    if not held and norm_type < 0:
-        return torch.full((), math.inf, dtype=wide_dtype(device), device=device)
-    return combine(tensor_norms(held, norm_type, device), norm_type)
+def participants(parameters: Iterable[Tensor], known: Sequence[Ranks], given: Ranks | None) -> Ranks | None:
+    """Which ranks must exchange numbers of these parameters; None if no rank needs to.
+
+    Args:
+        parameters: of which those that lie alike count once.
+        known: groups of ranks that must be among them.
+        given: the ranks that the user wants, if told.
+    """
+    if not is_running():
+        return None
+    examples = [p for kind, p in {placement_key(p): p for p in parameters}.items() if kind is not None]
+    spread = [p for p in examples if not is_member(p) or shard_groups(p)]
+    if given is None and not known and len({mesh_of(p) for p in spread}) == 1 and spans(mesh_of(spread[0])):
+        return ranks_of(mesh_of(spread[0]), "a mesh")  # as nearly always, and quickly found
+    groups, needed = list(known), set[int]()
+    for example in spread:
+        # Replicas of the pieces too: they must decide alike, and hear of each other's errors and losses.
+        needed.update(mesh_ranks(example))
+        groups += [ranks_of(group, "a mesh axis") for group in shard_groups(example)]
+    needed.update(rank for ranks in groups for rank in ranks.members if len(ranks.members) > 1)
+    if given is None:
+        return covering(needed, groups) if needed else None
+    missing = needed - set(given.members)
+    if missing:
+        raise AttachError(
+            f"attach(process_group=...): the group of the ranks {list(given.members)} lacks the ranks "
+            f"{sorted(missing)}, over which parameters or batches are split; pass a group that has all of them"
+        )
+    return given
 
 
 def _read(entry: Exclude, where: "Where") -> Split | str | None:
@@ -254,61 +255,23 @@ def _read(entry: Exclude, where: "Where") -> Split | str | None:
     return Split(ranks_of(group, "shard_over"), dim)
 
 
-def _piece(parameter: Tensor, unit_dim: int | None, rank: int) -> Piece | None:
-    """What a rank holds of a parameter; None if nothing, for it is not in the parameter's mesh."""
-    if is_distributed(parameter):
-        return pieces(parameter, unit_dim).get(rank)
-    rows = () if unit_dim is None else range(1 if parameter.dim() <= 1 else parameter.shape[unit_dim])
-    return Piece(rows=rows, size=parameter.numel())
-
-
-def _entry(name: str, parameter: Tensor, group: int, piece: Piece, where: Split | str | None) -> Entry:
-    shape = tuple(parameter.shape)
-    if isinstance(where, str):
-        return Entry(where, group, shape, None, piece.row_key, piece.rows, piece.size)
-    if where is None:
-        return Entry(name, group, shape, piece.key, piece.row_key, piece.rows, piece.size)
-    index = where.ranks.here
-    return Entry(
-        name, group, shape, (index, *piece.key), piece.row_key, piece.rows, piece.size, index, where.dim
+def _tell(ranks: Ranks, number: int, device: torch.device) -> list[int]:
+    """Each rank's number, which float64 knows, in the group's order."""
+    told: list[int] = (
+        ranks.gather(torch.full((1,), number, dtype=torch.int64, device=device)).flatten().tolist()
     )
+    return told
 
 
-def _tell_number(ranks: Ranks, number: int, device: torch.device) -> list[float]:
-    row = torch.full((1,), float(number), dtype=wide_dtype(device), device=device)
-    return ranks.gather(row).flatten().tolist()
-
-
-def _check_alike(ranks: Ranks, fingerprint: int, device: torch.device) -> None:
-    """Raise unless all ranks have the same fingerprint; a collective of one number each."""
-    told = _tell_number(ranks, fingerprint, device)
-    _refuse_failed(rank for rank, number in zip(ranks.members, told, strict=True) if number == _FAILED)
-    others = [rank for rank, number in zip(ranks.members, told, strict=True) if number != told[0]]
-    if others:
-        raise RankError(
-            f"rank {', '.join(map(str, others))} and rank {ranks.members[0]} have other policies or other parameters; "
-            "give every rank the same policy, exclude and parameter groups, or, if they have different parameters, "
-            "attach with process_group= or shard_over="
-        )
-
-
-def _refuse_failed(ranks: Iterable[int]) -> None:
-    failed = ", ".join(map(str, ranks))
-    if failed:
-        raise RankError(f"rank {failed} could not set its guard up (its own output says why), so no rank can")
-
-
-def _checked(ranks: Ranks, tables: Sequence[Table | None]) -> list[Table]:
-    """The tables, if every rank has one with the same selections and policies."""
-    _refuse_failed(rank for rank, table in zip(ranks.members, tables, strict=True) if table is None)
-    given = [table for table in tables if table is not None]
-    for rank, table in zip(ranks.members, given, strict=True):
-        if table.kinds != given[0].kinds:
+def _check_kinds(ranks: Sequence[int], manifests: Sequence[Manifest]) -> None:
+    """Raise unless all have the same selections and policies, and each pattern matches somewhere."""
+    for rank, manifest in zip(ranks, manifests, strict=True):
+        if manifest.kinds != manifests[0].kinds:
             raise RankError(
-                f"rank {ranks.members[0]} has the selections and policies {dict(given[0].kinds)}, but rank {rank} has "
-                f"{dict(table.kinds)}; give every rank the same policy and the same parameter groups with a 'clip' key"
+                f"rank {ranks[0]} has the selections and policies {dict(manifests[0].kinds)}, but rank {rank} has "
+                f"{dict(manifest.kinds)}; give every rank the same policy and the same parameter groups with a 'clip' "
+                "key"
             )
-    nowhere = frozenset.intersection(*(table.unmatched for table in given))
+    nowhere = frozenset.intersection(*(frozenset(manifest.unmatched) for manifest in manifests))
     if nowhere:
         raise SelectionError(f"shard_over={min(nowhere)!r} matches no parameter of any rank")
-    return given

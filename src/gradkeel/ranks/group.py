@@ -1,5 +1,6 @@
 """Which ranks of a distributed run decide together, and how they tell each other something."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -39,11 +40,25 @@ class Ranks:
         gather(received, sent, group=self.group)
         return received.view(len(self.members), -1).to(row.device)
 
-    def tell(self, value: object) -> list[Any]:
-        """Each rank's value, in the group's order: a collective for set-up, which pickles and syncs."""
-        values: list[Any] = [None] * len(self.members)
-        distributed.all_gather_object(values, value, group=self.group)
-        return values
+    def added(self, row: Tensor) -> Tensor:
+        """[k] the sum of all ranks' rows [k], with the same bits on each: one collective, which uses the row up."""
+        return self._reduced(row, distributed.ReduceOp.SUM)
+
+    def largest(self, row: Tensor) -> Tensor:
+        """[k] the largest entries of all ranks' float64 rows [k], NaN above inf: one collective."""
+        # What a backend makes of a NaN in a maximum is not told. Whole numbers in the order of the bits have none.
+        return _in_order(self._reduced(_in_order(row), distributed.ReduceOp.MAX), back=True)
+
+    def broadcast(self, value: object, place: int) -> Any:
+        """What the rank at a place tells all: a collective for set-up, which pickles and syncs."""
+        values = [value if self.here == place else None]
+        distributed.broadcast_object_list(values, src=self.members[place], group=self.group)
+        return values[0]
+
+    def _reduced(self, row: Tensor, operation: Any) -> Tensor:
+        sent = row.to(_device_for(self.group, row.device))
+        distributed.all_reduce(sent, operation, group=self.group)
+        return sent.to(row.device)
 
 
 def is_running() -> bool:
@@ -93,6 +108,22 @@ def covering(needed: Iterable[int], known: Sequence[Ranks]) -> Ranks:
             f"no process group has all of the ranks {sorted(wanted)}; pass one as process_group="
         )
     return min(fitting, key=lambda ranks: len(ranks.members))
+
+
+def spans(mesh: "DeviceMesh") -> bool:
+    """Whether a mesh has a process group of all its ranks, of which this rank is one."""
+    return mesh.size() == distributed.get_world_size() or (
+        mesh.ndim == 1 and mesh.get_coordinate() is not None
+    )
+
+
+def _in_order(values: Tensor, *, back: bool = False) -> Tensor:
+    """float64 numbers as int64 of the same order, NaN last; or, ``back``, the other way round."""
+    if not back:
+        values = torch.where(values.isnan(), math.nan, values)  # a NaN without a sign
+    bits = values.view(torch.int64)
+    ordered = torch.where(bits < 0, bits ^ torch.iinfo(torch.int64).max, bits)
+    return ordered.view(torch.float64) if back else ordered
 
 
 def _group_of_mesh(mesh: "DeviceMesh") -> "ProcessGroup":
