@@ -45,9 +45,11 @@ def placed(layout, missing=()):
 def clipped(rank, count, make_layout, norm_type):
     layout = make_layout(rank, count)
     parameters, whole = placed(layout)
+    own = [parameter.grad for parameter in parameters.values()]
     with CommDebugMode() as mode:
-        before = gk.get_total_norm([p.grad for p in parameters.values()], norm_type)
+        gk.get_total_norm(own, norm_type)
     messages = mode.get_total_counts()
+    before = gk.get_total_norm(own, norm_type)
     told = gk.clip_grad_norm_(parameters.values(), 0.5, norm_type)
     right = torch.linalg.vector_norm(torch.cat([g.flatten() for g in whole.values()]), norm_type)
     errors = [0.0]
