@@ -71,7 +71,7 @@ def assert_same(before, after):
     assert before[4:] == after[4:]
 
 
-@pytest.mark.parametrize("module", ["smoothness", "smoothness_fit"])
+@pytest.mark.parametrize("module", ["smoothness.probe", "smoothness.fit"])
 def test_examples_run(module):
     result = doctest.testmod(importlib.import_module(f"gradkeel.explain.{module}"))
     assert result.attempted > 0
