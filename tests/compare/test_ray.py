@@ -3,18 +3,15 @@
 Ray runs in processes of its own, never in pytest's: it changes ``sys.path``, signal handlers and the environment.
 """
 
-import contextlib
 import importlib
 import importlib.util
 import json
 import os
 import secrets
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import time
 import types
 
 import pytest
@@ -24,6 +21,7 @@ pytest.importorskip("rich", reason="the command line needs the extra cli")
 
 from typer.testing import CliRunner
 
+from ctrl_c import interrupt_after_the_first_run, wait_until_gone
 from gradkeel.cli import compare as command
 from gradkeel.cli.app import app
 from gradkeel.compare import TaskError, compare, make_plan, ray_pool
@@ -77,14 +75,6 @@ def cluster(environment, tmp_path_factory):
     wait_until_gone(process.pid)
 
 
-def wait_until_gone(group):
-    """Until no process of the group is left; the test's time limit ends a wait for one that stays."""
-    with contextlib.suppress(ProcessLookupError):
-        while True:
-            os.killpg(group, 0)
-            time.sleep(0.1)
-
-
 @pytest.fixture
 def gradkeel(environment, tmp_path):
     """Run ``gradkeel compare`` in an empty directory and a process of its own."""
@@ -103,19 +93,6 @@ def gradkeel(environment, tmp_path):
     return run
 
 
-def started(environment, folder, *arguments):
-    """``gradkeel compare`` in a group of its own: a terminal sends Ctrl-C to Ray's processes as well."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "gradkeel", "compare", *arguments],
-        env=environment,
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
 def untimed(data):
     """All of a compare.json that does not depend on how fast the machine is."""
     for row in [*data["runs"], *data["summary"]]:
@@ -131,9 +108,17 @@ def locally(target, **other):
 
 @needs_ray
 @posix
+@pytest.mark.full  # in `make test` the next test holds the results, and Ctrl-C that a Ray of our own starts and ends
 def test_ray_is_started_gives_the_same_results_as_json_alone_and_is_gone_afterwards(environment, tmp_path):
-    process = started(environment, tmp_path, *QUICK, "--json", "--ray")
-    with process:
+    with subprocess.Popen(
+        [sys.executable, "-m", "gradkeel", "compare", *QUICK, "--json", "--ray"],
+        env=environment,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
         out, error = process.communicate(timeout=ENDS_WITHIN)
     assert (process.returncode, error) == (0, "")
     wait_until_gone(process.pid)
@@ -188,21 +173,14 @@ def test_an_error_of_the_task_is_raised_as_it_is_without_ray(gradkeel, cluster, 
 @needs_ray
 @posix
 def test_ctrl_c_keeps_what_has_finished_and_leaves_no_process(environment, tmp_path):
-    process = started(environment, tmp_path, "exploding-linear", "--seeds", "5000", "--out", "o", "--ray")
-    with process:
-        # The first table that is shown while runs go on; it comes after some have finished.
-        for line in process.stderr:
-            if "so far" in line:
-                break
-        os.killpg(process.pid, signal.SIGINT)
-        out, error = process.communicate(timeout=ENDS_WITHIN)
-    assert process.returncode == 130
+    arguments = ["exploding-linear", "--seeds", "5000", "--out", "o", "--ray"]
+    code, out, error = interrupt_after_the_first_run(tmp_path, *arguments, env=environment)
+    assert code == 130
     assert "Traceback" not in out + error
     assert "had finished, and are kept" in error
     data = json.loads((tmp_path / "o" / "compare.json").read_text())
     assert data["interrupted"]
     assert 0 < len(data["runs"]) < data["planned_runs"] == 20_000
-    wait_until_gone(process.pid)
 
 
 @needs_ray

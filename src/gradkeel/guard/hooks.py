@@ -1,5 +1,6 @@
 """The optimizer's side of a guard: step hooks, closures, marks that must leave no trace, and who listens."""
 
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,6 +31,12 @@ def unwrap(optimizer: Any) -> Optimizer:
     return optimizer
 
 
+def _outside_of_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
+    why = {"reason": "gradkeel measures and decides outside of the graph; compile without fullgraph=True"}
+    takes_it = "reason" in inspect.signature(torch.compiler.disable).parameters  # from torch 2.7 on
+    return torch.compiler.disable(hook, **why if takes_it else {})
+
+
 class Hooks:
     """Calls a guard around ``optimizer.step()``, and after each evaluation of the closure where there is one.
 
@@ -56,10 +63,9 @@ class Hooks:
         self._is_inside = False  # of a step; stays True after one that raised
         self._has_nested = False
         self._kept_flag = vars(optimizer).get(_AMP_FLAG)
-        why = "gradkeel measures and decides outside of the graph; compile without fullgraph=True"
         self._handles = [
-            optimizer.register_step_pre_hook(torch.compiler.disable(self._before, reason=why)),
-            optimizer.register_step_post_hook(torch.compiler.disable(self._after, reason=why)),
+            optimizer.register_step_pre_hook(_outside_of_graphs(self._before)),
+            optimizer.register_step_post_hook(_outside_of_graphs(self._after)),
         ]
         # Makes GradScaler call step() on every step, with its scale and verdict as attributes.
         setattr(optimizer, _AMP_FLAG, True)
