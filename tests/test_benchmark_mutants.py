@@ -215,20 +215,21 @@ def checkout(tmp_path):
 
 
 def test_a_map_serves_the_very_tree_it_was_drawn_of(checkout, found):
-    cover.save(found, checkout)
-    assert cover.load(checkout) == found
+    folder = checkout / "build"
+    cover.save(found, folder, cover.key_of(checkout))
+    assert cover.load(folder, cover.key_of(checkout)) == found
     (checkout / "src/a.py").write_text("two\n")
-    assert cover.load(checkout) is None
+    assert cover.load(folder, cover.key_of(checkout)) is None
 
 
-def test_a_broken_map_is_named(checkout, found):
-    path = cover.save(found, checkout)
+def test_a_broken_map_is_named(tmp_path, found):
+    path = cover.save(found, tmp_path, "key")
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(cover.MapError, match=r"cannot be read.*remove it"):
-        cover.load(checkout)
+        cover.load(tmp_path, "key")
 
 
-def test_a_map_that_cannot_be_kept_is_named_before_it_is_drawn(checkout):
-    (checkout / "build").write_text("a file")
+def test_a_map_that_cannot_be_kept_is_named_before_it_is_drawn(tmp_path):
+    (tmp_path / "build").write_text("a file")
     with pytest.raises(cover.MapError, match="cannot be kept in"):
-        cover.writable(checkout)
+        cover.writable(tmp_path / "build")

@@ -73,14 +73,15 @@ def judged(mutants: Sequence[find.Mutant], run: page.Run, arguments: argparse.Na
     processes = trees.Processes()
     with tempfile.TemporaryDirectory(prefix="gradkeel-mutants-") as name:
         folder = Path(name)
+        key = cover.key_of(TREE, arguments.tests)
         copies = [folder / f"tree-{i}" for i in range(arguments.workers)]
         for copy in copies:
             trees.copy(TREE, copy)
-        found = the_map(copies[0], processes, arguments.workers, arguments.tests)
+        found = the_map(copies[0], key, processes, arguments)
         judge = Judge(found, processes, copies, folder)
         cases = []
         for mutant in mutants:
-            source = (TREE / mutant.path).read_text(encoding="utf-8")
+            source = (copies[0] / mutant.path).read_text(encoding="utf-8")
             cases.append(
                 (mutant, plan(tests_of(found, mutant, source), mutant.path, found, arguments.budget))
             )
@@ -93,15 +94,15 @@ def judged(mutants: Sequence[find.Mutant], run: page.Run, arguments: argparse.Na
     report(verdicts, replace(run, minutes=(time.monotonic() - begin) / 60), arguments.write)
 
 
-def the_map(copy: Path, processes: trees.Processes, workers: int, tests: Sequence[str]) -> cover.Map:
+def the_map(copy: Path, key: str, processes: trees.Processes, arguments: argparse.Namespace) -> cover.Map:
     """The map of this tree, from build/ or drawn."""
-    found = cover.load(TREE, tests)
+    found = cover.load(TREE / cover.FOLDER, key)
     if found is None:
-        cover.writable(TREE)
+        cover.writable(TREE / cover.FOLDER)
         print("running the tests once, to see which test runs which line ...", flush=True)
         begin = time.monotonic()
-        found = cover.draw(copy, processes, workers, tests)
-        cover.save(found, TREE, tests)
+        found = cover.draw(copy, processes, arguments.workers, arguments.tests)
+        cover.save(found, TREE / cover.FOLDER, key)
         print(f"... {len(found.seconds)} tests in {time.monotonic() - begin:.0f} seconds", flush=True)
     if found.failed:
         print(f"left out, for they fail without any fault: {', '.join(found.failed)}", flush=True)

@@ -33,8 +33,8 @@ class Map:
     failed: list[str] = field(default_factory=list)
 
 
-def key(tree: Path, tests: Sequence[str]) -> str:
-    """Changes with everything that decides what a test runs."""
+def key_of(tree: Path, tests: Sequence[str] = ()) -> str:
+    """Changes with everything that decides what the tests run; no paths of tests stand for the whole suite."""
     digest = hashlib.sha256(f"{sys.version} {tests}".encode())
     for path in trees.files(tree):
         if path.parts[0] in PART_OF_THE_KEY and path.parts[:2] != ("benchmarks", "mutants"):
@@ -42,9 +42,9 @@ def key(tree: Path, tests: Sequence[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def load(tree: Path, tests: Sequence[str] = ()) -> Map | None:
-    """The map of this very tree and these paths of tests (none: the whole suite), if it has been drawn."""
-    path = tree / FOLDER / f"map-{key(tree, tests)}.json.gz"
+def load(folder: Path, key: str) -> Map | None:
+    """The map that a key stands for, if it has been drawn."""
+    path = folder / f"map-{key}.json.gz"
     if not path.exists():
         return None
     try:
@@ -61,9 +61,8 @@ def load(tree: Path, tests: Sequence[str] = ()) -> Map | None:
         raise MapError(f"{path} cannot be read ({error}); remove it, and it is drawn anew") from None
 
 
-def save(found: Map, tree: Path, tests: Sequence[str] = ()) -> Path:
+def save(found: Map, folder: Path, key: str) -> Path:
     """Keep the map; old ones go."""
-    folder = tree / FOLDER
     place = {test: i for i, test in enumerate(found.seconds)}
     lines = {
         name: {line: [place[test] for test in some] for line, some in of.items()}
@@ -76,8 +75,8 @@ def save(found: Map, tree: Path, tests: Sequence[str] = ()) -> Path:
         "lines": lines,
         "failed": found.failed,
     }
-    path = folder / f"map-{key(tree, tests)}.json.gz"
-    writable(tree)
+    path = folder / f"map-{key}.json.gz"
+    writable(folder)
     for old in sorted(folder.glob("map-*.json.gz"), key=lambda one: one.stat().st_mtime)[:-KEPT]:
         old.unlink()
     with gzip.open(path, "wt", encoding="utf-8", compresslevel=3) as file:
@@ -85,9 +84,8 @@ def save(found: Map, tree: Path, tests: Sequence[str] = ()) -> Path:
     return path
 
 
-def writable(tree: Path) -> None:
+def writable(folder: Path) -> None:
     """Raise, before minutes are spent, where the map could not be kept."""
-    folder = tree / FOLDER
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
