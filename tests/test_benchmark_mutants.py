@@ -172,6 +172,16 @@ def test_an_unclear_mutant_counts_on_neither_side():
     assert page.table(verdicts())[-1] == "| all | 5 | 2 | 1 | 1 | 1 | 75% |"
 
 
+def test_the_page_names_the_survivors_and_the_command():
+    pytest.importorskip("mutmut", reason="`make mutants` installs mutmut")
+    survivor = find.Mutant(PATH, 7, "swap_op", "a < `b` => a <= `b`", "")
+    some = [*verdicts(), judge.Verdict(survivor, "survived", "slower tests left out")]
+    text = page.page(some, page.Run(5, 6, "record", 60.0, 12.3, 400), Path(__file__).parents[1])
+    assert f"- {PATH}:7 (slower tests left out): ``a < `b` => a <= `b```\n" in text
+    assert "make mutants ARGS=\"--seed 5 --sample 6 --only 'record'\"" in text
+    assert "| `record` | 6 | 2 | 1 | 2 | 1 | 60% |" in text
+
+
 def is_alive(pid):
     # A zombie that nobody has waited for yet is dead.
     try:

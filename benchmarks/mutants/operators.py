@@ -19,12 +19,12 @@ LEFT_OUT = (
     "only a type checker reads.",
     "Not used of mutmut, for any test that runs the line fails, so that they would count coverage: `x = None`, "
     "`f(None)`, a lost positional argument, a lambda that returns None, changed strings.",
-    "Not used, for nothing can differ: a lost `strict=`, `repr=` or `stacklevel=`, types in `isinstance`, unions of "
-    "types.",
+    "Not used, for nothing can differ, or not on a CPU: `strict=`, `repr=`, `stacklevel=`, `device=`, `non_blocking=`, "
+    "types in `isinstance`, unions of types.",
     "Added to those of mutmut: a condition is negated, a call that stands alone is removed.",
 )
 
-SILENT_KEYWORDS = {"strict", "repr", "stacklevel"}
+SILENT_KEYWORDS = {"strict", "repr", "stacklevel", "device", "non_blocking"}
 SILENT_FUNCTIONS = {"__repr__", "__str__"}
 SILENT_CALLS = {
     "warn",
