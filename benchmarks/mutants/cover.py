@@ -137,10 +137,10 @@ def _read(folder: Path, copy: Path) -> Map:
             entry = json.loads(line)
             if "file" in entry:
                 found.imports[entry["file"]] = round(entry["seconds"], 3)
-            elif entry["passed"]:
+            elif entry["outcome"] == "passed":
                 found.seconds[entry["test"]] = entry["seconds"]
                 names[context_of(entry["test"])] = entry["test"]
-            else:
+            elif entry["outcome"] == "failed":
                 found.failed.append(entry["test"])
     _read_lines(folder, copy, names, found)
     return found

@@ -70,7 +70,7 @@ class Mapped:
         worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
         self._log = Path(os.environ[LOG], f"{worker}.jsonl").open("w", encoding="utf-8")  # noqa: SIM115
         os.environ[CURRENT] = str(Path(os.environ[LOG], f"{worker}.current"))
-        self._passed = True
+        self._outcome = ""
 
     @pytest.hookimpl(wrapper=True)
     def pytest_make_collect_report(self, collector: pytest.Collector) -> Iterator[None]:
@@ -92,21 +92,19 @@ class Mapped:
         os.environ[TEST] = context
         Path(os.environ[CURRENT]).write_text(context, encoding="utf-8")
         coverage.switch_context(context)
-        self._passed = False
+        self._outcome = ""
         begin = _clock()
         try:
             return (yield)
         finally:
             coverage.switch_context("")
             os.environ.pop(TEST, None)
-            self._write(test=item.nodeid, seconds=_clock() - begin, passed=self._passed)
+            self._write(test=item.nodeid, seconds=_clock() - begin, outcome=self._outcome)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Note how a test ends."""
-        if report.when == "call":
-            self._passed = report.passed
-        elif report.failed:
-            self._passed = False
+        if report.when == "call" or not report.passed:
+            self._outcome = report.outcome
 
     def _write(self, **entry: Any) -> None:
         self._log.write(json.dumps(entry) + "\n")
