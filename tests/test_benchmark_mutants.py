@@ -78,17 +78,23 @@ def test_all_tests_are_chosen_for_a_module_that_holds_nothing_to_call(found):
     assert letters(choose.tests_of(found, mutant(1, "src/gradkeel/other.py"), "LIMIT = 3\n")) == "abcde"
 
 
-def test_the_own_tests_go_first_then_the_fastest_of_each_file(found):
+def test_the_own_tests_go_first_then_those_of_other_files(found):
     plan = choose.plan(found.seconds, PATH, found, budget=100.0)
-    assert [test[-1] for test in plan.first] == ["a", "b", "e", "c"]
+    assert [test[-1] for test in plan.first] == ["a", "b", "c", "e"]
     assert [test[-1] for test in plan.second] == ["d"]
     assert plan.is_whole
 
 
-def test_the_budget_leaves_out_the_slowest_and_says_so(found):
-    plan = choose.plan(found.seconds, PATH, found, budget=2.5)
-    assert letters(plan.tests) == "ace"
-    assert not plan.is_whole
+@pytest.mark.parametrize(("budget", "taken"), [(2.5, "ace"), (5.5, "abce"), (60.0, "abcde")])
+def test_the_budget_leaves_out_the_slowest_and_says_so(found, budget, taken):
+    plan = choose.plan(found.seconds, PATH, found, budget=budget)
+    assert letters(plan.tests) == taken
+    assert plan.is_whole == (taken == "abcde")
+
+
+def test_the_budget_prefers_a_test_of_the_own_folder(found):
+    found.seconds["tests/test_c.py::c"] = 1.0
+    assert letters(choose.plan(found.seconds, PATH, found, budget=5.0).tests) == "abe"
 
 
 def test_one_test_is_run_however_slow(found):

@@ -1,4 +1,4 @@
-"""Which tests judge a mutant: those that run its line, fastest first, from many files, up to a budget."""
+"""Which tests judge a mutant: those that run its line, the fastest, up to a budget of seconds."""
 
 import ast
 from collections import defaultdict
@@ -10,6 +10,9 @@ from benchmarks.mutants.cover import Map
 from benchmarks.mutants.find import Mutant
 
 FIRST = 8.0  # seconds of tests that go first: most mutants fall here, and few test files need be imported
+FAVOUR = (
+    4.0  # a test of the mutant's own folder may take so many times longer than another and is chosen first
+)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 DEFINITIONS = (*FUNCTIONS, ast.ClassDef)
 CACHES = {"cache", "lru_cache", "cached_property"}
@@ -111,40 +114,33 @@ def is_home(test_file: str, path: str) -> bool:
 
 
 def plan(tests: Iterable[str], path: str, found: Map, budget: float) -> Plan:
-    """Go round the files, the mutant's own and then the cheapest first, and take the fastest test left in each."""
-    queues: dict[str, list[str]] = defaultdict(list)
-    for test in sorted(tests, key=lambda one: (found.seconds[one], one)):
-        queues[file_of(test)].append(test)
-    order = sorted(
-        queues, key=lambda file: (not is_home(file, path), _price(file, queues[file], found), file)
-    )
-    rounds: tuple[list[str], list[str]] = ([], [])
-    spent = [0.0, 0.0]
-    imported: set[str] = set()
-    left_out = 0
-    for test in _in_turn([queues[file] for file in order]):
+    """Take the fastest tests up to the budget; first run those of the mutant's own folder, and then of few files."""
+    own = {test: is_home(file_of(test), path) for test in tests}
+
+    def price(test: str) -> tuple[float, str]:
+        return found.seconds[test] / (FAVOUR if own[test] else 1.0), test
+
+    chosen: dict[str, list[str]] = defaultdict(list)
+    spent = 0.0
+    for test in sorted(own, key=price):
         file = file_of(test)
-        price = found.seconds[test] + (0.0 if file in imported else found.imports.get(file, 0.0))
-        if rounds[0] and sum(spent) + price > budget:
-            left_out += 1
-            continue
-        imported.add(file)
-        late = bool(rounds[0]) and spent[0] + price > FIRST
-        rounds[late].append(test)
-        spent[late] += price
-    return Plan(_by_file(rounds[0], order, found), _by_file(rounds[1], order, found), left_out == 0)
+        cost = found.seconds[test] + (0.0 if file in chosen else found.imports.get(file, 0.0))
+        if not chosen or spent + cost <= budget:
+            chosen[file].append(test)
+            spent += cost
+    first, second = _rounds(chosen, path, found)
+    return Plan(first, second, sum(map(len, chosen.values())) == len(own))
 
 
-def _price(file: str, tests: Sequence[str], found: Map) -> float:
-    return found.imports.get(file, 0.0) + found.seconds[tests[0]]
-
-
-def _in_turn(queues: Sequence[Sequence[str]]) -> Iterator[str]:
-    for rank in range(max(map(len, queues), default=0)):
-        yield from (queue[rank] for queue in queues if rank < len(queue))
-
-
-def _by_file(tests: Sequence[str], order: Sequence[str], found: Map) -> tuple[str, ...]:
-    # A file's tests stay together, for they share fixtures.
-    place: Mapping[str, int] = {file: i for i, file in enumerate(order)}
-    return tuple(sorted(tests, key=lambda one: (place[file_of(one)], found.seconds[one], one)))
+def _rounds(
+    chosen: Mapping[str, Sequence[str]], path: str, found: Map
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    rounds: tuple[list[str], list[str]] = ([], [])
+    spent = 0.0
+    mean = {file: sum(found.seconds[one] for one in some) / len(some) for file, some in chosen.items()}
+    for file in sorted(chosen, key=lambda one: (not is_home(one, path), mean[one], one)):
+        spent += found.imports.get(file, 0.0)
+        for test in sorted(chosen[file], key=lambda one: (found.seconds[one], one)):
+            spent += found.seconds[test]
+            rounds[bool(rounds[0]) and spent > FIRST].append(test)
+    return tuple(rounds[0]), tuple(rounds[1])

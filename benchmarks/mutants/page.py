@@ -133,8 +133,8 @@ def page(verdicts: Sequence[Verdict], run: Run, tree: Path) -> str:
         f"The core is `src/gradkeel` without {outside}.",
         "The suite runs once under coverage, whose map says which tests run which line, in the ranks' processes too.",
         "For a line that runs at import the tests of its function, class or module are taken.",
-        f"The tests of a mutant's own folder go first, then the fastest of each file in turn, up to {run.budget:g} "
-        "seconds; a survivor says so where slower tests were left out.",
+        f"The fastest tests are taken, up to {run.budget:g} seconds, and rather those of the mutant's own folder; a "
+        "survivor says so where slower tests were left out.",
         "A test that fails without the fault as well makes its mutants unclear: they count on neither side.",
         *LEFT_OUT,
     ]
