@@ -35,7 +35,7 @@ class Map:
 
 def key_of(tree: Path, tests: Sequence[str] = ()) -> str:
     """Changes with everything that decides what the tests run; no paths of tests stand for the whole suite."""
-    digest = hashlib.sha256(f"{sys.version} {tests}".encode())
+    digest = hashlib.sha256(f"{sys.version} {list(tests)}".encode())
     for path in trees.files(tree):
         if path.parts[0] in PART_OF_THE_KEY and path.parts[:2] != ("benchmarks", "mutants"):
             digest.update(f"{path}\0".encode() + (tree / path).read_bytes())
