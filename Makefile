@@ -56,6 +56,10 @@ test-peers: $(PEERS)/peers.stamp ## the same gradients through optax, Keras and 
 test-triton: $(VENV)/triton-$(TRITON).stamp ## the GPU kernels, in Triton's interpreter; needs no GPU, but 1 GB for Triton
 	PYTHONPATH=$(abspath $(VENV)/triton) $(pytest) tests/kernels/test_triton.py $(ARGS)
 
+.PHONY: mutants
+mutants: $(VENV)/mutants.stamp ## plant faults in the core and see which ones the tests miss: ARGS='--seed N --sample N --only PATTERN --write'
+	$(python) -m benchmarks.mutants $(ARGS)
+
 .PHONY: lint
 lint: $(VENV)/dev.stamp ## ruff and mypy
 	$(VENV)/bin/ruff check .
@@ -105,6 +109,10 @@ $(VENV)/dev.stamp: pyproject.toml constraints.txt $(native) | $(VENV)/bin/python
 # constraints, for a torch that is built for GPUs requires its own.
 $(VENV)/triton-$(TRITON).stamp: | $(VENV)/dev.stamp
 	$(python) -m pip install --quiet --no-deps --upgrade --target $(VENV)/triton triton==$(TRITON)
+	touch $@
+
+$(VENV)/mutants.stamp: constraints-mutants.txt $(VENV)/dev.stamp
+	$(python) -m pip install --quiet -c constraints.txt -c constraints-mutants.txt coverage mutmut
 	touch $@
 
 $(PEERS)/peers.stamp: pyproject.toml constraints.txt constraints-peers.txt $(native) | $(PEERS)/bin/python
