@@ -1,6 +1,7 @@
 """Skipping on the device, without the host: its logic, run by the fused CPU kernels, which read the same attributes."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def on_device(monkeypatch):
         return asked[-1]
 
     def watch(self, report, stepped):
-        self._arriving.append((report, stepped, lambda: True))
+        self._arriving.append((report, stepped, SimpleNamespace(is_there=lambda: True)))
 
     monkeypatch.setattr(guard_module, "can_skip_on_device", can_skip)
     monkeypatch.setattr(SkipWatch, "watch", watch)
