@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradkeel.apply.fused import can_skip_on_device
+from gradkeel.apply.fused import Folding, can_skip_on_device
 from gradkeel.apply.skip import Snapshot, clear_gradients, moves_between_closures
 from gradkeel.errors import NonFiniteGradientError
 from gradkeel.guard import hooks, other_clips
@@ -59,6 +59,7 @@ class Guard:
         self._scalars: dict[str, Tensor | float] = {}
         self._step = 0
         self._skips = SkipWatch(max_consecutive_skips)
+        self._folding = Folding()
         self._roster = Roster(optimizer, policy, model=model, exclude=exclude, sharing=sharing)
         nothing = tuple(blank(item).report() for item in self._roster.items)
         self.report = StepReport(0, nothing, _stepped=False, _reason="no step yet")
@@ -207,7 +208,7 @@ class Guard:
             other_clips.warn_of_other_clips(self._canary)
 
     def _carry_out(self, parts: list[Part], factor: Tensor | float) -> None:
-        if (folded := carry_out(self.optimizer, parts, factor)) is not None:
+        if (folded := carry_out(self.optimizer, parts, factor, self._folding)) is not None:
             self._set_attribute("grad_scale", folded)
 
     def _set_attribute(self, name: str, value: Tensor) -> None:

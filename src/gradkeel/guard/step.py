@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import TensorWeakRef
 
 from gradkeel.apply import apply, factors
-from gradkeel.apply.fused import can_fold, kernel_scale
+from gradkeel.apply.fused import Folding, can_fold, kernel_scale
 from gradkeel.errors import CheckpointError
 from gradkeel.guard.prescale import LossScale, prescale
 from gradkeel.guard.report import SelectionReport
@@ -209,7 +209,9 @@ def _all(flags: Sequence[Tensor]) -> Tensor:
     return flags[0] if len(flags) == 1 else torch.stack(list(flags)).all()
 
 
-def carry_out(optimizer: Optimizer, parts: Sequence[Part], prescale: Tensor | float) -> Tensor | None:
+def carry_out(
+    optimizer: Optimizer, parts: Sequence[Part], prescale: Tensor | float, folding: Folding
+) -> Tensor | None:
     """Apply the decisions; returns the scale where one was folded into the optimizer's kernel, to be set on it."""
     filled = [part for part in parts if any(p.grad is not None for p in part.selection.parameters)]
     for part in filled:
@@ -221,7 +223,7 @@ def carry_out(optimizer: Optimizer, parts: Sequence[Part], prescale: Tensor | fl
         if factor is not None and factor.dim() == 0:
             if factor.device.type == "cpu" and float(factor) == 1.0:
                 return None
-            if can_fold(optimizer, part.selection.parameters):
+            if folding.pays(factor) and can_fold(optimizer, part.selection.parameters):
                 return kernel_scale(factor)
         unit_dim = None if part.policy is None else part.policy.needs.unit_dim
         apply(part.selection.parameters, decision, measured, prescale=prescale, unit_dim=unit_dim)
