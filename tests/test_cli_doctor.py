@@ -143,18 +143,34 @@ def with_accelerator(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
 
 
-def test_a_gpu_without_triton(monkeypatch):
-    with_accelerator(monkeypatch)
+@pytest.fixture
+def triton(monkeypatch):
+    """Look for the Triton kernels again, in this test and after it."""
+    triton_host.kernels.cache_clear()
+    yield monkeypatch
+    monkeypatch.undo()
+    triton_host.kernels.cache_clear()
+
+
+def test_a_gpu_without_triton(triton):
+    with_accelerator(triton)
+    triton.setenv(triton_host.VARIABLE, "off")
     words, data = told(), diagnosed()
-    assert "GPU torch foreach operations, on cpu why not asked for by GRADKEEL_TRITON=on" in words
-    assert "to do set GRADKEEL_TRITON=on" in words
+    assert "GPU torch foreach operations, on cpu why turned off by GRADKEEL_TRITON=off" in words
+    assert "to do unset GRADKEEL_TRITON" in words
     assert data["accelerator"]["path"] == "foreach"
     assert len(data["checks"]) == 2
 
 
-def test_a_gpu_with_triton(monkeypatch):
-    with_accelerator(monkeypatch)
-    monkeypatch.setattr(triton_host, "kernels", object)
+def test_a_gpu_whose_triton_is_wrong(triton):
+    with_accelerator(triton)
+    triton.setattr(triton_host, "unavailable", lambda device: "the Triton kernel for scale is wrong")
+    assert "why the Triton kernel for scale is wrong" in told()
+
+
+def test_a_gpu_with_triton(triton):
+    with_accelerator(triton)
+    triton.setattr(triton_host, "unavailable", lambda device: None)
     assert doctor.accelerator_route() == doctor.Route("cpu", "triton", "cpu")
 
 

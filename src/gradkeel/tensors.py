@@ -247,6 +247,18 @@ def shares_memory(gradient: Tensor) -> bool:
     return gradient.layout == torch.strided and 0 in gradient.stride() and gradient.numel() > 1
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the entries of a strided tensor fill one piece of memory, in whatever order."""
+    if tensor.is_contiguous():
+        return True
+    width = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != width:
+            return False
+        width *= size
+    return True
+
+
 def _real(tensor: Tensor) -> Tensor:
     if not tensor.is_complex():
         return tensor

@@ -10,6 +10,7 @@ import torch
 
 import gradkeel as gk
 from gradkeel.guard import guard as guard_module
+from gradkeel.guard import skips as skips_module
 from gradkeel.guard import step as step_module
 from optimizers import BY_NAME, FUSED, contents, is_same
 
@@ -27,37 +28,33 @@ class Accelerator:
     __hash__ = None
 
 
-class Arrival:
-    """Stands for an event of the device: what was sent before it has arrived once ``so_far`` allows it."""
+class Late:
+    """Stands for the arrival of what the device sent: it is there once ``so_far`` allows it."""
 
     sent, so_far = 0, math.inf
 
-    def record(self):
-        Arrival.sent += 1
-        self.place = Arrival.sent
+    def __init__(self, device):
+        Late.sent += 1
+        self.place = Late.sent
 
-    def query(self):
-        return self.place <= Arrival.so_far
+    def is_there(self):
+        return self.place <= Late.so_far
 
 
 @pytest.fixture
 def on_device(monkeypatch):
     """Steps may be skipped by the kernel, as on an accelerator; what each step's gradients allowed."""
     asked = []
-    real, empty = guard_module.can_skip_on_device, torch.empty
+    real = guard_module.can_skip_on_device
 
     def can_skip(optimizer, device, parameters):
         asked.append(real(optimizer, Accelerator(), parameters))
         return asked[-1]
 
-    def on_pageable_memory(*size, pin_memory=False, **given):
-        return empty(*size, **given)
-
     monkeypatch.setattr(guard_module, "can_skip_on_device", can_skip)
     monkeypatch.setattr(step_module, "known", lambda value: value)  # the host may not look
-    monkeypatch.setattr(torch.cuda, "Event", Arrival)
-    monkeypatch.setattr(torch, "empty", on_pageable_memory)
-    monkeypatch.setattr(Arrival, "sent", 0)
+    monkeypatch.setattr(skips_module, "Arrival", Late)
+    monkeypatch.setattr(Late, "sent", 0)
     return asked
 
 
@@ -190,13 +187,13 @@ def test_only_fused_kernels_under_skip_are_trusted_with_it(change, wanted, on_de
 
 @pytest.mark.filterwarnings("ignore::gradkeel.errors.SkippedStepWarning")
 def test_a_verdict_is_judged_when_it_arrives_and_not_before(on_device, monkeypatch):
-    monkeypatch.setattr(Arrival, "so_far", 0)
+    monkeypatch.setattr(Late, "so_far", 0)
     _, optimizer, guard, reports = train("AdamW-fused", "none", 5, bad_steps=[1, 2, 3])
     assert [report.stepped for report in reports] == [True, False, False, False, True]
     assert guard.state_dict()["consecutive_skips"] == 0
     counts = []
     for so_far in (0, 1, 3, 3, 4):  # of the verdicts of steps 2, 3, 4 (skips) and 5
-        monkeypatch.setattr(Arrival, "so_far", so_far)
+        monkeypatch.setattr(Late, "so_far", so_far)
         optimizer.step()
         counts.append(guard.state_dict()["consecutive_skips"])
     assert counts == [0, 1, 3, 3, 0]
@@ -204,9 +201,9 @@ def test_a_verdict_is_judged_when_it_arrives_and_not_before(on_device, monkeypat
 
 @pytest.mark.filterwarnings("ignore::gradkeel.errors.SkippedStepWarning")
 def test_skips_that_arrive_together_are_counted_one_by_one(on_device, monkeypatch):
-    monkeypatch.setattr(Arrival, "so_far", 0)
+    monkeypatch.setattr(Late, "so_far", 0)
     _, optimizer, guard, _ = train("AdamW-fused", "none", 5, bad_steps=[1, 2, 3], max_consecutive_skips=2)
-    monkeypatch.setattr(Arrival, "so_far", math.inf)
+    monkeypatch.setattr(Late, "so_far", math.inf)
     with pytest.raises(gk.TooManySkipsError, match=r"step 2(.|\n)*step 3(.|\n)*step 4"):
         optimizer.step()
     assert guard.step == 5

@@ -74,7 +74,11 @@ def clamp(parameters: Sequence[Tensor], limits: tuple[float, float], peaks: Tens
         limits: lowest and highest value.
         peaks: [n, 2] lowest and highest entries, where they are known: a gradient within the limits is not touched.
     """
-    host.clamp(parameters, limits, peaks)
+    gradients = [parameter.grad for parameter in parameters]
+    if any(gradient is not None and gradient.device.type != "cpu" for gradient in gradients):
+        device.clamp(parameters, limits)
+    else:
+        host.clamp(parameters, limits, peaks)
 
 
 def _peaks_after(decision: Decision, measured: GradientNorms) -> Tensor | None:

@@ -1,11 +1,11 @@
-"""Scaling on an accelerator, where the host does not know the factors and must not ask for them."""
+"""Scaling and clamping on accelerators, where the host does not know the factors and must not ask for them."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from gradkeel.kernels import triton_host
+from gradkeel.kernels import foreach, triton_host
 from gradkeel.tensors import entries_to_scale, shares_memory
 
 
@@ -16,44 +16,69 @@ def scale(parameters: Sequence[Tensor], factor: Tensor) -> None:
         parameters: n parameters; those without a gradient are passed over.
         factor: [] or [n].
     """
-    rows = [factor] * len(parameters) if factor.dim() == 0 else list(factor.unbind())
-    chosen = [
-        (gradient, row) for p, row in zip(parameters, rows, strict=True) if (gradient := own(p)) is not None
-    ]
-    scale_entries([entries_to_scale(gradient) for gradient, _ in chosen], [row for _, row in chosen])
+    gradients = [own(parameter) for parameter in parameters]
+    entries = [None if gradient is None else entries_to_scale(gradient) for gradient in gradients]
+    scale_entries(entries, factor)
+
+
+def scale_entries(entries: Sequence[Tensor | None], factors: Tensor) -> None:
+    """Multiply each tensor by its factor, on whatever devices they lie, without the host knowing the factors.
+
+    Args:
+        entries: n tensors; None is passed over.
+        factors: [] or [n].
+    """
+    if triton_host.scale(entries, factors):
+        return
+    rows = [i for i, entry in enumerate(entries) if entry is not None]
+    places = dict.fromkeys(entry.device for entry in entries if entry is not None)
+    held = [entry for entry in entries if entry is not None]
+    numbers = foreach.pick(factors, rows)
+    if len(places) > 1:
+        for device in places:
+            here = [i for i, entry in enumerate(held) if entry.device == device]
+            scale_entries([held[i] for i in here], foreach.pick(numbers, here).to(device))
+    else:
+        foreach.scale(held, numbers)
 
 
 def scale_units(parameters: Sequence[Tensor], coefficients: Tensor, counts: Sequence[int], dim: int) -> None:
     """Multiply each unit by its coefficient; arguments as in ``host.scale_units``, on an accelerator."""
-    for parameter, part in zip(parameters, coefficients.split(list(counts)), strict=True):
-        gradient = own(parameter)
-        if gradient is not None:
-            entries = entries_to_scale(gradient)
-            wide = torch.promote_types(entries.dtype, torch.float32)
-            entries.mul_(over_units(part.to(entries.device, wide), gradient, entries.dim(), dim))
-
-
-def scale_entries(entries: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
-    """Multiply each tensor by its factor, [] on some device, without the host knowing the factors."""
-    kernels = triton_host.kernels()
-    table = None if kernels is None else kernels.table(entries)
-    if kernels is not None and table is not None:
-        kernels.scale(table, torch.stack([factor.to(entries[0].device) for factor in factors]))
-        torch.autograd.graph.increment_version(entries)
+    gradients = [own(parameter) for parameter in parameters]
+    # What a sparse gradient stores does not lie unit by unit.
+    is_strided = all(gradient is None or gradient.layout == torch.strided for gradient in gradients)
+    entries = [None if gradient is None else entries_to_scale(gradient) for gradient in gradients]
+    if is_strided and triton_host.scale_units(entries, coefficients, counts, dim):
         return
-    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, tensor in enumerate(entries):
-        groups.setdefault((tensor.device, tensor.dtype), []).append(i)
-    for (device, dtype), members in groups.items():
-        wide = torch.promote_types(dtype, torch.float32)
-        moved = {id(factors[i]): factors[i].to(device, wide) for i in members}
-        chosen, numbers = [entries[i] for i in members], [moved[id(factors[i])] for i in members]
-        if dtype == wide:
-            torch._foreach_mul_(chosen, numbers[0] if len(moved) == 1 else numbers)
+    parts = coefficients.split(list(counts))
+    strided: list[tuple[Tensor, Tensor, int]] = []
+    for gradient, own_entries, part, count in zip(gradients, entries, parts, counts, strict=True):
+        if gradient is None or own_entries is None:
             continue
-        for tensor, number in zip(chosen, numbers, strict=True):
-            # A factor without a dimension would be rounded to the gradient's dtype first; with one it promotes.
-            tensor.mul_(number.reshape(1))
+        if gradient.layout == torch.strided and gradient.dim() == own_entries.dim():
+            strided.append((own_entries, part, count))
+        else:
+            factors = part.to(own_entries.device, torch.promote_types(own_entries.dtype, torch.float32))
+            own_entries.mul_(over_units(factors, gradient, own_entries.dim(), dim))
+    if strided:
+        foreach.scale_units(
+            [one for one, _, _ in strided],
+            torch.cat([part for _, part, _ in strided]),
+            [n for _, _, n in strided],
+            dim,
+        )
+
+
+def clamp(parameters: Sequence[Tensor], limits: tuple[float, float]) -> None:
+    """Clamp every entry of every gradient into ``limits``; NaN stays."""
+    entries: list[Tensor | None] = []
+    for parameter in parameters:
+        gradient = own(parameter)
+        if gradient is not None and gradient.layout == torch.sparse_coo:
+            parameter.grad = gradient = gradient.coalesce()
+        entries.append(None if gradient is None else entries_to_scale(gradient))
+    if not triton_host.clamp(entries, *limits):
+        foreach.clamp([entry for entry in entries if entry is not None], *limits)
 
 
 def own(parameter: Tensor) -> Tensor | None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradkeel.apply.fused import can_skip_on_device
+from gradkeel.apply.fused import Folding, can_skip_on_device
 from gradkeel.apply.skip import Snapshot, clear_gradients, moves_between_closures
 from gradkeel.errors import NonFiniteGradientError
 from gradkeel.guard import hooks, other_clips
@@ -60,6 +60,7 @@ class Guard:
         self._scalars: dict[str, Tensor | float] = {}
         self._step = 0
         self._skips = SkipWatch(max_consecutive_skips)
+        self._folding = Folding()
         self._roster = Roster(optimizer, policy, model=model, exclude=exclude, sharing=sharing)
         nothing = tuple(part.report for part in self._roster.parts)
         self.report = StepReport(0, nothing, stepped_or_pending=False)
@@ -217,7 +218,7 @@ class Guard:
         )
 
     def _carry_out(self, row: StepReport) -> None:
-        folded = carry_out(self.optimizer, self._roster, row.selections, row.prescale)
+        folded = carry_out(self.optimizer, self._roster, row.selections, row.prescale, self._folding)
         if folded is not None:
             self._set_attribute("grad_scale", folded)
 

@@ -1,13 +1,12 @@
 """Counts skipped steps: warns at the first, gives up after too many in a row."""
 
 import warnings
-from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from gradkeel.errors import SkippedStepWarning, TooManySkipsError
 from gradkeel.guard.report import StepReport
+from gradkeel.kernels.arrival import Arrival, is_capturing, to_host
 
 
 class SkipWatch:
@@ -21,7 +20,7 @@ class SkipWatch:
         self._limit = limit
         self._warned = False
         self._history: list[str] = []
-        self._arriving: list[tuple[StepReport, Tensor, Callable[[], bool]]] = []
+        self._arriving: list[tuple[StepReport, Tensor, Arrival]] = []
 
     @property
     def consecutive(self) -> int:
@@ -57,16 +56,19 @@ class SkipWatch:
             )
 
     def watch(self, report: StepReport, stepped: Tensor) -> None:
-        """Take note of a verdict that only the device knows yet."""
-        flag = torch.empty((), dtype=torch.bool, pin_memory=True)
-        flag.copy_(stepped, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._arriving.append((report, flag, event.query))
+        """Take note of a verdict that only the device knows yet.
+
+        A step that is being captured has none: it is not made now.
+        """
+        if not is_capturing(stepped.device):
+            flag = to_host(stepped)
+            self._arriving.append((report, flag, Arrival(stepped.device)))
 
     def look(self) -> None:
         """Judge the verdicts that have arrived, without waiting for any."""
-        while self._arriving and self._arriving[0][2]():
+        if not self._arriving or is_capturing(self._arriving[0][0].stepped_tensor().device):
+            return  # asking would break the capture
+        while self._arriving and self._arriving[0][2].is_there():
             report, flag, _ = self._arriving.pop(0)
             if bool(flag):
                 self.made()

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradkeel.apply import apply, factors
-from gradkeel.apply.fused import can_fold, kernel_scale
+from gradkeel.apply.fused import Folding, can_fold, kernel_scale
 from gradkeel.guard.prescale import LossScale, prescale
 from gradkeel.guard.report import SelectionReport
 from gradkeel.guard.roster import Part, Roster
@@ -159,7 +159,11 @@ def _all(flags: Sequence[Tensor | bool]) -> Tensor | bool:
 
 
 def carry_out(
-    optimizer: Optimizer, roster: Roster, reports: Sequence[SelectionReport], prescale: Tensor | float
+    optimizer: Optimizer,
+    roster: Roster,
+    reports: Sequence[SelectionReport],
+    prescale: Tensor | float,
+    folding: Folding,
 ) -> Tensor | None:
     """Apply the decisions; returns the scale where one was folded into the optimizer's kernel, to be set on it."""
     filled = [
@@ -176,7 +180,7 @@ def carry_out(
             if isinstance(factor, float) and factor == 1.0:
                 return None
             is_one = isinstance(factor, float) or factor.dim() == 0
-            if is_one and can_fold(optimizer, part.selection.parameters):
+            if is_one and can_fold(optimizer, part.selection.parameters) and folding.pays(factor):
                 return kernel_scale(factor, roster.device)
         unit_dim = None if part.policy is None else part.needs.unit_dim
         apply(part.selection.parameters, decision, measured, prescale=prescale, unit_dim=unit_dim)

@@ -1,11 +1,21 @@
-"""What `triton_host` launches: sums of powers of many tensors, put together by tensor, and scaling.
+"""What `triton_host` launches: norms of many tensors and of their units, scaling and clamping.
 
-A tensor is cut into pieces; a row of the table ``pieces`` is the address of one, its number of entries, and the index
-of its tensor. One program works on one piece. Sums are float64 whatever the entries are.
+Where a tensor lies is read from ``addresses``, one int64 a tensor, so that it may change between two launches; 0 stands
+for a tensor that is not there, whose norm is 0. A tensor is cut into pieces that never change: a row of the table
+``pieces`` is the index of its tensor, the byte at which it begins, its number of entries, and the index of its factor
+or norm. Sums are float64 whatever the entries are.
 """
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def _piece(addresses, row, DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """Where a piece begins, and how many entries it has; none where its tensor is not there."""
+    address = tl.load(addresses + tl.load(row))
+    data = tl.multiple_of((address + tl.load(row + 1)).to(tl.pointer_type(DTYPE)), ALIGNMENT)
+    return data, tl.where(address == 0, 0, tl.load(row + 2))
 
 
 @triton.jit
@@ -30,8 +40,30 @@ def _largest(data, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _sum(data, count, DTYPE: tl.constexpr, IS_SQUARED: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum of ``(|x| / scale)^p`` over a piece, and the scale, which float64 alone needs: 1 for the others."""
+    scale = tl.full([], 1.0, dtype=tl.float64)
+    if DTYPE == tl.float64:  # noqa: SIM300  # a type, written large as Triton's constants are
+        scale = _largest(data, count, BLOCK)
+    whole = count // BLOCK * BLOCK
+    total = tl.zeros([BLOCK], dtype=tl.float64)
+    for start in range(0, whole, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        x = _magnitudes(data, at, at < count, IS_MASKED=False)
+        if DTYPE == tl.float64:  # noqa: SIM300
+            x = x / scale
+        total += x * x if IS_SQUARED else x
+    at = whole + tl.arange(0, BLOCK)
+    x = _magnitudes(data, at, at < count, IS_MASKED=True) / scale
+    total += x * x if IS_SQUARED else x
+    return tl.sum(total, axis=0), scale
+
+
+@triton.jit(do_not_specialize=["first"])
 def sum_powers(
+    addresses,
     pieces,
+    first,
     sums,
     scales,
     DTYPE: tl.constexpr,
@@ -39,24 +71,10 @@ def sum_powers(
     IS_SQUARED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """For each piece, ``sums`` and ``scales``: the sum of ``(|x| / scale)^p``, where float64 needs a scale."""
-    piece = tl.program_id(0)
-    row = pieces + 3 * piece
-    data = tl.multiple_of(tl.load(row).to(tl.pointer_type(DTYPE)), ALIGNMENT)
-    count = tl.load(row + 1)
-    scale = 1.0
-    if DTYPE == tl.float64:  # noqa: SIM300  # a type, written large as Triton's constants are
-        scale = _largest(data, count, BLOCK)
-    whole = count // BLOCK * BLOCK
-    total = tl.zeros([BLOCK], dtype=tl.float64)
-    for start in range(0, whole, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        x = _magnitudes(data, at, at < count, IS_MASKED=False) / scale
-        total += x * x if IS_SQUARED else x
-    at = whole + tl.arange(0, BLOCK)
-    x = _magnitudes(data, at, at < count, IS_MASKED=True) / scale
-    total += x * x if IS_SQUARED else x
-    found = tl.sum(total, axis=0)
+    """For each piece from the first on, ``sums`` and ``scales``: its sum of powers, where float64 needs a scale."""
+    piece = first + tl.program_id(0)
+    data, count = _piece(addresses, pieces + 4 * piece, DTYPE, ALIGNMENT)
+    found, scale = _sum(data, count, DTYPE, IS_SQUARED, BLOCK)
     tl.store(sums + piece, found)
     # A piece of zeros must not keep the scale of the whole from being as small as the other pieces need it.
     tl.store(scales + piece, tl.where(found == 0, 0.0, scale))
@@ -84,9 +102,34 @@ def join_powers(sums, scales, spans, norms, IS_SQUARED: tl.constexpr, BLOCK: tl.
     tl.store(norms + tensor, scale * (tl.sqrt(found) if IS_SQUARED else found))
 
 
-@triton.jit
-def scale_pieces(
+@triton.jit(do_not_specialize=["first", "count"])
+def unit_norms(
+    addresses,
     pieces,
+    first,
+    count,
+    norms,
+    DTYPE: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    IS_SQUARED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The norm of each of ``count`` units, every one a piece, ``ROWS`` of them by one program."""
+    for i in range(ROWS):
+        unit = tl.program_id(0) * ROWS + i
+        if unit < count:
+            row = pieces + 4 * (first + unit)
+            data, size = _piece(addresses, row, DTYPE, ALIGNMENT)
+            found, scale = _sum(data, size, DTYPE, IS_SQUARED, BLOCK)
+            tl.store(norms + tl.load(row + 3), scale * (tl.sqrt(found) if IS_SQUARED else found))
+
+
+@triton.jit(do_not_specialize=["first", "stride"])
+def scale_pieces(
+    addresses,
+    pieces,
+    first,
     factors,
     stride,
     DTYPE: tl.constexpr,
@@ -94,12 +137,11 @@ def scale_pieces(
     ALIGNMENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Multiplies each piece by its tensor's factor, in the type ``WIDE``; where that is 1 nothing is touched."""
-    row = pieces + 3 * tl.program_id(0)
-    factor = tl.load(factors + stride * tl.load(row + 2)).to(WIDE)
+    """Multiplies each piece by its factor, in the type ``WIDE``; where that is 1 nothing is touched."""
+    row = pieces + 4 * (first + tl.program_id(0))
+    factor = tl.load(factors + stride * tl.load(row + 3)).to(WIDE)
     if factor != 1.0:
-        data = tl.multiple_of(tl.load(row).to(tl.pointer_type(DTYPE)), ALIGNMENT)
-        count = tl.load(row + 1)
+        data, count = _piece(addresses, row, DTYPE, ALIGNMENT)
         whole = count // BLOCK * BLOCK
         for start in range(0, whole, BLOCK):
             at = start + tl.arange(0, BLOCK)
@@ -107,3 +149,23 @@ def scale_pieces(
         at = whole + tl.arange(0, BLOCK)
         x = tl.load(data + at, mask=at < count, other=0.0)
         tl.store(data + at, (x.to(WIDE) * factor).to(DTYPE), mask=at < count)
+
+
+@triton.jit(do_not_specialize=["first", "low", "high"])
+def clamp_pieces(
+    addresses,
+    pieces,
+    first,
+    low,
+    high,
+    DTYPE: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Clamps each entry into ``[low, high]``, and writes only those outside; a NaN is on neither side, and stays."""
+    data, count = _piece(addresses, pieces + 4 * (first + tl.program_id(0)), DTYPE, ALIGNMENT)
+    for start in range(0, count, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        x = tl.load(data + at, mask=at < count, other=0.0).to(tl.float32)
+        is_outside = (x < low) | (x > high)
+        tl.store(data + at, tl.where(x < low, low, high).to(DTYPE), mask=(at < count) & is_outside)

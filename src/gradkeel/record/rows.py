@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradkeel.guard.report import SelectionReport, SkipReason, StepReport, nonfinite_words
+from gradkeel.kernels.arrival import Arrival, to_host
 from gradkeel.norms import combine
 from gradkeel.record.schema import CLIPPED, NONFINITE, SCALAR_PREFIX, STEPPED
 
@@ -45,10 +46,9 @@ class Sample:
     weights: Tensor
     updates: Tensor
 
-    def on_host(self, *, non_blocking: bool) -> "Sample":
-        """A copy on the CPU."""
-        weights = self.weights.to("cpu", non_blocking=non_blocking)
-        return Sample(self.names, weights, self.updates.to("cpu", non_blocking=non_blocking))
+    def on_host(self) -> "Sample":
+        """A copy on the CPU, to be read when it has arrived."""
+        return Sample(self.names, to_host(self.weights), to_host(self.updates))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -158,24 +158,14 @@ class Batch:
 
     def __init__(self, kept: Sequence[Kept], subject: Subject) -> None:
         self._kept, self._subject = kept, subject
-        self._event: torch.cuda.Event | None = None
         device = kept[0].report.selections[0].measured.norms.device
-        stacked = _stack(kept)
-        travels = device.type == "cuda"
-        self._series = {name: value.to("cpu", non_blocking=travels) for name, value in stacked.items()}
-        self._samples = [
-            (row.report.step, row.sample.on_host(non_blocking=travels))
-            for row in kept
-            if row.sample is not None
-        ]
-        if travels:
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(device))
+        self._series = {name: to_host(value) for name, value in _stack(kept).items()}
+        self._samples = [(row.report.step, row.sample.on_host()) for row in kept if row.sample is not None]
+        self._arrival = Arrival(device)
 
     def rows(self) -> Rows:
         """The steps on the host; waits for the copy, so call it off the training thread."""
-        if self._event is not None:
-            self._event.synchronize()
+        self._arrival.wait()
         reports = [kept.report for kept in self._kept]
         series = {name: value.to(torch.float64) for name, value in self._series.items()}
         _derive(series, reports[0].selections[0])
