@@ -318,7 +318,7 @@ def test_a_changed_clip_is_reported_and_begins_its_statistics_anew(model):
     part, states = step(gk.policies.ZClip(2.0, warmup=2))
     assert (part.label, part.policy) == ("group 1", repr(gk.policies.ZClip(2.0, warmup=2)))
     assert states == {"main": 4, "group 1": 1}
-    assert part.bound() == math.inf
+    assert part.outcome.bound() == math.inf
     # Written in another way it is the same, and keeps what it has learned.
     part, states = step("zclip:z=2,warmup=2")
     assert states == {"main": 5, "group 1": 2}
