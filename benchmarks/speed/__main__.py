@@ -16,8 +16,8 @@ from gradkeel.bench.machine import machine
 from benchmarks.speed.answer import Answer, Curve, Target, asked, markdown, ratio
 
 QUESTIONS = (
-    "clip", "step", "bf16", "tiny", "adaptive", "agc", "accumulate", "recording", "training", "growth", "memory",
-    "precision", "ranks",
+    "clip", "step", "bf16", "tiny", "small", "adaptive", "agc", "accumulate", "recording", "training", "growth",
+    "memory", "precision", "ranks",
 )  # fmt: skip
 PEERS = ("accelerate", "jax", "optax", "paddlepaddle")
 DOCS = Path(__file__).resolve().parents[2] / "docs"

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import gradkeel as gk
 import reference
-from gradkeel.kernels import native
+from gradkeel.kernels import library, native
 
 ROOT = Path(__file__).resolve().parents[2]
 FUZZ = Path(__file__).with_name("fuzz_native.c")
@@ -321,7 +321,7 @@ def test_the_environment_names_a_level(found):
 
 
 def test_a_library_that_is_missing_broken_or_of_another_time_is_left_alone(found, tmp_path):
-    found.setattr(native, "LIBRARY", tmp_path / "none.so")
+    found.setattr(library, "LIBRARY", tmp_path / "none.so")
     assert native.kernels() is None
     assert "not built" in native.unavailable()
     assert clipped_norm() == pytest.approx((5.0, 1.0), rel=1e-6)

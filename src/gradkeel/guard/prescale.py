@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 _ATTRIBUTES = ("grad_scale", "found_inf")
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class LossScale:
     """What a GradScaler set on the optimizer for the step under way.
 
@@ -30,6 +30,9 @@ class LossScale:
     found_inf: Tensor | None = None
 
 
+_NONE = LossScale()
+
+
 def take_loss_scale(optimizer: Optimizer, own: Mapping[str, Tensor]) -> LossScale:
     """Take the scaler's attributes off the optimizer (non-fused optimizers refuse to run with them).
 
@@ -38,6 +41,8 @@ def take_loss_scale(optimizer: Optimizer, own: Mapping[str, Tensor]) -> LossScal
         own: the attributes that gradkeel itself set for a step that then raised, and so left behind. A scaler
             multiplies its scale into the one it finds, or, after an explicit ``unscale_``, passes it on as it is.
     """
+    if not own and vars(optimizer).keys().isdisjoint(_ATTRIBUTES):
+        return _NONE
     given = {name: vars(optimizer)[name] for name in _ATTRIBUTES if name in vars(optimizer)}
     remove_attributes(optimizer)
     given = {name: value for name, value in given.items() if value is not own.get(name, given)}

@@ -70,6 +70,7 @@ class Roster:
 
     Attributes:
         parts: the selections, as in `gradkeel.selection.select`.
+        here: indices of the parts that have parameters on this rank.
         names: names of all parameters on this rank, selection after selection.
         parameters: all parameters on this rank, likewise.
         device: where norms are put together.
@@ -99,19 +100,21 @@ class Roster:
 
     def is_current(self, window: Window | None) -> bool:
         """Whether neither the optimizer's groups nor the ranks of the window have changed."""
-        ranks = None if window is None else window.ranks
-        return (
-            signature(self._optimizer) == self._signature
-            and self._holds_the_same_parameters()
-            and ranks is self._data_parallel
-        )
-
-    def _holds_the_same_parameters(self) -> bool:
-        """Whether none was put in another's place, as Accelerate puts sharded parameters in that of whole ones."""
         groups = self._optimizer.param_groups
-        return all(
-            all(map(is_, group["params"], held)) for group, held in zip(groups, self._held, strict=True)
-        )
+        if (None if window is None else window.ranks) is not self._data_parallel or len(groups) != len(
+            self._held
+        ):
+            return False
+        for group, (count, clip), held in zip(groups, self._signature, self._held, strict=True):
+            parameters = group["params"]
+            # None was put in another's place, as Accelerate puts sharded parameters in that of whole ones?
+            if (
+                len(parameters) != count
+                or group.get("clip", MAIN) != clip
+                or not all(map(is_, parameters, held))
+            ):
+                return False
+        return True
 
     def read(self, window: Window | None) -> None:
         """Read names, groups and their policies from the optimizer, and find out who shares them.
@@ -134,6 +137,7 @@ class Roster:
         self.exchange = self._sharing.connect(selections, needs, words, self.device, data_parallel)
         members: Sequence[Any] = selections if self.exchange is None else self.exchange.members
         self.parts = tuple(map(self._part, selections, policies, needs, members))
+        self.here = [i for i, part in enumerate(self.parts) if part.selection.parameters]
 
     def _part(self, selection: Selection, policy: Policy | None, needs: Needs, whole: Members) -> Part:
         blank, shown = blank_norms(whole, needs, self.device), repr(policy)
@@ -198,7 +202,8 @@ class Roster:
 
     def readings(self) -> list[Readings]:
         """Norms of the gradients as this rank holds them, selection by selection."""
-        settle(self._distributed)
+        if self._distributed:
+            settle(self._distributed)
         return [part.nothing or readings(part.selection, part.needs, self.device) for part in self.parts]
 
     def fail(self) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradkeel.apply import apply, factors
+from gradkeel.apply import apply, factors, scale
 from gradkeel.apply.fused import Folding, can_fold, kernel_scale
 from gradkeel.guard.prescale import LossScale, prescale
 from gradkeel.guard.report import SelectionReport
@@ -123,19 +123,22 @@ def judge(
         window: the accumulation window, if there is one.
         tolerant: whether a step may be made on non-finite gradients.
     """
-    # A norm is never below zero, so that only NaN and inf are not below inf.
-    totals = [report.measured.total for report in reports if report.measured.names]
-    sound = [known(total) < math.inf for total in totals]
+    finite: Tensor | bool = True
+    skips: list[Tensor] = []
+    for report in reports:
+        if report.measured.names:
+            # A norm is never below zero, so that only NaN and inf are not below inf.
+            finite = _both(finite, known(report.measured.total) < math.inf)
+        if report.decision.skip is not None:
+            skips.append(report.decision.skip)
     if found_inf is not None:
-        sound.append(known(found_inf) == 0)
-    finite = _all(sound)
-    skips = [report.decision.skip for report in reports]
-    assents = [_not(known(skip)) for skip in skips if skip is not None]
-    if not tolerant:
-        assents.append(finite)
+        finite = _both(finite, known(found_inf) == 0)
+    may_step: Tensor | bool = True if tolerant else finite
+    for skip in skips:
+        may_step = _both(may_step, _not(known(skip)))
     if window is not None:
-        assents.append(_not(known(window.is_empty())))
-    return finite, _all(assents)
+        may_step = _both(may_step, _not(known(window.is_empty())))
+    return finite, may_step
 
 
 def known(value: Tensor | bool) -> Tensor | bool | float:
@@ -149,13 +152,13 @@ def _not(flag: Tensor | bool | float) -> Tensor | bool:
     return ~flag if isinstance(flag, Tensor) else not flag
 
 
-def _all(flags: Sequence[Tensor | bool]) -> Tensor | bool:
-    """Whether every one of the flags is set: known to the host if one of them is not, or all are the host's."""
-    pending = [flag for flag in flags if isinstance(flag, Tensor)]
-    if not pending or not all(flag for flag in flags if not isinstance(flag, Tensor)):
-        return not pending and all(flags)
-    device = next((flag.device for flag in pending if flag.device.type != "cpu"), pending[0].device)
-    return pending[0] if len(pending) == 1 else torch.stack([flag.to(device) for flag in pending]).all()
+def _both(one: Tensor | bool, other: Tensor | bool) -> Tensor | bool:
+    """Whether both flags are set; a bool where the host can know."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one & other.to(one.device)
+    if isinstance(one, Tensor):
+        return one if other else False
+    return other if one else False
 
 
 def carry_out(
@@ -166,26 +169,25 @@ def carry_out(
     folding: Folding,
 ) -> Tensor | None:
     """Apply the decisions; returns the scale where one was folded into the optimizer's kernel, to be set on it."""
-    filled = [
-        i for i, part in enumerate(roster.parts) if any(p.grad is not None for p in part.selection.parameters)
-    ]
-    for i in filled:
-        part, decision, measured = roster.parts[i], reports[i].decision, reports[i].measured
+    for i in roster.here:
+        part, report = roster.parts[i], reports[i]
+        parameters, decision, measured = part.selection.parameters, report.decision, report.measured
         local = roster.local(i)
         if local is not None:
             decision, measured = local.decision(decision), local.measured(measured)
-        plain = decision.unit_coefficients is None and decision.clamp is None
-        if plain and len(filled) == 1:
+        if decision.unit_coefficients is None and decision.clamp is None:
             factor = factors(decision, prescale)
             if isinstance(factor, float) and factor == 1.0:
-                return None
-            is_one = isinstance(factor, float) or factor.dim() == 0
-            if is_one and can_fold(optimizer, part.selection.parameters) and folding.pays(factor):
+                continue
+            is_one = len(roster.here) == 1 and (isinstance(factor, float) or factor.dim() == 0)
+            if is_one and can_fold(optimizer, parameters) and folding.pays(factor):
                 return kernel_scale(factor, roster.device)
+            scale(parameters, factor)
+            continue
         unit_dim = None if part.policy is None else part.needs.unit_dim
-        apply(part.selection.parameters, decision, measured, prescale=prescale, unit_dim=unit_dim)
+        apply(parameters, decision, measured, prescale=prescale, unit_dim=unit_dim)
         if decision.clamp is not None and local is None:  # elsewhere it would be another collective
-            reports[i].remeasure = _norm_while_unchanged(part.selection.parameters, measured)
+            report.remeasure = _norm_while_unchanged(parameters, measured)
     return None
 
 

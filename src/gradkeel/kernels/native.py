@@ -8,30 +8,18 @@ import ctypes
 import functools
 import math
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradkeel.kernels.library import VARIABLE, UnavailableError, exporter, load, openmp
 from gradkeel.tensors import are_plain
-
-VARIABLE = "GRADKEEL_NATIVE"
-"""Environment variable: ``off`` leaves the kernels alone; ``baseline``, ``avx2`` or ``avx512`` names a level."""
 
 LEVELS = ("baseline", "avx2", "avx512")
 _OFF, _ON = {"off", "0", "no", "false"}, {"", "on", "1", "yes", "true"}
-# What gradkeel_interface() of a library that fits must return.
-_INTERFACE = 3
-LIBRARY = Path(__file__).with_name("_native.so")
-
-# What the user can do.
-_AGAIN = "install gradkeel again, with pip's --force-reinstall --no-deps"
-_OTHER_TORCH = "install torch 2.13, for which they are made"
-
 # The C code's numbers for norm types.
 _NORMS = {math.inf: 0, 1.0: 1, 2.0: 2}
 _BYTES_OF_A_TENSOR = 32
@@ -50,33 +38,6 @@ class _Answer(ctypes.Structure):
     """struct answer of native.c."""
 
     _fields_ = (("total", ctypes.c_double), ("is_read", ctypes.c_int32))
-
-
-class _Exchange(ctypes.Structure):
-    """DLPackExchangeAPI of DLPack 1.x."""
-
-    _fields_ = (
-        ("major", ctypes.c_uint32),
-        ("minor", ctypes.c_uint32),
-        ("previous", ctypes.c_void_p),
-        ("allocate", ctypes.c_void_p),
-        ("managed_from_object", ctypes.c_void_p),
-        ("managed_to_object", ctypes.c_void_p),
-        ("tensor_from_object", ctypes.c_void_p),
-        ("stream", ctypes.c_void_p),
-    )
-
-
-class UnavailableError(Exception):
-    """Why the native kernels are not in use.
-
-    Attributes:
-        remedy: what one can do about it, if anything.
-    """
-
-    def __init__(self, reason: str, remedy: str | None = None) -> None:
-        super().__init__(reason)
-        self.remedy = remedy
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,14 +64,14 @@ class Kernels:
     """
 
     def __init__(self, level: str | None = None) -> None:
-        library, held = _load(ctypes.CDLL), _load(ctypes.PyDLL)
+        library, held = load(ctypes.CDLL), load(ctypes.PyDLL)
         available = LEVELS[: library.gradkeel_levels()]
         self.level = available[-1] if level is None else level
         if self.level not in available:
             raise UnavailableError(
                 f"{VARIABLE}={level}: this processor has {', '.join(available)}", f"unset {VARIABLE}"
             )
-        self._parallel = _openmp()
+        self._parallel = openmp()
         self.shares_threads = self._parallel is not None
         self._teams: dict[int, Any] = {}
         # Filling the table needs the interpreter's lock, and raises what torch raises; the long calls release it.
@@ -121,13 +82,19 @@ class Kernels:
             ctypes.c_void_p,
         )  # fmt: skip
         self._item = ctypes.cast(ctypes.pythonapi.PyList_GetItem, ctypes.c_void_p)
-        self._export = _exporter()
+        self._export = exporter()
         pointer, integer = ctypes.c_void_p, ctypes.c_int32
         self._norms = held.gradkeel_norms
         self._norms.restype = ctypes.c_int64
         self._norms.argtypes = (
             ctypes.py_object, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p,
             ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p,
+        )  # fmt: skip
+        self._scale_all = held.gradkeel_scale_all
+        self._scale_all.restype = ctypes.c_int64
+        self._scale_all.argtypes = (
+            ctypes.py_object, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_double, ctypes.c_void_p,
+            ctypes.c_void_p, ctypes.c_void_p,
         )  # fmt: skip
         self._total = held.gradkeel_total
         self._total.restype = ctypes.c_double
@@ -232,6 +199,27 @@ class Kernels:
         self._check(self._scale(table.address, len(table.tensors), pointer, share, self._team()))
         torch.autograd.graph.increment_version(table.tensors)
 
+    def scale_all(self, tensors: list[Tensor], factor: float) -> bool:
+        """Multiply all tensors by one factor in place, few entries in one call; whether they were fit for it."""
+        if not are_plain(tensors):
+            return False
+        count, is_done = len(tensors), ctypes.c_int32()
+        address, team = _buffer(count)(), self._team()
+        try:
+            taken = self._scale_all(
+                tensors, count, self._item, self._export, factor, address, ctypes.byref(is_done), team
+            )
+        except _NO_ADDRESS:
+            return False
+        if taken != count:
+            return False
+        if is_done.value == 0:
+            self.scale(Table(tensors, address, count), factor)
+            return True
+        self._check(is_done.value - 1)
+        torch.autograd.graph.increment_version(tensors)
+        return True
+
     def clamp(self, table: Table, low: float, high: float) -> None:
         """Clamp each entry into ``[low, high]`` in place; NaN stays."""
         self._check(self._clamp(table.address, len(table.tensors), low, high, self._team()))
@@ -266,6 +254,8 @@ class Kernels:
 def scale(tensors: Sequence[Tensor], factors: Tensor | float, unit_dim: int | None = None) -> bool:
     """Multiply all tensors by one factor, or each, or each of their units, by its own; whether the kernels did it."""
     own = kernels()
+    if own is not None and isinstance(factors, float):
+        return own.scale_all(list(tensors), factors)
     table = None if own is None else own.table(tensors, unit_dim)
     if own is None or table is None:
         return False
@@ -333,54 +323,6 @@ def _found() -> tuple[Kernels | None, str | None, str | None]:
         return Kernels(None if wanted in _ON else wanted), None, None
     except UnavailableError as error:
         return None, str(error), error.remedy
-
-
-def _load(kind: type[Any]) -> Any:
-    if not LIBRARY.exists():
-        if sys.platform != "linux":
-            raise UnavailableError("not built: they are for Linux")
-        raise UnavailableError(
-            f"not built: gradkeel was installed without a working C compiler, or with {VARIABLE}=off",
-            f"install a C compiler such as gcc, then {_AGAIN}",
-        )
-    try:
-        library = kind(str(LIBRARY))
-        interface = library.gradkeel_interface()
-    except (OSError, AttributeError) as error:
-        raise UnavailableError(f"cannot be loaded: {error}", _AGAIN) from None
-    if interface != _INTERFACE:
-        raise UnavailableError("built from other sources than these", _AGAIN)
-    return library
-
-
-def _exporter() -> Any:
-    """Address of the function by which torch describes a tensor in C."""
-    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    if capsule is None:
-        raise UnavailableError(f"torch {torch.__version__} has no C interface for DLPack", _OTHER_TORCH)
-    pointer_in = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
-    exchange = _Exchange.from_address(
-        pointer_in(("PyCapsule_GetPointer", ctypes.pythonapi))(capsule, b"dlpack_exchange_api")
-    )
-    if exchange.major != 1 or not exchange.tensor_from_object:
-        raise UnavailableError(
-            f"torch {torch.__version__} has DLPack {exchange.major}.{exchange.minor}, not 1.x", _OTHER_TORCH
-        )
-    return exchange.tensor_from_object
-
-
-def _openmp() -> Any:
-    """Address of GOMP_parallel in the OpenMP library that torch has loaded; None where it is of another kind.
-
-    Looked up through torch's library, so that a second OpenMP library never comes into the process.
-    """
-    for path in (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"):
-        try:
-            function = ctypes.CDLL(str(path)).GOMP_parallel
-        except (OSError, AttributeError):
-            continue
-        return ctypes.cast(function, ctypes.c_void_p)
-    return None
 
 
 def _address(tensor: Tensor | None) -> int | None:
