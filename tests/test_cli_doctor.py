@@ -17,7 +17,7 @@ import gradkeel as gk
 from gradkeel import doctor
 from gradkeel.apply import host
 from gradkeel.cli.app import app
-from gradkeel.kernels import native, triton_host
+from gradkeel.kernels import library, native, triton_host
 from gradkeel.measure import powers
 
 needs_kernels = pytest.mark.skipif(native.kernels() is None, reason=str(native.unavailable()))
@@ -70,7 +70,7 @@ def test_how_many_threads_and_whose():
 
 @needs_kernels
 def test_a_torch_with_another_openmp_library(found):
-    found.setattr(native, "_openmp", lambda: None)
+    found.setattr(native, "openmp", lambda: None)
     assert "on one thread: torch's OpenMP library is of another kind" in told()
     assert diagnosed()["cpu"]["shares_threads"] is False
 
@@ -123,7 +123,7 @@ def test_a_processor_a_library_and_a_torch_that_do_not_fit(found):
     assert "must be off or one of baseline" in told()
     found.undo()
     native._found.cache_clear()
-    found.setattr(native, "_INTERFACE", -1)
+    found.setattr(library, "_INTERFACE", -1)
     assert "why built from other sources than these to do install gradkeel again" in told()
     found.undo()
     native._found.cache_clear()

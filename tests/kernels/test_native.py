@@ -333,7 +333,7 @@ def test_a_library_that_is_missing_broken_or_of_another_time_is_left_alone(found
 
 @needs_kernels
 def test_another_interface_or_a_torch_without_one_is_left_alone(found):
-    found.setattr(native, "_INTERFACE", -1)
+    found.setattr(library, "_INTERFACE", -1)
     assert "built from other sources" in native.unavailable()
     found.undo()
     native._found.cache_clear()
