@@ -36,6 +36,7 @@ def interrupt_after_the_first_run(folder, *arguments, env=None):
             stdout=subprocess.PIPE,
             stderr=side,
             text=True,
+            preexec_fn=_listen,  # noqa: PLW1509  # nothing else runs in this process yet
             start_new_session=True,  # a group of its own, signalled whole: a terminal sends Ctrl-C to workers as well
         ) as process
     ):
@@ -51,6 +52,11 @@ def interrupt_after_the_first_run(folder, *arguments, env=None):
     os.close(terminal)
     wait_until_gone(process.pid)
     return process.returncode, out, error.decode()
+
+
+def _listen():
+    """Ctrl-C ends what is started here, also where whoever started the tests has it ignored, as ``&`` in a shell does."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _read(terminal):
