@@ -55,7 +55,7 @@ def interrupt_after_the_first_run(folder, *arguments, env=None):
 
 
 def _listen():
-    """Ctrl-C ends what is started here, also where whoever started the tests has it ignored, as ``&`` in a shell does."""
+    """Ctrl-C ends what is started here, also where the tests themselves ignore it, as what ``&`` starts does."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
