@@ -206,8 +206,10 @@ def ends(pid, seconds=10):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("ending", ["exit 3", "sleep 60"])
-def test_what_a_command_has_started_ends_with_it(tmp_path, ending):
-    command = ["sh", "-c", f"sleep 60 & echo $! > child; {ending}"]
+@pytest.mark.parametrize("session", ["", "setsid"])
+def test_what_a_command_has_started_ends_with_it(tmp_path, ending, session):
+    child = "echo $$ > child.new; mv child.new child; exec sleep 60"
+    command = ["sh", "-c", f"{session} sh -c '{child}' & while ! [ -e child ]; do sleep 0.05; done; {ending}"]
     status = tree.Processes().run(
         command, cwd=tmp_path, env=os.environ, output=tmp_path / "output", seconds=1
     )

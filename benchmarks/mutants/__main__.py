@@ -105,7 +105,7 @@ def the_map(copy: Path, key: str, processes: trees.Processes, arguments: argpars
         cover.save(found, TREE / cover.FOLDER, key)
         print(f"... {len(found.seconds)} tests in {time.monotonic() - begin:.0f} seconds", flush=True)
     if found.failed:
-        print(f"left out, for they fail without any fault: {', '.join(found.failed)}", flush=True)
+        print("left out, for they fail without any fault:", *found.failed, sep="\n  ", flush=True)
     return found
 
 

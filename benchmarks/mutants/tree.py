@@ -7,8 +7,11 @@ import signal
 import subprocess
 import sys
 import threading
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+MARK = "MUTANTS_MARK"  # in the environment of every process of a command
 
 
 class TreeError(RuntimeError):
@@ -42,7 +45,7 @@ class Processes:
     """Starts commands and ends all of them, with what they have started, when asked."""
 
     def __init__(self) -> None:
-        self._running: set[subprocess.Popen[bytes]] = set()
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._lock = threading.Lock()
         self._is_stopped = False
 
@@ -56,23 +59,25 @@ class Processes:
         seconds: float | None = None,
     ) -> int | None:
         """The exit status, or None where the time ran out."""
+        mark = f"{MARK}={uuid.uuid4().hex}"
+        marked = {**env, MARK: mark.partition("=")[2]}
         with output.open("wb") as sink:
             with self._lock:
                 if self._is_stopped:
                     raise StoppedError
                 process = subprocess.Popen(
-                    command, cwd=cwd, env=dict(env), stdin=subprocess.DEVNULL, stdout=sink, stderr=sink,
+                    command, cwd=cwd, env=marked, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink,
                     start_new_session=True,
                 )  # fmt: skip
-                self._running.add(process)
+                self._running[mark] = process
             try:
                 status: int | None = process.wait(seconds)
             except subprocess.TimeoutExpired:
                 status = None
             finally:
-                _end(process)
+                _end(process, mark)  # after a good end as well: a test's own processes may have stayed
                 with self._lock:
-                    self._running.discard(process)
+                    self._running.pop(mark)
         if self._is_stopped:
             raise StoppedError
         return status
@@ -81,15 +86,19 @@ class Processes:
         """End what runs, and start nothing more."""
         with self._lock:
             self._is_stopped = True
-            for process in self._running:
-                _end(process)
+            for mark, process in self._running.items():
+                _end(process, mark)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    # Also after a good end: a test's own processes may have stayed.
+def _end(process: subprocess.Popen[bytes], mark: str) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    # Processes in sessions of their own, as torchrun starts them, are known by the environment that they inherit.
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                os.kill(int(folder.name), signal.SIGKILL)
 
 
 def environment(tree: Path, **more: str) -> dict[str, str]:
