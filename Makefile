@@ -12,9 +12,11 @@ VENV    ?= .venv
 PEERS   ?= .venv-peers
 WORKERS ?= 2
 TRITON  ?= 3.9.0
+TORCH   ?= 2.6.0
 ARGS    ?=
 
 python := $(VENV)/bin/python
+other  := .venv-torch-$(TORCH)
 pytest := $(python) -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
@@ -56,6 +58,10 @@ test-peers: $(PEERS)/peers.stamp ## the same gradients through optax, Keras and 
 test-triton: $(VENV)/triton-$(TRITON).stamp ## the GPU kernels, in Triton's interpreter; needs no GPU, but 1 GB for Triton
 	PYTHONPATH=$(abspath $(VENV)/triton) $(pytest) tests/kernels/test_triton.py $(ARGS)
 
+.PHONY: test-torch
+test-torch: $(other)/dev.stamp ## the tests under another torch, the oldest by default: make test-torch TORCH=2.11.0
+	$(other)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
 .PHONY: mutants
 mutants: $(VENV)/mutants.stamp ## plant faults in the core and see which ones the tests miss: ARGS='--seed N --sample N --only PATTERN --write'
 	$(python) -m benchmarks.mutants $(ARGS)
@@ -80,7 +86,7 @@ sanitize: ## the native kernels on random tensors under the address, undefined-b
 
 .PHONY: clean
 clean: ## remove the environments, caches and builds
-	rm -rf $(VENV) $(PEERS) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) .venv-torch-* build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # -- environments ------------------------------------------------------------------------------------------
@@ -93,7 +99,7 @@ define new-venv
 	$(PYTHON) -m venv $(@D)/..
 endef
 
-$(VENV)/bin/python $(PEERS)/bin/python:
+$(VENV)/bin/python $(PEERS)/bin/python $(other)/bin/python:
 	$(new-venv)
 
 # numpy: torch warns on import without it.
@@ -104,6 +110,12 @@ $(VENV)/run.stamp: pyproject.toml constraints.txt $(native) | $(VENV)/bin/python
 $(VENV)/dev.stamp: pyproject.toml constraints.txt $(native) | $(VENV)/bin/python
 	$(python) -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $(VENV)/run.stamp $@
+
+# 6 GB where pip finds only torch's builds for GPUs.
+$(other)/dev.stamp: pyproject.toml constraints.txt $(native) | $(other)/bin/python
+	sed '/^torch==/d' constraints.txt > $(other)/constraints.txt
+	$(other)/bin/python -m pip install --quiet -c $(other)/constraints.txt torch==$(TORCH) -e '.[dev]'
+	touch $@
 
 # In a folder of its own: the other tests run without it, as torch's CPU builds do. Its version is not among the
 # constraints, for a torch that is built for GPUs requires its own.

@@ -16,7 +16,7 @@ from gradkeel.kernels import foreach
 from gradkeel.policies import scopes
 from policy_rows import ROWS
 
-FEW, SOME, MANY = 10, 60, 1000
+FEW, SOME, MANY = 10, 25, 1000
 DTYPES = [torch.float32, torch.bfloat16]
 NO_LAUNCH = (
     "view", "unbind", "select", "slice", "alias", "detach", "expand", "reshape", "squeeze", "as_strided", "t.default",
