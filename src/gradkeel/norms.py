@@ -138,7 +138,7 @@ class Window(Protocol):
 
     @property
     def ranks(self) -> Any:
-        """The ``measure.ranks.Ranks`` over which the window's batch is spread; None for one process."""
+        """The ``ranks.group.Ranks`` over which the window's batch is spread; None for one process."""
 
     def check_step(self) -> None:
         """Raise `WindowError` unless the window is complete."""

@@ -228,8 +228,6 @@ class Guard:
         self._own_attributes[name] = value
 
     def _reason_to_skip(self, *, is_finite: bool, tolerant: bool) -> SkipReason:
-        if self.window is not None and bool(self.window.is_empty()):
-            return SkipReason.EMPTY_WINDOW
         if is_finite or tolerant:  # who tolerates would have made the step
             return SkipReason.POLICY
         return SkipReason.LOSS_SCALE if self._loss_scale.present else SkipReason.NONFINITE

@@ -129,7 +129,7 @@ class ZScore(Windowed, on_numbers=True):
         mean = window.mean()
         std = window.deviation(mean) / sqrt(real(maximum(window.number - 1, 1), mean))
         # From a spread of nothing, limited values could never widen it.
-        return mean, maximum(std, (1e-3 if self.limited else ROUNDING) * mean)
+        return mean, maximum(std, (1e-3 if self.limited else ROUNDING) * abs(mean))
 
 
 @dataclass(frozen=True)
