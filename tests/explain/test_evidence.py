@@ -220,3 +220,17 @@ def test_of_updates_at_one_step_the_largest_comes_first(tmp_path):
     explosion = explosion_of(tmp_path / "run.keel", climb(parameters=3), updates=updates, weights=weights)
     assert [name for name, _, _ in spread_of(explosion)[:2]] == ["b", "a"]
     assert "b at step 5: 3 times" in explosion.evidence[1]
+
+
+def test_an_explosion_from_the_initialization_on_that_no_parameter_shows(tmp_path):
+    norms = ones(2, 40)
+    norms[:4, 1], norms[4:, 1] = 0.0, 500.0  # it has no norm to grow from
+    norms[5:7, 1] = 501.0
+    path = scripted_run(tmp_path / "run.keel", norms)
+    explosion = explain(path).explosion
+    assert (explosion.kind, explosion.step, explosion.parameter) == ("initialization", 4, None)
+    assert explosion.spread == ()
+    assert "The gradients exploded from the initialization on: first at step 4." in str(explain(path))
+    assert (explosion.peak_step, explosion.last_step, explosion.ended) == (6, 40, "high")
+    assert explosion.growth_per_step == pytest.approx(math.hypot(501, 1) ** (1 / 5))
+    assert explosion.evidence[-1] == "It was still high at step 40, the last one recorded."
