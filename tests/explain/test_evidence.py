@@ -234,3 +234,16 @@ def test_an_explosion_from_the_initialization_on_that_no_parameter_shows(tmp_pat
     assert (explosion.peak_step, explosion.last_step, explosion.ended) == (6, 40, "high")
     assert explosion.growth_per_step == pytest.approx(math.hypot(501, 1) ** (1 / 5))
     assert explosion.evidence[-1] == "It was still high at step 40, the last one recorded."
+
+
+@pytest.mark.parametrize(
+    ("parameters", "rest"), [(1, None), (8, ""), (9, ", and 1 more"), (11, ", and 3 more")]
+)
+def test_eight_parameters_are_told_in_their_order_and_the_others_counted(tmp_path, parameters, rest):
+    norms = ones(parameters, 60)
+    for j in range(parameters):
+        norms[40 + j :, j] = 50.0 + j
+    text = str(explain(scripted_run(tmp_path / "run.keel", norms)))
+    order = ", ".join(f"{'abcdefgh'[j]} ({41 + j})" for j in range(min(parameters, 8)))
+    assert (f"Order (step): {order}{rest}." in text) == (rest is not None)
+    assert ("Order (step)" in text) == (rest is not None)
