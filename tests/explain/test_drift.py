@@ -45,6 +45,19 @@ def test_the_level_has_to_go_up_in_four_of_five_stretches(tmp_path, falls, is_dr
     assert explain(scripted_run(tmp_path / "run.keel", norms_of(values))).explosion.found == is_drift
 
 
+@pytest.mark.parametrize(("lowest", "is_drift"), [(20, True), (21, False)])
+def test_a_drift_has_four_stretches_at_least(tmp_path, lowest, is_drift):
+    # Down by 2% from stretch to stretch, and then up by a steady factor a step: twelve times in the last one's middle.
+    width = 40
+    falling = 1.02 ** -torch.arange(lowest + 1, dtype=torch.float64).repeat_interleave(width)
+    rest = torch.arange(1, width * (STRETCHES - lowest - 1) + 1, dtype=torch.float64)
+    norms = torch.cat([falling, falling[-1] * 12 ** (rest / (len(rest) - width / 2))])
+    explosion = explain(scripted_run(tmp_path / "run.keel", norms)).explosion
+    assert explosion.found == is_drift
+    if is_drift:
+        assert (explosion.kind, explosion.step) == ("drift", lowest * width + 1)
+
+
 @pytest.mark.parametrize(("end", "is_drift"), [(0.99, False), (1.0, True), (1.5, True)])
 def test_a_loss_that_fell_meanwhile_excuses_it(tmp_path, end, is_drift):
     losses = torch.full((240,), 5.0)  # of no matter: before the norm was lowest

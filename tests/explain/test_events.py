@@ -58,6 +58,13 @@ def test_events_of_one_norm(tmp_path, norms, events):
     assert steps_of(found(tmp_path / "run.keel", norms)) == events
 
 
+@pytest.mark.parametrize(("step", "events"), [(16, [(16, 16)]), (17, [])])
+def test_a_hundred_times_the_first_norm_is_an_alarm_in_the_first_sixteen_steps(tmp_path, step, events):
+    norms = series(**{f"s{step}": 101.0})
+    norms[1 : step - 1] = norms[step:] = 40.0  # beside which 101 is little
+    assert steps_of(found(tmp_path / "run.keel", norms)) == events
+
+
 @pytest.mark.parametrize(
     ("steps", "exponent", "is_event"),
     [

@@ -220,3 +220,30 @@ def test_of_updates_at_one_step_the_largest_comes_first(tmp_path):
     explosion = explosion_of(tmp_path / "run.keel", climb(parameters=3), updates=updates, weights=weights)
     assert [name for name, _, _ in spread_of(explosion)[:2]] == ["b", "a"]
     assert "b at step 5: 3 times" in explosion.evidence[1]
+
+
+def test_an_explosion_from_the_initialization_on_that_no_parameter_shows(tmp_path):
+    norms = ones(2, 40)
+    norms[:4, 1], norms[4:, 1] = 0.0, 500.0  # it has no norm to grow from
+    norms[5:7, 1] = 501.0
+    path = scripted_run(tmp_path / "run.keel", norms)
+    explosion = explain(path).explosion
+    assert (explosion.kind, explosion.step, explosion.parameter) == ("initialization", 4, None)
+    assert explosion.spread == ()
+    assert "The gradients exploded from the initialization on: first at step 4." in str(explain(path))
+    assert (explosion.peak_step, explosion.last_step, explosion.ended) == (6, 40, "high")
+    assert explosion.growth_per_step == pytest.approx(math.hypot(501, 1) ** (1 / 5))
+    assert explosion.evidence[-1] == "It was still high at step 40, the last one recorded."
+
+
+@pytest.mark.parametrize(
+    ("parameters", "rest"), [(1, None), (8, ""), (9, ", and 1 more"), (11, ", and 3 more")]
+)
+def test_eight_parameters_are_told_in_their_order_and_the_others_counted(tmp_path, parameters, rest):
+    norms = ones(parameters, 60)
+    for j in range(parameters):
+        norms[40 + j :, j] = 50.0 + j
+    text = str(explain(scripted_run(tmp_path / "run.keel", norms)))
+    order = ", ".join(f"{'abcdefgh'[j]} ({41 + j})" for j in range(min(parameters, 8)))
+    assert (f"Order (step): {order}{rest}." in text) == (rest is not None)
+    assert ("Order (step)" in text) == (rest is not None)

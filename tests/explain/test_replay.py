@@ -273,3 +273,25 @@ def test_what_the_record_does_not_hold_is_refused(tmp_path):
             replay(run, "global-norm:1.0,norm_type=inf")
         with pytest.raises(gk.PolicySpecError, match="unknown policy"):
             replay(run, "no-such-policy")
+
+
+def test_a_record_without_steps_is_refused(tmp_path):
+    path = scripted_run(tmp_path / "run.keel", torch.empty(0, 2), policy="global-norm:1.0")
+    with Reader(path) as run, pytest.raises(RecordError, match="holds no steps yet"):
+        replay(run, "global-norm:1.0")
+
+
+def test_rates_are_shares_of_all_steps_and_the_mean_is_of_those_that_are_made(tmp_path):
+    norms = torch.ones(80, dtype=torch.float64) + 0.01 * (torch.arange(80) % 7)
+    norms[10], norms[70] = 4.0, 1e6  # clipped while the other rule warms up, and skipped
+    path = scripted_run(tmp_path / "run.keel", norms, policy="none")
+    with Reader(path) as run:
+        result = replay(run, "skip-step+global-norm:2.0")
+    skipped = result.skipped.nonzero().flatten().tolist()
+    assert 70 in skipped
+    assert result.skip_rate == len(skipped) / 80
+    made = [n for i, n in enumerate(norms.tolist()) if i not in skipped]
+    assert result.clip_rate == sum(n > 2 for n in made) / 80
+    # Float64: one division each, and their mean.
+    assert result.mean_coefficient == pytest.approx(sum(min(1, 2 / n) for n in made) / len(made), rel=1e-12)
+    assert result.coefficients[skipped].tolist() == [1.0] * len(skipped)

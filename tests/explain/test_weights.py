@@ -49,6 +49,20 @@ def test_an_update_as_large_as_the_change_explains_it(tmp_path, update, is_expla
     assert bool(explanation.explosion.altered) != is_explained
 
 
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize(("missing", "is_explained"), [(2e-5, False), (1e-6, True)])
+def test_an_update_explains_a_change_to_a_hundred_thousandth_of_the_weights(
+    tmp_path, size, missing, is_explained
+):
+    updates = torch.full((STEPS, 2), 0.5 * size, dtype=torch.float64)
+    # A thousandth of the update is passed over likewise.
+    updates[48, 1] = size * (1 - missing) / 1.001
+    weights = changed(size, 2 * size, 50)
+    weights[:, 0] = size
+    explanation = explained(tmp_path / "run.keel", calm(2), weights=weights, updates=updates)
+    assert bool(explanation.explosion.altered) != is_explained
+
+
 def test_of_several_the_one_that_changed_most_comes_first(tmp_path):
     weights = calm(3)
     weights[49:] = torch.tensor([2.0, 0.1, 3.0])

@@ -10,6 +10,7 @@ from torch import nn
 
 import gradkeel as gk
 import reference
+from gradkeel.guard import SkipReason
 from optimizers import CASES
 
 
@@ -233,3 +234,23 @@ def test_a_copy_or_pickle_tells_the_same(policy, again):
         report.coefficient,
     )
     assert (copied.clipped, copied.stepped, copied.reason) == (report.clipped, True, None)
+
+
+@pytest.mark.parametrize(("why", "without_place", "with_place"), [
+    (SkipReason.NONFINITE, "step 7: a gradient is not finite", "PLACE"),
+    (SkipReason.LOSS_SCALE, "step 7: the loss scale overflowed", "step 7: the loss scale overflowed (PLACE)"),
+    (SkipReason.NO_GRADIENT, "no parameter has a gradient", "no parameter has a gradient"),
+    (SkipReason.EMPTY_WINDOW, "the window's weight is zero", "the window's weight is zero"),
+    (SkipReason.POLICY, "the policy asked to skip this step", "the policy asked to skip this step"),
+])  # fmt: skip
+def test_the_words_of_every_reason(why, without_place, with_place):
+    assert why.words(7) == without_place
+    assert why.words(7, "PLACE") == with_place
+    assert SkipReason.of_words(without_place) is why
+
+
+@pytest.mark.parametrize(("value", "kind"), [(math.nan, "NaN"), (math.inf, "inf"), (-math.inf, "inf")])
+def test_the_first_gradient_that_is_not_finite_is_named_with_its_kind(value, kind):
+    guard = guarded("global-norm:1.0", [1.0], [value], [math.nan], nonfinite="keep")
+    assert guard.report.skip_reason is None  # the step was made
+    assert guard.report.nonfinite_reason() == f"step 1: the gradient of '1' is not finite ({kind})"
