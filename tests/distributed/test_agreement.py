@@ -247,7 +247,8 @@ def huge(rank, dtype, entry):
 def test_finite_overflow(ranks, dtype, entry):
     entry = torch.tensor(entry, dtype=dtype).item()
     for norm, after, stepped in ranks(2, huge, dtype, entry):
-        assert norm == pytest.approx(10 * entry, rel=1e-12)
+        # Without native kernels torch adds up 16-bit numbers in float32, up to 4,096 at a time.
+        assert norm == pytest.approx(10 * entry, rel=1e-7 if dtype == torch.float16 else 1e-12)
         # A float16 entry has 11 bits.
         assert after == pytest.approx(min(1.0, 10 * entry), rel=1e-3 if dtype == torch.float16 else 1e-6)
         assert stepped
