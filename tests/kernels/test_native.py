@@ -94,6 +94,49 @@ def test_norms_and_units_are_their_float64_twins(norm_type, kinds, seed, level):
 
 
 @needs_kernels
+@pytest.mark.parametrize("norm_type", NORM_TYPES)
+@pytest.mark.parametrize("size", [5, 300_000])  # read in the call that looks for them, and in a second one
+def test_norms_and_their_total_in_one_call(kernels, size, norm_type):
+    tensors = [torch.randn(size), torch.randn(3, 4).half(), torch.randn(7, dtype=torch.float64) * 1e200]
+    norms, total = kernels.norms(tensors, norm_type)
+    assert torch.equal(norms, kernels.read(kernels.table(tensors), norm_type)[0])
+    assert total == pytest.approx(reference.norm(tensors, norm_type), rel=1e-12)
+    small = [tensor * 1e-300 for tensor in tensors[2:]] * 2
+    assert kernels.norms(small, norm_type)[1] == pytest.approx(reference.norm(small, norm_type), rel=1e-12)
+    assert kernels.norms([torch.zeros(size)], norm_type)[1] == 0.0
+    assert kernels.norms([], norm_type)[1] == 0.0
+
+
+@needs_kernels
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_the_total_is_not_finite_exactly_where_an_entry_is(kernels, bad):
+    tensors = [torch.ones(3), torch.tensor([1.0, bad]), torch.full((2,), 1e30)]
+    for norm_type in NORM_TYPES:
+        _, total = kernels.norms(tensors, norm_type)
+        assert math.isnan(total) if math.isnan(bad) else total == math.inf
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", [5, 300_000])
+def test_all_are_multiplied_by_one_factor_in_one_call(kernels, size):
+    tensors = [torch.randn(size), torch.randn(3, 4).half(), torch.randn(4, 3).t()]
+    wanted = [tensor * 0.3 for tensor in tensors]
+    versions = [tensor._version for tensor in tensors]
+    assert kernels.scale_all(tensors, 0.3)
+    for tensor, right in zip(tensors, wanted, strict=True):
+        assert torch.equal(tensor, right)
+    assert [tensor._version for tensor in tensors] == [version + 1 for version in versions]
+
+
+@needs_kernels
+def test_what_is_not_fit_is_not_touched(kernels):
+    fit, unfit = torch.ones(3), torch.ones(6)[::2]
+    assert kernels.norms([fit, unfit], 2.0) is None
+    assert kernels.scale_all([fit, unfit], 0.5) is False
+    assert torch.equal(fit, torch.ones(3))
+
+
+@needs_kernels
 def test_67_million_entries_are_exact_to_nine_digits(kernels):
     tensor = torch.full((2**26,), 0.1)
     (norm,) = kernels.read(kernels.table([tensor]), 2.0)[0].tolist()
