@@ -63,7 +63,7 @@ test-torch: $(other)/dev.stamp ## the tests under another torch, the oldest by d
 	$(other)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 .PHONY: mutants
-mutants: $(VENV)/mutants.stamp ## plant faults in the core and see which ones the tests miss: ARGS='--seed N --sample N --only PATTERN --write'
+mutants: $(VENV)/mutants.stamp ## plant small faults in the core: which ones do the tests miss? (half an hour; ARGS=--help)
 	$(python) -m benchmarks.mutants $(ARGS)
 
 .PHONY: lint
