@@ -52,6 +52,14 @@ def test_the_host_knows_of_what_is_on_cpu(reports, found_inf, is_empty, finite, 
     assert all(isinstance(flag, bool) for flag in found)
 
 
+@pytest.mark.parametrize("totals", [(1.0, math.inf), (math.inf, 1.0), (1.0, 1.0)])
+def test_one_bad_selection_is_enough_where_only_the_device_knows(monkeypatch, totals):
+    monkeypatch.setattr("gradkeel.guard.step.known", lambda value: value)  # the host may not look
+    finite, may_step = judge([report(total) for total in totals], None, None, tolerant=False)
+    assert isinstance(finite, torch.Tensor)
+    assert finite.item() == may_step.item() == (totals == (1.0, 1.0))
+
+
 def is_pending(flag):
     return (
         isinstance(flag, torch.Tensor)
