@@ -57,7 +57,7 @@ test-triton: $(VENV)/triton-$(TRITON).stamp ## the GPU kernels, in Triton's inte
 	PYTHONPATH=$(abspath $(VENV)/triton) $(pytest) tests/measure/test_triton.py $(ARGS)
 
 .PHONY: mutants
-mutants: $(VENV)/mutants.stamp ## plant faults in the core and see which ones the tests miss: ARGS='--seed N --sample N --only PATTERN --write'
+mutants: $(VENV)/mutants.stamp ## plant small faults in the core: which ones do the tests miss? (half an hour; ARGS=--help)
 	$(python) -m benchmarks.mutants $(ARGS)
 
 .PHONY: lint
