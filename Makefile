@@ -12,9 +12,11 @@ VENV    ?= .venv
 PEERS   ?= .venv-peers
 WORKERS ?= 2
 TRITON  ?= 3.9.0
+TORCH   ?= 2.6.0
 ARGS    ?=
 
 python := $(VENV)/bin/python
+other  := .venv-torch-$(TORCH)
 pytest := $(python) -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
@@ -32,7 +34,7 @@ compare: $(VENV)/run.stamp ## the same task under several policies: a table and 
 
 .PHONY: theory
 theory: $(VENV)/dev.stamp ## the experiments behind docs/theory.md, which it writes anew (minutes)
-	$(VENV)/bin/gradkeel theory --out docs $(ARGS)
+	$(python) -m experiments.theory --out docs $(ARGS)
 
 .PHONY: bench
 bench: $(PEERS)/peers.stamp ## how fast, beside the peers; writes docs/benchmarks.md (a quarter of an hour, on an idle machine)
@@ -54,7 +56,11 @@ test-peers: $(PEERS)/peers.stamp ## the same gradients through optax, Keras and 
 
 .PHONY: test-triton
 test-triton: $(VENV)/triton-$(TRITON).stamp ## the GPU kernels, in Triton's interpreter; needs no GPU, but 1 GB for Triton
-	PYTHONPATH=$(abspath $(VENV)/triton) $(pytest) tests/measure/test_triton.py $(ARGS)
+	PYTHONPATH=$(abspath $(VENV)/triton) $(pytest) tests/kernels/test_triton.py $(ARGS)
+
+.PHONY: test-torch
+test-torch: $(other)/dev.stamp ## the tests under another torch, the oldest by default: make test-torch TORCH=2.11.0
+	$(other)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 .PHONY: mutants
 mutants: $(VENV)/mutants.stamp ## plant small faults in the core: which ones do the tests miss? (half an hour; ARGS=--help)
@@ -68,7 +74,7 @@ lint: $(VENV)/dev.stamp ## ruff and mypy
 
 # More rounds than `make test` runs, and other ones with ARGS='<rounds> <seed>'.
 fuzz := $(CC) -std=gnu11 -g -O1 -Wall -Wextra -Werror -DMAIN -fno-math-errno -fno-trapping-math -fno-signed-zeros \
-    -fassociative-math tests/measure/fuzz_native.c -lm -lpthread
+    -fassociative-math tests/kernels/fuzz_native.c -lm -lpthread
 
 .PHONY: sanitize
 sanitize: ## the native kernels on random tensors under the address, undefined-behavior and thread sanitizers
@@ -80,20 +86,20 @@ sanitize: ## the native kernels on random tensors under the address, undefined-b
 
 .PHONY: clean
 clean: ## remove the environments, caches and builds
-	rm -rf $(VENV) $(PEERS) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) .venv-torch-* build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # -- environments ------------------------------------------------------------------------------------------
 # A stamp is as new as the last installation that succeeded, which also compiles the native kernels.
 
-native := hatch_build.py src/gradkeel/measure/native.c
+native := hatch_build.py src/gradkeel/kernels/native.c
 
 define new-venv
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("gradkeel needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(@D)/..
 endef
 
-$(VENV)/bin/python $(PEERS)/bin/python:
+$(VENV)/bin/python $(PEERS)/bin/python $(other)/bin/python:
 	$(new-venv)
 
 # numpy: torch warns on import without it.
@@ -104,6 +110,12 @@ $(VENV)/run.stamp: pyproject.toml constraints.txt $(native) | $(VENV)/bin/python
 $(VENV)/dev.stamp: pyproject.toml constraints.txt $(native) | $(VENV)/bin/python
 	$(python) -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $(VENV)/run.stamp $@
+
+# 6 GB where pip finds only torch's builds for GPUs.
+$(other)/dev.stamp: pyproject.toml constraints.txt $(native) | $(other)/bin/python
+	sed '/^torch==/d' constraints.txt > $(other)/constraints.txt
+	$(other)/bin/python -m pip install --quiet -c $(other)/constraints.txt torch==$(TORCH) -e '.[dev]'
+	touch $@
 
 # In a folder of its own: the other tests run without it, as torch's CPU builds do. Its version is not among the
 # constraints, for a torch that is built for GPUs requires its own.

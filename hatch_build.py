@@ -13,7 +13,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-FOLDER = Path(__file__).parent / "src" / "gradkeel" / "measure"
+FOLDER = Path(__file__).parent / "src" / "gradkeel" / "kernels"
 SOURCE, LIBRARY = FOLDER / "native.c", FOLDER / "_native.so"
 
 # For every processor of its kind: the code chooses among its levels when it runs. Sums may be reordered and zeros lose
@@ -40,7 +40,7 @@ class NativeKernels(BuildHookInterface[Any]):
             )
             return
         if version != "editable":
-            build_data["force_include"][str(library)] = "gradkeel/measure/_native.so"
+            build_data["force_include"][str(library)] = "gradkeel/kernels/_native.so"
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
 

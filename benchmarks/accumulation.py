@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 import gradkeel as gk
-from gradkeel.lab.task import Task, endless
-from gradkeel.lab.tasks.simple_mlp import SimpleMLP, SimpleMLPAdam
-from gradkeel.lab.tasks.tiny_transformer import TinyTransformer
+from gradkeel.compare.task import Task, endless
+from gradkeel.compare.tasks.simple_mlp import SimpleMLP, SimpleMLPAdam
+from gradkeel.compare.tasks.tiny_transformer import TinyTransformer
 
 TASKS: dict[str, type[Task]] = {
     "simple-mlp": SimpleMLP,

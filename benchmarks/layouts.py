@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+import gradkeel as gk
+
 from tests.distributed import layouts
 from tests.distributed.pool import Pool, RankError
 from tests.policy_rows import GROUPS, Run, gradients
-
-import gradkeel as gk
 
 BEGIN, END = "<!-- layouts:begin -->", "<!-- layouts:end -->"
 BOUND = 0.5

@@ -25,10 +25,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from benchmarks.trap_trainers import TRAINERS, Train, exact, make_batches, make_model
 from torch import Tensor, nn
 
 import gradkeel as gk
+
+from benchmarks.trap_trainers import TRAINERS, Train, exact, make_batches, make_model
 
 BEGIN, END = "<!-- traps:begin -->", "<!-- traps:end -->"
 

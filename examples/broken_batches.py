@@ -6,7 +6,7 @@ gradkeel compare examples.broken_batches:make_task --policy none --policy global
 import torch
 from torch import nn
 
-from gradkeel.lab import Task
+from gradkeel.compare import Task
 
 
 class BrokenBatches(Task):

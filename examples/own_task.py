@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradkeel.lab import Task
+from gradkeel.compare import Task
 
 Pair = tuple[Tensor, Tensor]
 

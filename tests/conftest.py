@@ -64,7 +64,7 @@ def browser():
 @pytest.fixture
 def found(monkeypatch):
     """Look for the native kernels again, in this test and after it."""
-    from gradkeel.measure import native
+    from gradkeel.kernels import native
 
     native._found.cache_clear()
     yield monkeypatch

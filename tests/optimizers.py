@@ -84,7 +84,12 @@ CASES = [
     *(_plain(f"{kind.__name__}-loop", kind, foreach=False, **given) for kind, given in ARGUMENTS.items()),
     *(_plain(f"{kind.__name__}-foreach", kind, foreach=True, **given) for kind, given in ARGUMENTS.items()),
     *(_plain(f"{kind.__name__}-fused", kind, fused=True, **ARGUMENTS[kind]) for kind in FUSED),
-    Case("Muon", lambda parameters: optim.Muon(parameters, lr=0.1), matrices=True),
+    # torch has it from 2.9 on.
+    *(
+        [Case("Muon", lambda parameters: optim.Muon(parameters, lr=0.1), matrices=True)]
+        if hasattr(optim, "Muon")
+        else []
+    ),
     Case("SparseAdam", lambda parameters: optim.SparseAdam(parameters, lr=0.1), sparse=True),
     Case("LBFGS", lambda parameters: optim.LBFGS(parameters, lr=0.1, max_iter=3), closure=True),
 ]

@@ -1,6 +1,7 @@
 """The accumulation page's table, small: what equals the full batch, and what does not."""
 
 import pytest
+
 from benchmarks.accumulation import apart, train
 
 

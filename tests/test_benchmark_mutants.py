@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from benchmarks.mutants import choose, cover, find, judge, page, tree
 
 SOURCE = """\
@@ -122,7 +123,7 @@ def test_the_core_is_found_by_names_that_are_outside(tmp_path):
         "__init__.py",
         "ranks/__init__.py",
         "cli/app.py",
-        "lab/tasks/digits.py",
+        "compare/tasks/digits.py",
         "kernels/triton_host.py",
     ]
     for name in inside + outside:

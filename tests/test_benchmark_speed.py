@@ -1,11 +1,12 @@
 """The benchmarks of speed, on shapes so small that they take no time: every question is answered, and rightly."""
 
 import pytest
-from benchmarks.speed import __main__ as speed
-from benchmarks.speed.answer import Curve, Target, markdown
 
 from gradkeel import bench
 from gradkeel.bench import Gradients, Quartiles
+
+from benchmarks.speed import __main__ as speed
+from benchmarks.speed.answer import Curve, Target, markdown
 
 pytest.importorskip("accelerate")
 

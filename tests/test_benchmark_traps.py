@@ -1,6 +1,7 @@
 """The comparison table's own column: gradkeel is right in every trap that the page lists."""
 
 import pytest
+
 from benchmarks.trap_trainers import with_gradkeel
 from benchmarks.traps import TRAINING_TRAPS, function_traps, loss_scale_traps
 

@@ -1,12 +1,9 @@
 """``gradkeel compare`` on the command line: what it prints, writes and refuses."""
 
-import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ pytest.importorskip("rich", reason="the command line needs the extra cli")
 
 from typer.testing import CliRunner
 
+from ctrl_c import interrupt_after_the_first_run
 from gradkeel.cli.app import app
 
 ROOT = Path(__file__).parents[1]
@@ -39,14 +37,6 @@ def python(*arguments, cwd, **other):
         check=False,
         **other,
     )
-
-
-def wait_until_gone(group):
-    """Until no process of the group is left; the test's time limit ends a wait for one that stays."""
-    with contextlib.suppress(ProcessLookupError):
-        while True:
-            os.killpg(group, 0)
-            time.sleep(0.1)
 
 
 def test_the_table_the_four_lines_and_both_files(gradkeel, tmp_path):
@@ -87,7 +77,7 @@ def test_json_is_all_that_stdout_gets(gradkeel, tmp_path):
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_what_a_task_prints_does_not_get_into_the_json(tmp_path, jobs):
     (tmp_path / "chatty.py").write_text(
-        "from gradkeel.lab.tasks.exploding_linear import ExplodingLinear\n"
+        "from gradkeel.compare.tasks.exploding_linear import ExplodingLinear\n"
         "print('imported')\n"
         "class Chatty(ExplodingLinear):\n"
         "    def model(self):\n"
@@ -233,26 +223,10 @@ def test_a_reader_that_leaves_is_no_error(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGINT is sent as POSIX has it")
-def test_ctrl_c_keeps_what_has_finished(tmp_path):
-    command = [
-        sys.executable, "-m", "gradkeel", "compare", "exploding-linear", "--seeds", "5000", "--jobs", "2", "--out", "o",
-    ]  # fmt: skip
-    # A group of its own, signalled whole: a terminal sends Ctrl-C to the workers as well.
-    with subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        # The first table that is shown while runs go on; it comes after some have finished.
-        for line in process.stderr:
-            if "so far" in line:
-                break
-        os.killpg(process.pid, signal.SIGINT)
-        out, error = process.communicate(timeout=60)
-    assert process.returncode == 130
+def test_ctrl_c_keeps_what_has_finished_and_leaves_no_process(tmp_path):
+    arguments = ["exploding-linear", "--seeds", "5000", "--jobs", "2", "--out", "o"]
+    code, out, error = interrupt_after_the_first_run(tmp_path, *arguments)
+    assert code == 130
     assert "Traceback" not in out + error
     assert "had finished, and are kept" in error
     assert "FOUND" in out
@@ -260,4 +234,3 @@ def test_ctrl_c_keeps_what_has_finished(tmp_path):
     assert data["interrupted"]
     assert 0 < len(data["runs"]) < data["planned_runs"] == 20_000
     assert data["findings"]["caution"].startswith("Interrupted: ")
-    wait_until_gone(process.pid)

@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 
 import gradkeel as gk
 from gradkeel import doctor
-from gradkeel.apply import scale
+from gradkeel.apply import host
 from gradkeel.cli.app import app
-from gradkeel.measure import native, powers, triton_host
+from gradkeel.kernels import library, native, triton_host
+from gradkeel.measure import powers
 
 needs_kernels = pytest.mark.skipif(native.kernels() is None, reason=str(native.unavailable()))
 
@@ -69,7 +70,7 @@ def test_how_many_threads_and_whose():
 
 @needs_kernels
 def test_a_torch_with_another_openmp_library(found):
-    found.setattr(native, "_openmp", lambda: None)
+    found.setattr(native, "openmp", lambda: None)
     assert "on one thread: torch's OpenMP library is of another kind" in told()
     assert diagnosed()["cpu"]["shares_threads"] is False
 
@@ -122,7 +123,7 @@ def test_a_processor_a_library_and_a_torch_that_do_not_fit(found):
     assert "must be off or one of baseline" in told()
     found.undo()
     native._found.cache_clear()
-    found.setattr(native, "_INTERFACE", -1)
+    found.setattr(library, "_INTERFACE", -1)
     assert "why built from other sources than these to do install gradkeel again" in told()
     found.undo()
     native._found.cache_clear()
@@ -142,18 +143,34 @@ def with_accelerator(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
 
 
-def test_a_gpu_without_triton(monkeypatch):
-    with_accelerator(monkeypatch)
+@pytest.fixture
+def triton(monkeypatch):
+    """Look for the Triton kernels again, in this test and after it."""
+    triton_host.kernels.cache_clear()
+    yield monkeypatch
+    monkeypatch.undo()
+    triton_host.kernels.cache_clear()
+
+
+def test_a_gpu_without_triton(triton):
+    with_accelerator(triton)
+    triton.setenv(triton_host.VARIABLE, "off")
     words, data = told(), diagnosed()
-    assert "GPU torch foreach operations, on cpu why not asked for by GRADKEEL_TRITON=on" in words
-    assert "to do set GRADKEEL_TRITON=on" in words
+    assert "GPU torch foreach operations, on cpu why turned off by GRADKEEL_TRITON=off" in words
+    assert "to do unset GRADKEEL_TRITON" in words
     assert data["accelerator"]["path"] == "foreach"
     assert len(data["checks"]) == 2
 
 
-def test_a_gpu_with_triton(monkeypatch):
-    with_accelerator(monkeypatch)
-    monkeypatch.setattr(triton_host, "kernels", object)
+def test_a_gpu_whose_triton_is_wrong(triton):
+    with_accelerator(triton)
+    triton.setattr(triton_host, "unavailable", lambda device: "the Triton kernel for scale is wrong")
+    assert "why the Triton kernel for scale is wrong" in told()
+
+
+def test_a_gpu_with_triton(triton):
+    with_accelerator(triton)
+    triton.setattr(triton_host, "unavailable", lambda device: None)
     assert doctor.accelerator_route() == doctor.Route("cpu", "triton", "cpu")
 
 
@@ -176,7 +193,7 @@ def wrong_scaling(monkeypatch):
         for parameter in parameters:
             parameter.grad[5:] *= factor
 
-    monkeypatch.setattr(scale, "_scale", scale_naively)
+    monkeypatch.setattr(host, "scale", scale_naively)
     return "entries were scaled wrongly"
 
 
@@ -215,14 +232,14 @@ def test_a_wrong_path_is_told_and_exits_with_1(monkeypatch, fault):
 
 @needs_kernels
 def test_a_wrong_native_kernel_is_found_and_how_to_go_on_without_it(monkeypatch):
-    right = native.Kernels.read
+    right = native.Kernels.norms
 
-    def read(self, *args, **kwargs):
-        norms, *others = right(self, *args, **kwargs)
-        norms[0] = float("nan")
-        return norms, *others
+    def norms(self, *args, **kwargs):
+        found, *others = right(self, *args, **kwargs)
+        found[0] = float("nan")
+        return found, *others
 
-    monkeypatch.setattr(native.Kernels, "read", read)
+    monkeypatch.setattr(native.Kernels, "norms", norms)
     result = run()
     assert result.exit_code == 1
     assert "a norm is off by inf" in result.stdout
@@ -241,10 +258,10 @@ def test_extras(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", without_ray)
     missing = doctor.missing_packages()
     assert missing["ray"] == ("ray",)
-    assert missing["report"] == missing["theory"] == ("plotly",)
+    assert missing["report"] == ("plotly",)
     assert missing["cli"] == ()
     assert {"all", "dev"}.isdisjoint(missing)
-    assert "ray, report, theory" in told()
+    assert "ray, report" in told()
     assert "pip install 'gradkeel[" in told()
     monkeypatch.setattr(importlib.metadata, "version", lambda package: "1")
     assert "extras all installed" in told()

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from gradkeel import policies as gp
 from gradkeel.cli.app import app
-from gradkeel.policies.parse import COMPOSITES, REGISTRY
+from gradkeel.policies.spec.parse import COMPOSITES, REGISTRY
 
 
 def run(*arguments):

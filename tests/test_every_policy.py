@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradkeel import policies as gp
 from gradkeel.norms import GradientNorms
-from gradkeel.policies.parse import COMPOSITES, REGISTRY
+from gradkeel.policies.spec.parse import COMPOSITES, REGISTRY
 from policy_rows import GROUPS, ROWS, Run, gradients, seasoned
 
 every = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)

@@ -219,6 +219,46 @@ def test_a_finite_gradient_has_a_finite_norm(gradient, true):
     )
 
 
+@pytest.mark.parametrize("switch", ["on", "off"])
+@pytest.mark.parametrize(
+    ("tensors", "norm_type", "total", "dtype"),
+    [
+        ([torch.full((100,), 1e-30)], 2.0, 1e-29, torch.float32),
+        ([torch.full((4,), 1e-40)], 2.0, 2e-40, torch.float32),
+        ([torch.full((50,), 1e-30), torch.full((5, 10), 1e-30)], 2.0, 1e-29, torch.float32),
+        ([torch.full((8192,), 1e-30)], 2.0, 8192**0.5 * 1e-30, torch.float32),
+        ([torch.full((4,), 1e-30, dtype=torch.bfloat16)], 3.0, 4 ** (1 / 3) * 1e-30, torch.float32),
+        ([torch.full((100,), 1e-200, dtype=torch.float64)], 2.0, 1e-199, torch.float64),
+        ([torch.full((100,), 1e-200, dtype=torch.float64), torch.zeros(2)], 2.0, 1e-199, torch.float64),
+        # The harmonic sum of two of the smallest numbers is half of one, which float32 does not have.
+        ([torch.full((2,), 2.0**-149)], -1.0, 2.0**-150, torch.float64),
+        ([torch.full((100,), 3e38)], 2.0, 3e39, torch.float64),
+        ([torch.zeros(3)], 2.0, 0.0, torch.float32),
+    ],
+)
+def test_a_total_norm_neither_underflows_nor_overflows(tensors, norm_type, total, dtype, switch, found):
+    found.setenv("GRADKEEL_NATIVE", switch)
+    norm = gk.get_total_norm(tensors, norm_type)
+    assert norm.dtype == dtype
+    # the entries as float32 (2^-24) has them; bfloat16's 8 digits, and denormal ones' 17
+    assert norm.item() == pytest.approx(total, rel=4e-3 if tensors[0].dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("empty", [torch.zeros(0), torch.zeros(3, 0, dtype=torch.float64)])
+@pytest.mark.parametrize("norm_type", [-1.0, -2.0, -math.inf])
+def test_an_empty_tensor_has_no_smallest_entry(norm_type, empty):
+    full = torch.tensor([2.0, -4.0])
+    wanted = reference.norm([full], norm_type)
+    for tensors in ([full, empty], [empty, full], [empty, full, empty]):
+        assert gk.get_total_norm(tensors, norm_type).item() == pytest.approx(wanted, rel=1e-6)  # float32
+    assert gk.get_total_norm([empty], norm_type) == 0.0
+    parameters = parameters_of(empty, full)
+    assert gk.clip_grad_norm_(parameters, wanted / 2, norm_type).item() == pytest.approx(wanted, rel=1e-6)
+    assert parameters[1].grad.tolist() == pytest.approx([1.0, -2.0], rel=1e-5)  # torch's epsilon of 1e-6
+    # A zero entry makes such a norm zero, and an empty tensor does not undo that.
+    assert gk.get_total_norm([torch.tensor([0.0, 3.0]), empty], norm_type) == 0.0
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_nonfinite_norm_leaves_gradients_alone(bad):
     parameters = parameters_of(torch.tensor([1.0, bad]), torch.tensor([3.0]))

@@ -1,6 +1,8 @@
 """What `import gradkeel` offers: a change of this list is a decision, and goes into CHANGELOG.md."""
 
 import inspect
+import subprocess
+import sys
 
 import pytest
 
@@ -32,6 +34,7 @@ SURFACE = [
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
+    "explain",
     "get_total_norm",
     "gradients",
     "policies",
@@ -68,3 +71,21 @@ def test_what_a_training_loop_may_catch_is_on_the_surface():
     elsewhere = {"MissingExtraError", "RecordError", "RecordWarning", "UnguardedCopyWarning"}
     classes = {name for name, value in vars(errors).items() if inspect.isclass(value)}
     assert classes - elsewhere <= set(gradkeel.__all__)
+
+
+LATER = ("gradkeel.explain", "gradkeel.record", "gradkeel.smoothness", "gradkeel.cli", "sqlite3")
+
+
+def test_importing_loads_nothing_that_a_loop_without_a_record_does_not_use():
+    code = f"import sys, gradkeel; print([name for name in {LATER!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_lazy_names_are_those_of_their_modules():
+    from gradkeel.record import Recorder
+
+    assert gradkeel.Recorder is Recorder
+    assert {"Recorder", "explain", "smoothness"} <= set(dir(gradkeel))
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        gradkeel.nothing  # noqa: B018  # looking it up is the point

@@ -1,6 +1,7 @@
 """Which parameters a policy is for: names, exclude entries, groups with their own policy."""
 
 import io
+import math
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 import gradkeel as gk
 from gradkeel.policies import Clip, Constant, Hard
+from gradkeel.record import Reader
 
 BIG = 100.0
 
@@ -286,6 +288,94 @@ def test_a_groups_policy_may_be_changed_while_training(model):
     assert guard.report.selections[-1].measured.names == ("head.weight", "head.bias")
 
 
+def gradients_of(scale, *parameters):
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, scale)
+
+
+def test_a_changed_clip_is_reported_and_begins_its_statistics_anew(model):
+    groups = [
+        {"params": model.norm.parameters()},
+        {"params": model.head.parameters(), "clip": "zclip:warmup=2"},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=0.0)
+    guard = gk.attach(optimizer, "robust:warmup=2", model=model)
+
+    def step(clip, scale=1.0):
+        optimizer.param_groups[1]["clip"] = clip
+        gradients_of(scale, *model.norm.parameters(), *model.head.parameters())
+        optimizer.step()
+        states = {
+            label: state["seen"].item() for label, state in guard.state_dict()["states"].items() if state
+        }
+        return guard.report.selections[1], states
+
+    for count in (1, 2, 3):
+        part, states = step("zclip:warmup=2")
+        assert states == {"main": count, "group 1": count}
+    assert part.policy == repr(gk.policies.ZClip(warmup=2))
+    # Another parameter of the same policy is another policy; the main one goes on.
+    part, states = step(gk.policies.ZClip(2.0, warmup=2))
+    assert (part.label, part.policy) == ("group 1", repr(gk.policies.ZClip(2.0, warmup=2)))
+    assert states == {"main": 4, "group 1": 1}
+    assert part.outcome.bound() == math.inf
+    # Written in another way it is the same, and keeps what it has learned.
+    part, states = step("zclip:z=2,warmup=2")
+    assert states == {"main": 5, "group 1": 2}
+    part, states = step("zclip:z=2.0,warmup=2", scale=100.0)
+    assert states == {"main": 6, "group 1": 3}
+    assert part.clipped
+    # One that remembers nothing, and then the first again: its old statistics are gone.
+    part, states = step("norm:0.5")
+    assert (part.policy, part.coefficients["head.bias"]) == (
+        repr(gk.ClipByNorm(0.5)),
+        pytest.approx(0.5 / 2**0.5),
+    )
+    assert states == {"main": 7}
+    part, states = step("zclip:warmup=2", scale=100.0)
+    assert states == {"main": 8, "group 1": 1}
+    assert not part.clipped
+    # None leaves the group out: it is still measured, but nobody clips it.
+    part, states = step(None)
+    assert (part.label, part.policy, part.measured.names) == (
+        "excluded",
+        "None",
+        ("head.weight", "head.bias"),
+    )
+    assert part.coefficients == {"head.weight": 1.0, "head.bias": 1.0}
+    assert states == {"main": 9}
+
+
+def test_a_changed_clip_is_recorded_from_that_step_on(model, tmp_path):
+    groups = [{"params": model.norm.parameters()}, {"params": model.head.parameters(), "clip": "norm:0.5"}]
+    optimizer = torch.optim.SGD(groups, lr=0.0)
+    guard = gk.attach(optimizer, "global-norm:1.0", model=model, record=tmp_path / "run.keel")
+    for clip in ("norm:0.5", "norm:0.5", "global-norm:0.25", None, "norm:0.2", "norm:0.1"):
+        optimizer.param_groups[1]["clip"] = clip
+        gradients_of(BIG, *model.norm.parameters(), *model.head.parameters())
+        optimizer.step()
+    guard.detach()
+    with Reader(tmp_path / "run.keel") as run:
+        assert run.names == ("norm.weight", "norm.bias", "head.weight", "head.bias")
+        # What is said of a parameter is what held last.
+        assert [p.selection for p in run.parameters] == ["main", "main", "group 1", "group 1"]
+        assert [p.policy for p in run.parameters][2:] == [repr(gk.ClipByNorm(0.1))] * 2
+        assert run.main.tolist() == [True, True, False, False]
+        coefficients = run.parameter_coefficients()
+        assert run.norms().tolist() == [pytest.approx([BIG * n**0.5 for n in (2, 2, 4, 2)], rel=1e-6)] * 6
+        assert run.coefficients().tolist() == pytest.approx([1 / (2 * BIG)] * 6, rel=1e-6)
+    # Four weights and two biases of the head, each of BIG.
+    tensors, together = (BIG * 2, BIG * 2**0.5), BIG * 6**0.5
+    wanted = [[0.5 / n for n in tensors]] * 2 + [
+        [0.25 / together] * 2,
+        [1.0, 1.0],
+        [0.2 / n for n in tensors],
+        [0.1 / n for n in tensors],
+    ]
+    assert coefficients[:, 2:].tolist() == [pytest.approx(row, rel=1e-6) for row in wanted]
+    assert coefficients[:, :2].tolist() == [pytest.approx([1 / (2 * BIG)] * 2, rel=1e-6)] * 6
+
+
 # -- the optimizer changes ------------------------------------------------------------------------------------
 
 
@@ -301,6 +391,51 @@ def test_groups_that_are_added_later_are_followed(model):
     assert set(guard.names) == set(NAMES)
     assert guard.report.norm == pytest.approx(BIG * 10**0.5, rel=1e-9)
     assert model.embed.weight.grad.max() == 2.0
+
+
+def test_a_group_that_is_added_later_resets_no_other_groups_statistics(model):
+    groups = [{"params": model.norm.parameters()}, {"params": model.head.parameters(), "clip": "zclip"}]
+    optimizer = torch.optim.SGD(groups, lr=0.0)
+    guard = gk.attach(optimizer, "autoclip", model=model)
+
+    def step():
+        fill(model)
+        optimizer.step()
+        return guard.state_dict()["states"]
+
+    for _ in range(3):
+        before = step()
+    optimizer.add_param_group({"params": [model.embed.weight], "clip": "zclip"})
+    # Connecting alone changes nothing, and neither does looking.
+    guard.connect()
+    connected = guard.state_dict()["states"]
+    for label in ("main", "group 1"):
+        assert all(torch.equal(connected[label][key], value) for key, value in before[label].items())
+    assert {label: state["seen"].tolist() for label, state in connected.items()} == {
+        "main": [3],
+        "group 1": [3],
+        "group 2": [0],
+    }
+    assert {label: state["seen"].tolist() for label, state in step().items()} == {
+        "main": [4],
+        "group 1": [4],
+        "group 2": [1],
+    }
+
+
+def test_a_group_that_joins_the_main_policy_makes_only_that_begin_anew(model):
+    """Norms of more tensors are other norms; those of a group with its own policy are the same as before."""
+    groups = [{"params": model.norm.parameters()}, {"params": model.head.parameters(), "clip": "zclip"}]
+    optimizer = torch.optim.SGD(groups, lr=0.0)
+    guard = gk.attach(optimizer, "autoclip", model=model)
+    for _ in range(3):
+        fill(model)
+        optimizer.step()
+    optimizer.add_param_group({"params": [model.embed.weight]})
+    fill(model)
+    optimizer.step()
+    states = guard.state_dict()["states"]
+    assert {label: state["seen"].tolist() for label, state in states.items()} == {"main": [1], "group 1": [4]}
 
 
 def test_a_tied_parameter_is_one_parameter(model):

@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--list", action="store_true", help="show the sample and run nothing")
     result.add_argument("--write", action="store_true", help=f"write {DOCS}")
     result.add_argument(
-        "--budget", type=float, default=60.0, metavar="SECONDS", help="of tests for a mutant (60)"
+        "--budget", type=float, default=page.BUDGET, metavar="SECONDS", help="of tests for a mutant (60)"
     )
     result.add_argument("--workers", type=int, default=2, metavar="N", help="mutants at a time (2)")
     return result
@@ -57,7 +57,7 @@ def main() -> None:
         for mutant in mutants:
             print(f"{mutant.path}:{mutant.line}: {mutant.operator}: {mutant.diff}")
         return
-    run = page.Run(seed, len(mutants), arguments.only, arguments.budget, 0.0, lines)
+    run = page.Run(seed, len(mutants), arguments.only, arguments.budget, 0.0, lines, tuple(arguments.tests))
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, stop)

@@ -17,8 +17,7 @@ from typing import Any
 PACKAGE = "src/gradkeel"
 # Names of folders and files, wherever they stand: not the core, or nothing that a CPU runs.
 OUTSIDE = (
-    "cli", "lab", "compare", "page", "report", "bench", "doctor.py", "trackers.py", "*triton*", "__init__.py",
-    "__main__.py",
+    "cli", "compare", "page", "bench", "doctor.py", "trackers.py", "*triton*", "__init__.py", "__main__.py",
 )  # fmt: skip
 
 

@@ -15,6 +15,10 @@ OUTCOMES = ("killed", "timed out", "survived", "unclear")
 TOOLS = ("torch", "mutmut", "coverage", "pytest", "hypothesis")
 
 
+BUDGET = 60.0
+"""Seconds of tests for a mutant, unless told otherwise."""
+
+
 @dataclass(frozen=True)
 class Run:
     """What was asked, and what it took."""
@@ -25,12 +29,15 @@ class Run:
     budget: float
     minutes: float
     lines: int
+    tests: Sequence[str] = ()
 
     @property
     def command(self) -> str:
         """The command that gives the same sample."""
         only = f" --only '{self.only}'" if self.only else ""
-        return f'make mutants ARGS="--seed {self.seed} --sample {self.sample}{only}"'
+        tests = f" --tests {' '.join(self.tests)}" if self.tests else ""
+        budget = "" if self.budget == BUDGET else f" --budget {self.budget:g}"
+        return f'make mutants ARGS="--seed {self.seed} --sample {self.sample}{only}{tests}{budget}"'
 
 
 def score(verdicts: Sequence[Verdict]) -> str:
@@ -117,6 +124,7 @@ def page(verdicts: Sequence[Verdict], run: Run, tree: Path) -> str:
         where(tree),
         f"Seed {run.seed}: {len(verdicts)} mutants, one a line, of the core's {run.lines} lines that can be mutated"
         f"{only}; {run.minutes:.0f} minutes.",
+        *(["Only some of the tests were asked, so that others may notice a survivor."] if run.tests else []),
         "",
         *table(verdicts),
         "",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from benchmarks.mutants.contexts import CURRENT, LOG, TEST, context_of
 
 PLAN = "MUTANTS_PLAN"  # a file: {test: seconds that it may take}, in the order to run

@@ -4,9 +4,9 @@ import importlib.util
 from collections.abc import Sequence
 from types import ModuleType
 
-from benchmarks.peers import accelerate_clip, optax_clip, paddle_clip
-
 from gradkeel.bench import Contender, Gradients
+
+from benchmarks.peers import accelerate_clip, optax_clip, paddle_clip
 
 PEERS = (accelerate_clip, optax_clip, paddle_clip)
 

@@ -10,13 +10,14 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
-from benchmarks.speed.answer import Answer, Curve, Target, asked, markdown, ratio
 
 from gradkeel.bench.machine import machine
 
+from benchmarks.speed.answer import Answer, Curve, Target, asked, markdown, ratio
+
 QUESTIONS = (
-    "clip", "step", "bf16", "tiny", "adaptive", "agc", "accumulate", "recording", "training", "growth", "memory",
-    "precision",
+    "clip", "step", "bf16", "tiny", "small", "adaptive", "agc", "accumulate", "recording", "training", "growth",
+    "memory", "precision", "ranks",
 )  # fmt: skip
 PEERS = ("accelerate", "jax", "optax", "paddlepaddle")
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -70,8 +71,8 @@ def noise(answers: Mapping[str, Answer]) -> str:
 
 def draw(curves: Sequence[Curve], folder: Path) -> None:
     """Write each curve as a picture."""
-    from gradkeel.report.figures import COLORS
-    from gradkeel.report.smoothness_figures import picture, plain_ticks, save
+    from gradkeel.explain.smoothness.figures import picture, plain_ticks, save
+    from gradkeel.page.figures import COLORS
 
     for curve in curves:
         figure = picture(6.4, 4.2)

@@ -3,14 +3,15 @@
 from collections.abc import Callable
 
 import torch
-from benchmarks.speed.answer import Answer, target
 from torch import Tensor
 
 import gradkeel as gk
 from gradkeel.accumulate.wide import WideSums
 from gradkeel.bench import SHAPES, Contender, Gradients, Table, race
-from gradkeel.lab.task import endless
-from gradkeel.lab.tasks.tiny_transformer import TinyTransformer
+from gradkeel.compare.task import endless
+from gradkeel.compare.tasks.tiny_transformer import TinyTransformer
+
+from benchmarks.speed.answer import Answer, target
 
 PLAIN, WIDE = "bfloat16 += bfloat16", "float32 += bfloat16"
 USUAL, EXACT = "(loss / 4).backward(), torch's clip", "Accumulator, guard"

@@ -3,12 +3,12 @@
 import math
 from functools import partial
 
-from benchmarks.speed.answer import Answer, target
-
 import gradkeel as gk
 from gradkeel import policies as gp
 from gradkeel.bench import SHAPES, Gradients, Table, race
 from gradkeel.bench.contenders import guard_alone
+
+from benchmarks.speed.answer import Answer, target
 
 POLICIES = (
     gp.AutoClip(),

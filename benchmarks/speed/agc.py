@@ -2,12 +2,12 @@
 
 from functools import partial
 
-from benchmarks.peers import agc
-from benchmarks.speed.answer import Answer, target
-
 import gradkeel as gk
 from gradkeel.bench import SHAPES, Gradients, Table, race
 from gradkeel.bench.contenders import GUARD, guard_alone
+
+from benchmarks.peers import agc
+from benchmarks.speed.answer import Answer, target
 
 SMALL, LARGE = 1e-6, 1.0  # standard deviations of gradients that are below their bounds, and above
 

@@ -1,12 +1,13 @@
 """And with gradients in bfloat16?"""
 
 import torch
-from benchmarks.speed.answer import Answer, target
-from benchmarks.speed.clip import clip_only
-from benchmarks.speed.step import clip_and_step
 
 from gradkeel.bench import SHAPES, Gradients, Table
 from gradkeel.bench.contenders import GUARDED_STEP
+
+from benchmarks.speed.answer import Answer, target
+from benchmarks.speed.clip import clip_only
+from benchmarks.speed.step import clip_and_step
 
 
 def ask(rounds: int) -> Answer:

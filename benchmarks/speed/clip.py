@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from functools import partial
 from types import ModuleType
 
-from benchmarks import peers
-from benchmarks.speed.answer import Answer, both_sides, bound, target
-
 from gradkeel.bench import Gradients, Race, race
 from gradkeel.bench.contenders import FUNCTION, GUARD, clips
 from gradkeel.bench.workload import READ
+
+from benchmarks import peers
+from benchmarks.speed.answer import Answer, both_sides, bound, target
 
 
 def clip_only(

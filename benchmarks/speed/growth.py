@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from benchmarks.speed.answer import Answer, Curve, bound
-
 from gradkeel.bench import Gradients, Race, race
 from gradkeel.bench.contenders import FUNCTION, GUARD, TORCH, clips
 from gradkeel.bench.workload import READ, Shapes
+
+from benchmarks.speed.answer import Answer, Curve, bound
 
 ENTRIES = tuple(4**power for power in range(5, 14))  # 1,024 to 67 million, in 16 tensors
 TENSORS = tuple(4**power for power in range(7))  # 1 to 4,096, of 4 million entries together

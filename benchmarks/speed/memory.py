@@ -5,12 +5,12 @@ import re
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from benchmarks import peers
-from benchmarks.speed.answer import Answer, bound
-
 from gradkeel.bench import SHAPES, Contender, Gradients
 from gradkeel.bench.contenders import clips
 from gradkeel.bench.workload import READ
+
+from benchmarks import peers
+from benchmarks.speed.answer import Answer, bound
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 

@@ -4,11 +4,12 @@ import importlib.util
 from collections.abc import Callable, Mapping
 
 import torch
-from benchmarks.speed.answer import Answer, Target
 from torch import Tensor
 
 import gradkeel as gk
 from gradkeel.bench import Quartiles
+
+from benchmarks.speed.answer import Answer, Target
 
 ENTRIES = 2**26
 SEEDS = 3

@@ -5,14 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from benchmarks.speed.answer import Answer, target
 from torch import nn
 
 import gradkeel as gk
 from gradkeel.bench import SHAPES, Contender, Gradients, Table, race
 from gradkeel.bench.contenders import guarded_step
-from gradkeel.lab.task import endless
-from gradkeel.lab.tasks.tiny_transformer import TinyTransformer
+from gradkeel.compare.task import endless
+from gradkeel.compare.tasks.tiny_transformer import TinyTransformer
+
+from benchmarks.speed.answer import Answer, target
 
 BLOCK = 50  # steps: in one of them the recorder looks at weights and updates
 WARMUP = 100  # steps; it does so in each of the first 100

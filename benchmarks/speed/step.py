@@ -2,10 +2,10 @@
 
 from functools import partial
 
-from benchmarks.speed.answer import Answer, both_sides, bound, target
-
 from gradkeel.bench import Gradients, Race, race
 from gradkeel.bench.contenders import GUARDED_STEP, steps
+
+from benchmarks.speed.answer import Answer, both_sides, bound, target
 
 
 def clip_and_step(gradients: Gradients, *, active: bool, rounds: int) -> Race:

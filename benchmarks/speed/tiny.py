@@ -3,13 +3,14 @@
 from typing import ClassVar
 
 import torch
-from benchmarks.peers import accelerate_clip, paddle_clip
-from benchmarks.speed.answer import Answer, target
-from benchmarks.speed.clip import clip_only
 from torch import Tensor
 
 from gradkeel.bench import SHAPES, Gradients, Table
 from gradkeel.bench.contenders import FUNCTION, GUARD
+
+from benchmarks.peers import accelerate_clip, paddle_clip
+from benchmarks.speed.answer import Answer, target
+from benchmarks.speed.clip import clip_only
 
 
 class Cold(Gradients):

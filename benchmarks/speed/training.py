@@ -1,14 +1,15 @@
 """Which share of a training step is clipping?"""
 
 import torch
-from benchmarks.speed.answer import Answer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gradkeel as gk
 from gradkeel.bench import Contender, Table, race
-from gradkeel.lab.task import endless
-from gradkeel.lab.tasks.tiny_transformer import TinyTransformer
+from gradkeel.compare.task import endless
+from gradkeel.compare.tasks.tiny_transformer import TinyTransformer
+
+from benchmarks.speed.answer import Answer
 
 NONE, TORCH, GUARD = "no clipping", "torch clip_grad_norm_", "gradkeel guard"
 

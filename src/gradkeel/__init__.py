@@ -3,7 +3,10 @@
 >>> guard = gk.attach(optimizer, gk.ClipByGlobalNorm(1.0), model=model)
 """
 
-from gradkeel import policies, smoothness
+import importlib
+import typing
+
+from gradkeel import policies
 from gradkeel.accumulate import Accumulator, MicroBatch
 from gradkeel.attach import attach
 from gradkeel.errors import (
@@ -21,13 +24,14 @@ from gradkeel.errors import (
     WindowError,
 )
 from gradkeel.functional import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
-from gradkeel.guard import Guard
+from gradkeel.guard import Guard, StepReport
 from gradkeel.policies import AdaptiveGradientClip, ClipByGlobalNorm, ClipByNorm, ClipByValue
-from gradkeel.record import Recorder
-from gradkeel.step_report import StepReport
 from gradkeel.table import gradients
+from gradkeel.version import __version__ as __version__
 
-__version__ = "0.1.0"
+if typing.TYPE_CHECKING:
+    from gradkeel import explain, smoothness
+    from gradkeel.record import Recorder
 
 __all__ = [
     "Accumulator",
@@ -55,8 +59,25 @@ __all__ = [
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
+    "explain",
     "get_total_norm",
     "gradients",
     "policies",
     "smoothness",
 ]
+
+# What a training script need not load before it records or asks why: where each name is found.
+_LAZY = {"Recorder": "gradkeel.record", "explain": "gradkeel.explain", "smoothness": "gradkeel.smoothness"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'gradkeel' has no attribute {name!r}")
+    module = importlib.import_module(_LAZY[name])
+    value = module if module.__name__ == f"gradkeel.{name}" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

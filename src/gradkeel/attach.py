@@ -9,15 +9,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradkeel.errors import AttachError, GradkeelWarning
-from gradkeel.guard import Guard, NonFinite
-from gradkeel.hooks import MARK, unwrap
-from gradkeel.measure.sharing import ShardOver, Sharing
+from gradkeel.guard.guard import Guard, NonFinite
+from gradkeel.guard.hooks import MARK, unwrap
+from gradkeel.guard.report import Recorder
 from gradkeel.policies import Policy, parse
+from gradkeel.ranks.declared import ShardOver, Sharing
 from gradkeel.selection import Exclude
-from gradkeel.step_report import Recorder
 
 if TYPE_CHECKING:
-    from gradkeel.measure.ranks import Group
+    from gradkeel.ranks.group import Group
 
 POLICY_VARIABLE = "GRADKEEL_POLICY"
 RECORD_VARIABLE = "GRADKEEL_RECORD"
@@ -44,7 +44,7 @@ def attach(
         optimizer: any ``torch.optim.Optimizer``, or Accelerate's or Lightning's wrapper of one. A parameter group's
             key ``"clip"`` overrides the policy for the group: another policy, a spec string, or None.
         policy: what to do to large gradients; a spec string such as ``"global-norm:1.0"`` is read with
-            ``gradkeel.policies.parse``; None measures and reports only.
+            ``gradkeel.policies.spec.parse``; None measures and reports only.
         model: gives the parameters the names of ``model.named_parameters()``. Not needed where the optimizer was
             built from named parameters.
         exclude: what the policy leaves alone: name patterns (``"*.bias"``), modules, parameters, or predicates of

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 import gradkeel
-from gradkeel.apply.scale import apply
-from gradkeel.measure import native, powers, triton_host
+from gradkeel.apply import apply
+from gradkeel.kernels import native, triton_host
+from gradkeel.measure import powers
 from gradkeel.norms import Decision, GradientNorms, combine
 
 # Entries of such sizes fit each dtype, but the squares of the second and third do not.
@@ -161,10 +162,11 @@ def accelerator_route() -> Route | None:
     device = torch.accelerator.current_accelerator()
     assert device is not None, "there is one"
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-    if triton_host.kernels() is not None:
+    here = torch.empty(0, device=device).device  # with its index
+    reason = triton_host.unavailable(here)
+    if reason is None:
         return Route(device.type, "triton", name)
-    remedy = f"set {triton_host.VARIABLE}=on to try the Triton kernels, which no GPU has been timed with yet"
-    return Route(device.type, "foreach", name, reason=triton_host.unavailable(), remedy=remedy)
+    return Route(device.type, "foreach", name, reason=reason, remedy=triton_host.remedy(here))
 
 
 def check(route: Route) -> Check:

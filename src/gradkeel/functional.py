@@ -8,18 +8,18 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
-from gradkeel.apply import apply
+from gradkeel.apply import clamp, scale
 from gradkeel.errors import NonFiniteGradientError
-from gradkeel.measure import measure_total
-from gradkeel.measure.placement import are_plain, is_distributed, settle
-from gradkeel.norms import Decision, GradientNorms
-from gradkeel.policies import Hard
+from gradkeel.ranks.total import total_norm
+from gradkeel.tensors import are_plain, is_distributed, settle
 
-# The epsilon that torch.nn.utils.clip_grads_with_norm_ adds to the norm.
-_TORCH_FORM = Hard(eps=1e-6)
+_WIDE = {torch.float64, torch.complex128}
+# Between these, zero and inf aside, a number has its like in float32; half of the smallest is rounded to zero.
+_LEAST_FLOAT32, _LARGEST_FLOAT32 = 2.0**-149, torch.finfo(torch.float32).max
+_TORCH_EPS = 1e-6
+"""What torch.nn.utils.clip_grads_with_norm_ adds to the norm."""
 
 
-@torch.no_grad()
 def clip_grad_norm_(
     parameters: Tensor | Iterable[Tensor],
     max_norm: float,
@@ -54,11 +54,12 @@ def clip_grad_norm_(
     """
     checked = _parameters("clip_grad_norm_", parameters)
     bound = _bound("clip_grad_norm_", "max_norm", max_norm)
-    gradients = settle(checked)
-    total = _total(gradients, float(norm_type), error_if_nonfinite, among=checked)
-    _scale(checked, bound, total)
-    # A rank without gradients must return what the others do.
-    return _narrowed(total, gradients or [p for p in checked if is_distributed(p)])
+    with torch.no_grad():
+        gradients = settle(checked)
+        total = _total(gradients, float(norm_type), error_if_nonfinite, among=checked)
+        _scale(checked, bound, total)
+        # A rank without gradients must return what the others do.
+        return _narrowed(total, gradients or [p for p in checked if is_distributed(p)])
 
 
 @torch.no_grad()
@@ -96,7 +97,7 @@ def clip_grad_value_(
     checked = _parameters("clip_grad_value_", parameters)
     bound = _bound("clip_grad_value_", "clip_value", clip_value)
     settle(checked)
-    apply(checked, Decision(clamp=(-bound, bound)), _unnamed(checked, torch.zeros(())), prescale=1.0)
+    clamp(checked, (-bound, bound))
 
 
 @torch.no_grad()
@@ -185,14 +186,15 @@ def _bound(function: str, argument: str, value: float) -> float:
 
 def _total(
     gradients: list[Tensor], norm_type: float, error_if_nonfinite: bool, *, among: Sequence[Tensor] = ()
-) -> Tensor:
+) -> Tensor | float:
+    """The norm of all gradients; a number where the host knows it."""
     if math.isnan(norm_type):
         raise ValueError(f"norm_type={norm_type!r}: norm_type must be a number or inf")
     device = next((t.device for t in (*gradients, *among)), torch.device("cpu"))
     if norm_type < 0:  # an empty tensor has no smallest entry
         gradients = [gradient for gradient in gradients if gradient.numel()]
-    total = measure_total(gradients, norm_type, device, among=among)
-    if error_if_nonfinite and not torch.isfinite(total):
+    total = total_norm(gradients, norm_type, device, among=among)
+    if error_if_nonfinite and not math.isfinite(total):
         raise NonFiniteGradientError(
             f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
             "clipped; nothing has been modified. To get the norm without this error set `error_if_nonfinite=False`"
@@ -200,26 +202,18 @@ def _total(
     return total
 
 
-def _scale(parameters: list[Tensor], bound: float, total: Tensor) -> None:
-    if bound == 0.0:
-        coefficient = torch.zeros_like(total)
-    else:
-        coefficient = _TORCH_FORM.coefficient(total, torch.full_like(total, bound))
-    coefficient = torch.where(torch.isfinite(total), coefficient, torch.ones_like(coefficient))
-    apply(parameters, Decision(coefficients=coefficient), _unnamed(parameters, total), prescale=1.0)
+def _scale(parameters: list[Tensor], bound: float, total: Tensor | float) -> None:
+    if isinstance(total, float):
+        scale(parameters, min(1.0, bound / (total + _TORCH_EPS)) if math.isfinite(total) else 1.0)
+        return
+    coefficient = (bound / (total + _TORCH_EPS)).clamp(max=1.0)
+    scale(parameters, torch.where(torch.isfinite(total), coefficient, torch.ones_like(coefficient)))
 
 
-def _unnamed(parameters: list[Tensor], total: Tensor) -> GradientNorms:
-    return GradientNorms(("",) * len(parameters), total.expand(len(parameters)), total, 2.0, (), 0)
-
-
-def _narrowed(total: Tensor, gradients: list[Tensor]) -> Tensor:
+def _narrowed(total: Tensor | float, gradients: list[Tensor]) -> Tensor:
     """The norm in float32, or in float64 where a gradient is float64 or, as the host can see, float32 is too narrow."""
-    if not {g.dtype for g in gradients}.isdisjoint((torch.float64, torch.complex128)):
-        return total
-    narrow = total.float()
-    if total.device.type == "cpu" and (
-        torch.isinf(narrow) != torch.isinf(total) or (narrow == 0) != (total == 0)
-    ):
-        return total
-    return narrow
+    is_wide = not _WIDE.isdisjoint([gradient.dtype for gradient in gradients])
+    if isinstance(total, Tensor):
+        return total if is_wide else total.float()
+    fits = total == 0 or not math.isfinite(total) or _LEAST_FLOAT32 <= total <= _LARGEST_FLOAT32
+    return torch.tensor(total, dtype=torch.float64 if is_wide or not fits else torch.float32)

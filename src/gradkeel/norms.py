@@ -1,7 +1,8 @@
-"""What the stages of the pipeline hand to each other: frozen, slotted, and made of norms, never of gradients.
+"""What the stages of the pipeline hand to each other: slotted, and made of norms, never of gradients.
 
 ``measure`` makes a `GradientNorms`; a policy turns it into a `Decision`; ``apply`` carries that out; the guard sums
-the step up in a ``StepReport``, which stands in ``step_report`` with the ``Recorder`` protocol.
+the step up in a ``StepReport``, which stands in ``guard.report`` with the ``Recorder`` protocol. None of them changes
+once it is made; they are not frozen, for that would make each of them four times as slow to make.
 """
 
 import math
@@ -14,6 +15,16 @@ from torch import Tensor
 
 State = Mapping[str, Tensor]
 """A policy's state: flat, tensors only, on the device of the norms."""
+
+
+def is_on_host(tensor: Tensor) -> bool:
+    """Whether its numbers may be read without waiting: they are on CPU, and nobody traces or watches operations."""
+    return (
+        type(tensor) is Tensor
+        and tensor.is_cpu
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+    )
 
 
 def combine(norms: Tensor, norm_type: float) -> Tensor:
@@ -32,6 +43,10 @@ def combine(norms: Tensor, norm_type: float) -> Tensor:
         return norms.sum(-1)
     if norm_type < 0:  # a zero part makes the whole zero, so there is nothing to scale by
         return _vector_norm(norms, norm_type)
+    if norms.dim() == 1 and norm_type in (1.0, 2.0) and is_on_host(norms):
+        whole = _vector_norm(norms, norm_type)
+        if 1e-140 < whole.item() < 1e150 and norms.dtype == torch.float64:  # no power has left the range
+            return whole
     largest = norms.amax(-1)
     scale = torch.where((largest > 0) & (largest < math.inf), largest, torch.ones_like(largest))
     return _vector_norm(norms / scale.unsqueeze(-1), norm_type) * scale
@@ -42,7 +57,7 @@ def _vector_norm(values: Tensor, norm_type: float) -> Tensor:
     return norm
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class GradientNorms:
     """The norms of the TRUE gradients of one selection of parameters, at one step.
 
@@ -82,7 +97,7 @@ class GradientNorms:
     loss: Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Decision:
     """What a policy wants done to the gradients of its selection; the parts that are None are not wanted.
 
@@ -123,7 +138,7 @@ class Window(Protocol):
 
     @property
     def ranks(self) -> Any:
-        """The ``measure.ranks.Ranks`` over which the window's batch is spread; None for one process."""
+        """The ``ranks.group.Ranks`` over which the window's batch is spread; None for one process."""
 
     def check_step(self) -> None:
         """Raise `WindowError` unless the window is complete."""

@@ -40,6 +40,11 @@ class Selection:
         """The parameters' numbers of entries."""
         return tuple(parameter.numel() for parameter in self.parameters)
 
+    @cached_property
+    def all_present(self) -> tuple[bool, ...]:
+        """Which parameters have a gradient, where all of them do."""
+        return (True,) * len(self.parameters)
+
     def units(self, dim: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """How many units along ``dim`` each parameter has, and how many entries a unit; empty where dim is None.
 

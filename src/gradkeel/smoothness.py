@@ -1,7 +1,7 @@
 """How fast the gradient changes along training steps, and which bound on its norm follows."""
 
-from gradkeel.explain.smoothness import LocalSmoothness, SmoothnessProbe, local_smoothness
-from gradkeel.explain.smoothness_fit import SmoothnessFit, fit_smoothness, theorem_3
+from gradkeel.explain.smoothness.fit import SmoothnessFit, fit_smoothness, theorem_3
+from gradkeel.explain.smoothness.probe import LocalSmoothness, SmoothnessProbe, local_smoothness
 
 __all__ = [
     "LocalSmoothness",

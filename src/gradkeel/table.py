@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from html import escape
 
 import torch
 from torch import nn
 
-from gradkeel.measure import measure_total
+from gradkeel.ranks.total import measure_total
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +69,8 @@ class GradientTable:
 
     def _repr_html_(self) -> str:
         """A table for notebooks."""
+        from html import escape  # seldom needed, and slow to import
+
         head = "<tr><th>parameter</th><th>shape</th><th>weight norm</th><th>gradient norm</th></tr>"
         rows = "".join(
             f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in self._cells()

@@ -1,11 +1,14 @@
 """What may be folded into which optimizer's kernel."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn, optim
 
 import gradkeel as gk
 import reference
+from gradkeel.apply import fused
 from gradkeel.apply.fused import can_fold, can_skip_on_device, kernel_scale, reads_grad_scale
 from optimizers import BY_NAME, CASES, FUSED
 
@@ -34,7 +37,7 @@ def test_the_kernel_divides_by_the_scale(kind):
     for optimizer, factor in [(folded, 4.0), (plain, 1.0)]:
         for parameter in optimizer.param_groups[0]["params"]:
             parameter.grad = torch.full_like(parameter, factor)
-    folded.grad_scale = kernel_scale(torch.tensor(0.25, dtype=torch.float64))
+    folded.grad_scale = kernel_scale(0.25, CPU)
     folded.step()
     plain.step()
     # a power of two: bit-identical
@@ -103,3 +106,65 @@ def test_not_where_a_group_has_its_own_policy_or_something_is_excluded():
 def test_never_a_skip_on_the_device_on_cpu():
     optimizer = made(BY_NAME["AdamW-fused"])
     assert not can_skip_on_device(optimizer, CPU, optimizer.param_groups[0]["params"])
+
+
+@pytest.fixture
+def arrivals(monkeypatch):
+    """As if the Triton kernels scaled; what the device knows arrives when the test says so."""
+    there = []
+
+    class Late:
+        def __init__(self, device):
+            self.number = len(there)
+            there.append(False)
+
+        def is_there(self):
+            return there[self.number]
+
+    monkeypatch.setattr(fused.triton_host, "kernels", lambda device: SimpleNamespace(fault=None))
+    monkeypatch.setattr(fused, "Arrival", Late)
+    return there
+
+
+def test_folding_pays_once_most_steps_are_known_to_be_scaled(arrivals):
+    folding = fused.Folding()
+    for _ in range(3):
+        assert not folding.pays(torch.tensor(0.5))  # nothing is known yet
+    arrivals[0] = True
+    assert folding.pays(torch.tensor(1.0))  # one of one
+    for _ in range(fused.Folding.REMEMBERED + 4):
+        arrivals[:] = [True] * len(arrivals)
+        folding.pays(torch.tensor(1.0))
+    assert not folding.pays(torch.tensor(0.5))  # the scaled ones are forgotten
+
+
+def test_folding_pays_always_where_the_other_way_writes_all_gradients():
+    assert fused.Folding().pays(torch.tensor(1.0))
+
+
+def test_folding_does_not_pay_where_half_of_the_steps_are_scaled(arrivals):
+    folding = fused.Folding()
+    for step in range(20):
+        folding.pays(torch.tensor(0.5 if step % 2 else 1.0))
+    arrivals[:] = [True] * len(arrivals)
+    assert not folding.pays(torch.tensor(0.5))
+
+
+def test_a_skip_on_the_device_waits_for_the_state_of_every_parameter():
+    meta = torch.device("meta")
+    parameters = [nn.Parameter(torch.zeros(2, device=meta)) for _ in range(2)]
+    optimizer = optim.AdamW(parameters, lr=0.1)
+    optimizer.param_groups[0]["fused"] = True  # torch refuses it on this device
+    for parameter in parameters:
+        parameter.grad = torch.zeros(2, device=meta)
+    assert not can_skip_on_device(optimizer, meta, parameters)
+    for parameter in parameters:
+        optimizer.state[parameter]["step"] = torch.zeros(())
+    assert can_skip_on_device(optimizer, meta, parameters)
+    assert can_skip_on_device(optimizer, meta, parameters)  # from what is remembered
+    del optimizer.state[parameters[1]]
+    assert not can_skip_on_device(optimizer, meta, parameters)
+    parameters[1].grad = None
+    assert can_skip_on_device(optimizer, meta, parameters)
+    optimizer.param_groups[0]["fused"] = False
+    assert not can_skip_on_device(optimizer, meta, parameters)

@@ -9,7 +9,7 @@ from gradkeel.bench import SHAPES, Gradients
 from gradkeel.bench.contenders import clips, own_clip, torch_clip
 from gradkeel.bench.short import bench, document, shapes_of
 from gradkeel.bench.workload import READ, relative_error
-from gradkeel.lab.task import TaskError
+from gradkeel.compare.task import TaskError
 
 SMALL = [(3, 4), (5,), ()]
 
@@ -98,7 +98,7 @@ def module(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
 
     def write(name, text):
-        (tmp_path / f"{name}.py").write_text(f"import torch\nfrom gradkeel.lab import Task\n{text}\n")
+        (tmp_path / f"{name}.py").write_text(f"import torch\nfrom gradkeel.compare import Task\n{text}\n")
 
     return write
 

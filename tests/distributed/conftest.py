@@ -1,6 +1,7 @@
 """Ranks for the tests in this folder: gloo processes that stay for the whole session."""
 
 import pytest
+
 from tests.distributed.pool import Pool
 
 

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
+
 from benchmarks.layouts import BEGIN, END, ROWS, judge, with_gradkeel, with_torch
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "comparison.md"

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from tests.distributed.test_agreement import WEIGHT, Window, outcome, sgd, sharded
-from tests.distributed.test_windows import data, ddp, fsdp, hybrid, loss_sum, make_model
+from torch import distributed
 
 import gradkeel as gk
 from gradkeel import policies as gp
+
+from tests.distributed.test_agreement import WEIGHT, Window, outcome, sgd, sharded
+from tests.distributed.test_windows import data, ddp, fsdp, hybrid, loss_sum, make_model
 
 
 def replicas(rank):
@@ -30,6 +32,27 @@ def test_replicas_decide_together(ranks):
         assert stepped == [True] * 5 + [False]
         assert loss == pytest.approx(1.05 + 250.0)
         assert kind == ("WindowError" if rank == 3 else "RankError")
+
+
+def several(rank, policy):
+    parameter = torch.nn.Parameter(sharded(WEIGHT))
+    guard = gk.attach(sgd([("w", parameter)]), policy)
+    guard.window = Window(is_bad=rank in (1, 3))
+    parameter.grad = sharded(WEIGHT)
+    first = outcome(guard.optimizer.step)
+    guard.window = None
+    guard.optimizer.step()
+    return first, guard.report.norm, guard.step
+
+
+# The first sums only, the second asks for the largest entries too.
+@pytest.mark.parametrize("policy", [gk.ClipByGlobalNorm(1.0), gk.ClipByValue(1.0)])
+def test_all_ranks_that_failed_are_named(ranks, policy):
+    answers = ranks(4, several, policy)
+    for rank, ((kind, words), norm, steps) in enumerate(answers):
+        assert kind == ("WindowError" if rank in (1, 3) else "RankError")
+        assert rank in (1, 3) or words.startswith("rank 1, 3 raised an error before this step")
+        assert (norm, steps) == (pytest.approx(13.0), 1)
 
 
 class Loader:
@@ -120,3 +143,96 @@ def recording(rank):
 
 def test_a_recorder_that_raises_on_one_rank_keeps_none_from_stepping(ranks):
     assert ranks(2, recording) == [([[0.0, 0.0], [0.0, 0.0]], 1)] * 2
+
+
+# ---- what does not fit ---------------------------------------------------------------------------------------------
+
+
+def refused(rank, kind):
+    """Attach on two ranks, of which the second has something else than the first."""
+    wholes = {"a": WEIGHT, "b": WEIGHT.reshape(4, 1) if kind == "shape" and rank == 1 else WEIGHT}
+    names = ["b"] if kind == "fewer" and rank == 1 else ["a", "b"]
+    parameters = {name: torch.nn.Parameter(sharded(wholes[name])) for name in wholes}
+    groups = [{"params": [(name, parameters[name])]} for name in names]
+    if kind == "groups" and rank == 1:
+        groups = [{"params": [(name, parameters[name]) for name in names]}]
+    if kind == "clip":
+        groups[1]["clip"] = gk.ClipByNorm(1.0 + rank)
+    exclude = "a" if kind == "exclude" and rank == 1 else None
+    return outcome(lambda: bool(gk.attach(sgd(groups), gk.ClipByGlobalNorm(1.0), exclude=exclude)))
+
+
+@pytest.mark.parametrize("kind", ["shape", "fewer", "groups", "clip", "exclude"])
+def test_ranks_with_other_shards_are_refused_on_both(ranks, kind):
+    for name, words in ranks(2, refused, kind):
+        assert name == "RankError"
+        assert words.startswith("rank 1 and rank 0 have other policies or other parameters")
+
+
+def strange_module(rank):
+    """On the second rank ``shard_over`` names a module that the optimizer does not know."""
+    model, stranger = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    where = {(stranger if rank == 1 else model): distributed.group.WORLD}
+    return outcome(lambda: bool(gk.attach(sgd(model.parameters()), None, shard_over=where)))
+
+
+def test_a_declaration_that_fits_on_one_rank_only_is_an_error_on_both(ranks):
+    one, other = ranks(2, strange_module)
+    assert one[0] == "RankError"
+    assert one[1].startswith("rank 1 could not set its guard up")
+    assert other == (
+        "SelectionError",
+        "shard_over: Linear selects none of the optimizer's parameters",
+    )
+
+
+def no_dimension(rank, dim):
+    parameter = torch.nn.Parameter(WEIGHT.clone())
+    where = {"w": (distributed.group.WORLD, dim)}
+    return outcome(lambda: bool(gk.attach(sgd([("w", parameter)]), None, shard_over=where)))
+
+
+@pytest.mark.parametrize("dim", [-1, True, 0.0])
+def test_a_dimension_is_a_whole_number_from_0(ranks, dim):
+    for kind, words in ranks(2, no_dimension, dim):
+        assert kind == "ValueError"
+        assert words == f"shard_over={{'w': (group, {dim!r})}}: the dimension must be an int, at least 0"
+
+
+def no_group(rank):
+    parameter = torch.nn.Parameter(WEIGHT.clone())
+    return outcome(lambda: gk.attach(sgd([parameter]), None, process_group="world"))
+
+
+def test_what_is_no_group_is_refused(ranks):
+    for kind, words in ranks(2, no_group):
+        assert (kind, words) == (
+            "TypeError",
+            "process_group must be a ProcessGroup or a DeviceMesh, not str",
+        )
+    parameter = torch.nn.Parameter(WEIGHT.clone())
+    with pytest.raises(gk.AttachError, match="process_group: there is no distributed job"):
+        gk.attach(sgd([parameter]), None, process_group="world")
+
+
+def regrouped(rank):
+    """Both ranks change a group's policy between two steps, the second one to something that is none."""
+    parameter = torch.nn.Parameter(sharded(WEIGHT))
+    optimizer = sgd([("w", parameter)])
+    guard = gk.attach(optimizer, gk.ClipByGlobalNorm(1.0))
+    norms = []
+    for clip in ("norm:2.0", 7 if rank == 1 else "norm:3.0"):
+        parameter.grad = sharded(WEIGHT)
+        optimizer.step()
+        norms.append(guard.report.norm)
+        optimizer.param_groups[0]["clip"] = clip
+    return norms, guard.step, outcome(optimizer.step)
+
+
+def test_an_error_in_reading_the_groups_again_is_told(ranks):
+    one, other = ranks(2, regrouped)
+    # After the first step the parameter has a policy of its own, and nothing is left for the main one.
+    assert one[:2] == other[:2] == ([13.0, 0.0], 2)
+    assert one[2][0] == "RankError"
+    assert one[2][1].startswith("rank 1 could not set its guard up")
+    assert other[2][0] == "SelectionError"

@@ -4,9 +4,6 @@ import math
 
 import pytest
 import torch
-from tests.distributed import layouts
-from tests.distributed.test_layouts import local
-from tests.distributed.test_windows import fsdp, loss_sum, make_model, tensor_parallel
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
@@ -14,7 +11,12 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import gradkeel as gk
+import reference
 from policy_rows import GROUPS, Run, gradients
+
+from tests.distributed import layouts
+from tests.distributed.test_layouts import local
+from tests.distributed.test_windows import fsdp, loss_sum, make_model, tensor_parallel
 
 MADE_OF_DTENSORS = [
     (2, layouts.shards),
@@ -43,9 +45,11 @@ def placed(layout, missing=()):
 def clipped(rank, count, make_layout, norm_type):
     layout = make_layout(rank, count)
     parameters, whole = placed(layout)
+    own = [parameter.grad for parameter in parameters.values()]
     with CommDebugMode() as mode:
-        before = gk.get_total_norm([p.grad for p in parameters.values()], norm_type)
+        gk.get_total_norm(own, norm_type)
     messages = mode.get_total_counts()
+    before = gk.get_total_norm(own, norm_type)
     told = gk.clip_grad_norm_(parameters.values(), 0.5, norm_type)
     right = torch.linalg.vector_norm(torch.cat([g.flatten() for g in whole.values()]), norm_type)
     errors = [0.0]
@@ -83,6 +87,42 @@ def test_missing_gradients(ranks):
     (told, own), (other, nothing) = ranks(2, missing_on_one)
     assert told == other == pytest.approx(own, rel=1e-12)
     assert nothing is None
+
+
+def far_apart(rank, dtype, exponents, norm_type):
+    """Rows of very different size, one on each rank and a third beside the first."""
+    whole = torch.tensor([[3.0, 4.0], [2.0, -1.0], [1.0, 1.0], [5.0, 0.0]], dtype=torch.float64)
+    whole = (whole * torch.tensor(exponents, dtype=torch.float64).reshape(-1, 1)).to(dtype)
+    layout = layouts.shards(rank, 2)
+    gradients_here = layout.place("w", whole)
+    norm = gk.get_total_norm(gradients_here, norm_type)
+    parameter = nn.Parameter(layout.place("w", torch.ones_like(whole)))
+    parameter.grad = gradients_here
+    guard = gk.attach(
+        torch.optim.SGD([parameter], lr=0.0, foreach=False), gk.ClipByGlobalNorm(1e300, norm_type=norm_type)
+    )
+    guard.optimizer.step()
+    return float(norm), guard.report.norm, reference.norm([whole], norm_type), guard.report.stepped
+
+
+@pytest.mark.parametrize("norm_type", [0.5, 1.0, 2.0, 3.0, 7.0, 50.0])
+@pytest.mark.parametrize(
+    ("dtype", "exponents"),
+    [
+        (torch.float64, (1e200, 1e-200, 1e-310, 1e199)),
+        (torch.float64, (1e-200, 1e-201, 1e-202, 1e-199)),
+        (torch.float64, (1e307, 1.0, 1e-5, 1e305)),
+        (torch.float32, (1e37, 1e-40, 1e-3, 1e36)),
+        (torch.float32, (1e-44, 1e-45, 1e-43, 1e-42)),
+    ],
+)
+def test_norms_of_any_size_add_up(ranks, dtype, exponents, norm_type):
+    for told, guarded, right, stepped in ranks(2, far_apart, dtype, exponents, norm_type):
+        # Powers and roots of float64 numbers, each off by a few units in the last place times the order of the norm;
+        # what the function tells of float32 gradients is rounded to float32.
+        assert guarded == pytest.approx(right, rel=1e-12, abs=0.0)
+        assert told == pytest.approx(right, rel=1e-12 if dtype == torch.float64 else 1e-6, abs=1e-45)
+        assert stepped
 
 
 def values(rank, make_layout):

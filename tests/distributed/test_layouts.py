@@ -8,13 +8,14 @@ import math
 
 import pytest
 import torch
-from tests.distributed import layouts
-from tests.distributed.layouts import LAYOUTS
 from torch.distributed.tensor.debug import CommDebugMode
 
 import gradkeel as gk
 from gradkeel import policies as gp
 from policy_rows import GROUPS, ROWS, SHAPES, Run, gradients, seasoned
+
+from tests.distributed import layouts
+from tests.distributed.layouts import LAYOUTS
 
 SCALES = (1e-4, 50.0, 1.0)  # below every bound, above every one, and in between
 

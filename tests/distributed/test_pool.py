@@ -4,8 +4,9 @@ import time
 
 import pytest
 import torch
-from tests.distributed.pool import Pool, RankError
 from torch import distributed
+
+from tests.distributed.pool import Pool, RankError
 
 
 def sleeps(rank):

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from tests.distributed.test_windows import data, ddp, fsdp, hybrid, loss_sum, make_model, tensor_parallel
 from torch import distributed, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -15,6 +14,8 @@ from torch.distributed.fsdp import fully_shard
 import gradkeel as gk
 from gradkeel import policies as gp
 from gradkeel.record import Reader
+
+from tests.distributed.test_windows import data, ddp, fsdp, hybrid, loss_sum, make_model, tensor_parallel
 
 
 def recorded(rank, path, wrap):

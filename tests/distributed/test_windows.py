@@ -5,7 +5,6 @@ import warnings
 
 import pytest
 import torch
-from tests.distributed.test_agreement import outcome
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -13,6 +12,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 import gradkeel as gk
+
+from tests.distributed.test_agreement import outcome
 
 BOUND = 0.05  # clips each of these windows
 
@@ -181,17 +182,18 @@ def test_zero_weight(ranks, wrap, counts):
     check(ranks(2, train, 2, wrap, counts, 2, True), counts, 2)
 
 
-def no_data(rank, has_length):
+def no_data(rank, counts, has_length):
     model = DistributedDataParallel(make_model())
     guard = gk.attach(torch.optim.SGD(model.parameters(), lr=1.0), None)
-    batches = data([3, 2]) if rank == 0 else []
+    batches = data(counts) if rank == 0 else []
     accumulate = gk.Accumulator(guard, steps=2, model=model)
     return outcome(lambda: next(accumulate(batches if has_length else iter(batches))))
 
 
 @pytest.mark.parametrize("has_length", [True, False])
-def test_a_rank_without_any_data_is_an_error_on_all(ranks, has_length):
-    for kind, words in ranks(2, no_data, has_length):
+@pytest.mark.parametrize("counts", [[3], [3, 2]], ids=["one batch", "two batches"])
+def test_a_rank_without_any_data_is_an_error_on_all(ranks, counts, has_length):
+    for kind, words in ranks(2, no_data, counts, has_length):
         assert kind == "WindowError"
         assert "ranks [1] have no batch at all" in words
 

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 import gradkeel as gk
+from gradkeel.compare.task import endless, load_task
 from gradkeel.explain import explain
 from gradkeel.explain.events import find_events
-from gradkeel.lab.task import endless, load_task
+from gradkeel.guard.report import SelectionReport, StepReport
 from gradkeel.norms import Decision, GradientNorms
 from gradkeel.record import Recorder
-from gradkeel.step_report import SelectionReport, StepReport
 
 NAMES = ("first.weight", "middle.weight", "last.weight")
 

@@ -1,10 +1,12 @@
-"""Vanishing, dead and frozen parameters, in real training."""
+"""Vanishing, dead and frozen parameters: in real training, and on norms whose answer is known to the step."""
 
+import pytest
 import torch
 from torch import nn
 
 import gradkeel as gk
 from gradkeel.explain import explain
+from scripted import scripted_run
 
 
 def train(path, model, optimizer, steps=128, change=None):
@@ -60,3 +62,102 @@ def test_frozen_ones(tmp_path):
     fading = train(tmp_path / "run.keel", model, torch.optim.SGD(groups, lr=0.01))
     assert fading.frozen == ("0.weight", "2.weight", "2.bias")
     assert fading.dead == ()
+
+
+def fading_of(path, norms, **options):
+    return explain(scripted_run(path, norms, **options)).fading
+
+
+def late(value, *, steps=64, since=49):
+    """Norms of three parameters; the third one's are ``value`` from step ``since`` on."""
+    norms = torch.ones(steps, 3, dtype=torch.float64)
+    norms[:, 1] = 4.0
+    norms[since - 1 :, 2] = value
+    return norms
+
+
+@pytest.mark.parametrize(("share", "vanishes"), [(1.01e-3, False), (0.99e-3, True)])
+def test_vanishing_is_below_a_thousandth_of_the_median_parameter(tmp_path, share, vanishes):
+    fading = fading_of(tmp_path / "run.keel", late(share))  # the lower median of 1, 4 and the third
+    assert [(f.parameter, f.since) for f in fading.vanishing] == ([("c", 49)] if vanishes else [])
+    if vanishes:
+        assert fading.vanishing[0].share == pytest.approx(share)
+        assert fading.dead == ()
+
+
+@pytest.mark.parametrize(("since", "fades"), [(30, True), (49, True), (50, False)])
+@pytest.mark.parametrize("value", [1e-6, 0.0])
+def test_only_the_last_quarter_counts(tmp_path, since, value, fades):
+    fading = fading_of(tmp_path / "run.keel", late(value, since=since))
+    shown, other = (fading.dead, fading.vanishing) if value == 0 else (fading.vanishing, fading.dead)
+    assert other == ()
+    assert [(f.parameter, f.since, f.share) for f in shown] == (
+        [("c", since, pytest.approx(value))] if fades else []
+    )
+
+
+def test_a_parameter_that_never_learnt_is_so_from_the_first_step_on(tmp_path):
+    norms = late(0.0, since=1)
+    norms[:, 1] = 1e-5
+    fading = fading_of(tmp_path / "run.keel", norms)
+    assert [(f.parameter, f.since) for f in fading.dead] == [("c", 1)]
+    # The dead one does not count for the median, which of 1 and 1e-5 is the lower.
+    assert fading.vanishing == ()
+
+
+def test_one_lively_step_is_enough_not_to_be_dead(tmp_path):
+    norms = late(0.0, since=20)
+    norms[60, 2] = 1.0
+    assert fading_of(tmp_path / "run.keel", norms).dead == ()
+
+
+@pytest.mark.parametrize(("steps", "is_told"), [(15, False), (16, True)])
+def test_sixteen_steps_have_a_last_quarter(tmp_path, steps, is_told):
+    fading = fading_of(tmp_path / "run.keel", late(0.0, steps=steps, since=1))
+    assert bool(fading.dead) == is_told
+
+
+@pytest.mark.parametrize(("last", "is_frozen"), [(48, True), (49, False)])
+def test_without_a_gradient_in_the_last_quarter_it_is_frozen(tmp_path, last, is_frozen):
+    absent = {(step, "c") for step in range(1, 65) if step != last}
+    fading = fading_of(tmp_path / "run.keel", late(1.0), absent=absent)
+    assert fading.frozen == (("c",) if is_frozen else ())
+    assert fading.dead == ()  # and one step with a gradient in the last quarter is not dead either
+
+
+def test_without_an_update_it_is_frozen_though_it_has_gradients(tmp_path):
+    norms = torch.cat([late(1.0), torch.full((64, 1), 2.0)], dim=1)
+    updates = torch.full((64, 4), 1e-3)
+    updates[:, 0], updates[:, 2], updates[5, 2] = 0, 0, 1e-9  # one update that moved it is enough
+    fading = fading_of(tmp_path / "run.keel", norms, updates=updates)
+    assert (fading.frozen, fading.dead, fading.vanishing) == (("a",), (), ())
+
+
+def test_a_frozen_one_does_not_count_for_the_median(tmp_path):
+    norms = torch.tensor([[1e-9, 1e-9, 1.0, 1.0, 1e-4]]).expand(64, 5)
+    updates = torch.full((64, 5), 1e-3)
+    updates[:, :2] = 0
+    fading = fading_of(tmp_path / "run.keel", norms, updates=updates)
+    assert fading.frozen == ("a", "b")
+    assert [(f.parameter, f.since, f.share) for f in fading.vanishing] == [("e", 1, pytest.approx(1e-4))]
+
+
+@pytest.mark.parametrize(("made", "frozen"), [(2, ()), (3, ("a", "b", "c"))])
+def test_a_skipped_step_moves_nothing_and_says_nothing(tmp_path, made, frozen):
+    norms = late(1.0, steps=20)
+    norms[: 20 - made] = float("nan")
+    fading = fading_of(tmp_path / "run.keel", norms, updates=0.0, nonfinite="skip", max_consecutive_skips=20)
+    assert fading.frozen == frozen
+
+
+def test_what_hardly_learns_in_words(tmp_path):
+    norms = torch.ones(64, 6, dtype=torch.float64)
+    norms[40:, 1], norms[30:, 2] = 2e-5, 0.0
+    updates = torch.full((64, 6), 1e-3)
+    updates[:, 3] = 0.0
+    text = str(explain(scripted_run(tmp_path / "run.keel", norms, updates=updates)))
+    assert text.partition("Hardly learning:\n")[2].splitlines()[:3] == [
+        "  - The gradient of b is vanishing: 2e-05 of the median parameter's since about step 41.",
+        "  - The gradient of c is dead: exactly zero since about step 31.",
+        "  - d is frozen: it got no gradient, or no update moved it.",
+    ]

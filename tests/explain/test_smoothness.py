@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gradkeel as gk
-from gradkeel.smoothness import SmoothnessProbe, local_smoothness
+from gradkeel.smoothness import LocalSmoothness, SmoothnessProbe, local_smoothness
 
 
 class Everything(nn.Module):
@@ -71,7 +71,7 @@ def assert_same(before, after):
     assert before[4:] == after[4:]
 
 
-@pytest.mark.parametrize("module", ["smoothness", "smoothness_fit"])
+@pytest.mark.parametrize("module", ["smoothness.probe", "smoothness.fit"])
 def test_examples_run(module):
     result = doctest.testmod(importlib.import_module(f"gradkeel.explain.{module}"))
     assert result.attempted > 0
@@ -187,6 +187,25 @@ def test_rounding_noise_is_told_from_smoothness():
     assert not tiny.resolved
     wide = nn.Parameter(torch.ones(100))
     assert local_smoothness(lambda: (wide * 1.7).sum() ** 2, [wide], [torch.full((100,), 0.01)]).resolved
+
+
+@pytest.mark.parametrize(("dtype", "epsilon"), [(torch.float64, 2.0**-52), (torch.float32, 2.0**-23)])
+@pytest.mark.parametrize("points", [1, 4])
+def test_what_rounding_may_give_on_the_first_part_of_a_step(points, dtype, epsilon):
+    # f(x, y) = 3 x^2 / 2 + 4 y at x = 1: the gradient is (3, 4), of norm 5; the step along x is 1/8 long.
+    x, y = (torch.ones(1, dtype=dtype, requires_grad=True) for _ in range(2))
+    step = [torch.tensor([0.125]), torch.zeros(1)]
+    result = local_smoothness(lambda: torch.sum(1.5 * x * x + 4 * y), [x, y], step, points=points)
+    assert result.resolution == epsilon * 5 * points / 0.125
+    assert result.ratios == (3.0,) * points
+
+
+@pytest.mark.parametrize(
+    ("smoothness", "resolved"), [(1.0, True), (0.99, False), (math.inf, False), (math.nan, False)]
+)
+def test_ten_times_what_rounding_may_give_is_resolved(smoothness, resolved):
+    measured = LocalSmoothness(smoothness, 1.0, 1.0, 1.0, (smoothness,), resolution=0.1)
+    assert measured.resolved == resolved
 
 
 def test_a_gradient_that_leaves_the_finite_numbers_is_not_resolved():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gradkeel.measure import native
+from gradkeel.kernels import native
 
 
 @pytest.fixture(params=["native", "torch"], autouse=True)

@@ -168,3 +168,22 @@ def test_peaks_are_the_lowest_and_the_highest_entry():
     assert got[[0, 1, 3]].tolist() == [[-3.0, 2.0], [0.0, 0.0], [5.0, 5.0]]
     assert got[2].isnan().all()
     assert peaks([], CPU).shape == (0, 2)
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])
+def test_units_of_very_different_size_are_each_exact(norm_type):
+    # The squares of the second unit leave float32 at the bottom, and those of the third at the top.
+    tensor = torch.tensor([[3.0, 4.0], [3e-25, 4e-25], [3e25, 4e25], [0.0, 0.0]])
+    wanted = [reference.norm([unit], norm_type) for unit in tensor.unbind()]
+    # One float32 rounding of each entry and of each sum.
+    assert unit_norms(tensor, 4, 0, norm_type).tolist() == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "rel"), [(torch.float64, 1e-14), (torch.float32, 1e-9)])
+def test_long_and_wide_units_are_summed_in_float64(dtype, rel):
+    # A float32 sum of so many entries is off by 1e-7 or more; float64 ones have their own roundings only.
+    tensor = torch.full((2, 3 * BLOCK), 0.1, dtype=dtype)
+    wanted = math.sqrt(3 * BLOCK) * tensor[0, 0].double().item()
+    assert unit_norms(tensor, 2, 0, 2.0).tolist() == pytest.approx([wanted] * 2, rel=rel)
+    short = torch.full((2, 7), 0.1, dtype=torch.float64)
+    assert unit_norms(short, 2, 0, 2.0).tolist() == pytest.approx([math.sqrt(7) * 0.1] * 2, rel=1e-14)

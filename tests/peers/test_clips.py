@@ -1,6 +1,7 @@
 """The same gradients in, the same gradients out, for every pair of a policy and a peer that share a formula."""
 
 import pytest
+
 from benchmarks.parity import BOUNDS, PAIRS, TOLERANCE, difference, is_installed
 
 pytestmark = pytest.mark.peers

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import gradkeel as gk
-from gradkeel.lab import load_task
+from gradkeel.compare import load_task
 
 EXAMPLE = "examples.broken_batches:make_task"
 
@@ -35,3 +35,17 @@ def test_without_a_policy_the_run_is_lost():
 @pytest.mark.parametrize("policy", ["zclip", "robust", "autoclip", "skip-step", "global-norm:1.0"])
 def test_with_one_it_is_not(policy):
     assert train(policy) < 0.2
+
+
+def test_negative_losses_that_were_constant_do_not_make_every_later_step_be_skipped():
+    weight = torch.nn.Parameter(torch.ones(3))
+    guard = gk.attach(torch.optim.SGD([weight], lr=0.1), "skip-step:6,window=16,warmup=4")
+    stepped = []
+    for loss in [-2.0] * 20 + [-1.0] * 20:
+        weight.grad = torch.ones(3)
+        guard.log(loss=loss)
+        guard.optimizer.step()
+        stepped.append(guard.report.stepped)
+    assert all(stepped[:20])
+    assert not stepped[20]  # it is a jump
+    assert all(stepped[-10:])  # which the window has taken up

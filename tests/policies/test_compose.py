@@ -1,5 +1,6 @@
 """Policies made of policies, and what is refused."""
 
+import dataclasses
 import math
 
 import pytest
@@ -80,6 +81,130 @@ def test_a_group_may_ask_to_skip():
         decision, state = policy.decide(now, state)
         asked.append(bool(decision.skip))
     assert asked == [False, False, False, True]
+
+
+SKIPS = gp.Clip("global", gp.Constant(5.0), gp.SkipAbove())
+
+
+@pytest.mark.parametrize(("norms", "asked"), [([4.0, 9.0], False), ([6.0, 9.0], True), ([6.0, 0.5], True)])
+def test_a_group_that_asks_to_skip_is_heard_beside_one_that_scales(norms, asked):
+    """Whichever of the two comes first; and the other group's coefficient stays what it is."""
+    scale = gp.ClipByNorm(1.0)
+    for policy, groups in ((gp.PerGroup(SKIPS, scale), [0, 1]), (gp.PerGroup(scale, SKIPS), [1, 0])):
+        decision, _ = policy.decide(measured(norms, groups=groups), {})
+        assert decision.skip.item() == asked
+        assert decision.coefficients.tolist() == [1.0, min(1.0, 1 / norms[1])]
+        assert decision.bound.tolist() == [5.0, 1.0]
+    neither, _ = gp.PerGroup(scale, scale).decide(measured(norms, groups=[0, 1]), {})
+    assert neither.skip is None
+
+
+@pytest.mark.parametrize("norms", [[4.0, 4.0], [6.0, 4.0], [4.0, 6.0], [6.0, 6.0]])
+def test_one_of_several_that_may_skip_is_enough(norms):
+    now = measured(norms, groups=[0, 1])
+    assert gp.PerGroup(SKIPS, SKIPS).decide(now, {})[0].skip.item() == (max(norms) > 5)
+    first, second = (gp.Clip("tensor", gp.Constant(b), gp.SkipAbove()) for b in (5.0, 50.0))
+    for stages in ((first, second), (second, first)):
+        assert gp.Chain(*stages).decide(now, {})[0].skip.item() == (max(norms) > 5)
+
+
+@pytest.mark.parametrize("spoiled", [True, False])
+def test_a_step_that_one_group_asked_to_skip_is_skipped_for_all(spoiled):
+    run = Run(gp.PerGroup(gp.Clip("global", gp.Constant(5.0), gp.SkipAbove()), gp.ClipByNorm(0.5)))
+    given = gradients(0.1, seed=0)
+    if spoiled:
+        given["linear"] *= 1e3
+    left = run.step(given)
+    assert run.guard.report.stepped != spoiled
+    assert bool(left) != spoiled
+    assert run.guard.report.reason == ("the policy asked to skip this step" if spoiled else None)
+
+
+def test_the_policies_of_groups_see_sizes_weights_and_units_of_their_own():
+    now = dataclasses.replace(
+        measured([6.0, 6.0, 6.0], groups=[0, 1, 0], sizes=[4, 9, 16]),
+        weights=torch.tensor([1.0, 2.0, 4.0]).double(),
+        units=torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).double(),
+        unit_weights=torch.tensor([10.0, 20.0, 30.0, 40.0, 50.0, 60.0]).double(),
+        unit_counts=(2, 3, 1),
+        unit_sizes=(2, 3, 16),
+    )
+    sizes, _ = gp.PerGroup(gp.BlockRms(1.0), gp.BlockRms(2.0)).decide(now, {})
+    assert sizes.bound.tolist() == [2.0, 6.0, 4.0]
+    ratio = gp.Clip("tensor", gp.ParameterRatio(0.5), gp.Hard())
+    weights, _ = gp.PerGroup(None, ratio).decide(now, {})
+    assert weights.bound.tolist() == [math.inf, 1.0, math.inf]
+    assert weights.coefficients.tolist() == [1.0, 1 / 6, 1.0]
+    units, _ = gp.PerGroup(None, gp.AdaptiveGradientClip(0.05)).decide(now, {})
+    assert units.unit_coefficients.tolist() == pytest.approx([1, 1, 0.5, 0.5, 0.5, 1], rel=1e-15)
+    # What is told of a tensor is the tightest of its units; a group without a policy has no bound.
+    assert units.bound.tolist() == pytest.approx([math.inf, 1.5, math.inf], rel=1e-15)
+    first, _ = gp.PerGroup(gp.AdaptiveGradientClip(0.05), None).decide(now, {})
+    assert first.unit_coefficients.tolist() == pytest.approx([0.5, 0.5, 1, 1, 1, 0.5], rel=1e-15)
+    assert first.bound.tolist() == pytest.approx([0.5, math.inf, 3.0], rel=1e-15)
+
+
+def test_units_of_one_group_and_tensors_of_another_are_both_scaled():
+    now = measured([4.0, 8.0], groups=[0, 1])
+    decision, _ = gp.PerGroup(gp.AdaptiveGradientClip(0.5), gp.ClipByNorm(2.0)).decide(now, {})
+    assert decision.unit_coefficients.tolist() == [0.125, 1.0]
+    assert decision.coefficients.tolist() == [1.0, 0.25]
+    assert decision.bound.tolist() == [0.5, 2.0]
+
+
+def test_a_policy_for_each_group_keeps_its_own_state():
+    policy = gp.PerGroup(None, gp.ClipByNorm(1.0), gp.QuantileClip(0.5), gp.QuantileClip(0.5))
+    now = measured([1.0, 2.0, 3.0, 4.0], groups=[0, 1, 2, 3])
+    _, state = policy.decide(now, policy.init(now))
+    assert {key: value.tolist() for key, value in state.items()} == {"2.quantile": [3.0], "3.quantile": [4.0]}
+    # A group that has no parameters on this rank is passed over, and one too many is none.
+    here = measured([4.0], groups=[3])
+    assert set(policy.init(here)) == {"3.quantile"}
+    with pytest.raises(ValueError, match="there are 4 policies, but the optimizer has a parameter group 4"):
+        policy.init(measured([1.0], groups=[4]))
+
+
+def test_a_chain_tells_the_last_bound_that_there_is():
+    clip, clamp = gp.ClipByNorm(3.0), gp.ClipByValue(1.0)
+    decision = gp.Chain(clip, clamp).decide(measured([6.0]), {})[0]
+    assert (decision.bound.tolist(), decision.coefficients.tolist()) == ([3.0], [0.5])
+    assert decision.clamp == (-1.0, 1.0)
+    skipping = gp.Chain(SKIPS, clip).decide(measured([4.0]), {})[0]
+    assert (skipping.bound.tolist(), skipping.skip.item()) == ([3.0], False)
+    assert gp.Chain(clip, SKIPS).decide(measured([4.0, 4.0, 4.0]), {})[0].skip.item() is True  # 9^0.5 x 3
+
+
+def test_a_chain_scales_the_units_that_the_next_stage_sees():
+    """A common factor first, then units, then each tensor as its units leave it."""
+    now = dataclasses.replace(
+        measured([5.0, 5.0]),
+        units=torch.tensor([3.0, 4.0, 5.0]).double(),
+        unit_weights=torch.ones(3).double(),
+        unit_counts=(2, 1),
+        unit_sizes=(1, 1),
+    )
+    halved = gp.ClipByGlobalNorm(math.sqrt(50) / 2)
+    each_halved = gp.ClipByNorm(2.5)
+    for stage in (halved, each_halved):
+        decision = gp.Chain(stage, gp.AdaptiveGradientClip(1.75)).decide(now, {})[0]
+        wanted = [1.0, 1.75 / 2.0, 1.75 / 2.5]
+        assert decision.unit_coefficients.tolist() == pytest.approx(wanted, rel=1e-14)
+    last = gp.Chain(gp.AdaptiveGradientClip(3.0), gp.ClipByNorm(2.0)).decide(now, {})[0]
+    assert last.unit_coefficients.tolist() == pytest.approx([1.0, 0.75, 0.6], rel=1e-15)
+    assert last.coefficients.tolist() == pytest.approx([2 / 18**0.5, 2 / 3], rel=1e-14)
+    total = gp.Chain(gp.AdaptiveGradientClip(3.0), gp.ClipByGlobalNorm(1.0)).decide(now, {})[0]
+    assert total.coefficients.item() == pytest.approx(1 / 27**0.5, rel=1e-14)
+
+
+def test_the_first_policy_of_a_warm_up_learns_only_while_it_is_in_force():
+    policy = gp.Warmup(3, gp.QuantileClip(0.5), gp.QuantileClip(0.9))
+    _, at_its_end = play(policy, [1.0, 2.0, 4.0])
+    _, later = play(policy, [1.0, 2.0, 4.0, 8.0, 16.0])
+    assert later["before.quantile"] == at_its_end["before.quantile"]
+    assert later["after.quantile"] != at_its_end["after.quantile"]
+    decisions, state = play(gp.Warmup(2, gp.ClipByNorm(0.5), None), [1.0] * 3)
+    assert [d.coefficients is None for d in decisions] == [False, False, True]
+    assert state == {}
 
 
 def test_group_scope_and_per_group_agree():

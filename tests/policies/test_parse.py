@@ -9,7 +9,7 @@ import pytest
 import gradkeel.policies
 from gradkeel import PolicySpecError
 from gradkeel import policies as gp
-from gradkeel.policies.parse import COMPOSITES, REGISTRY
+from gradkeel.policies.spec.parse import COMPOSITES, REGISTRY
 
 parse = gp.parse
 
@@ -118,7 +118,7 @@ def test_every_policy_describes_itself(name):
 def test_examples_in_docstrings():
     """Every ``>>>`` in the package does what it says; public names are there as after ``from ... import *``."""
     count = 0
-    for module in pkgutil.iter_modules(gradkeel.policies.__path__, "gradkeel.policies."):
+    for module in pkgutil.walk_packages(gradkeel.policies.__path__, "gradkeel.policies."):
         names = {name: getattr(gp, name) for name in gp.__all__}
         result = doctest.testmod(importlib.import_module(module.name), extraglobs=names)
         assert result.failed == 0

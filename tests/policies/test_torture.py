@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gradkeel import policies as gp
-from gradkeel.policies.parse import REGISTRY
+from gradkeel.policies.spec.parse import REGISTRY
 from streams import bounds, log_normal, measured, play
 
 SPREAD = 0.3  # of the logarithm: norms of ordinary training vary by about that much from step to step

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from gradkeel.guard.report import SelectionReport, StepReport
 from gradkeel.norms import Decision, GradientNorms
-from gradkeel.step_report import SelectionReport, StepReport
 
 
 @pytest.fixture(scope="session")

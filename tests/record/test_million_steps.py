@@ -13,7 +13,7 @@ WRITE = """
     from gradkeel.norms import Decision, GradientNorms
     from gradkeel.record.rows import Rows, Sample, Subject
     from gradkeel.record.writer import RecordFile
-    from gradkeel.step_report import SelectionReport
+    from gradkeel.guard.report import SelectionReport
 
     STEPS, N, CHUNK = 1_000_000, 200, 1024
     names = tuple(f"layers.{i // 4}.{'qkvo'[i % 4]}.weight" for i in range(N))
@@ -47,7 +47,7 @@ DRAW = """
     torch.set_num_threads(1)
     from gradkeel.explain import explain
     from gradkeel.record import Reader
-    from gradkeel.report.run_page import run_page
+    from gradkeel.explain.run_page import run_page
 
     with Reader(sys.argv[1]) as run:
         page = run_page(run)

@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -16,8 +17,7 @@ from torch import nn
 
 import gradkeel as gk
 from gradkeel.errors import RecordError, RecordWarning
-from gradkeel.record import Reader, Recorder
-from gradkeel.record.outbox import MOST_WAITING, Outbox
+from gradkeel.record import Reader, Recorder, bucket_norms
 from gradkeel.record.schema import SCHEMA_VERSION
 
 
@@ -53,6 +53,63 @@ def test_resuming_replaces_the_overlap(tmp_path, make_report, resumed_at):
         assert run.stepped().tolist() == [True] * len(kept) + [False] * 40
         assert [step for step, _ in run.skips()] == list(range(resumed_at, resumed_at + 40))
         assert [s.first_step for s in run.sessions] == ([1, resumed_at] if kept else [1])
+
+
+def weights_run(path, steps, weight, state=None, spoilt=()):
+    """Steps of one parameter whose weight is ``weight`` and whose update is a tenth of it."""
+    parameter = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = torch.optim.SGD([parameter], lr=weight / 10)
+    guard = gk.attach(optimizer, None, record=path, nonfinite="skip")
+    if state is not None:
+        guard.load_state_dict(state)
+    for step in steps:
+        parameter.data.fill_(weight)
+        parameter.grad = torch.full((1,), float("nan") if step in spoilt else 1.0, dtype=torch.float64)
+        optimizer.step()
+    state = guard.state_dict()
+    guard.detach()
+    return state
+
+
+@pytest.mark.filterwarnings("ignore::gradkeel.SkippedStepWarning")
+def test_resuming_replaces_skips_and_samples_of_the_weights_too(tmp_path):
+    path = tmp_path / "run.keel"
+    checkpoint = weights_run(path, range(1, 21), 2.0, spoilt={10, 20})
+    weights_run(path, range(21, 41), 3.0, checkpoint, spoilt={21, 25, 40})  # lost in a crash
+    weights_run(path, range(21, 31), 5.0, checkpoint, spoilt={27})
+    with Reader(path) as run:
+        assert run.steps().tolist() == list(range(1, 31))
+        assert [step for step, _ in run.skips()] == [10, 20, 27]
+        assert [reason.partition(":")[0] for _, reason in run.skips()] == ["step 10", "step 20", "step 27"]
+        steps, weights, updates = run.weight_samples()
+        assert steps.tolist() == list(range(1, 31))  # none of the lost ones, 31 to 40
+        assert weights.squeeze(1).tolist() == [2.0] * 20 + [5.0] * 10
+        expected = [0.0 if step in {10, 20, 27} else 0.2 if step <= 20 else 0.5 for step in range(1, 31)]
+        assert updates.squeeze(1).tolist() == pytest.approx(expected)
+
+
+def test_a_resumed_record_keeps_what_each_step_was(tmp_path, make_report):
+    """Also in the block that is cut: all its series, however wide."""
+    path = tmp_path / "run.keel"
+    record(path, lambda step: make_report(step, loss=float(step)), range(1, 101))
+    record(path, lambda step: make_report(step, accuracy=float(step)), range(81, 91))
+    with Reader(path) as run:
+        steps = run.steps().double()
+        assert steps.tolist() == list(range(1, 91))
+        assert run.losses()[:80].tolist() == list(range(1, 81))
+        assert run.losses()[80:].isnan().all()
+        assert run.scalar("accuracy")[:80].isnan().all()
+        assert run.scalar("accuracy")[80:].tolist() == list(range(81, 91))
+        for column in range(3):
+            assert run.norms()[:, column].tolist() == [step + column / 10 for step in range(1, 91)]
+        totals = torch.stack([steps, steps + 0.1, steps + 0.2]).norm(dim=0)
+        # A root of a sum of three squares, either way.
+        torch.testing.assert_close(run.totals(), totals, rtol=1e-12, atol=0)
+        torch.testing.assert_close(run.coefficients(), 50 / totals.clamp(min=50), rtol=1e-12, atol=0)
+        assert run.clipped().tolist() == (totals > 50).tolist()
+        assert run.bounds().tolist() == [50.0] * 90
+        buckets = bucket_norms(run, 1, 1, 81)
+        assert (buckets.low[0, 0], buckets.high[0, 0]) == (1, 80)
 
 
 def test_a_run_from_scratch_replaces_another_model(tmp_path, make_report):
@@ -302,39 +359,82 @@ def test_a_sink_that_fails_ends_alone(tmp_path, make_report):
     check_rows(tmp_path / "run.keel", range(1, 101))
 
 
+class Gate:
+    """A sink that writes nothing until it may."""
+
+    def __init__(self):
+        self.go, self.begun, self.steps, self.closed = threading.Event(), threading.Event(), [], False
+
+    def write(self, rows):
+        self.begun.set()
+        assert self.go.wait(60)
+        self.steps += rows.steps
+
+    def close(self):
+        self.closed = True
+
+    def __repr__(self):
+        return "the slow disk"
+
+
+@pytest.mark.parametrize("ends", ["flush", "close"])
+def test_a_slow_sink_catches_up(tmp_path, make_report, monkeypatch, ends):
+    """As many batches may wait as there is room for; whoever flushes or closes waits for all of them."""
+    monkeypatch.setattr("gradkeel.record.outbox.MOST_WAITING", 3)
+    sink, other = Gate(), Gate()
+    other.go.set()
+    recorder = Recorder(tmp_path / "run.keel", sinks=[sink, other], flush_seconds=60)
+    for step in range(1, 65):
+        recorder.record(make_report(step))
+    assert sink.begun.wait(60)  # one batch is being written
+    for step in range(65, 64 * 4 + 11):  # three wait, and ten steps more are not sent yet
+        recorder.record(make_report(step))
+    assert sink.steps == []
+    threading.Timer(0.2, sink.go.set).start()
+    while recorder._outbox._batches.full():
+        time.sleep(0.01)  # that the last ten steps find room
+    getattr(recorder, ends)()  # a warning would be an error
+    assert sink.steps == other.steps == list(range(1, 64 * 4 + 11))
+    assert sink.closed == other.closed == (ends == "close")
+    for step in range(267, 270):
+        recorder.record(make_report(step))
+    recorder.close()
+    assert sink.steps == list(range(1, 270 if ends == "flush" else 267))
+    assert sink.closed
+    check_rows(tmp_path / "run.keel", sink.steps)
+
+
+def test_steps_wait_for_each_other_until_there_are_64(make_report):
+    sink = Gate()
+    sink.go.set()
+    recorder = Recorder(None, sinks=[sink], flush_seconds=600)
+    for step in range(1, 64):
+        recorder.record(make_report(step))
+    recorder._outbox._batches.join()
+    assert sink.steps == []
+    recorder.record(make_report(64))
+    recorder._outbox._batches.join()
+    assert sink.steps == list(range(1, 65))
+    recorder.close()
+
+
 def test_a_disk_that_hangs_does_not_fill_the_memory(make_report, monkeypatch):
     monkeypatch.setattr("gradkeel.record.outbox.MOST_WAITING", 2)
 
-    class Hanging:
-        def __init__(self):
-            import threading
-
-            self.go = threading.Event()
-
-        def write(self, rows):
-            self.go.wait(30)
-
-        def close(self):
-            pass
-
-        def __repr__(self):
-            return "the slow disk"
-
-    assert MOST_WAITING > 2
-    sink = Hanging()
-    outbox = Outbox([sink], flush_seconds=60)
-    recorder = Recorder(None, sinks=[sink])
-    recorder._outbox.close()
-    recorder._outbox = outbox
+    sink = Gate()
+    recorder = Recorder(None, sinks=[sink], flush_seconds=60)
 
     def train():
         for step in range(1, 64 * 6):
             recorder.record(make_report(step))
 
-    with pytest.warns(RecordWarning, match="the slow disk does not keep up"):
+    with pytest.warns(RecordWarning, match="the slow disk does not keep up with 2 batches waiting") as warned:
         train()
+    assert len(warned) == 1
     sink.go.set()
-    outbox.close()
+    recorder.close()
+    # One batch was being written and two waited, or three waited at first; that it stopped, it was told once.
+    assert sink.steps in ([], list(range(1, 65)))
 
 
 def test_a_recorder_needs_something_to_write_to():
@@ -379,7 +479,7 @@ KILLED = """
     import torch
     from gradkeel.norms import Decision, GradientNorms
     from gradkeel.record import Recorder
-    from gradkeel.step_report import SelectionReport, StepReport
+    from gradkeel.guard.report import SelectionReport, StepReport
 
     torch.set_num_threads(1)
     folder, times = sys.argv[1], int(sys.argv[2])

@@ -8,20 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from gradkeel.accumulate.checkpoint import by_names, check
-from gradkeel.accumulate.lookahead import Batch, ahead
+from gradkeel.accumulate.loader import Batch, ahead
 from gradkeel.accumulate.micro import MicroBatch
 from gradkeel.accumulate.noise import NoiseMeter
-from gradkeel.accumulate.open_window import OpenWindow
 from gradkeel.accumulate.sync import GradientSync
 from gradkeel.accumulate.watch import GradientWatch
 from gradkeel.accumulate.wide import WideSums
+from gradkeel.accumulate.window import OpenWindow
 from gradkeel.apply.skip import clear_gradients
 from gradkeel.errors import CheckpointError, WindowError
-from gradkeel.guard import Guard
+from gradkeel.guard.guard import Guard
 from gradkeel.noise_scale import NoiseScale
 
 if TYPE_CHECKING:
-    from gradkeel.measure.ranks import Group, Ranks
+    from gradkeel.ranks.group import Group, Ranks
 
 Reduction = Literal["sum", "mean"]
 _VERSION = 1
@@ -88,9 +88,7 @@ class Accumulator:
         self.reduction: Reduction = reduction
         self._sync = GradientSync(model, process_group)
         if noise_scale and self._sync.is_needed:
-            raise ValueError(
-                "Accumulator(noise_scale=True): needs one process; ranks exchange gradients only at the window's end"
-            )
+            raise ValueError("Accumulator(noise_scale=True): needs one process; ranks exchange windows only")
         self._watch = GradientWatch(lambda: guard.parameters)
         self._wide = None if accumulate_dtype is None else WideSums(accumulate_dtype)
         self._noise = NoiseMeter(guard) if noise_scale else None
@@ -162,6 +160,8 @@ class Accumulator:
             self._wide.sums.clear()
         if self._noise is not None:
             self._noise.drop()
+        if self._open.has_logged:
+            self.guard.logged.pop("loss", None)
         self._watch.forget()
         self._open = OpenWindow()
 
@@ -179,17 +179,13 @@ class Accumulator:
             ValueError: unless the accumulator was made with ``noise_scale=True``.
         """
         if self._noise is None:
-            raise ValueError(
-                "accumulate.noise_scale: make the Accumulator with noise_scale=True to measure it"
-            )
+            raise ValueError("accumulate.noise_scale: make the Accumulator with noise_scale=True")
         return self._noise.value()
 
     def _enter(self) -> None:
         """Before a micro-batch: is everything as the last one left it?"""
         if self._is_inside:
-            raise WindowError(
-                "`with micro:` inside of another micro-batch's; end the one before the other begins"
-            )
+            raise WindowError("`with micro:` inside of another micro-batch's; end that one first")
         self._check_unbroken()
         if self._open.is_open:
             if self._open.is_complete:
@@ -202,11 +198,12 @@ class Accumulator:
             raise WindowError(
                 "a new window would add to the last one's gradients: call optimizer.zero_grad() after optimizer.step()"
             )
+        else:
+            self.guard.connect()  # to the parameters of a group that was added after the last window
 
     def _check_unbroken(self) -> None:
         if self._open.broken is not None:
-            words = f"{self._open.broken}; call accumulate.drop() to discard this window and go on"
-            raise WindowError(words) from self._open.cause
+            raise WindowError(f"{self._open.broken}; call accumulate.drop() to go on") from self._open.cause
 
     def _choose_divisor(self, weight: Tensor | float | None, *, is_half: bool) -> float:
         """Power of two near a window's weight, by which float16 losses are divided; chosen once, 1 elsewhere.
@@ -248,6 +245,7 @@ class Accumulator:
             self._last_loss = loss
             if "loss" not in self.guard.logged:
                 self.guard.log(loss=loss)
+                self._open.has_logged = True
 
     # ---- the guard's side (norms.Window) -----------------------------------------------------------------------
 
@@ -312,8 +310,7 @@ class Accumulator:
                 "accumulate.state_dict(): in the middle of a window each rank has sums of its own, which no checkpoint "
                 "of the model holds; take checkpoints after optimizer.step()"
             )
-        parameters = self.guard.parameters if self._open.is_open else ()
-        gradients = {p: p.grad for p in parameters if p.grad is not None}
+        gradients = {p: p.grad for p in self.guard.parameters if self._open.is_open and p.grad is not None}
         return {
             "version": _VERSION,
             "steps": self.steps,
@@ -346,4 +343,8 @@ class Accumulator:
         for name, total in state["sums"].items():
             assert self._wide is not None
             self._wide.sums[by_name[name]] = total.to(by_name[name].device).clone()
+        if self._noise is not None:
+            self._noise.note(self._open.weight, self._divisor or 1.0, state["sums"].values())
         self._watch.note()
+        if self._open.is_complete:
+            self._complete()  # which tells the guard the window's loss

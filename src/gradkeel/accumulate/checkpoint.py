@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from gradkeel.errors import CheckpointError
-from gradkeel.guard import Guard
+from gradkeel.guard.guard import Guard
 
 
 def by_names(guard: Guard, held: Mapping[Tensor, Tensor]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic
 
 from torch import Tensor
 
-from gradkeel.accumulate.lookahead import Batch, Lookahead
+from gradkeel.accumulate.loader import Batch, Lookahead
 from gradkeel.errors import WindowError
 from gradkeel.measure import wide_dtype
 

@@ -4,9 +4,9 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from gradkeel.guard import Guard
-from gradkeel.measure import measure_total
+from gradkeel.guard.guard import Guard
 from gradkeel.noise_scale import NoiseScale
+from gradkeel.ranks.total import measure_total
 
 _PENDING = 1000
 
@@ -26,9 +26,12 @@ class NoiseMeter:
         self._open: list[tuple[Tensor | float, Tensor]] = []
         self._closed: list[tuple[list[tuple[Tensor | float, Tensor]], Tensor | None]] = []
 
-    def note(self, weight: Tensor | float, divisor: float) -> None:
-        """Measure after a micro-batch: its gradient, or the running sum, which are the window's up to ``weight``."""
-        gradients = [p.grad for p in self._guard.parameters if p.grad is not None]
+    def note(self, weight: Tensor | float, divisor: float, sums: Iterable[Tensor] = ()) -> None:
+        """Measure after a micro-batch: its gradient, or the running sum, which are the window's up to ``weight``.
+
+        ``sums`` are wide ones out of a checkpoint, which count as one micro-batch.
+        """
+        gradients = [*sums, *(p.grad for p in self._guard.parameters if p.grad is not None)]
         self._open.append((weight, self._norm(gradients) * divisor))
 
     def drop(self) -> None:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from gradkeel.measure.ranks import Ranks, ranks_of
+from gradkeel.ranks.group import Ranks, ranks_of
 
 if TYPE_CHECKING:
-    from gradkeel.measure.ranks import Group
+    from gradkeel.ranks.group import Group
 
 
 class GradientSync:

@@ -5,38 +5,35 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from gradkeel.errors import WindowError
+from gradkeel.tensors import Seen
 
 
 class GradientWatch:
-    """Sees whether anybody else wrote to gradients, by their identity and version counter; reads no gradient.
-
-    ``GradScaler.unscale_`` does not count: it leaves the version as it is.
-    """
+    """Sees whether anybody else wrote to gradients, by their identity and version counter; reads no gradient."""
 
     def __init__(self, parameters: Callable[[], Sequence[Tensor]]) -> None:
         self._parameters = parameters
-        self._seen: list[tuple[int, int]] | None = None
+        self._seen: list[Seen | None] | None = None
 
     def note(self) -> None:
         """Remember the gradients as they are now."""
-        self._seen = self._now()
+        self._seen = [None if p.grad is None else Seen(p.grad) for p in self._parameters()]
 
     def forget(self) -> None:
         """Remember nothing."""
         self._seen = None
 
-    def _now(self) -> list[tuple[int, int]]:
-        return [(0, 0) if p.grad is None else (id(p.grad), p.grad._version) for p in self._parameters()]
-
     def change(self) -> str | None:
         """What happened to the gradients since ``note``: "cleared", "modified", or None."""
+        changed = [(seen, gradient) for seen, gradient in self._pairs() if not _is_as(seen, gradient)]
+        if not changed:
+            return None
+        return "cleared" if any(gradient is None for _, gradient in changed) else "modified"
+
+    def _pairs(self) -> list[tuple[Seen | None, Tensor | None]]:
         if self._seen is None:
-            return None
-        now = self._now()
-        if now == self._seen:
-            return None
-        gone = any(old != (0, 0) and new == (0, 0) for old, new in zip(self._seen, now, strict=False))
-        return "cleared" if gone else "modified"
+            return []
+        return list(zip(self._seen, (p.grad for p in self._parameters()), strict=False))
 
     def refuse_changes(self, when: str) -> None:
         """Raise `WindowError` if anybody else wrote to gradients since ``note``."""
@@ -54,6 +51,11 @@ class GradientWatch:
 
     def any_unchanged(self) -> bool:
         """Whether some gradient is still there just as it was noted."""
-        return any(
-            new != (0, 0) and new == old for old, new in zip(self._seen or [], self._now(), strict=False)
-        )
+        return any(gradient is not None and _is_as(seen, gradient) for seen, gradient in self._pairs())
+
+
+def _is_as(seen: Seen | None, gradient: Tensor | None) -> bool:
+    """Whether a gradient is just as it was noted: there and unchanged, or not there."""
+    if seen is None or gradient is None:
+        return seen is None and gradient is None
+    return seen.is_tensor(gradient) and seen.unchanged() is not None

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradkeel.measure import native
+from gradkeel.kernels import native
 
 CHUNK = 262_144
 """Entries that are widened at a time: small enough for the cache, and adding float32 to float32 is vectorised."""
@@ -52,12 +52,8 @@ class WideSums:
 
 def add_(sums: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
     """``sum += gradient`` for each pair, whose gradient may be narrower than its sum."""
-    kernels = native.kernels()
-    if kernels is not None and all(map(_lie_alike, sums, gradients)):
-        to, of = kernels.table(sums), kernels.table(gradients)
-        if to is not None and of is not None:
-            kernels.add(to, of)
-            return
+    if all(map(_lie_alike, sums, gradients)) and native.add(sums, gradients):
+        return
     for total, gradient in zip(sums, gradients, strict=True):
         _add_one(total, gradient)
 

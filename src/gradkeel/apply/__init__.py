@@ -1,5 +1,5 @@
 """Carries decisions out: scaling and clamping, folding into fused optimizers, skipping."""
 
-from gradkeel.apply.scale import apply, factors
+from gradkeel.apply.decision import apply, clamp, factors, scale
 
-__all__ = ["apply", "factors"]
+__all__ = ["apply", "clamp", "factors", "scale"]

@@ -11,7 +11,7 @@ from torch import nn
 from gradkeel.bench.contenders import clips, steps
 from gradkeel.bench.stopwatch import AGAIN, Race, Table, race
 from gradkeel.bench.workload import READ, SHAPES, Gradients, Shapes
-from gradkeel.lab.task import BUILTIN, Task, TaskError, load_task, named_object, unknown
+from gradkeel.compare.task import BUILTIN, Task, TaskError, load_task, named_object, unknown
 
 
 def shapes_of(model: str) -> Shapes:

@@ -2,7 +2,7 @@
 
 import typer
 
-from gradkeel.cli import bench, compare, doctor, explain, export, policies, replay, report, smoothness, theory
+from gradkeel.cli import bench, compare, doctor, explain, export, policies, replay, report, smoothness
 
 app = typer.Typer(
     help="Gradient clipping for PyTorch: compare policies, and see why a run diverged.",
@@ -22,7 +22,6 @@ def _commands() -> None:
 app.command("compare", cls=compare.Command)(compare.command)
 app.command("smoothness")(smoothness.command)
 app.command("policies")(policies.command)
-app.command("theory")(theory.command)
 app.command("explain")(explain.command)
 app.command("report")(report.command)
 app.command("replay")(replay.command)

@@ -15,7 +15,7 @@ from typer.core import TyperCommand
 from gradkeel.cli.errors import reported
 
 if TYPE_CHECKING:
-    from gradkeel.lab.plan import Comparison
+    from gradkeel.compare.plan import Comparison
 
 INTERRUPTED = 130  # what shells give for SIGINT
 ADDRESS = re.compile(r"\w+://.+|[^:]+:\d+|\[.+\]:\d+|auto|local")  # no task: a function's name is no number
@@ -90,7 +90,7 @@ def command(
 ) -> None:
     """Train the same task under several policies, learning rates and seeds, and say what clipping changed."""
     from gradkeel.cli.progress import Progress
-    from gradkeel.lab import compare, make_command_plan, make_plan
+    from gradkeel.compare import compare, make_command_plan, make_plan
 
     # They would take the place of every policy that is compared.
     os.environ.pop("GRADKEEL_POLICY", None)
@@ -143,7 +143,7 @@ def _refuse_beside_run(**given: object) -> None:
 def _deliver(result: "Comparison", out: Path, *, as_json: bool) -> None:
     """Table, words and files of whatever has finished."""
     from gradkeel.cli.progress import print_result
-    from gradkeel.lab.results import document
+    from gradkeel.compare.results import document
 
     text = json.dumps(document(result), allow_nan=False)
     out.mkdir(parents=True, exist_ok=True)
@@ -165,10 +165,10 @@ def _deliver(result: "Comparison", out: Path, *, as_json: bool) -> None:
 
 def _write_page(result: "Comparison", path: Path) -> list[Path]:
     """Write the page, unless nothing has finished or plotly is missing; what was written."""
+    from gradkeel.compare.findings import findings
+    from gradkeel.compare.page import compare_page
+    from gradkeel.compare.summary import summarize
     from gradkeel.errors import MissingExtraError
-    from gradkeel.lab.findings import findings
-    from gradkeel.lab.page import compare_page
-    from gradkeel.lab.summary import summarize
 
     if not result.runs:
         return []

@@ -104,7 +104,7 @@ def _verdict(route: "Route", check: "Check") -> "Iterator[Line]":
         yield label, words, "green"
         return
     yield label, f"WRONG: {check.failure or '; '.join(_faults(check))}", "bold red"
-    instead = {"native": "set GRADKEEL_NATIVE=off, and ", "triton": "unset GRADKEEL_TRITON, and "}
+    instead = {"native": "set GRADKEEL_NATIVE=off, and ", "triton": "set GRADKEEL_TRITON=off, and "}
     yield "  to do", f"{instead.get(route.path, '')}report this page as a bug", "yellow"
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from gradkeel.lab.plan import Comparison, Plan
+    from gradkeel.compare.plan import Comparison, Plan
 
 # Seconds until the first provisional table, and between the others, where they cannot be drawn over each other.
 FIRST, EVERY = 8.0, 20.0
@@ -68,7 +68,7 @@ class Progress:
 
 def print_result(comparison: "Comparison") -> None:
     """The final table and the four lines, on stdout."""
-    from gradkeel.lab.findings import findings
+    from gradkeel.compare.findings import findings
 
     if not comparison.runs:
         print("No run finished.", file=sys.stderr)
@@ -91,8 +91,8 @@ def _console(*, stderr: bool) -> Console:
 
 
 def _table(comparison: "Comparison", title: str) -> Padding:
-    from gradkeel.lab.page import table
-    from gradkeel.lab.summary import summarize
+    from gradkeel.compare.page import table
+    from gradkeel.compare.summary import summarize
 
     cells = table(summarize(comparison.runs, comparison.plan.target_loss), comparison)
     drawn = Table(

@@ -21,8 +21,8 @@ def command(
     port: Annotated[int, typer.Option(help="of --watch; 0 takes a free one")] = 0,
 ) -> None:
     """Draw a recorded run on one page that opens offline: norms, heat map, loss, bounds, and what happened in words."""
+    from gradkeel.explain.run_page import run_page
     from gradkeel.record import Reader
-    from gradkeel.report.run_page import run_page
 
     if watch:
         _serve(run, port, show=show)
@@ -39,7 +39,7 @@ def command(
 
 
 def _serve(run: Path, port: int, *, show: bool) -> None:
-    from gradkeel.report.watch import address, make_server
+    from gradkeel.explain.watch import address, make_server
 
     server = make_server(run, port=port)
     print(f"Watching {run} at {address(server)} (Ctrl-C ends)", flush=True)

@@ -10,7 +10,7 @@ import typer
 from gradkeel.cli.errors import reported
 
 if TYPE_CHECKING:
-    from gradkeel.lab.smoothness import ProbedRun
+    from gradkeel.compare.smoothness import ProbedRun
 
 
 @reported
@@ -34,8 +34,8 @@ def command(
     ] = False,
 ) -> None:
     """Train a task, measure local smoothness along its steps, and say which bound on the gradient norm follows."""
-    from gradkeel.lab.smoothness import default_policy, document, probed_run, words
-    from gradkeel.lab.task import load_task
+    from gradkeel.compare.smoothness import default_policy, document, probed_run, words
+    from gradkeel.compare.task import load_task
 
     loaded = load_task(task)
     run = probed_run(
@@ -61,9 +61,9 @@ def command(
 
 def _write_figures(run: "ProbedRun", out: Path) -> list[Path]:
     """Write page and pictures, or say on stderr which extra they need; what was written."""
+    from gradkeel.compare.smoothness import smoothness_page
     from gradkeel.errors import MissingExtraError
-    from gradkeel.lab.smoothness import smoothness_page
-    from gradkeel.report.smoothness_figures import save_smoothness
+    from gradkeel.explain.smoothness.figures import save_smoothness
 
     written = []
     try:

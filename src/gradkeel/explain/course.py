@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from gradkeel.explain.jumps import Jump, find_jumps
+from gradkeel.guard import SkipReason
 from gradkeel.record import Reader
 
 
@@ -18,7 +19,8 @@ class Course:
         totals: [k] main norms before clipping.
         losses, rates: [k] loss and learning rate, NaN where not logged.
         nonfinite: [k] bool: steps with a gradient that was not finite.
-        skips: why steps were skipped, by number.
+        skips: why steps were skipped, in words, by number.
+        skip_reasons: the same as one of a few reasons.
         samples: steps [s], weight norms [s, n], update norms [s, n].
         jumps: weights that changed without an update.
     """
@@ -30,6 +32,7 @@ class Course:
     rates: Tensor
     nonfinite: Tensor
     skips: dict[int, str]
+    skip_reasons: dict[int, SkipReason]
     samples: tuple[Tensor, Tensor, Tensor]
     jumps: tuple[Jump, ...]
 
@@ -44,6 +47,7 @@ class Course:
             rates=reader.scalar("lr"),
             nonfinite=reader.nonfinite(),
             skips=dict(reader.skips()),
+            skip_reasons=reader.skip_reasons(),
             samples=reader.weight_samples(),
             jumps=tuple(find_jumps(reader)),
         )

@@ -14,6 +14,7 @@ from gradkeel.explain.events import CALM_ROWS, Ended, Event, find_events
 from gradkeel.explain.jumps import Jump
 from gradkeel.explain.spread import Reached, spread
 from gradkeel.explain.updates import Overwrite, find_overwrites
+from gradkeel.guard import SkipReason
 from gradkeel.record import Reader
 
 Kind = Literal["explosion", "spike", "initialization", "overflow", "weights", "updates", "drift"]
@@ -133,7 +134,7 @@ def _later(course: Course, event: Event, jumps: list[Jump], overwrites: list[Ove
         reached = _put_first([name for name, _ in first_overwrite.parameters[:1]], reached, step)
     peak_row, peak = _peak(course.totals, event)
     before, first = event.baseline.norm, float(course.totals[event.start])
-    overflow = "the loss scale overflowed" in course.skips.get(step, "")
+    overflow = course.skip_reasons.get(step) is SkipReason.LOSS_SCALE
     return Explosion(
         found=True,
         kind="overflow" if overflow else "spike" if event.ended == "recovered" else "explosion",

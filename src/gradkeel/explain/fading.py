@@ -91,7 +91,7 @@ def _without_gradient(reader: Reader, since: int) -> Tensor:
 def _unmoved(reader: Reader) -> Tensor:
     """[n] bool: several updates were measured at steps that were made, and all were zero."""
     steps, _, updates = reader.weight_samples()
-    skipped = dict(reader.skips())
+    skipped = reader.skip_reasons()
     made = torch.tensor([step not in skipped for step in steps.tolist()], dtype=torch.bool)
     measured = ~updates.isnan() & made.unsqueeze(1)
     return (measured.sum(dim=0) >= 3) & ~((updates != 0) & measured).any(dim=0)

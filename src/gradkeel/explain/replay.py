@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from gradkeel.errors import RecordError
+from gradkeel.guard import SkipReason
 from gradkeel.norms import Decision, GradientNorms, Needs, State, combine
+from gradkeel.outcome import Outcome
 from gradkeel.policies import Policy, parse
 from gradkeel.record import Reader
-from gradkeel.record.rows import ASKED
 
-_NOT_COMMITTED = ("no parameter has a gradient", "the window's weight is zero", "the loss scale overflowed")
+# Nothing was decided on gradients of a real step.
+_NOT_COMMITTED = {SkipReason.NO_GRADIENT, SkipReason.EMPTY_WINDOW, SkipReason.LOSS_SCALE}
 _CHUNK = 1024
 
 
@@ -90,7 +92,7 @@ def replay(reader: Reader, policy: Policy | str, *, exclude: Sequence[str] = ())
     columns = _columns(reader, exclude)
     same_columns = columns == reader.main.nonzero().flatten().tolist()
     if chosen is not None:
-        _check(reader, chosen, name)
+        _check(reader, chosen, name, columns)
     rows = [_row(d, n) for d, n in _decisions(reader, chosen, columns, live_totals=same_columns)]
     table = torch.tensor(rows, dtype=torch.float64).reshape(-1, 6)
     live, stepped = reader.coefficients(), reader.stepped()
@@ -128,7 +130,7 @@ def _columns(reader: Reader, exclude: Sequence[str]) -> list[int]:
     ]
 
 
-def _check(reader: Reader, policy: Policy, name: str) -> None:
+def _check(reader: Reader, policy: Policy, name: str, columns: list[int]) -> None:
     """Refuse a policy that looks at something that was not recorded."""
     needs = policy.needs
     if needs.norm_type != reader.norm_type:
@@ -142,7 +144,9 @@ def _check(reader: Reader, policy: Policy, name: str) -> None:
             "large as the model has rows, at each step); train with it instead, as with gradkeel compare"
         )
     for wanted, series in ((needs.weights, "weights"), (needs.peaks, "peaks")):
-        if wanted and bool(reader.series(series).isnan().any()):
+        # Beside a norm that is not finite, NaN may have been measured.
+        measured = torch.isfinite(reader.norms()[:, columns])
+        if wanted and bool(reader.series(series)[:, columns][measured].isnan().any()):
             what = (
                 "each parameter's weight norm"
                 if series == "weights"
@@ -172,18 +176,14 @@ def _decisions(
 
 def _skipped_anyway(reader: Reader) -> Tensor:
     """[k] bool: steps that the guard skipped for a reason of its own, whatever the policy."""
-    steps = [step for step, reason in reader.skips() if reason != ASKED]
+    steps = [step for step, why in reader.skip_reasons().items() if why is not SkipReason.POLICY]
     return torch.isin(reader.steps(), torch.tensor(steps, dtype=torch.int64))
 
 
 def _committed(reader: Reader) -> Tensor:
     """[k] bool: steps after which the guard keeps the policies' new state."""
-    keeps = reader.session.nonfinite == "keep"
-    committed = ~reader.nonfinite() | (
-        reader.stepped() if keeps else torch.zeros(len(reader), dtype=torch.bool)
-    )
-    unreal = [step for step, reason in reader.skips() if any(words in reason for words in _NOT_COMMITTED)]
-    return committed & ~torch.isin(reader.steps(), torch.tensor(unreal, dtype=torch.int64))
+    unreal = [step for step, why in reader.skip_reasons().items() if why in _NOT_COMMITTED]
+    return ~reader.nonfinite() & ~torch.isin(reader.steps(), torch.tensor(unreal, dtype=torch.int64))
 
 
 def _steps(
@@ -222,19 +222,18 @@ def _steps(
 
 def _row(decision: Decision, norms: GradientNorms) -> tuple[float, float, float, float, float, float]:
     """Coefficient, clipped, skipped, bound, norm and clipped norm of one step."""
-    total = float(norms.total)
-    coefficients = decision.coefficients
-    smallest = 1.0 if coefficients is None or not coefficients.numel() else float(coefficients.min())
-    clipped = smallest < 1
-    after = total * smallest
-    if coefficients is not None and coefficients.dim():
-        after = float(combine(norms.norms * coefficients, norms.norm_type))
-    if decision.clamp is not None and norms.peaks is not None:
-        low, high = decision.clamp
-        clipped = bool((norms.peaks[:, 0] < low).any() | (norms.peaks[:, 1] > high).any())
-        after = math.nan if clipped else total
+    outcome, total = Outcome(norms, decision), float(norms.total)
+    clipped, bound, after = bool(outcome.is_clipped()), outcome.bound(), outcome.total()
+    if after is None:  # a clamp: what it leaves is known only where it changes nothing
+        left = math.nan if clipped else total
+    else:
+        left = float(after)
     skip = decision.skip is not None and bool(decision.skip)
-    bound = math.nan if decision.bound is None or not decision.bound.numel() else float(decision.bound.min())
-    if decision.clamp is not None:
-        bound = decision.clamp[1]
-    return smallest, float(clipped), float(skip), bound, total, after
+    return (
+        outcome.coefficient(),
+        float(clipped),
+        float(skip),
+        math.nan if bound is None else float(bound),
+        total,
+        left,
+    )

@@ -7,7 +7,7 @@ from typing import Any
 
 from gradkeel.attach import attach
 from gradkeel.errors import MissingExtraError
-from gradkeel.guard import Guard
+from gradkeel.guard.guard import Guard
 from gradkeel.policies import Policy
 
 try:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradkeel.measure import native, triton_host
-from gradkeel.measure.placement import entries_by_position, entries_to_read
+from gradkeel.kernels import foreach, native
+from gradkeel.measure.device import device_norms, device_units
+from gradkeel.tensors import entries_by_position, entries_to_read
 
 BLOCK = 4096
 """Entries that torch's own kernel may sum in float32; longer sums are made of such blocks, in float64."""
@@ -21,7 +22,7 @@ _SAFE = {torch.float64: (1e-140, 1e150)}
 _SAFE_FLOAT32 = (1e-15, 1e18)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Reading:
     """What one read of k tensors gave, in float64 (float32 on devices without it).
 
@@ -29,11 +30,13 @@ class Reading:
         norms: [k] norm of each tensor.
         units: [u] norm of each unit, tensor after tensor, where asked for.
         peaks: [k, 2] each tensor's lowest and highest entry, where asked for; 0, 0 for an empty one.
+        total: norm of all of them together, where the host knows it already.
     """
 
     norms: Tensor
     units: Tensor | None = None
     peaks: Tensor | None = None
+    total: float | None = None
 
 
 def read(
@@ -49,14 +52,16 @@ def read(
     A tensor whose entries are all finite has finite norms; a NaN or inf entry gives NaN or inf. On an accelerator all
     sums are float64 to begin with, and the host is not synced.
     """
-    if device.type == "cpu" and native.has_norm(norm_type):
-        reading = _native_reading(tensors, norm_type, unit_dim=unit_dim, with_peaks=with_peaks)
+    kernels = native.kernels() if device.type == "cpu" and native.has_norm(norm_type) else None
+    if kernels is not None:
+        reading = _native_reading(kernels, tensors, norm_type, unit_dim=unit_dim, with_peaks=with_peaks)
         if reading is not None:
             return reading
     entries = [entries_to_read(tensor) for tensor in tensors]
+    norms = _norms(entries, norm_type, device)
     return Reading(
-        _norms(entries, norm_type, device),
-        None if unit_dim is None else _units(tensors, norm_type, device, unit_dim),
+        norms,
+        None if unit_dim is None else _units(tensors, norms, norm_type, unit_dim),
         peaks(entries, device) if with_peaks else None,
     )
 
@@ -77,12 +82,19 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 
 
 def _native_reading(
-    tensors: Sequence[Tensor], norm_type: float, *, unit_dim: int | None, with_peaks: bool
+    kernels: native.Kernels,
+    tensors: Sequence[Tensor],
+    norm_type: float,
+    *,
+    unit_dim: int | None,
+    with_peaks: bool,
 ) -> Reading | None:
-    """The same by the native kernels; None where they are not in use or one of the tensors is not for them."""
-    kernels = native.kernels()
-    if kernels is None:
-        return None
+    """The same by the native kernels; None where one of the tensors is not for them."""
+    if unit_dim is None and not with_peaks:
+        found = kernels.norms(list(tensors), norm_type) or kernels.norms(
+            [entries_to_read(tensor) for tensor in tensors], norm_type
+        )
+        return None if found is None else Reading(found[0], total=found[1])
     # What sparse, complex and sharded tensors hold is dense, but not cut into units as they are.
     table = kernels.table(tensors, unit_dim, otherwise=entries_to_read if unit_dim is None else None)
     if table is None or (with_peaks and any(map(Tensor.is_neg, table.tensors))):
@@ -97,47 +109,23 @@ def _norms(tensors: Sequence[Tensor], norm_type: float, device: torch.device) ->
         return torch.zeros(0, dtype=wide, device=device)
     if device.type == "cpu":
         return _cpu_norms(tensors, norm_type)
-    # One foreach call a device; CPU-offloaded tensors may stand beside those on the accelerator.
-    result = torch.zeros(len(tensors), dtype=wide, device=device)
-    for kind in {tensor.device for tensor in tensors}:
-        here = [i for i, tensor in enumerate(tensors) if tensor.device == kind]
-        chosen = [tensors[i] for i in here]
-        if kind.type == "cpu":
-            values = _cpu_norms(chosen, norm_type).to(device, non_blocking=True)
-        else:
-            values = _device_norms(chosen, norm_type, wide).to(device, non_blocking=True)
-        if len(here) == len(tensors):
-            return values
-        result[here] = values
-    return result
+    # CPU-offloaded tensors may stand beside those on the accelerator.
+    places = _by_device(tensors)
+    found = []
+    for kind, rows in places.items():
+        chosen = [tensors[i] for i in rows]
+        values = (
+            _cpu_norms(chosen, norm_type) if kind.type == "cpu" else device_norms(chosen, norm_type, wide)
+        )
+        found.append(values.to(device, wide, non_blocking=True))
+    return foreach.in_order(list(places.values()), found)
 
 
-def _device_norms(tensors: Sequence[Tensor], norm_type: float, wide: torch.dtype) -> Tensor:
-    """[k] norms of the tensors of one accelerator, by the Triton kernels or in one foreach call."""
-    kernels = triton_host.kernels() if norm_type in (1.0, 2.0) else None
-    table = None if kernels is None else kernels.table(tensors)
-    if kernels is not None and table is not None:
-        return kernels.norms(table, norm_type)
-    filled = [_filled(tensor) for tensor in tensors]
-    norms = list(torch._foreach_norm(filled, norm_type, dtype=wide))
-    doubles = [i for i, tensor in enumerate(filled) if tensor.dtype == torch.float64]
-    if doubles and norm_type > 0 and not math.isinf(norm_type):
-        # Squares of float64 entries leave even float64's range, so they are taken relative to max |g|, at any rate:
-        # looking whether that is necessary would sync the host.
-        chosen = [filled[i] for i in doubles]
-        largest = torch.stack(list(torch._foreach_norm(chosen, math.inf)))
-        scales = torch.where(
-            (largest > 0) & torch.isfinite(largest), largest, torch.ones_like(largest)
-        ).unbind()
-        scaled = torch._foreach_norm(torch._foreach_div(chosen, list(scales)), norm_type)
-        for i, norm, scale in zip(doubles, scaled, scales, strict=True):
-            norms[i] = norm * scale
-    return torch.stack(norms)
-
-
-def _filled(tensor: Tensor) -> Tensor:
-    # Some norms of an empty tensor are undefined in torch; that of a zero is 0.
-    return tensor if tensor.numel() else tensor.new_zeros(1)
+def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[int]]:
+    places: dict[torch.device, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        places.setdefault(tensor.device, []).append(i)
+    return places
 
 
 def _cpu_norms(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
@@ -199,22 +187,30 @@ def _redone(norms: Tensor, tensors: Sequence[Tensor], norm_type: float) -> Tenso
     return norms
 
 
-def _units(tensors: Sequence[Tensor], norm_type: float, device: torch.device, dim: int) -> Tensor:
-    """[u] norm of each unit by torch's operations, tensor after tensor."""
-    parts = [torch.zeros(0, dtype=wide_dtype(device), device=device)]
-    for tensor in tensors:
-        units = unit_count(tensor.shape, dim)
-        parts.append(unit_norms(entries_by_position(tensor), units, dim, norm_type).to(device))
-    return torch.cat(parts)
+def _units(tensors: Sequence[Tensor], norms: Tensor, norm_type: float, dim: int) -> Tensor:
+    """[u] norm of each unit by torch's operations, tensor after tensor; ``norms`` [k] are those of the tensors."""
+    placed = [entries_by_position(tensor) for tensor in tensors]
+    device = norms.device
+    parts = [torch.zeros(0, dtype=norms.dtype, device=device)] * len(placed)
+    for kind, rows in _by_device(placed).items():
+        chosen, counts = [placed[i] for i in rows], [unit_count(placed[i].shape, dim) for i in rows]
+        if kind.type == "cpu":
+            own = [unit_norms(t, n, dim, norm_type).to(norms) for t, n in zip(chosen, counts, strict=True)]
+        else:
+            found = device_units(chosen, norm_type, foreach.pick(norms, rows).to(kind), dim)
+            own = list(found.to(device, non_blocking=True).split(counts))
+        for i, part in zip(rows, own, strict=True):
+            parts[i] = part
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=norms.dtype, device=device)
 
 
 def unit_norms(tensor: Tensor, units: int, dim: int, norm_type: float) -> Tensor:
-    """[units] norm of each slice along ``dim``, in float64; ``units == 1`` takes the tensor as one unit."""
+    """[units] float64 norm of each slice along ``dim`` of a CPU tensor; ``units == 1`` takes it as one unit."""
     rows = tensor.reshape(1, -1) if units == 1 else tensor.movedim(dim, 0).flatten(1)
     if rows.numel() == 0:  # some norms of nothing are undefined in torch
-        return torch.zeros(units, dtype=wide_dtype(tensor.device), device=tensor.device)
-    if tensor.device.type != "cpu" or tensor.dtype == torch.float64 or rows.shape[1] > BLOCK:
-        return torch.linalg.vector_norm(rows, norm_type, dim=1, dtype=wide_dtype(tensor.device))
+        return torch.zeros(units, dtype=torch.float64, device="cpu")
+    if tensor.dtype == torch.float64 or rows.shape[1] > BLOCK:
+        return torch.linalg.vector_norm(rows, norm_type, dim=1, dtype=torch.float64)
     norms = torch.linalg.vector_norm(rows, norm_type, dim=1, dtype=torch.float32)
     low, high = _SAFE_FLOAT32
     if ((norms > low) & (norms < high)).all():
@@ -224,10 +220,18 @@ def unit_norms(tensor: Tensor, units: int, dim: int, norm_type: float) -> Tensor
 
 def peaks(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """[k, 2] lowest and highest entry of each real strided tensor, in float64 on ``device``; 0, 0 for an empty one."""
-    pairs = [
-        torch.stack(torch.aminmax(tensor)).to(device, wide_dtype(device))
-        if tensor.numel()
-        else torch.zeros(2, dtype=wide_dtype(device), device=device)
-        for tensor in tensors
-    ]
-    return torch.stack(pairs) if pairs else torch.zeros(0, 2, dtype=wide_dtype(device), device=device)
+    if not tensors:
+        return torch.zeros(0, 2, dtype=wide_dtype(device), device=device)
+    places = _by_device(tensors)
+    found = []
+    for kind, rows in places.items():
+        chosen = [tensors[i] for i in rows]
+        values = _cpu_peaks(chosen) if kind.type == "cpu" else foreach.peaks(chosen, wide_dtype(kind))
+        found.append(values.to(device, wide_dtype(device), non_blocking=True))
+    return foreach.in_order(list(places.values()), found)
+
+
+def _cpu_peaks(tensors: Sequence[Tensor]) -> Tensor:
+    nothing = torch.zeros(2, dtype=torch.float64, device="cpu")
+    pairs = [torch.stack(torch.aminmax(t)).double() if t.numel() else nothing for t in tensors]
+    return torch.stack(pairs)

@@ -1,10 +1,11 @@
 """What a policy is, and the checks and spellings that all of them share."""
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from numbers import Real
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 from gradkeel.norms import Decision, GradientNorms, Needs, State
 
@@ -35,7 +36,7 @@ class Policy(ABC):
     @property
     @abstractmethod
     def spec(self) -> str:
-        """The string from which ``gradkeel.policies.parse`` makes this policy again."""
+        """The string from which ``gradkeel.policies.spec.parse`` makes this policy again."""
 
     @abstractmethod
     def init(self, norms: GradientNorms) -> State:
@@ -80,6 +81,14 @@ def count(owner: str, argument: str, value: object, *, least: int = 1) -> int:
     if value < least:
         _refuse(owner, argument, value, rule)
     return value
+
+
+def plain_parameters(part: Any) -> None:
+    """Make Python's numbers of NumPy's among a dataclass's fields: those compute differently, and warn."""
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        if isinstance(value, Real) and not isinstance(value, int):
+            object.__setattr__(part, field.name, float(value))
 
 
 def _number(owner: str, argument: str, value: object, rule: str) -> float:

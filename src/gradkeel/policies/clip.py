@@ -1,16 +1,23 @@
 """The general policy: scope x bound x form, what is measured together, how large it may be, what happens above."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, get_args
+from functools import cached_property
+from typing import ClassVar, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from gradkeel.norms import Decision, GradientNorms, Needs, State
-from gradkeel.policies.base import Policy, Scope, count, positive
-from gradkeel.policies.bounds import Bound, HostBound
-from gradkeel.policies.cells import Cells
+from gradkeel.policies.base import Policy, Scope, count, plain_parameters, positive
+from gradkeel.policies.bounds.base import Bound, HostBound
+from gradkeel.policies.numbers import Memory, Number
+from gradkeel.policies.scopes import Cells, plain_cells, spread
+from gradkeel.policies.states import HOST, PlainState
+
+Verdict: TypeAlias = tuple[Number, Number, Memory]
+"""Coefficients, or whether to skip; the bounds in force; and the state after the step."""
 
 
 class Form(ABC):
@@ -20,8 +27,19 @@ class Form(ABC):
     clamps: ClassVar[bool] = False
     """Whether the form has a meaning for single entries."""
 
+    on_numbers: ClassVar[bool] = False
+
+    def __init_subclass__(cls, *, on_numbers: bool = False) -> None:
+        """Note whether the subclass's formula is written in the operations of `numbers`, as with `Bound`."""
+        super().__init_subclass__()
+        cls.on_numbers = on_numbers
+
+    def __post_init__(self) -> None:
+        """Take plain numbers."""
+        plain_parameters(self)
+
     @abstractmethod
-    def coefficient(self, norms: Tensor, bound: Tensor) -> Tensor:
+    def coefficient(self, norms: Number, bound: Number) -> Number:
         """[k] what each cell is multiplied by; read only where the norm is finite and above zero."""
 
 
@@ -75,7 +93,7 @@ class Clip(Policy):
                 f"Clip(scope='value', form={self.form!r}): single entries can only be clamped; use the form Hard()"
             )
 
-    @property
+    @cached_property
     def needs(self) -> Needs:
         """Norms of this type; units, peaks and weights where the scope or the bound looks at them."""
         unit_dim = self.unit_dim if self.scope == "unit" else None
@@ -95,27 +113,54 @@ class Clip(Policy):
 
     def decide(self, norms: GradientNorms, state: State) -> tuple[Decision, State]:
         """Bound each cell, form its coefficient, and update the statistics of the valid cells."""
-        if isinstance(self.bound, HostBound) and self.scope == "value":
+        scope = self.scope
+        if scope == "value":
+            assert isinstance(self.bound, HostBound), "as __post_init__ has checked"
             return Decision(clamp=self.bound.at(norms.step)), state
-        cells = Cells(norms, self.scope)
+        if self.bound.on_numbers and self.form.on_numbers and (plain := plain_cells(norms, scope)):
+            found, bounds, state = in_turn(self._verdict, plain, state)
+        else:
+            found, bounds, state = self._verdict(Cells(norms, scope), state)
+            bounds = bounds.expand_as(found)
+        bound = spread(bounds, norms, scope)
+        if self.form.asks_to_skip:
+            return Decision(skip=any_of(found), bound=bound), state
+        coefficients = spread(found, norms, scope)
+        if scope == "unit":
+            return Decision(unit_coefficients=coefficients, bound=bound), state
+        return Decision(coefficients=coefficients, bound=bound), state
+
+    def _verdict(self, cells: Cells, state: Memory) -> Verdict:
         bound, updated = judge(self.bound, cells, state)
         if self.form.asks_to_skip:
-            skip = (cells.valid & (cells.norms > bound)).any()
-            return Decision(skip=skip, bound=cells.spread(cells.norms, bound).bound), updated
-        coefficients = self.form.coefficient(cells.norms, bound)
-        return cells.spread(
-            torch.where(cells.valid, coefficients, torch.ones_like(coefficients)), bound
-        ), updated
+            return cells.valid & (cells.norms > bound), bound, updated
+        return cells.if_valid(self.form.coefficient(cells.norms, bound), 1.0), bound, updated
 
 
-def judge(bound: Bound, cells: Cells, state: State) -> tuple[Tensor, State]:
+def judge(bound: Bound, cells: Cells, state: Memory) -> tuple[Number, Memory]:
     """The bound in force, and the state in which only valid cells have left a trace."""
     limit = bound.bound(cells, state)
     updated = bound.update(cells, state, limit)
-    if updated is state:
-        return limit, state
-    return limit, {key: torch.where(_like(cells.valid, new), new, state[key]) for key, new in updated.items()}
+    if updated is state or cells.all_valid:
+        return limit, updated
+    return limit, {key: cells.if_valid(new, state[key]) for key, new in updated.items()}
 
 
-def _like(valid: Tensor, value: Tensor) -> Tensor:
-    return valid.reshape(valid.shape + (1,) * (value.dim() - valid.dim()))
+def in_turn(
+    verdict: Callable[[Cells, Memory], Verdict], cells: Sequence[Cells], state: State
+) -> tuple[list[Number], list[float], State]:
+    """The verdict on each of a few cells in plain numbers, the bounds in force, and the new state."""
+    if not state:
+        found = [verdict(cell, state) for cell in cells]
+        return [one[0] for one in found], [one[1] for one in found], state
+    plain = PlainState.of(state, len(cells))
+    found = [verdict(cell, kept) for cell, kept in zip(cells, plain.cells, strict=True)]
+    kept = PlainState([one[2] for one in found], plain.dtypes)
+    return [one[0] for one in found], [one[1] for one in found], kept
+
+
+def any_of(found: Tensor | list[bool]) -> Tensor:
+    """[] bool: whether any cell's verdict is true."""
+    if isinstance(found, Tensor):
+        return found.any()
+    return torch.full((), any(found), dtype=torch.bool, device=HOST)

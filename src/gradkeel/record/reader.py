@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradkeel.errors import RecordError
+from gradkeel.guard import SkipReason
 from gradkeel.record.described import Session
 from gradkeel.record.ranks import beside, by_rank, merged_samples
 from gradkeel.record.schema import CLIPPED, NONFINITE, SCALAR_PREFIX, STEPPED
@@ -206,6 +207,14 @@ class Reader:
             (step, reason)
             for step, reason in self.store.query("SELECT step, reason FROM skips ORDER BY step")
         ]
+
+    def skip_reasons(self) -> dict[int, SkipReason]:
+        """Reason of each step that was skipped, by its number."""
+        columns = {column[1] for column in self.store.query("PRAGMA table_info(skips)")}
+        if "kind" not in columns:
+            return {step: SkipReason.of_words(words) for step, words in self.skips()}
+        rows = self.store.query("SELECT step, reason, kind FROM skips ORDER BY step")
+        return {step: SkipReason(kind) if kind else SkipReason.of_words(words) for step, words, kind in rows}
 
     def series(self, name: str, start: int | None = None, stop: int | None = None, stride: int = 1) -> Tensor:
         """[k, ...] any series by its name in the file (``scalar:loss``); see docs/record.md."""

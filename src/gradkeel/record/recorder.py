@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradkeel.errors import RecordError, RecordWarning
+from gradkeel.guard.report import StepReport
+from gradkeel.kernels.arrival import is_capturing
 from gradkeel.record.outbox import Outbox, Sink
 from gradkeel.record.ranks import rank_path
 from gradkeel.record.rows import Subject, keep, same_layout
 from gradkeel.record.sampling import BeforeUpdate, Sampling
 from gradkeel.record.writer import RecordFile
-from gradkeel.step_report import StepReport
 
 
 class Guarded(Protocol):
@@ -126,6 +127,8 @@ class Recorder:
         """Copy the weights, at steps at which the update is to be measured."""
         if self._guard is None or self._outbox is None or report.step == self._before_step:
             return  # a closure may be evaluated several times within a step
+        if is_capturing(report.selections[0].measured.norms.device):
+            return  # nothing is run now, and what a replay does is not seen
         if self._guard.is_sharded and not self._per_rank:
             return  # this rank's weights are not the whole
         self._before_step = report.step
@@ -145,6 +148,8 @@ class Recorder:
         sample = None if self._before is None else self._before.sample()
         self._before = None
         if self._outbox is None or not self._outbox.is_open:
+            return
+        if is_capturing(report.selections[0].measured.norms.device):
             return
         kept = keep(report, time.time(), self._scalars(report), sample)
         if not self._outbox.follows(kept):

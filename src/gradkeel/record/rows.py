@@ -7,12 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from gradkeel.guard.report import SelectionReport, SkipReason, StepReport, nonfinite_words
+from gradkeel.kernels.arrival import Arrival, to_host
 from gradkeel.norms import combine
 from gradkeel.record.schema import CLIPPED, NONFINITE, SCALAR_PREFIX, STEPPED
-from gradkeel.step_report import SelectionReport, StepReport
-
-ASKED = "the policy asked to skip this step"
-"""Why a step was skipped whose gradients were sound."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +46,9 @@ class Sample:
     weights: Tensor
     updates: Tensor
 
-    def on_host(self, *, non_blocking: bool) -> "Sample":
-        """A copy on the CPU."""
-        weights = self.weights.to("cpu", non_blocking=non_blocking)
-        return Sample(self.names, weights, self.updates.to("cpu", non_blocking=non_blocking))
+    def on_host(self) -> "Sample":
+        """A copy on the CPU, to be read when it has arrived."""
+        return Sample(self.names, to_host(self.weights), to_host(self.updates))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,7 +78,7 @@ class Rows:
         steps: their numbers, ascending.
         series: by the names in ``schema.SERIES`` (and ``scalar:...``), one row a step; columns are the selections'
             parameters, one selection after the other.
-        skips: number and reason of the skipped ones.
+        skips: number, reason and words of the skipped ones.
         samples: number and sample of those whose weights were measured.
     """
 
@@ -89,7 +86,7 @@ class Rows:
     selections: tuple[SelectionReport, ...]
     steps: list[int]
     series: dict[str, Tensor]
-    skips: list[tuple[int, str]]
+    skips: list[tuple[int, SkipReason, str]]
     samples: list[tuple[int, Sample]]
 
     @property
@@ -125,10 +122,10 @@ def keep(report: StepReport, time: float, scalars: dict[str, Tensor | float], sa
         time=time,
         scalars={name: _own(value, like) for name, value in scalars.items()},
         coefficients=tuple(
-            s.decision.coefficients if s.decision.unit_coefficients is None else s.parameter_coefficients()
+            s.decision.coefficients if s.decision.unit_coefficients is None else s.outcome.coefficients()
             for s in report.selections
         ),
-        clipped=main.was_clipped() if main.decision.clamp is not None else None,
+        clipped=main.outcome.is_clipped() if main.decision.clamp is not None else None,
         clipped_total=None if direct else main.clipped_total(),
         sample=sample,
     )
@@ -161,24 +158,14 @@ class Batch:
 
     def __init__(self, kept: Sequence[Kept], subject: Subject) -> None:
         self._kept, self._subject = kept, subject
-        self._event: torch.cuda.Event | None = None
         device = kept[0].report.selections[0].measured.norms.device
-        stacked = _stack(kept)
-        travels = device.type == "cuda"
-        self._series = {name: value.to("cpu", non_blocking=travels) for name, value in stacked.items()}
-        self._samples = [
-            (row.report.step, row.sample.on_host(non_blocking=travels))
-            for row in kept
-            if row.sample is not None
-        ]
-        if travels:
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(device))
+        self._series = {name: to_host(value) for name, value in _stack(kept).items()}
+        self._samples = [(row.report.step, row.sample.on_host()) for row in kept if row.sample is not None]
+        self._arrival = Arrival(device)
 
     def rows(self) -> Rows:
         """The steps on the host; waits for the copy, so call it off the training thread."""
-        if self._event is not None:
-            self._event.synchronize()
+        self._arrival.wait()
         reports = [kept.report for kept in self._kept]
         series = {name: value.to(torch.float64) for name, value in self._series.items()}
         _derive(series, reports[0].selections[0])
@@ -194,7 +181,7 @@ class Batch:
             steps=[report.step for report in reports],
             series=series,
             skips=[
-                (report.step, _reason(report, norms))
+                _skip(report, norms)
                 for report, norms, made in zip(reports, series["norms"], stepped, strict=True)
                 if not made
             ],
@@ -208,7 +195,7 @@ def _stack(kept: Sequence[Kept]) -> dict[str, Tensor]:
     unknown = main[0].measured.norms.new_full((), math.nan)
     series = {
         "total": torch.stack([s.measured.total for s in main]),
-        "bound": torch.stack([_or(s.bound(), unknown) for s in main]),
+        "bound": torch.stack([_or(s.outcome.bound(), unknown) for s in main]),
         "stepped": _scalars([_number(row.report.stepped_or_pending) for row in kept], unknown),
     }
     columns = range(len(kept[0].report.selections))
@@ -228,11 +215,14 @@ def _stack(kept: Sequence[Kept]) -> dict[str, Tensor]:
             dim=1,
         )
     if any(row.clipped_total is not None for row in kept):
-        series["clipped_total"] = torch.stack([_or(row.clipped_total, unknown) for row in kept])
+        totals = [row.clipped_total for row in kept]
+        for i, s in enumerate(main):  # a policy may change its form within a batch, as `Warmup` does
+            if totals[i] is None and s.decision.clamp is None:
+                totals[i] = s.clipped_total()
+        series["clipped_total"] = torch.stack([_or(total, unknown) for total in totals])
     if any(row.clipped is not None for row in kept):
-        series["clipped"] = torch.stack(
-            [_or(row.clipped, unknown != unknown).to(unknown.dtype) for row in kept]
-        )
+        never = torch.zeros_like(unknown)
+        series["clipped"] = torch.stack([_or(row.clipped, never).to(never.dtype) for row in kept])
     for name in dict.fromkeys(name for row in kept for name in row.scalars):
         values = [row.scalars.get(name, math.nan) for row in kept]
         series[SCALAR_PREFIX + name] = _scalars(values, unknown)
@@ -288,13 +278,12 @@ def _derive(series: dict[str, Tensor], main: SelectionReport) -> None:
     series["verdict"] = verdict.to(torch.uint8)
 
 
-def _reason(report: StepReport, norms: Tensor) -> str:
-    """Why a step was skipped, from numbers that are on the host already."""
-    if report._reason is not None:
-        return report._reason
-    names = [name for s in report.selections for name in s.measured.names]
-    for name, norm in zip(names, norms.tolist(), strict=True):
+def _skip(report: StepReport, norms: Tensor) -> tuple[int, SkipReason, str]:
+    """A skipped step's number, reason and words, from norms that are on the host already."""
+    place, columns = None, [(s, name) for s in report.selections for name in s.measured.names]
+    for (selection, name), norm in zip(columns, norms.tolist(), strict=True):
         if not math.isfinite(norm):
-            kind = "NaN" if math.isnan(norm) else "inf"
-            return f"step {report.step}: the gradient of {name!r} is not finite ({kind})"
-    return ASKED
+            place = nonfinite_words(report.step, name, norm, selection.place_of(name))
+            break
+    why = report.why or (SkipReason.POLICY if place is None else SkipReason.NONFINITE)
+    return report.step, why, why.words(report.step, place)

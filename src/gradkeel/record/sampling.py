@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradkeel.measure.placement import entries_to_read
 from gradkeel.measure.powers import tensor_norms
 from gradkeel.norms import GradientNorms
 from gradkeel.record.rows import Sample
+from gradkeel.tensors import entries_to_read
 
 FIRST_STEPS = 100
 EVERY = 50  # steps; an update costs a copy of the weights and three passes over them

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from gradkeel.errors import RecordError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2: skips have a kind. Records of version 1 are read as well, and continued in version 2."""
 APPLICATION_ID = 0x6B65656C  # "keel"
 ROWS_PER_BLOCK = 64
 """How many steps a block holds: rows wait for each other in memory, and are read together."""
@@ -44,7 +45,7 @@ CREATE TABLE series (
     name TEXT NOT NULL, block INTEGER NOT NULL, data BLOB NOT NULL, PRIMARY KEY (name, block)
 );
 CREATE TABLE weight_samples (step INTEGER PRIMARY KEY, weights BLOB NOT NULL, updates BLOB NOT NULL);
-CREATE TABLE skips (step INTEGER PRIMARY KEY, reason TEXT NOT NULL);
+CREATE TABLE skips (step INTEGER PRIMARY KEY, reason TEXT NOT NULL, kind TEXT NOT NULL DEFAULT '');
 """
 
 
@@ -171,9 +172,14 @@ def from_blobs(blobs: Sequence[bytes], dtype: torch.dtype) -> Tensor:
 
 
 def create(connection: sqlite3.Connection) -> None:
-    """Make the tables, in one transaction, if they are not there."""
+    """Make the tables, in one transaction, if they are not there, or bring older ones up to date."""
     connection.execute("BEGIN IMMEDIATE")
-    if not _pragma(connection, "user_version"):
+    version = _pragma(connection, "user_version")
+    if version == 1:
+        connection.execute("ALTER TABLE skips ADD COLUMN kind TEXT NOT NULL DEFAULT ''")
+        connection.execute("UPDATE meta SET value = ? WHERE key = 'schema_version'", (str(SCHEMA_VERSION),))
+        connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+    elif not version:
         for statement in TABLES.split(";\n"):
             if statement.strip():
                 connection.execute(statement)

@@ -6,7 +6,6 @@ import os
 import sqlite3
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -25,6 +24,7 @@ from gradkeel.record.schema import (
     series_of,
     to_blob,
 )
+from gradkeel.version import __version__
 
 _WAIT_SECONDS = 60  # for a reader that holds the file where there is no write-ahead log
 
@@ -70,7 +70,10 @@ class RecordFile:
             if rows.steps[0] <= self._last_step:
                 self._truncate(rows.steps[0])
             self._append({name: self._in_order(name, values, rows) for name, values in rows.series.items()})
-            self._connection.executemany("INSERT OR REPLACE INTO skips VALUES (?, ?)", rows.skips)
+            self._connection.executemany(
+                "INSERT OR REPLACE INTO skips (step, kind, reason) VALUES (?, ?, ?)",
+                [(step, why.value, words) for step, why, words in rows.skips],
+            )
             self._connection.executemany(
                 "INSERT OR REPLACE INTO weight_samples VALUES (?, ?, ?)",
                 [(step, *self._sampled(sample)) for step, sample in rows.samples],
@@ -168,7 +171,7 @@ class RecordFile:
                 main.measured.norm_type,
                 rows.subject.optimizer,
                 rows.subject.nonfinite,
-                metadata.version("gradkeel"),
+                __version__,
                 torch.__version__,
             ),
         )

@@ -1,0 +1,70 @@
+"""And for small models, where people train on the CPU: how long does clipping take in one thread?"""
+
+import torch
+
+from gradkeel.bench import Gradients, Quartiles, Race, Table, race
+from gradkeel.bench.contenders import FUNCTION, TORCH, NoStep, guard_alone, own_clip, torch_clip
+from gradkeel.bench.stopwatch import Contender, quartiles
+from gradkeel.policies import ClipByGlobalNorm, Policy, ZClip
+
+from benchmarks.speed.answer import Answer, Target, bound, target
+
+SMALL = {
+    "MLP, 4 tensors": [(64, 32), (64,), (10, 64), (10,)],
+    "two networks of PPO, 12 tensors": [(64, 8), (64,), (64, 64), (64,), (4, 64), (4,)] * 2,
+    "60 tensors of 64 x 64": [(64, 64)] * 60,
+}
+"""Shapes of parameters."""
+
+PLAIN = "a step that does nothing"
+GUARDED, ADAPTIVE = "guarded step", "guarded step, zclip"
+TIMES = 30
+"""As many rounds for one: they are short."""
+
+
+def clipped(gradients: Gradients, *, active: bool, rounds: int) -> Race:
+    """The functions, and a step that does nothing, guarded and not."""
+    limit = bound(gradients, active=active)
+    policies: dict[str, Policy] = {GUARDED: ClipByGlobalNorm(limit)}
+    if not active:
+        policies[ADAPTIVE] = ZClip()
+    guards = [
+        guard_alone(gradients, policy, lambda: gradients.error(limit), name)
+        for name, policy in policies.items()
+    ]
+    plain = Contender(PLAIN, NoStep(gradients.parameters).step, gradients.refill)
+    return race(
+        [torch_clip(gradients, limit), own_clip(gradients, limit), *guards, plain], rounds=rounds * TIMES
+    )
+
+
+def cost(found: Race, name: str, to: str) -> Quartiles:
+    """What a guard adds to a step, as a multiple of a function's time, or of what another guard adds."""
+    seconds = found.seconds
+    rounds = zip(seconds[name], seconds[to], seconds[PLAIN], strict=True)
+    without = 0.0 if to == TORCH else 1.0
+    return quartiles([(own - plain) / (its - without * plain) for own, its, plain in rounds])
+
+
+def ask(rounds: int) -> Answer:
+    """Three small models, below and above the bound."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    tables, targets = [], []
+    try:
+        for name, shapes in SMALL.items():
+            gradients = Gradients(shapes)
+            for active in (False, True):
+                found = clipped(gradients, active=active, rounds=rounds)
+                words = f"{name}, norm {'above' if active else 'below'} the bound"
+                tables.append(Table(words, found))
+                targets.append(target(f"{words}, {FUNCTION}, to torch", 0.8, found, FUNCTION))
+                targets.append(
+                    Target(f"{words}, what a guard adds, to torch", 0.8, cost(found, GUARDED, TORCH))
+                )
+                if not active:
+                    adaptive = found.ratio(ADAPTIVE, GUARDED)
+                    targets.append(Target(f"{words}, zclip to a constant bound", 1.05, adaptive))
+    finally:
+        torch.set_num_threads(threads)
+    return Answer(tables, targets)

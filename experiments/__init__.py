@@ -1,0 +1,1 @@
+"""Experiments behind the documentation; not part of the package."""

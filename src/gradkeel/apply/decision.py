@@ -1,0 +1,92 @@
+"""The only code that writes to gradients: one multiplication by prescale x clip, and the clamp of the value scope."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from gradkeel.apply import device, host
+from gradkeel.norms import Decision, GradientNorms
+
+
+def apply(
+    parameters: Sequence[Tensor],
+    decision: Decision,
+    measured: GradientNorms,
+    *,
+    prescale: Tensor | float,
+    unit_dim: int | None = None,
+) -> None:
+    """Carry a decision out on the gradients of a selection, in place.
+
+    Args:
+        parameters: n parameters; those without a gradient are passed over.
+        decision: what the policy wants.
+        measured: the norms that it was decided on; tells where nothing is to be done.
+        prescale: [] what turns the stored gradients into the true ones.
+        unit_dim: the dimension that counts units, where the decision has unit coefficients.
+
+    On CPU a gradient whose coefficient is exactly 1 is not touched. On an accelerator the host is not synced. Gradients
+    that require gradients must be written to under ``torch.no_grad()``, as everything that calls this does.
+    """
+    scale(parameters, factors(decision, prescale))
+    units = decision.unit_coefficients
+    if units is not None:
+        assert unit_dim is not None, "unit coefficients come with the dimension that counts units"
+        scale_units = host.scale_units if units.device.type == "cpu" else device.scale_units
+        scale_units(parameters, units, measured.unit_counts, unit_dim)
+    if decision.clamp is not None:
+        clamp(parameters, decision.clamp, _peaks_after(decision, measured))
+
+
+def factors(decision: Decision, prescale: Tensor | float) -> Tensor | float:
+    """Prescale x clip: one factor for all parameters, a number where the host knows it, or [n] one for each."""
+    factor = decision.coefficients
+    if factor is None:
+        factor = prescale if isinstance(prescale, Tensor) else None
+    elif not (isinstance(prescale, float) and prescale == 1.0):
+        factor = factor * prescale
+    if factor is None:
+        return prescale
+    return factor.item() if factor.is_cpu and factor.dim() == 0 else factor
+
+
+def scale(parameters: Sequence[Tensor], factor: Tensor | float) -> None:
+    """Multiply all gradients by one factor, or each by its own, in place; a factor that the host knows may be a number.
+
+    Args:
+        parameters: n parameters; those without a gradient are passed over.
+        factor: a number, [] or [n].
+    """
+    if isinstance(factor, float):
+        if factor != 1.0:
+            host.scale(parameters, factor)
+    elif factor.is_cpu:
+        host.scale(parameters, factor.item() if factor.dim() == 0 else factor)
+    else:
+        device.scale(parameters, factor)
+
+
+def clamp(parameters: Sequence[Tensor], limits: tuple[float, float], peaks: Tensor | None = None) -> None:
+    """Clamp every entry of every gradient into ``limits``, in place; NaN stays.
+
+    Args:
+        parameters: n parameters; those without a gradient are passed over.
+        limits: lowest and highest value.
+        peaks: [n, 2] lowest and highest entries, where they are known: a gradient within the limits is not touched.
+    """
+    gradients = [parameter.grad for parameter in parameters]
+    if any(gradient is not None and gradient.device.type != "cpu" for gradient in gradients):
+        device.clamp(parameters, limits)
+    else:
+        host.clamp(parameters, limits, peaks)
+
+
+def _peaks_after(decision: Decision, measured: GradientNorms) -> Tensor | None:
+    """[n, 2] lowest and highest entries after the scaling that comes before the clamp; None where unknown."""
+    if measured.peaks is None or decision.unit_coefficients is not None:
+        return None
+    return (
+        measured.peaks
+        if decision.coefficients is None
+        else measured.peaks * decision.coefficients.reshape(-1, 1)
+    )

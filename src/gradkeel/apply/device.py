@@ -1,0 +1,101 @@
+"""Scaling and clamping on accelerators, where the host does not know the factors and must not ask for them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradkeel.kernels import foreach, triton_host
+from gradkeel.tensors import entries_to_scale, shares_memory
+
+
+def scale(parameters: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiply each gradient by its factor, which lies on an accelerator.
+
+    Args:
+        parameters: n parameters; those without a gradient are passed over.
+        factor: [] or [n].
+    """
+    gradients = [own(parameter) for parameter in parameters]
+    entries = [None if gradient is None else entries_to_scale(gradient) for gradient in gradients]
+    scale_entries(entries, factor)
+
+
+def scale_entries(entries: Sequence[Tensor | None], factors: Tensor) -> None:
+    """Multiply each tensor by its factor, on whatever devices they lie, without the host knowing the factors.
+
+    Args:
+        entries: n tensors; None is passed over.
+        factors: [] or [n].
+    """
+    if triton_host.scale(entries, factors):
+        return
+    rows = [i for i, entry in enumerate(entries) if entry is not None]
+    places = dict.fromkeys(entry.device for entry in entries if entry is not None)
+    held = [entry for entry in entries if entry is not None]
+    numbers = foreach.pick(factors, rows)
+    if len(places) > 1:
+        for device in places:
+            here = [i for i, entry in enumerate(held) if entry.device == device]
+            scale_entries([held[i] for i in here], foreach.pick(numbers, here).to(device))
+    else:
+        foreach.scale(held, numbers)
+
+
+def scale_units(parameters: Sequence[Tensor], coefficients: Tensor, counts: Sequence[int], dim: int) -> None:
+    """Multiply each unit by its coefficient; arguments as in ``host.scale_units``, on an accelerator."""
+    gradients = [own(parameter) for parameter in parameters]
+    # What a sparse gradient stores does not lie unit by unit.
+    is_strided = all(gradient is None or gradient.layout == torch.strided for gradient in gradients)
+    entries = [None if gradient is None else entries_to_scale(gradient) for gradient in gradients]
+    if is_strided and triton_host.scale_units(entries, coefficients, counts, dim):
+        return
+    parts = coefficients.split(list(counts))
+    strided: list[tuple[Tensor, Tensor, int]] = []
+    for gradient, own_entries, part, count in zip(gradients, entries, parts, counts, strict=True):
+        if gradient is None or own_entries is None:
+            continue
+        if gradient.layout == torch.strided and gradient.dim() == own_entries.dim():
+            strided.append((own_entries, part, count))
+        else:
+            factors = part.to(own_entries.device, torch.promote_types(own_entries.dtype, torch.float32))
+            own_entries.mul_(over_units(factors, gradient, own_entries.dim(), dim))
+    if strided:
+        foreach.scale_units(
+            [one for one, _, _ in strided],
+            torch.cat([part for _, part, _ in strided]),
+            [n for _, _, n in strided],
+            dim,
+        )
+
+
+def clamp(parameters: Sequence[Tensor], limits: tuple[float, float]) -> None:
+    """Clamp every entry of every gradient into ``limits``; NaN stays."""
+    entries: list[Tensor | None] = []
+    for parameter in parameters:
+        gradient = own(parameter)
+        if gradient is not None and gradient.layout == torch.sparse_coo:
+            parameter.grad = gradient = gradient.coalesce()
+        entries.append(None if gradient is None else entries_to_scale(gradient))
+    if not triton_host.clamp(entries, *limits):
+        foreach.clamp([entry for entry in entries if entry is not None], *limits)
+
+
+def own(parameter: Tensor) -> Tensor | None:
+    """The gradient, copied first if its entries share memory, as those of an expanded gradient do."""
+    gradient = parameter.grad
+    if gradient is not None and shares_memory(gradient):
+        parameter.grad = gradient = gradient.clone(memory_format=torch.contiguous_format)
+    return gradient
+
+
+def over_units(factors: Tensor, gradient: Tensor, dims: int, dim: int) -> Tensor:
+    """One factor for each unit, shaped to multiply the gradient's stored entries, which have ``dims`` dimensions."""
+    if factors.numel() > 1 and gradient.layout == torch.sparse_coo:
+        # Stored entries are one row for each stored index.
+        sparse = gradient.sparse_dim()
+        factors, dim = (factors[gradient._indices()[dim]], 0) if dim < sparse else (factors, dim - sparse + 1)
+    shape = [1] * dims
+    if factors.numel() > 1 or gradient.dim() > 1:
+        shape[dim] = factors.numel()
+    return factors.reshape(shape)

@@ -1,0 +1,94 @@
+"""Scaling and clamping where the host knows the factors: on CPU, and by numbers of the host's own."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradkeel.apply.device import over_units, own
+from gradkeel.kernels import native
+from gradkeel.tensors import entries_to_scale
+
+
+def scale(parameters: Sequence[Tensor], factor: Tensor | float) -> None:
+    """Multiply each gradient whose factor is not 1.
+
+    Args:
+        parameters: n parameters; those without a gradient are passed over.
+        factor: a number for all of them, or [n].
+    """
+    if isinstance(factor, float):
+        if factor == 1.0:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        numbers: Tensor | float = factor
+    else:
+        rows = [
+            i for i, value in enumerate(factor.tolist()) if value != 1.0 and parameters[i].grad is not None
+        ]
+        parameters = [parameters[i] for i in rows]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        numbers = factor[torch.tensor(rows, dtype=torch.int64, device="cpu")]
+    if not gradients or native.scale(gradients, numbers):
+        return
+    entries = [entries_to_scale(gradient) for p in parameters if (gradient := own(p)) is not None]
+    if native.scale(entries, numbers):
+        return
+    each = [numbers] * len(entries) if isinstance(numbers, float) else numbers.tolist()
+    wide = [i for i, entry in enumerate(entries) if entry.dtype in (torch.float32, torch.float64)]
+    if wide:
+        torch._foreach_mul_([entries[i] for i in wide], [each[i] for i in wide])
+    for entry, number in zip(entries, each, strict=True):
+        if entry.dtype not in (torch.float32, torch.float64):
+            # mul_ multiplies in a wider type and rounds once; foreach would round the number first.
+            entry.mul_(number)
+
+
+def scale_units(parameters: Sequence[Tensor], coefficients: Tensor, counts: Sequence[int], dim: int) -> None:
+    """Multiply each unit by its coefficient, [u] on CPU; gradients whose units all have 1 are not touched.
+
+    Args:
+        parameters: n parameters; those without a gradient are passed over.
+        coefficients: one for each unit, parameter after parameter.
+        counts: how many units each parameter has.
+        dim: the dimension that counts units.
+    """
+    split = coefficients.split(list(counts))
+    parts = [(own(parameters[i]), split[i]) for i in _touched(coefficients, counts)]
+    held = [(gradient, part) for gradient, part in parts if gradient is not None]
+    if not held or native.scale(
+        [gradient for gradient, _ in held], torch.cat([part for _, part in held]), dim
+    ):
+        return
+    for gradient, part in held:
+        entries = entries_to_scale(gradient)
+        wide = torch.promote_types(entries.dtype, torch.float32)
+        entries.mul_(over_units(part.to(entries.device, wide), gradient, entries.dim(), dim))
+
+
+def _touched(coefficients: Tensor, counts: Sequence[int]) -> list[int]:
+    """Which parameters have a unit whose coefficient is not 1."""
+    before = torch.nn.functional.pad((coefficients != 1).cumsum(0), (1, 0))  # how many before each unit
+    ends = torch.nn.functional.pad(torch.tensor(counts, device="cpu").cumsum(0), (1, 0))
+    touched: list[int] = before[ends].diff().nonzero().flatten().tolist()
+    return touched
+
+
+def clamp(parameters: Sequence[Tensor], limits: tuple[float, float], peaks: Tensor | None) -> None:
+    """Clamp every entry into ``limits``; with ``peaks`` [n, 2] on CPU only gradients that have one outside."""
+    low, high = limits
+    outside = [True] * len(parameters)
+    if peaks is not None and peaks.device.type == "cpu":
+        # Written so that a NaN counts as outside.
+        outside = (~((peaks[:, 0] >= low) & (peaks[:, 1] <= high))).tolist()
+    chosen = [
+        (p, gradient)
+        for p, must in zip(parameters, outside, strict=True)
+        if must and (gradient := own(p)) is not None
+    ]
+    if native.clamp([gradient for _, gradient in chosen], low, high):
+        return
+    for parameter, gradient in chosen:
+        once = gradient.coalesce() if gradient.layout == torch.sparse_coo else gradient
+        entries_to_scale(once).clamp_(low, high)
+        parameter.grad = once

@@ -1,0 +1,154 @@
+"""Runs of the user's own script, which must contain one ``gk.attach`` line: policy in, record out, by environment."""
+
+import contextlib
+import itertools
+import math
+import os
+import re
+import shlex
+import statistics
+import subprocess
+from collections.abc import Generator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+
+from gradkeel.compare.run import Onset, Run, Trial, divergence
+from gradkeel.compare.task import TaskError
+from gradkeel.errors import RecordError
+from gradkeel.record import Reader
+
+SEED_VARIABLE = "GRADKEEL_SEED"
+_LAST_WORDS = 10  # lines of a failing script's output that its error shows
+
+
+def in_subprocesses(
+    command: str, trials: Sequence[Trial], jobs: int, folder: Path
+) -> Generator[tuple[int, Run]]:
+    """Index and result of each trial as it finishes; records and outputs stay in ``folder``.
+
+    Raises:
+        TaskError: the command cannot be started, fails without having diverged, or guards no optimizer.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    alive: set[subprocess.Popen[bytes]] = set()
+    with ThreadPoolExecutor(jobs) as pool:
+        futures: dict[Future[Run], int] = {
+            pool.submit(_run, command, trial, folder, alive): i for i, trial in enumerate(trials)
+        }
+        waiting = set(futures)
+        try:
+            while waiting:
+                finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    yield futures[future], future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(alive):
+                with contextlib.suppress(ProcessLookupError):
+                    process.terminate()
+
+
+def _run(command: str, trial: Trial, folder: Path, alive: set[subprocess.Popen[bytes]]) -> Run:
+    stem = folder / f"{re.sub(r'[^A-Za-z0-9.=-]+', '_', trial.policy)}-{trial.seed}"
+    record, output = stem.with_name(f"{stem.name}.keel"), stem.with_name(f"{stem.name}.log")
+    for old in folder.glob(f"{record.name}*"):
+        old.unlink()
+    environment = os.environ | {
+        "GRADKEEL_POLICY": trial.policy,
+        "GRADKEEL_RECORD": str(record.resolve()),
+        SEED_VARIABLE: str(trial.seed),
+    }
+    with output.open("wb") as log:
+        try:
+            # A group of its own: Ctrl-C reaches this process alone, which then ends the script.
+            process = subprocess.Popen(
+                shlex.split(command), env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+        except OSError as error:
+            raise TaskError(f"--run {command!r} cannot be started: {error}") from None
+        alive.add(process)
+        code = process.wait()
+        alive.discard(process)
+    return _result(command, trial, record, output, code)
+
+
+def _result(command: str, trial: Trial, record: Path, output: Path, code: int) -> Run:
+    try:
+        with Reader(record) as reader:
+            if len(reader):
+                run = _read(trial, reader)
+                if code and not run.diverged:
+                    raise _failed(command, trial, output, code)
+                return run
+    except RecordError:
+        pass
+    if code:
+        raise _failed(command, trial, output, code)
+    raise TaskError(
+        f"--run {command!r} guarded no step; its training loop needs one line before it, "
+        "guard = gradkeel.attach(optimizer, None, model=model), and must call optimizer.step()"
+    )
+
+
+def _failed(command: str, trial: Trial, output: Path, code: int) -> TaskError:
+    words = output.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_WORDS:]
+    return TaskError(
+        f"--run {command!r} exited with {code} under {trial.policy}; its last output, whole in {output}:\n"
+        + "\n".join(words)
+    )
+
+
+def _read(trial: Trial, reader: Reader) -> Run:
+    bad = (reader.nonfinite() & reader.stepped()).tolist()
+    losses = _filled(reader.losses().tolist(), bad) if "loss" in reader.scalar_names else []
+    bad_step = next((i for i, is_bad in enumerate(bad, start=1) if is_bad), None)
+    skipped = (~reader.stepped()).tolist()
+    if all(skipped[-10:]):
+        # It ended in skips: the last step that was made is the one that did it.
+        bad_step = next((i for i in range(len(skipped), 0, -1) if not skipped[i - 1]), 0)
+    diverged, diverged_at = divergence(losses, bad_step)
+    times = reader.series("time").tolist()
+    return Run(
+        policy=trial.policy,
+        lr=_logged(reader, "lr", 0),
+        seed=trial.seed,
+        losses=losses,
+        norms=reader.totals().tolist(),
+        initial_validation_loss=None,
+        validation_loss=_logged(reader, "validation_loss", -1),
+        diverged=diverged,
+        diverged_at=diverged_at,
+        onset=_onset(reader),
+        clip_rate=statistics.fmean(reader.clipped().tolist()),
+        skipped=sum(skipped),
+        seconds_per_step=statistics.median(b - a for a, b in itertools.pairwise(times)) if times[1:] else 0.0,
+        optimizer=reader.session.optimizer,
+    )
+
+
+def _logged(reader: Reader, name: str, which: int) -> float | None:
+    """The first (0) or last (-1) finite value that the script logged under this name."""
+    if name not in reader.scalar_names:
+        return None
+    values = [value for value in reader.scalar(name).tolist() if math.isfinite(value)]
+    return values[which] if values else None
+
+
+def _filled(losses: Sequence[float], bad: Sequence[bool]) -> list[float]:
+    """Losses with the last one that was logged at the steps between; NaN where the gradient was not finite either."""
+    last = next((loss for loss in losses if math.isfinite(loss)), math.nan)
+    result = []
+    for loss, is_bad in zip(losses, bad, strict=True):
+        last = loss if is_bad or not math.isnan(loss) else last
+        result.append(last)
+    return result
+
+
+def _onset(reader: Reader) -> Onset | None:
+    """As far as the record's samples of weights and updates show it."""
+    steps, weights, updates = reader.weight_samples()
+    for step, sizes, changes in zip(steps.tolist(), weights, updates, strict=True):
+        ratios = (changes / sizes).where(sizes > 0, 0.0).nan_to_num(0.0)
+        if ratios.numel() and ratios.max() > 1:
+            return Onset(step, reader.names[int(ratios.argmax())], float(ratios.max()))
+    return None

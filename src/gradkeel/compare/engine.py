@@ -1,0 +1,151 @@
+"""The engine of ``gradkeel compare``: every policy, learning rate and seed, in worker processes."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+
+import torch
+
+from gradkeel.compare.command import in_subprocesses
+from gradkeel.compare.plan import Comparison, Plan
+from gradkeel.compare.ray_pool import in_ray
+from gradkeel.compare.run import Run, Trial
+from gradkeel.compare.task import Task, TaskError
+
+
+def compare(
+    plan: Plan,
+    *,
+    jobs: int | None = None,
+    on_run: Callable[[Comparison], None] | None = None,
+    records: Path = Path("gradkeel-compare", "runs"),
+    ray: str | None = None,
+) -> Comparison:
+    """Run a plan; Ctrl-C ends it early and keeps the runs that have finished.
+
+    Runs with the same seed start from the same weights and see the same batches, whatever the policy. Each worker
+    process computes on one thread, so that results do not depend on how many there are.
+
+    Args:
+        plan: made by ``make_plan``.
+        jobs: how many runs at a time; None takes one a core, here or of the Ray cluster, and one for a command. A task
+            with 1, and without Ray, runs in this process.
+        on_run: called in this process after each run, with all that have finished.
+        records: folder for records, where the plan asks for them, and for what a command's runs record and print.
+        ray: None runs on this machine. Otherwise the address of a Ray cluster: ``host:port``, ``ray://host:port``,
+            ``auto``, ``local``; empty for the one that ``ray.init()`` finds, or starts for as long as this takes.
+
+    Raises:
+        TaskError: ``jobs`` is not above zero, the cluster cannot be reached, or is to run a command.
+        MissingExtraError: Ray is asked for, and is not installed.
+    """
+    done: dict[int, Run] = {}
+    interrupted = False
+    with contextlib.closing(_runs(plan, jobs, records, ray)) as finished:
+        try:
+            for i, run in finished:
+                done[i] = run
+                if on_run is not None:
+                    on_run(_collect(plan, done))
+        except KeyboardInterrupt:
+            interrupted = True
+    return _collect(plan, done, interrupted=interrupted)
+
+
+def _runs(plan: Plan, jobs: int | None, records: Path, ray: str | None) -> Generator[tuple[int, Run]]:
+    """Index and result of each trial as it finishes, from whoever is to make them."""
+    trials = plan.trials
+    if jobs is not None and jobs < 1:
+        raise TaskError(f"jobs={jobs}: it must be 1 or more")
+    if plan.is_command and ray is not None:
+        raise TaskError(
+            "--ray: a command of your own, its files and its record are on this machine; leave --ray out, or make it a "
+            "task: mypkg.mymodule:make_task"
+        )
+    if plan.record:
+        records.mkdir(parents=True, exist_ok=True)
+    folder = records if plan.record else None
+    if ray is not None:
+        return in_ray(plan, trials, jobs, folder, ray)
+    jobs = min(len(trials), jobs or (1 if plan.is_command else _cores()))
+    if plan.is_command:
+        return in_subprocesses(plan.target, trials, jobs, records)
+    return _in_this_process(plan, trials, folder) if jobs == 1 else _in_workers(plan, trials, jobs, folder)
+
+
+def _collect(plan: Plan, done: dict[int, Run], *, interrupted: bool = False) -> Comparison:
+    return Comparison(plan, tuple(done[i] for i in sorted(done)), interrupted)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _in_this_process(plan: Plan, trials: Sequence[Trial], records: Path | None) -> Generator[tuple[int, Run]]:
+    threads = torch.get_num_threads()
+    task = _prepare(plan)
+    try:
+        for i, trial in enumerate(trials):
+            yield i, plan.run(task, trial, records=records)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _in_workers(
+    plan: Plan, trials: Sequence[Trial], jobs: int, records: Path | None
+) -> Generator[tuple[int, Run]]:
+    spawn = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_start_worker, initargs=(plan, records))
+    complete = False
+    try:
+        with _ctrl_c_left_to_parent():
+            futures: dict[Future[Run], int] = {pool.submit(_work, trial): i for i, trial in enumerate(trials)}
+        waiting = set(futures)
+        while waiting:
+            finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in finished:
+                yield futures[future], future.result()
+        complete = True
+    finally:
+        pool.shutdown(wait=complete, cancel_futures=True)
+        if not complete:
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.terminate()
+
+
+@contextlib.contextmanager
+def _ctrl_c_left_to_parent() -> Iterator[None]:
+    # A terminal sends SIGINT to workers as well; they inherit that it is ignored, even while they import torch.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+_worker: tuple[Task, Plan, Path | None] | None = None
+
+
+def _start_worker(plan: Plan, records: Path | None) -> None:
+    global _worker  # noqa: PLW0603 - a worker process has one task, loaded once
+    _worker = _prepare(plan), plan, records
+
+
+def _prepare(plan: Plan) -> Task:
+    torch.set_num_threads(1)
+    return plan.load()
+
+
+def _work(trial: Trial) -> Run:
+    assert _worker is not None
+    task, plan, records = _worker
+    return plan.run(task, trial, records=records)

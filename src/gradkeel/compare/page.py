@@ -1,0 +1,200 @@
+"""The table of a comparison, and its page."""
+
+import itertools
+import math
+import shlex
+import statistics
+from collections.abc import Callable, Sequence
+
+from gradkeel.compare.findings import Findings
+from gradkeel.compare.plan import Comparison
+from gradkeel.compare.run import Run
+from gradkeel.compare.summary import Row, best_runs
+from gradkeel.compare.sweep import LOOSE, TIGHT, WORKS, SweepPoint, sweep_points
+from gradkeel.compare.words import count, number
+from gradkeel.page.figures import Band, Curves, Point, Series, against, curves
+from gradkeel.page.page import Line, Section, Table, page
+
+_KINDS = {TIGHT: "weak", WORKS: "good", LOOSE: "bad"}
+
+
+def table(rows: Sequence[Row], comparison: Comparison) -> Table:
+    """The summary as text, in the order of ``rows``."""
+    scored = "val. loss" if any(run.validation_loss is not None for run in comparison.runs) else "final loss"
+    target = rows[0].target_loss if rows else math.nan
+    steps = f"steps to {number(target)}"
+    headers = ["policy", "best lr", scored, "range", "diverged", "clipped", steps, "volatility", "ms/step"]
+    return Table(headers, [_cells(row) for row in rows])
+
+
+def _cells(row: Row) -> list[str]:
+    failed = math.isinf(row.loss)
+    return [
+        row.policy,
+        number(row.lr),
+        "diverged" if failed else number(row.loss),
+        "–" if math.isnan(row.lowest) else f"{row.lowest:.3g}–{row.highest:.3g}",
+        f"{row.diverged}/{row.runs}",
+        f"{row.clip_rate:.0%}",
+        _steps(row),
+        "–" if math.isnan(row.volatility) else f"{row.volatility:.1%}",
+        f"{row.seconds_per_step * 1e3:.1f}",
+    ]
+
+
+def _steps(row: Row) -> str:
+    if math.isnan(row.target_loss):
+        return "–"
+    return "never" if math.isinf(row.steps_to_target) else f"{row.steps_to_target:.0f}"
+
+
+def compare_page(comparison: Comparison, rows: Sequence[Row], words: Findings) -> str:
+    """The page of a comparison, as HTML.
+
+    Raises:
+        MissingExtraError: plotly is not installed.
+    """
+    plan, runs = comparison.plan, comparison.runs
+    colors = {policy: i for i, policy in enumerate(plan.policies)}
+    lines = [Line(label, text, command=label == "NEXT") for label, text in words.lines()]
+    sections = [_ranking(comparison, rows), *_sweeps(comparison), *_rates(comparison, rows, colors)]
+    shown = [
+        row for row in rows if plan.sweep is None or row is rows[0] or row.policy not in plan.sweep.policies
+    ]
+    best = {row.policy: best_runs(runs, row.policy) for row in shown}
+    at_best = "Loss, each policy at its best learning rate" if len(plan.learning_rates) > 1 else "Loss"
+    sections += _losses(at_best, best, colors)
+    winner = next((row for row in rows if row.policy != "none"), rows[0])
+    common = {
+        row.policy: [run for run in runs if (run.policy, run.lr) == (row.policy, winner.lr)] for row in shown
+    }
+    where = "" if winner.lr is None else f" at lr {number(winner.lr)}"
+    if any([run.lr for run in best[policy]] != [run.lr for run in common[policy]] for policy in best):
+        sections += _losses(f"Loss, every policy{where}", common, colors)
+    if figure := _drawn(common, colors, lambda run: run.norms, "gradient norm"):
+        text = (
+            f"The true gradients{where}, before clipping. A thin line is a seed, the thick one their median."
+        )
+        sections.append(Section("Gradient norm", text, figure=figure))
+    title = f"gradkeel compare {shlex.join(plan.arguments)}"
+    return page(title, _subtitle(comparison), lines, sections)
+
+
+def _subtitle(comparison: Comparison) -> str:
+    plan = comparison.plan
+    words = [
+        count(len(plan.policies), "policy").replace("policys", "policies"),
+        count(len(plan.learning_rates), "learning rate") if plan.learning_rates else "",
+        count(len(plan.seeds), "seed"),
+        count(plan.steps, "step") if plan.steps else "",
+        f"each on {plan.accumulate} accumulated batches" if plan.accumulate > 1 else "",
+    ]
+    text = (
+        ", ".join(word for word in words if word) + "; the same initial weights and batches for every policy."
+    )
+    if comparison.interrupted:
+        text += f" Interrupted after {len(comparison.runs)} of {len(plan.trials)} runs."
+    return text
+
+
+def _ranking(comparison: Comparison, rows: Sequence[Row]) -> Section:
+    loss = "validation" if any(run.validation_loss is not None for run in comparison.runs) else "final"
+    text = (
+        f"Ranked by {loss} loss (median over seeds) at each policy's own best learning rate. "
+        "Diverged counts all its runs: a loss or a weight was not finite, or the loss ended above where it began. "
+        "Volatility is the mean change of the loss from step to step, relative to the loss, over the second half."
+    )
+    return Section("Result", text, table(rows, comparison))
+
+
+def _rates(comparison: Comparison, rows: Sequence[Row], colors: dict[str, int]) -> list[Section]:
+    rates = sorted({run.lr for run in comparison.runs if run.lr is not None})
+    if len(rates) < 2 or comparison.plan.sweep is not None:
+        return []
+    series = []
+    for row in rows:
+        groups = [(lr, [r for r in comparison.runs if (r.policy, r.lr) == (row.policy, lr)]) for lr in rates]
+        points = [_score_point(lr, group) for lr, group in groups if group]
+        series.append(Series(row.policy, points, colors[row.policy]))
+    figure = against(series, x_title="learning rate", y_title="loss after training", failed="diverged")
+    text = "Median over seeds, and range. A cross: most seeds diverged."
+    return [Section("Which learning rates work", text, figure=figure)]
+
+
+def _score_point(x: float, group: Sequence[Run]) -> Point:
+    scores = [run.score for run in group]
+    finite = [score for score in scores if math.isfinite(score)]
+    note = f"diverged: {sum(run.diverged for run in group)} of {len(group)}"
+    return Point(
+        x, statistics.median(scores), min(finite, default=math.nan), max(finite, default=math.nan), note
+    )
+
+
+def _losses(title: str, groups: dict[str, list[Run]], colors: dict[str, int]) -> list[Section]:
+    figure = _drawn(groups, colors, lambda run: run.losses, "training loss")
+    text = (
+        "A thin line is a seed, the thick one their median; a cross marks a loss that stopped being finite."
+    )
+    return [Section(title, text, figure=figure)] if figure else []
+
+
+def _drawn(
+    groups: dict[str, list[Run]],
+    colors: dict[str, int],
+    values: Callable[[Run], Sequence[float]],
+    y_title: str,
+) -> object | None:
+    drawn = [
+        Curves(name, [values(run) for run in runs], colors[name]) for name, runs in groups.items() if runs
+    ]
+    if not any(any(map(math.isfinite, line)) for group in drawn for line in group.lines):
+        return None
+    figure: object = curves(drawn, x_title="step", y_title=y_title)
+    return figure
+
+
+def _sweeps(comparison: Comparison) -> list[Section]:
+    sweep = comparison.plan.sweep
+    points = [] if sweep is None else sweep_points(sweep, comparison.runs)
+    if sweep is None or not points:
+        return []
+    series = []
+    for i, lr in enumerate(dict.fromkeys(point.lr for point in points)):
+        name = sweep.name if lr is None else f"{sweep.name}, lr {number(lr)}"
+        series.append(Series(name, [_sweep_point(p) for p in points if p.lr == lr], i))
+    bands = _bands(points) if len(series) == 1 else []
+    figure = against(series, x_title="bound", y_title="final loss", failed="not finite", bands=bands)
+    text = (
+        "Final training loss against the bound: median over seeds, and range. Works: fewer than half of the seeds "
+        "diverged, and the loss came down at least half as far as under the best bound. "
+        "There may be more than one such range."
+    )
+    return [
+        Section("Which bounds work", text, figure=figure),
+        Section("Each bound in numbers", table=_sweep_table(points)),
+    ]
+
+
+def _sweep_point(point: SweepPoint) -> Point:
+    note = f"{point.region}; diverged: {point.diverged} of {point.runs}"
+    return Point(point.bound, point.final_loss, point.lowest, point.highest, note)
+
+
+def _bands(points: Sequence[SweepPoint]) -> list[Band]:
+    """Neighbours of one region as one band, from half way to the bound before to half way to the one after."""
+    edges = [math.sqrt(a.bound * b.bound) for a, b in itertools.pairwise(points)]
+    start = points[0].bound ** 2 / edges[0] if edges else points[0].bound / 2
+    end = points[-1].bound ** 2 / edges[-1] if edges else points[0].bound * 2
+    bands: list[Band] = []
+    for point, low, high in zip(points, [start, *edges], [*edges, end], strict=True):
+        first = bands.pop().first if bands and bands[-1].label == point.region else low
+        bands.append(Band(first, high, point.region, _KINDS[point.region]))
+    return bands
+
+
+def _sweep_table(points: Sequence[SweepPoint]) -> Table:
+    rows = [
+        [number(p.bound), number(p.lr), number(p.final_loss), f"{p.diverged}/{p.runs}", p.region]
+        for p in points
+    ]
+    return Table(["bound", "lr", "final loss", "diverged", "region"], rows)

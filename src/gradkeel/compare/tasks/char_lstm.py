@@ -1,0 +1,69 @@
+"""A character LSTM on real text: where clipping allows the learning rate that trains fastest."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradkeel.compare.task import Task
+from gradkeel.compare.text import VOCABULARY, text, windows
+
+
+class CharModel(nn.Module):
+    """Embedding, two LSTM layers, output layer without a bias."""
+
+    def __init__(self, hidden: int = 96, embedding: int = 32) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, embedding)
+        self.lstm = nn.LSTM(embedding, hidden, num_layers=2, batch_first=True)
+        self.output = nn.Linear(hidden, VOCABULARY, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[batch, length, vocabulary] logits of each next token."""
+        logits: Tensor = self.output(self.lstm(self.embedding(tokens))[0])
+        return logits
+
+
+class CharLSTM(Task):
+    """Predict the next character of Python's documentation with plain SGD.
+
+    The setting of Zhang, He, Sra, Jadbabaie, "Why gradient clipping accelerates training", ICLR 2020, made small
+    enough for a laptop: a recurrent language model, and learning rates at the edge of stability.
+    """
+
+    name = "char-lstm"
+    policies = ("none", "value:0.01", "global-norm:0.25")
+    learning_rates = (4.0, 8.0, 16.0, 32.0)
+    steps = 200
+    seeds = 5
+    batch_size = 16
+    target_loss = 2.5
+    length = 64
+
+    def model(self) -> nn.Module:
+        """A CharModel with torch's default initialization."""
+        return CharModel()
+
+    def batches(self, seed: int) -> Iterator[Tensor]:
+        """[batch_size, length + 1] windows that start anywhere in the training text."""
+        tokens = text().train
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            starts = torch.randint(len(tokens) - self.length, (self.batch_size,), generator=generator)
+            yield windows(tokens, starts, self.length)
+
+    def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
+        """[] cross-entropy in nats a character."""
+        return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+
+    def weight(self, batch: Tensor) -> float:
+        """Characters predicted."""
+        return float(batch[:, 1:].numel())
+
+    @torch.no_grad()
+    def validation_loss(self, model: nn.Module) -> float:
+        """Cross-entropy on 64 windows of 128 characters, evenly spaced in the validation text."""
+        tokens = text().validation
+        starts = torch.linspace(0, len(tokens) - 129, 64).long()
+        return float(self.loss(model, windows(tokens, starts, 128)))

@@ -1,0 +1,303 @@
+"""Figures of one recorded run: tensors in, plotly figures out. Needs the extra ``report``."""
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradkeel.page.figures import COLORS, _plotly, _style
+from gradkeel.record import Buckets
+
+RED, BLUE, ORANGE, GREEN, VIOLET, GREY = COLORS[:6]
+HOTTEST = "Inferno"
+NOT_FINITE = "not finite"
+FEW = 60
+"""So few steps are drawn as points too."""
+_LONGEST_NAME = 26
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trace:
+    """A number a step, as buckets of steps: its median as a line, and its range as a shade where they hold several.
+
+    Attributes:
+        name: for the legend.
+        buckets: [c] each.
+        color: of line and shade.
+        dash: plotly's name of the line's dashes.
+    """
+
+    name: str
+    buckets: Buckets
+    color: str
+    dash: str = "solid"
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A vertical line at a step, or at a norm, with a word on it."""
+
+    at: float
+    text: str
+    color: str = RED
+
+
+def traces(
+    lines: Sequence[Trace],
+    *,
+    y_title: str,
+    y_range: tuple[float, float] | None = None,
+    marks: Sequence[Mark] = (),
+    strips: Sequence[tuple[str, Tensor, str]] = (),
+) -> Any:
+    """A plotly figure of traces over the steps.
+
+    Args:
+        lines: drawn in order; the first one's steps are those of the strips.
+        y_title: of the y axis, which is logarithmic where all values are above zero.
+        y_range: of a linear axis instead.
+        marks: at steps.
+        strips: name, share of the steps in each bucket [c], and color of what is marked under the traces.
+    """
+    _plotly()  # says what to install
+    from plotly.subplots import make_subplots
+
+    shares = [0.05 * len(strips), 1 - 0.05 * len(strips)] if strips else [1.0]
+    figure = make_subplots(
+        rows=len(shares), shared_xaxes=True, vertical_spacing=0.015, row_heights=shares[::-1]
+    )
+    for line in lines:
+        _shade(figure, line)
+        _line(figure, line)
+    values = torch.cat([values for line in lines for values in (line.buckets.low, line.buckets.high)])
+    values = values[torch.isfinite(values)]
+    _style(figure, "step", y_title, values.tolist())
+    if y_range is not None or bool((values < 0).any()):
+        figure.update_yaxes(type="linear", dtick=None, range=y_range, row=1)
+    if strips:
+        _strips(figure, lines[0].buckets, strips)
+    for mark in marks:
+        figure.add_vline(x=mark.at, line={"dash": "dot", "width": 1.5, "color": mark.color}, row=1, col=1)
+        figure.add_annotation(
+            x=mark.at, y=1, yref="y domain", yanchor="bottom", text=html.escape(mark.text), showarrow=False,
+            font={"size": 12},
+        )  # fmt: skip
+    _whole_steps(figure, lines[0].buckets)
+    figure.update_layout(height=380 + 16 * len(strips), hovermode="closest")
+    return figure
+
+
+def _line(figure: Any, line: Trace) -> None:
+    buckets, name = line.buckets, html.escape(line.name)
+    figure.add_scatter(
+        x=_listed(buckets.first), y=_numbers(buckets.median), name=name, legendgroup=name,
+        mode="lines+markers" if len(buckets.first) <= FEW else "lines",
+        line={"color": line.color, "width": 1.6, "dash": line.dash}, customdata=_exact(buckets),
+        hovertemplate=f"{name}<br>%{{customdata}}<extra></extra>", row=1, col=1,
+    )  # fmt: skip
+
+
+def _shade(figure: Any, line: Trace) -> None:
+    buckets = line.buckets
+    if bool((buckets.first == buckets.last).all()):
+        return
+    for values, fill in ((buckets.high, None), (buckets.low, "tonexty")):
+        figure.add_scatter(
+            x=_listed(buckets.first), y=_numbers(values), mode="lines", line={"width": 0, "color": line.color},
+            fill=fill, opacity=0.5, hoverinfo="skip", showlegend=False, legendgroup=html.escape(line.name),
+            row=1, col=1,
+        )  # fmt: skip
+
+
+def _strips(figure: Any, buckets: Buckets, strips: Sequence[tuple[str, Tensor, str]]) -> None:
+    """Rows of colored cells under the traces: how many of a bucket's steps something happened at."""
+    clear = "rgba(0,0,0,0)"
+    spans = _spans(buckets)
+    # By number: plotly fails on a one-row heat map at the second category of an axis.
+    for i, (name, share, color) in enumerate(strips):
+        figure.add_heatmap(
+            x=_listed(buckets.first), y=[i], z=[_numbers(share)], zmin=0, zmax=1, showscale=False,
+            colorscale=[[0, clear], [0.001, _faint(color)], [1, color]], customdata=[spans], ygap=2,
+            hovertemplate=f"{html.escape(name)}: %{{z:.0%}} of the steps<br>%{{customdata}}<extra></extra>",
+            row=2, col=1,
+        )  # fmt: skip
+    figure.update_yaxes(
+        type="linear", row=2, col=1, title=None, showgrid=False, ticks="", tickfont={"size": 11}, dtick=None,
+        tickvals=list(range(len(strips))), ticktext=[html.escape(name) for name, _, _ in strips],
+        range=[len(strips) - 0.5, -0.5],
+    )  # fmt: skip
+    figure.update_xaxes(title=None, row=1, col=1, ticks="")
+    figure.update_xaxes(row=2, col=1, showgrid=False)
+
+
+def heat_map(names: Sequence[str], buckets: Buckets, nonfinite: Tensor, *, marks: Sequence[Mark] = ()) -> Any:
+    """A plotly figure of every parameter's norm over the steps: parameters in their order, color the log of the norm.
+
+    Args:
+        names: of the n parameters.
+        buckets: [c, n] norms; the highest of each bucket is shown, for one step is enough to blow a run up.
+        nonfinite: [c] bool: buckets with a gradient that was not finite.
+        marks: at steps.
+    """
+    figure = _plotly().Figure()
+    high = buckets.high.T
+    if bool(nonfinite.any()):
+        names = [NOT_FINITE, *names]
+        high = torch.cat([high.new_full((1, high.shape[1]), math.nan), high])
+    shown = [html.escape(name) for name in names]
+    logs = torch.where(high > 0, high, math.nan).log10()
+    low, top = _range(logs)
+    width = int(buckets.last[0] - buckets.first[0]) + 1 if len(buckets.first) else 1
+    when = "step %{x}" if width == 1 else f"highest of {width} steps from %{{x}} on"
+    figure.add_heatmap(
+        x=_listed(buckets.first), y=shown, z=[_numbers(row, 4) for row in logs], zmin=low, zmax=top,
+        colorscale=HOTTEST, colorbar=_colorbar(low, top), hoverongaps=False,
+        customdata=[_numbers(row, 5) for row in high],
+        hovertemplate=f"<b>%{{y}}</b><br>{when}: %{{customdata}}<extra></extra>",
+    )  # fmt: skip
+    if bool(nonfinite.any()):
+        x = _listed(buckets.first[nonfinite])
+        figure.add_scatter(
+            x=x, y=[NOT_FINITE] * len(x), mode="markers", showlegend=False,
+            marker={"symbol": "square", "size": 7, "color": RED},
+            hovertemplate="step %{x}: a gradient was not finite<extra></extra>",
+        )  # fmt: skip
+    _style(figure, "step", "")
+    step = math.ceil(len(names) / 48)
+    figure.update_yaxes(
+        type="category", categoryorder="array", categoryarray=shown, autorange="reversed", tickvals=shown[::step],
+        ticktext=[html.escape(_short(name)) for name in names[::step]], showgrid=False, dtick=None, ticks="",
+        tickfont={"size": 11},
+    )  # fmt: skip
+    figure.update_xaxes(showgrid=False)
+    _whole_steps(figure, buckets)
+    for mark in marks:  # no line: it would hide the column that it is about
+        text = f"{html.escape(mark.text)}<br>▼"
+        figure.add_annotation(x=mark.at, y=1, yref="paper", yanchor="bottom", text=text, showarrow=False)
+    figure.update_layout(height=min(1000, max(260, 140 + 20 * len(names))), margin={"t": 44})
+    return figure
+
+
+def distribution(norms: Tensor, marks: Sequence[Mark], *, x_title: str) -> Any:
+    """A plotly figure of how often which norm occurred, on a logarithmic axis, with bounds as vertical lines."""
+    go = _plotly()
+    figure = go.Figure()
+    logs = norms[torch.isfinite(norms) & (norms > 0)].log10()
+    if len(logs):
+        low, high = float(logs.min()), float(logs.max())
+        low, high = (low - 0.05, high + 0.05) if high - low < 0.1 else (low, high)
+        counts = torch.histc(logs, bins=60, min=low, max=high)
+        edges = torch.linspace(low, high, 61, dtype=torch.float64)
+        spans = [
+            f"{10**a:.3g} to {10**b:.3g}"
+            for a, b in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)
+        ]
+        figure.add_bar(
+            x=((edges[:-1] + edges[1:]) / 2).tolist(), y=(counts / counts.sum()).tolist(),
+            width=[(high - low) / 60] * 60, marker={"color": BLUE, "line": {"width": 0}}, customdata=spans,
+            hovertemplate="%{customdata}: %{y:.2%} of the steps<extra></extra>", showlegend=False,
+        )  # fmt: skip
+    _style(figure, x_title, "share of the steps")
+    figure.update_yaxes(type="linear", tickformat=".0%", dtick=None)
+    shown = [mark for mark in marks if 0 < mark.at < math.inf]
+    for i, mark in enumerate(sorted(shown, key=lambda mark: mark.at)):
+        figure.add_vline(x=math.log10(mark.at), line={"dash": "dot", "width": 1.5, "color": mark.color})
+        figure.add_annotation(
+            x=math.log10(mark.at), y=1, yref="paper", yanchor="bottom", yshift=14 * (i % 2),
+            text=html.escape(mark.text), showarrow=False, font={"size": 12},
+        )  # fmt: skip
+    reach = [*(math.log10(mark.at) for mark in shown), *(logs.tolist()[:1])]
+    ticks = _decades(min([*reach, *([float(logs.min())] if len(logs) else [])], default=0.0),
+                     max([*reach, *([float(logs.max())] if len(logs) else [])], default=1.0))  # fmt: skip
+    figure.update_xaxes(tickvals=[math.log10(t) for t in ticks], ticktext=[f"{t:g}" for t in ticks])
+    figure.update_layout(bargap=0, margin={"t": 44})
+    return figure
+
+
+def _whole_steps(figure: Any, buckets: Buckets) -> None:
+    """No tick between two steps."""
+    if len(buckets.first) and int(buckets.last[-1] - buckets.first[0]) < 10:
+        figure.update_xaxes(dtick=1)
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """Round numbers on a logarithmic axis from 10^low to 10^high."""
+    digits = (1, 2, 5) if high - low <= 3 else (1,)
+    stride = max(1, math.ceil((high - low) / 8))
+    powers = range(math.floor(low), math.ceil(high) + 1, stride)
+    return [d * 10.0**p for p in powers for d in digits if low - 0.1 <= math.log10(d * 10.0**p) <= high + 0.1]
+
+
+def _range(logs: Tensor) -> tuple[float, float]:
+    """Color range: from the 2% quantile up to the highest, but at most 12 decades above the median."""
+    finite = logs[torch.isfinite(logs)]
+    if not len(finite):
+        return 0.0, 1.0
+    finite = finite[:: max(1, len(finite) // 100_000)]
+    low, top = float(finite.quantile(0.02)), min(float(finite.max()), float(finite.median()) + 12)
+    return (low, top) if top - low > 0.1 else (low - 0.5, top + 0.5)
+
+
+def _colorbar(low: float, top: float) -> dict[str, Any]:
+    stride = max(1, math.ceil((top - low) / 8))
+    ticks = list(range(math.ceil(low), math.floor(top) + 1, stride))
+    if len(ticks) < 2:
+        ticks_at = [low, top]
+        return {
+            "tickvals": ticks_at,
+            "ticktext": [f"{10**t:.2g}" for t in ticks_at],
+            "thickness": 12,
+            "outlinewidth": 0,
+        }
+    return {
+        "tickvals": ticks, "ticktext": [f"10<sup>{t}</sup>" for t in ticks], "thickness": 12, "outlinewidth": 0,
+    }  # fmt: skip
+
+
+def _short(name: str) -> str:
+    """The end of a name, which tells layers apart, where it is long."""
+    return name if len(name) <= _LONGEST_NAME else "…" + name[-_LONGEST_NAME + 1 :]
+
+
+def _listed(values: Tensor) -> list[float]:
+    listed: list[float] = values.tolist()
+    return listed
+
+
+def _numbers(values: Tensor, digits: int = 6) -> list[float | None]:
+    """The values with so many significant digits, which keeps the page small; None where not finite."""
+    return [float(f"{value:.{digits}g}") if math.isfinite(value) else None for value in values.tolist()]
+
+
+def _number(value: float) -> str:
+    return f"{value:.5g}" if math.isfinite(value) else "not finite"
+
+
+def _spans(buckets: Buckets) -> list[str]:
+    """Which steps each bucket holds, in words."""
+    return [
+        f"step {first}" if first == last else f"steps {first} to {last}"
+        for first, last in zip(buckets.first.tolist(), buckets.last.tolist(), strict=True)
+    ]
+
+
+def _exact(buckets: Buckets) -> list[str]:
+    """Steps and values of each bucket, in words."""
+    rows = zip(
+        _spans(buckets), buckets.low.tolist(), buckets.median.tolist(), buckets.high.tolist(), strict=True
+    )
+    return [
+        f"{span}: {_number(middle)}" if low == high or not math.isfinite(low) else
+        f"{span}: {_number(low)} to {_number(high)}, median {_number(middle)}"
+        for span, low, middle, high in rows
+    ]  # fmt: skip
+
+
+def _faint(color: str) -> str:
+    """The color at a third of its strength."""
+    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},0.33)"

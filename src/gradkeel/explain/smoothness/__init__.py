@@ -1,0 +1,1 @@
+"""Local smoothness along a run, and the (L0, L1) fit."""

@@ -1,0 +1,170 @@
+"""The optimizer's side of a guard: step hooks, closures, marks that must leave no trace, and who listens."""
+
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradkeel.errors import AttachError, RecordWarning, UnguardedCopyWarning
+from gradkeel.guard import stack
+from gradkeel.guard.report import Recorder, StepReport
+from gradkeel.tensors import entries_to_read
+
+MARK = "_gradkeel_guard"
+_AMP_FLAG = "_step_supports_amp_scaling"
+
+
+def unwrap(optimizer: Any) -> Optimizer:
+    """The torch optimizer inside Accelerate's or Lightning's wrapper, or the optimizer itself."""
+    inner = getattr(optimizer, "optimizer", None)
+    while isinstance(inner, Optimizer):
+        optimizer, inner = inner, getattr(inner, "optimizer", None)
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"attach(optimizer={type(optimizer).__name__}): optimizer must be a torch.optim.Optimizer or a wrapper "
+            "that holds one as .optimizer"
+        )
+    return optimizer
+
+
+def _outside_of_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
+    why = {"reason": "gradkeel measures and decides outside of the graph; compile without fullgraph=True"}
+    takes_it = "reason" in inspect.signature(torch.compiler.disable).parameters  # from torch 2.7 on
+    return torch.compiler.disable(hook, **why if takes_it else {})
+
+
+class Hooks:
+    """Calls a guard around ``optimizer.step()``, and after each evaluation of the closure where there is one.
+
+    Args:
+        optimizer: the torch optimizer.
+        guard: left on the optimizer as a mark, so that a second guard can be refused.
+        begin: called first in each step.
+        evaluate: called once the gradients of the step are there: at once, or after each evaluation of the closure.
+        finish: called after the step.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        guard: object,
+        begin: Callable[[], None],
+        evaluate: Callable[[], None],
+        finish: Callable[[], None],
+    ) -> None:
+        self._optimizer = optimizer
+        self._begin = begin
+        self._evaluate = evaluate
+        self._finish = finish
+        self._is_inside = False  # of a step; stays True after one that raised
+        self._has_nested = False
+        self._kept_flag = vars(optimizer).get(_AMP_FLAG)
+        self._handles = [
+            optimizer.register_step_pre_hook(_outside_of_graphs(self._before)),
+            optimizer.register_step_post_hook(_outside_of_graphs(self._after)),
+        ]
+        # Makes GradScaler call step() on every step, with its scale and verdict as attributes.
+        setattr(optimizer, _AMP_FLAG, True)
+        setattr(optimizer, MARK, guard)
+        # Copying and pickling both go through __getstate__, and both lose hooks.
+        optimizer.__getstate__ = self._getstate  # type: ignore[method-assign]  # looked up on the instance
+
+    def remove(self) -> None:
+        """Leave no hook and no attribute behind."""
+        for handle in self._handles:
+            handle.remove()
+        for name in (MARK, "__getstate__"):
+            vars(self._optimizer).pop(name, None)
+        if self._kept_flag is None:
+            vars(self._optimizer).pop(_AMP_FLAG, None)
+        else:
+            setattr(self._optimizer, _AMP_FLAG, self._kept_flag)
+
+    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if torch._C._current_graph_task_id() != -1:
+            raise AttachError(
+                "optimizer.step() was called inside backward(): accumulation, global norms and skipping need the "
+                "whole gradient first; step after backward(), or detach() the guard"
+            )
+        self._has_nested = self._is_inside and _is_called_by_own_step(optimizer)
+        if self._has_nested:
+            return None
+        self._is_inside = True
+        self._begin()
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._evaluate()
+            return None
+
+        def evaluated() -> Any:
+            loss = closure()
+            self._evaluate()
+            return loss
+
+        if len(args) > 1:
+            return (args[0], evaluated, *args[2:]), kwargs
+        return args, {**kwargs, "closure": evaluated}
+
+    def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._has_nested and _is_called_by_own_step(optimizer):
+            return
+        self._is_inside = self._has_nested = False
+        self._finish()
+
+    def _getstate(self) -> dict[str, Any]:
+        warnings.warn(
+            "a copy or pickle of this optimizer carries no gradkeel guard and would train unclipped; attach a guard "
+            "to the copy",
+            UnguardedCopyWarning,
+            stacklevel=3,
+        )
+        return type(self._optimizer).__getstate__(self._optimizer)
+
+
+def _is_called_by_own_step(optimizer: Optimizer) -> bool:
+    """Whether the optimizer's ``step`` is on the call stack: a subclass's, which calls its parent's.
+
+    torch runs the hooks for each of the two.
+    """
+    return any(stack.is_method_of(optimizer, frame, "step") for frame in stack.frames())
+
+
+def tell(recorders: list[Recorder], event: str, report: StepReport) -> None:
+    """Call each recorder's method of this name; one that raises is dropped with a warning, for training goes on.
+
+    Of several ranks the one that recorded would otherwise not make the step that the others make.
+    """
+    for recorder in tuple(recorders):
+        try:
+            getattr(recorder, event, _nobody)(report)
+        except Exception as error:  # noqa: BLE001  # whatever a disk or a tracker does
+            recorders.remove(recorder)
+            warnings.warn(
+                f"recording stopped at step {report.step}: {recorder!r} raised {error!r}; training goes on",
+                RecordWarning,
+            )
+
+
+def _nobody(report: StepReport) -> None:
+    """Stands for what a recorder need not have."""
+
+
+def only_creates_state(optimizer: Optimizer, parameters: Sequence[Tensor], *, alone: bool) -> bool:
+    """Whether this step only makes the optimizer create its state: no state yet, every lr 0, every gradient 0.
+
+    ``torch.distributed.checkpoint.state_dict`` makes such steps. They must run, and nobody needs to hear of them.
+    """
+    if any(optimizer.state.values()):
+        return False
+    for group in optimizer.param_groups:
+        rate = group.get("lr")
+        if rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu") or float(rate) != 0.0:
+            return False
+    if any(p.grad is not None and bool(entries_to_read(p.grad).any()) for p in parameters):
+        return False
+    # A rank's own zeros tell nothing of the others' gradients; who calls is the same on all of them.
+    return alone or stack.is_inside("_init_optim_state")

@@ -1,0 +1,274 @@
+"""What one optimizer step came to: lazy over device tensors, so that making a report costs nothing until it is read."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gradkeel.norms import Decision, GradientNorms
+from gradkeel.outcome import Outcome
+
+
+class SkipReason(Enum):
+    """Why a step was not made."""
+
+    NONFINITE = "nonfinite"
+    """A gradient is NaN or inf."""
+    LOSS_SCALE = "loss_scale_overflow"
+    """A gradient is NaN or inf under a loss scale, which the scaler lowers."""
+    NO_GRADIENT = "no_gradient"
+    """No parameter has a gradient."""
+    EMPTY_WINDOW = "empty_window"
+    """The accumulation window's weight is zero."""
+    POLICY = "policy"
+    """The policy asked for it; the gradients are sound, and its statistics go on."""
+
+    def words(self, step: int, place: str | None = None) -> str:
+        """The reason as a sentence; ``place`` names the parameter whose gradient is not finite, where it is known."""
+        if self is SkipReason.NONFINITE:
+            return place or f"step {step}: a gradient is not finite"
+        if self is SkipReason.LOSS_SCALE:
+            return f"step {step}: the loss scale overflowed" + (f" ({place})" if place else "")
+        return _WORDS[self]
+
+    @classmethod
+    def of_words(cls, words: str) -> "SkipReason":
+        """The reason that a sentence of `words` gives; records of the first schema hold nothing else."""
+        if "the loss scale overflowed" in words:
+            return cls.LOSS_SCALE
+        return next((why for why, own in _WORDS.items() if own == words), cls.NONFINITE)
+
+
+_WORDS = {
+    SkipReason.NO_GRADIENT: "no parameter has a gradient",
+    SkipReason.EMPTY_WINDOW: "the window's weight is zero",
+    SkipReason.POLICY: "the policy asked to skip this step",
+}
+
+
+def nonfinite_words(step: int, name: str, norm: float, where: str = "") -> str:
+    """Which gradient is not finite, in words."""
+    return (
+        f"step {step}: the gradient of {name!r} is not finite ({'NaN' if math.isnan(norm) else 'inf'}){where}"
+    )
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class SelectionReport:
+    """What one policy did to its selection of parameters in one step. Reading a number syncs the host.
+
+    Attributes:
+        label: "main", "group 0", ..., or "excluded".
+        policy: the policy's repr, or "None" where gradients were only measured.
+        measured: the norms of the true gradients, before clipping.
+        decision: what was applied; empty where the step was skipped.
+        present: which of the parameters had a gradient.
+        remeasure: measures the norm after a clamp; None from it once the gradients are gone or changed.
+        locate: on which rank the gradient of the parameter of an index is not finite, in words.
+    """
+
+    label: str
+    policy: str
+    measured: GradientNorms
+    decision: Decision
+    present: tuple[bool, ...]
+    remeasure: Callable[[], Tensor | None] | None = None
+    locate: Callable[[int], str] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles hold what was measured, and cannot measure again."""
+        return type(self), (self.label, self.policy, self.measured, self.decision, self.present)
+
+    @property
+    def outcome(self) -> Outcome:
+        """What the decision did to the norms, as tensors; does not sync the host."""
+        return Outcome(self.measured, self.decision)
+
+    @property
+    def norm(self) -> float:
+        """Norm of the selection's true gradients, before clipping."""
+        return float(self.measured.total)
+
+    @property
+    def norms(self) -> dict[str, float]:
+        """Norm of each parameter's true gradient; parameters without a gradient, on any rank, are not listed."""
+        values = self.measured.norms.tolist()
+        return {
+            name: value
+            for name, value, here in zip(self.measured.names, values, self.present, strict=True)
+            if here or value != 0
+        }
+
+    def place_of(self, name: str) -> str:
+        """On which rank the gradient of a parameter is not finite, in words; empty where there are no ranks."""
+        return "" if self.locate is None else self.locate(self.measured.names.index(name))
+
+    @property
+    def coefficient(self) -> float:
+        """What the gradients were multiplied by; the smallest one where parameters or units have their own."""
+        return self.outcome.coefficient()
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """What each parameter's gradient was multiplied by; the smallest one of its units under the unit scope."""
+        return dict(zip(self.measured.names, self.outcome.coefficients().tolist(), strict=True))
+
+    @property
+    def clipped(self) -> bool:
+        """Whether any of the selection's gradients was made smaller."""
+        return bool(self.outcome.is_clipped())
+
+    @property
+    def clipped_norm(self) -> float | None:
+        """Norm of the selection's gradients after clipping.
+
+        Under the value scope it is measured when read, and None once the gradients are cleared or changed.
+        """
+        if self.decision.clamp is not None and not self.outcome.factors and not self.clipped:
+            return self.norm
+        total = self.clipped_total()
+        return None if total is None else float(total)
+
+    def clipped_total(self) -> Tensor | None:
+        """[] the same as a tensor; does not sync the host. Under the value scope it is measured now, clipped or not."""
+        if self.decision.clamp is None:
+            return self.outcome.total()
+        return None if self.remeasure is None else self.remeasure()
+
+    def __repr__(self) -> str:
+        """One line."""
+        return (
+            f"{self.label}: {self.policy}: norm {self.norm:.6g}, coefficient {self.coefficient:.6g}, "
+            f"{len(self.measured.names)} parameters"
+        )
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class StepReport:
+    """The row of one ``optimizer.step()``. Reading a number syncs the host, so read it outside the hot loop.
+
+    ``norm``, ``clipped_norm``, ``coefficient`` and ``clipped`` are the main policy's; each other policy's are in
+    ``selections``.
+
+    Attributes:
+        step: number of the step, from 1; skipped steps count. 0 before the first.
+        selections: the main policy's report, then those of parameter groups with their own, then of the excluded.
+        prescale: [] what gradients were multiplied by besides clipping: 1 / (loss scale x window weight).
+        scalars: what ``guard.log`` was told before this step, such as the loss.
+        stepped_or_pending: whether the step was made; a [] bool tensor where only the device knows yet. Does not sync.
+        why: what the host skipped the step for; None where it was made, or only the device knows.
+    """
+
+    step: int
+    selections: tuple[SelectionReport, ...]
+    prescale: Tensor | float = 1.0
+    scalars: Mapping[str, Tensor | float] = field(default_factory=dict)
+    stepped_or_pending: bool | Tensor = True
+    why: SkipReason | None = None
+
+    @property
+    def norm_type(self) -> float:
+        """The p of the norm that the main policy looks at."""
+        return self.selections[0].measured.norm_type
+
+    @property
+    def norm(self) -> float:
+        """Norm of the true gradients before clipping."""
+        return self.selections[0].norm
+
+    @property
+    def clipped_norm(self) -> float | None:
+        """Norm of the gradients after clipping."""
+        return self.selections[0].clipped_norm
+
+    @property
+    def coefficient(self) -> float:
+        """What clipping multiplied the gradients by; the smallest one where parameters have their own."""
+        return self.selections[0].coefficient
+
+    @property
+    def clipped(self) -> bool:
+        """Whether the main policy made any gradient smaller."""
+        return self.selections[0].clipped
+
+    @property
+    def stepped(self) -> bool:
+        """Whether the optimizer made its step; False where it was skipped."""
+        return bool(self.stepped_or_pending)
+
+    @property
+    def skip_reason(self) -> SkipReason | None:
+        """Why the step was skipped; None where it was made, and before the first."""
+        if self.stepped or self.step == 0:
+            return None
+        if self.why is not None:
+            return self.why
+        return SkipReason.POLICY if self.nonfinite_reason() is None else SkipReason.NONFINITE
+
+    @property
+    def reason(self) -> str | None:
+        """Why the step was skipped, with the parameter's name; None where it was made."""
+        if self.step == 0:
+            return "no step yet"
+        why = self.skip_reason
+        return None if why is None else why.words(self.step, self.nonfinite_reason())
+
+    def nonfinite_reason(self) -> str | None:
+        """The first parameter whose gradient is not finite, in words; None where all are finite."""
+        for selection in self.selections:
+            for name, norm in selection.norms.items():
+                if not math.isfinite(norm):
+                    return nonfinite_words(self.step, name, norm, selection.place_of(name))
+        return None
+
+    def stepped_tensor(self) -> Tensor:
+        """[] bool: whether the optimizer made its step, without syncing the host."""
+        if isinstance(self.stepped_or_pending, Tensor):
+            return self.stepped_or_pending
+        return torch.tensor(self.stepped_or_pending)
+
+    @property
+    def norms(self) -> dict[str, float]:
+        """Norm of every parameter's true gradient, excluded ones included, by name."""
+        return {name: norm for selection in self.selections for name, norm in selection.norms.items()}
+
+    def __repr__(self) -> str:
+        """The step in one line."""
+        kind = "inf-norm" if math.isinf(self.norm_type) else f"{self.norm_type:g}-norm"
+        after = self.clipped_norm
+        words = [
+            f"step {self.step}",
+            f"{kind} {self.norm:.6g}" + (f" -> {after:.6g}" if self.clipped and after is not None else ""),
+            f"coefficient {self.coefficient:.6g}",
+            "clipped" if self.clipped else "not clipped",
+            "stepped" if self.stepped else f"SKIPPED: {self.reason}",
+        ]
+        return f"StepReport({', '.join(words)})"
+
+    def _repr_html_(self) -> str:
+        """The step as a table, for notebooks."""
+        from html import escape
+
+        rows = "".join(
+            f"<tr><td>{escape(name)}</td><td>{norm:.6g}</td></tr>" for name, norm in self.norms.items()
+        )
+        return f"<p>{escape(repr(self))}</p><table><tr><th>parameter</th><th>norm</th></tr>{rows}</table>"
+
+
+class Recorder(Protocol):
+    """Whoever wants to be told of every step: a file, a tracker, a test.
+
+    ``record`` is called after each optimizer step, skipped ones included, on the training thread; one that raises is
+    dropped with a `RecordWarning`. It should not read the report's numbers at once, for that syncs the host on an
+    accelerator. A method ``before_step``, where there is one, is called when the step has been decided.
+    """
+
+    def record(self, report: StepReport) -> None:
+        """Take note of one step."""
+
+    def close(self) -> None:
+        """Write what is still in memory; called by ``guard.detach()``."""

@@ -1,0 +1,223 @@
+"""What a guard looks after: the optimizer's parameters, each under one policy, and the ranks that share them."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradkeel.guard.report import SelectionReport
+from gradkeel.measure import Readings, blank_norms, readings
+from gradkeel.measure.readings import Members
+from gradkeel.norms import Decision, GradientNorms, Needs, State, Window
+from gradkeel.policies import Policy
+from gradkeel.ranks.declared import Sharing
+from gradkeel.ranks.exchange import Exchange
+from gradkeel.ranks.group import Ranks
+from gradkeel.ranks.layout import Layout
+from gradkeel.selection import (
+    EXCLUDED,
+    MAIN,
+    Exclude,
+    Selection,
+    group_policy,
+    name_parameters,
+    restore_clips,
+    select,
+    signature,
+)
+from gradkeel.tensors import is_distributed, settle
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """One selection under its policy: what does not change from step to step.
+
+    Attributes:
+        label: the selection's.
+        selection: the parameters on this rank.
+        policy: what decides on them; None where they are only measured.
+        needs: what is measured of them.
+        blank: norms of the whole selection, over all ranks, on which nothing has been measured.
+        nothing: what is read where there are no parameters here; None where there are.
+        report: what is said of it where there are none on any rank, or before the first step.
+        shown: the policy's repr.
+    """
+
+    label: str
+    selection: Selection
+    policy: Policy | None
+    needs: Needs
+    blank: GradientNorms
+    nothing: Readings | None
+    report: SelectionReport
+    shown: str
+
+
+class Roster:
+    """The optimizer's parameters under their policies, read again whenever the optimizer's groups change.
+
+    Args:
+        optimizer: the torch optimizer.
+        policy: the main policy, or None.
+        model: tells the parameters' names.
+        exclude: what the main policy leaves alone.
+        sharing: what was declared about ranks.
+
+    Attributes:
+        parts: the selections, as in `gradkeel.selection.select`.
+        here: indices of the parts that have parameters on this rank.
+        names: names of all parameters on this rank, selection after selection.
+        parameters: all parameters on this rank, likewise.
+        device: where norms are put together.
+        exchange: tells the ranks' norms to each other; None where every rank knows all it needs.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        policy: Policy | None,
+        *,
+        model: nn.Module | None,
+        exclude: Iterable[Exclude],
+        sharing: Sharing,
+    ) -> None:
+        self.model = model
+        self._optimizer = optimizer
+        self._policy = policy
+        self._exclude = tuple(exclude)
+        self._sharing = sharing
+        self._signature: tuple[tuple[int, Any], ...] = ()
+        self._held: list[list[Tensor]] = []
+        self._data_parallel: Ranks | None = None
+        self.parts: tuple[Part, ...] = ()
+        self.exchange: Exchange | None = None
+        self.read(None)
+
+    def is_current(self, window: Window | None) -> bool:
+        """Whether neither the optimizer's groups nor the ranks of the window have changed."""
+        groups = self._optimizer.param_groups
+        if (None if window is None else window.ranks) is not self._data_parallel or len(groups) != len(
+            self._held
+        ):
+            return False
+        for group, (count, clip), held in zip(groups, self._signature, self._held, strict=True):
+            parameters = group["params"]
+            # None was put in another's place, as Accelerate puts sharded parameters in that of whole ones?
+            if (
+                len(parameters) != count
+                or group.get("clip", MAIN) != clip
+                or not all(map(is_, parameters, held))
+            ):
+                return False
+        return True
+
+    def read(self, window: Window | None) -> None:
+        """Read names, groups and their policies from the optimizer, and find out who shares them.
+
+        A collective where ranks share parameters; an error there is told to the other ranks.
+        """
+        self._data_parallel = data_parallel = None if window is None else window.ranks
+        try:
+            selections, policies = self._selections()
+        except Exception:
+            everything = [p for group in self._optimizer.param_groups for p in group["params"]]
+            self._sharing.fail(everything, _device_of(everything), data_parallel)
+            raise
+        self.names = tuple(name for selection in selections for name in selection.names)
+        self.parameters = tuple(parameter for selection in selections for parameter in selection.parameters)
+        self.device = _device_of(self.parameters)
+        self._distributed = [parameter for parameter in self.parameters if is_distributed(parameter)]
+        needs = [self._needs(policy) for policy in policies]
+        words = [in_words(policy) for policy in policies]
+        self.exchange = self._sharing.connect(selections, needs, words, self.device, data_parallel)
+        members: Sequence[Any] = selections if self.exchange is None else self.exchange.members
+        self.parts = tuple(map(self._part, selections, policies, needs, members))
+        self.here = [i for i, part in enumerate(self.parts) if part.selection.parameters]
+
+    def _part(self, selection: Selection, policy: Policy | None, needs: Needs, whole: Members) -> Part:
+        blank, shown = blank_norms(whole, needs, self.device), repr(policy)
+        nothing = None if selection.parameters else readings(selection, needs, self.device)
+        report = SelectionReport(selection.label, shown, blank, Decision(), (False,) * len(blank.names))
+        return Part(selection.label, selection, policy, needs, blank, nothing, report, shown)
+
+    def _selections(self) -> tuple[tuple[Selection, ...], list[Policy | None]]:
+        optimizer = self._optimizer
+        restore_clips(optimizer, self._signature)
+        by_group = [group_policy(group, index) for index, group in enumerate(optimizer.param_groups)]
+        self._signature = signature(optimizer)
+        self._held = [list(group["params"]) for group in optimizer.param_groups]
+        selections = select(optimizer, name_parameters(optimizer, self.model), self._exclude, self.model)
+        known = {MAIN: self._policy, EXCLUDED: None}
+        return selections, [known[s.label] if s.label in known else by_group[s.groups[0]] for s in selections]
+
+    def _needs(self, policy: Policy | None) -> Needs:
+        if policy is not None:
+            return policy.needs
+        return Needs(self._policy.needs.norm_type if self._policy is not None else 2.0)
+
+    def owners(self) -> dict[str, tuple[tuple[str, ...], Policy | None]]:
+        """The parameters, over all ranks, and the policy that each selection's state belongs to."""
+        return {part.label: (part.blank.names, part.policy) for part in self.parts}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a saved state must have in common with this roster to belong to it."""
+        return {
+            "policies": {part.label: in_words(part.policy) for part in self.parts},
+            "parameters": {part.label: len(part.blank.names) for part in self.parts},
+        }
+
+    def filled(self, states: Mapping[str, State]) -> dict[str, State]:
+        """Each policy's state, or the one that it starts with: what a checkpoint is made of, and loaded into."""
+        return {
+            part.label: states.get(part.label) or part.policy.init(part.blank)
+            for part in self.parts
+            if part.policy is not None and part.blank.names
+        }
+
+    def lines(self) -> Iterator[str]:
+        """What is under which policy, in words."""
+        for part in self.parts:
+            selection, count = part.selection, len(part.selection.names)
+            if selection.label != MAIN and not count:
+                continue
+            what = "measured, not clipped" if part.policy is None else repr(part.policy)
+            yield f"  {selection.label}: {what}; {count} parameter{'' if count == 1 else 's'}"
+            yield from (f"    {name}" for name in selection.names)
+
+    def pieces(self) -> dict[str, tuple[int, ...]]:
+        """Which piece of each parameter lies on this rank; those that count for another rank are left out."""
+        return dict.fromkeys(self.names, ()) if self.exchange is None else self.exchange.pieces()
+
+    def local(self, index: int) -> Layout | None:
+        """Which of a part's parameters, as all ranks know them, are here; None where all are, and whole."""
+        if self.exchange is None:
+            return None
+        local = self.exchange.local[index]
+        return None if not self.exchange.splits and local.rows is None else local
+
+    def readings(self) -> list[Readings]:
+        """Norms of the gradients as this rank holds them, selection by selection."""
+        if self._distributed:
+            settle(self._distributed)
+        return [part.nothing or readings(part.selection, part.needs, self.device) for part in self.parts]
+
+    def fail(self) -> None:
+        """Tell the other ranks that this one has raised and will not read its gradients in this step."""
+        if self.exchange is not None:
+            self.exchange.fail()
+
+
+def _device_of(parameters: Iterable[Tensor]) -> torch.device:
+    """Where norms of these are put together: an accelerator, if any is on one."""
+    devices = {parameter.device for parameter in parameters}
+    return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+
+
+def in_words(policy: Policy | None) -> str:
+    """A policy's repr without addresses in memory, which are others in every process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(policy))

@@ -1,0 +1,228 @@
+"""The stages of one step, in their order: exchange, measure, decide, judge, apply, commit; `Guard` runs them."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradkeel.apply import apply, factors, scale
+from gradkeel.apply.fused import Folding, can_fold, kernel_scale
+from gradkeel.guard.prescale import LossScale, prescale
+from gradkeel.guard.report import SelectionReport
+from gradkeel.guard.roster import Part, Roster
+from gradkeel.measure import Readings, true_norms
+from gradkeel.norms import Decision, GradientNorms, State, Window
+from gradkeel.ranks.exchange import Agreed, Told
+from gradkeel.ranks.total import measure_total
+from gradkeel.tensors import Seen
+
+_NO_STATE: State = {}
+_NOTHING = Decision()
+
+
+@dataclass(slots=True, eq=False)
+class Measured:
+    """What one step's gradients are, before any decision.
+
+    Attributes:
+        prescale: [] what turns the stored gradients into the true ones.
+        norms: each part's.
+        present: for each part, which of its parameters have a gradient.
+        has_gradients: whether any parameter has one, on any rank.
+        found_inf: [] above 0 where a loss scaler saw a non-finite gradient, or a rank has raised.
+        agreed: what the ranks told each other.
+        agreed_scalars: what was logged and is now the same on all ranks.
+    """
+
+    prescale: Tensor | float
+    norms: list[GradientNorms]
+    present: list[tuple[bool, ...]]
+    has_gradients: bool
+    found_inf: Tensor | None
+    agreed: Agreed | None
+    agreed_scalars: Mapping[str, Tensor]
+
+
+def measure_all(
+    roster: Roster,
+    found: Sequence[Readings],
+    *,
+    window: Window | None,
+    loss_scale: LossScale,
+    step: int,
+    loss: Tensor | float | None,
+) -> Measured:
+    """The true norms of all parts from what this rank has read; one collective where ranks share parameters."""
+    has_gradients = any(True in one.present for one in found)
+    agreed, scalars, found_inf = None, dict[str, Tensor](), loss_scale.found_inf
+    if roster.exchange is not None:
+        weight = None if window is None or window.ranks is None else window.weight()
+        gradients = sum(sum(one.present) for one in found)
+        agreed = roster.exchange(found, Told(gradients, found_inf, weight, loss))
+        found, found_inf = agreed.readings, agreed.found_inf + agreed.failed
+        # An accelerator is not asked: without gradients norms are 0, and without losses their mean is NaN.
+        on_host = roster.device.type == "cpu"
+        has_gradients = int(agreed.gradients) > 0 if on_host else True
+        if loss is not None or (on_host and not bool(agreed.loss.isnan())):
+            scalars["loss"] = agreed.loss
+        if window is not None and agreed.weight is not None:
+            window.agree(agreed.weight, scalars.get("loss"))
+        loss = None if on_host and not scalars else agreed.loss
+    if isinstance(loss, float):
+        loss = torch.full((), loss, device=roster.device)
+    factor = prescale(loss_scale, 1.0 if window is None else window.factor(), roster.device)
+    norms = [
+        true_norms(part.blank, one, factor, step=step, loss=loss)
+        for part, one in zip(roster.parts, found, strict=True)
+    ]
+    present = [one.present for one in found]
+    return Measured(factor, norms, present, has_gradients, found_inf, agreed, scalars)
+
+
+def decide_all(
+    roster: Roster, measured: Measured, states: Mapping[str, State]
+) -> tuple[list[SelectionReport], list[State]]:
+    """Each part's report with its policy's decision, and its policy's new state; does not sync the host."""
+    reports, after = [], []
+    for i, (part, norms) in enumerate(zip(roster.parts, measured.norms, strict=True)):
+        decision, state = _NOTHING, _NO_STATE
+        if not norms.names:
+            reports.append(part.report)
+            after.append(state)
+            continue
+        if part.policy is not None:
+            before = states.get(part.label)
+            decision, state = part.policy.decide(norms, part.policy.init(norms) if before is None else before)
+        place_of = None if measured.agreed is None else partial(_place_of, roster, measured.agreed, i)
+        reports.append(
+            SelectionReport(part.label, part.shown, norms, decision, measured.present[i], None, place_of)
+        )
+        after.append(state)
+    return reports, after
+
+
+def _place_of(roster: Roster, agreed: Agreed, part: int, position: int) -> str:
+    rank = None if roster.exchange is None else roster.exchange.where(agreed, part, position)
+    return "" if rank is None else f" on rank {rank}"
+
+
+def judge(
+    reports: Sequence[SelectionReport], found_inf: Tensor | None, window: Window | None, *, tolerant: bool
+) -> tuple[bool | Tensor, bool | Tensor]:
+    """Whether every gradient is finite, excluded ones included; and whether the step may be made.
+
+    Booleans where the host can know without waiting, [] bool tensors on an accelerator.
+
+    Args:
+        reports: all of them, with their policies' decisions.
+        found_inf: [] above 0 where a loss scaler, or another rank, knows of a non-finite gradient.
+        window: the accumulation window, if there is one.
+        tolerant: whether a step may be made on non-finite gradients.
+    """
+    finite: Tensor | bool = True
+    skips: list[Tensor] = []
+    for report in reports:
+        if report.measured.names:
+            # A norm is never below zero, so that only NaN and inf are not below inf.
+            finite = _both(finite, known(report.measured.total) < math.inf)
+        if report.decision.skip is not None:
+            skips.append(report.decision.skip)
+    if found_inf is not None:
+        finite = _both(finite, known(found_inf) == 0)
+    may_step: Tensor | bool = True if tolerant else finite
+    for skip in skips:
+        may_step = _both(may_step, _not(known(skip)))
+    if window is not None:
+        may_step = _both(may_step, _not(known(window.is_empty())))
+    return finite, may_step
+
+
+def known(value: Tensor | bool) -> Tensor | bool | float:
+    """A number that the host may look at; on an accelerator the tensor."""
+    if isinstance(value, Tensor) and value.device.type == "cpu":
+        return value.item()
+    return value
+
+
+def _not(flag: Tensor | bool | float) -> Tensor | bool:
+    return ~flag if isinstance(flag, Tensor) else not flag
+
+
+def _both(one: Tensor | bool, other: Tensor | bool) -> Tensor | bool:
+    """Whether both flags are set; a bool where the host can know."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one & other.to(one.device)
+    if isinstance(one, Tensor):
+        return one if other else False
+    return other if one else False
+
+
+def carry_out(
+    optimizer: Optimizer,
+    roster: Roster,
+    reports: Sequence[SelectionReport],
+    prescale: Tensor | float,
+    folding: Folding,
+) -> Tensor | None:
+    """Apply the decisions; returns the scale where one was folded into the optimizer's kernel, to be set on it."""
+    for i in roster.here:
+        part, report = roster.parts[i], reports[i]
+        parameters, decision, measured = part.selection.parameters, report.decision, report.measured
+        local = roster.local(i)
+        if local is not None:
+            decision, measured = local.decision(decision), local.measured(measured)
+        if decision.unit_coefficients is None and decision.clamp is None:
+            factor = factors(decision, prescale)
+            if isinstance(factor, float) and factor == 1.0:
+                continue
+            is_one = len(roster.here) == 1 and (isinstance(factor, float) or factor.dim() == 0)
+            if is_one and can_fold(optimizer, parameters) and folding.pays(factor):
+                return kernel_scale(factor, roster.device)
+            scale(parameters, factor)
+            continue
+        unit_dim = None if part.policy is None else part.needs.unit_dim
+        apply(parameters, decision, measured, prescale=prescale, unit_dim=unit_dim)
+        if decision.clamp is not None and local is None:  # elsewhere it would be another collective
+            report.remeasure = _norm_while_unchanged(parameters, measured)
+    return None
+
+
+def committed(
+    parts: Sequence[Part],
+    reports: Sequence[SelectionReport],
+    after: Sequence[State],
+    old: Mapping[str, State],
+    commit: Tensor | bool,
+) -> dict[str, State]:
+    """The policies' states after the step: the new ones where ``commit`` holds."""
+    result = dict(old)
+    if commit is False:
+        return result
+    for part, report, new in zip(parts, reports, after, strict=True):
+        if part.policy is None or not report.measured.names:
+            continue
+        if isinstance(commit, Tensor):
+            before = old.get(part.label) or part.policy.init(report.measured)
+            result[part.label] = {key: torch.where(commit, new[key], before[key]) for key in new}
+        else:
+            result[part.label] = new
+    return result
+
+
+def _norm_while_unchanged(
+    parameters: Sequence[Tensor], measured: GradientNorms
+) -> Callable[[], Tensor | None]:
+    """Measures the gradients when called, or returns None once one of them is gone or was changed."""
+    seen = [Seen(p.grad) for p in parameters if p.grad is not None]
+
+    def norm() -> Tensor | None:
+        unchanged = [gradient for one in seen if (gradient := one.unchanged()) is not None]
+        if len(unchanged) != len(seen):
+            return None
+        return measure_total(unchanged, measured.norm_type, measured.norms.device)
+
+    return norm

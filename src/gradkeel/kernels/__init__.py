@@ -1,0 +1,1 @@
+"""Compiled code: native kernels for CPU tensors, Triton kernels for accelerators; each says whether it did the work."""

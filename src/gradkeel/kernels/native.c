@@ -1,0 +1,672 @@
+/* Norms, extremes, scaling, clamping and sums of many CPU tensors in one call.
+ *
+ * Plain C over data pointers: nothing of Python, torch or OpenMP is linked. What is needed of them comes in as a
+ * function pointer: Python's PyList_GetItem, torch's DLPack exporter (DLPack 1.x, struct DLPackExchangeAPI), and the
+ * GOMP_parallel of the OpenMP library that torch has loaded, so that there is one pool of threads in the process.
+ *
+ * Sums are float64, for 16-bit entries across runs of 1024: a float32 entry squared is at most 1.2e77, so they cannot
+ * overflow, and a sum is NaN or inf exactly where an entry is. Work is cut into the same jobs whatever the number of threads,
+ * and their results are put together in order: the same tensors give the same bits.
+ */
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define EXPORT __attribute__((visibility("default")))
+
+/* ---- tensors ------------------------------------------------------------------------------------------------- */
+
+enum kind { FLOAT32, BFLOAT16, FLOAT16, FLOAT64 };
+
+/* A dense tensor: `rows` equal parts, one after the other in memory. */
+struct tensor {
+    void *data;
+    int64_t entries;
+    int64_t rows;
+    int64_t kind;
+};
+
+/* DLPack's DLTensor, field by field. */
+struct dltensor {
+    void *data;
+    int32_t device_type, device_id;
+    int32_t ndim;
+    uint8_t code, bits;
+    uint16_t lanes;
+    int64_t *shape, *strides;
+    uint64_t byte_offset;
+};
+
+enum { DL_CPU = 1, DL_FLOAT = 2, DL_BFLOAT = 4 };
+
+typedef void *(*item_of_list)(void *list, intptr_t index);
+typedef int (*export_tensor)(void *object, struct dltensor *out);
+
+static int kind_of(const struct dltensor *t) {
+    if (t->lanes != 1) return -1;
+    if (t->code == DL_BFLOAT && t->bits == 16) return BFLOAT16;
+    if (t->code != DL_FLOAT) return -1;
+    return t->bits == 32 ? FLOAT32 : t->bits == 16 ? FLOAT16 : t->bits == 64 ? FLOAT64 : -1;
+}
+
+/* Whether the entries fill a block of memory without gaps or overlaps, in whatever order of the dimensions. */
+static int is_dense(const struct dltensor *t) {
+    int64_t expected = 1;
+    uint64_t seen = 0;
+    if (t->ndim > 64) return 0;
+    for (int found = 0; found < t->ndim; found++) {
+        int next = -1;
+        for (int d = 0; d < t->ndim && next < 0; d++)
+            if (!(seen >> d & 1) && (t->shape[d] == 1 || t->strides[d] == expected)) next = d;
+        if (next < 0) return 0;
+        seen |= (uint64_t)1 << next;
+        expected *= t->shape[next];
+    }
+    return 1;
+}
+
+/* Fills `table` with the tensors of a Python list, each one row or, with more dimensions than one, as many as it is
+ * long along `dim`, unless that is negative.
+ *
+ * Returns how many were taken: fewer than `count` at the first that is not a dense float tensor on CPU, or whose rows
+ * do not lie one after the other, or that torch cannot export (a Python exception is then set). Needs the GIL.
+ */
+EXPORT int64_t gradkeel_table(void *list, int64_t count, item_of_list item, export_tensor export, int32_t dim,
+                              struct tensor *table, int64_t *all_rows) {
+    *all_rows = 0;
+    for (int64_t i = 0; i < count; i++) {
+        struct dltensor t;
+        void *object = item(list, (intptr_t)i);
+        if (object == NULL || export(object, &t) != 0) return i;
+        int kind = kind_of(&t);
+        if (t.device_type != DL_CPU || kind < 0) return i;
+        t.data = (char *)t.data + t.byte_offset;
+        if ((uintptr_t)t.data % (t.bits / 8) != 0) return i;
+        int64_t entries = 1, rows = 1;
+        for (int d = 0; d < t.ndim; d++) entries *= t.shape[d];
+        if (dim >= 0 && t.ndim > 1) {
+            if (dim >= t.ndim) return i;
+            rows = t.shape[dim];
+        }
+        if (entries > 0 && (!is_dense(&t) || (rows > 1 && t.strides[dim] != entries / rows))) return i;
+        table[i] = (struct tensor){t.data, entries, rows, kind};
+        *all_rows += rows;
+    }
+    return count;
+}
+
+/* ---- entries --------------------------------------------------------------------------- */
+
+typedef uint16_t __attribute__((may_alias)) u16;
+typedef uint32_t __attribute__((may_alias)) u32;
+typedef uint64_t __attribute__((may_alias)) u64;
+typedef double __attribute__((may_alias)) f64;
+
+INLINE float float_of(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+INLINE uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+/* float16 to float32: the exponent is moved; denormals go through an addition that normalizes them, so that this
+ * also holds where the processor flushes denormals (Fabian Giesen, "float->half variants", 2012). */
+INLINE float float_of_half(uint32_t half) {
+    uint32_t bits = (half & 0x7fff) << 13, exponent = bits & 0x0f800000;
+    bits += 0x38000000;
+    bits += exponent == 0x0f800000 ? 0x38000000 : 0;
+    bits += exponent == 0 ? 0x00800000 : 0;
+    float magnitude = float_of(bits) - (exponent == 0 ? float_of(0x38800000) : 0.0f);
+    return float_of(bits_of(magnitude) | (half & 0x8000) << 16);
+}
+
+/* float32 to float16, to nearest even; the same source. */
+INLINE uint16_t half_of_float(float value) {
+    uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffff;
+    uint32_t tiny = bits_of(float_of(bits) + 0.5f) - 0x3f000000;
+    uint32_t normal = (bits + 0xc8000fff + (bits >> 13 & 1)) >> 13;
+    uint32_t special = bits > 0x7f800000 ? 0x7e00 : 0x7c00;
+    uint32_t half = bits < 0x38800000 ? tiny : normal;
+    return (uint16_t)((bits >= 0x477ff000 ? special : half) | sign);
+}
+
+INLINE float float_of_bfloat(uint32_t bits) { return float_of(bits << 16); }
+
+INLINE uint16_t bfloat_of_float(float value) {
+    uint32_t bits = bits_of(value);
+    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+INLINE double entry(int kind, const void *data, int64_t i) {
+    switch (kind) {
+    case FLOAT32: return float_of(((const u32 *)data)[i]);
+    case BFLOAT16: return float_of_bfloat(((const u16 *)data)[i]);
+    case FLOAT16: return float_of_half(((const u16 *)data)[i]);
+    default: return ((const f64 *)data)[i];
+    }
+}
+
+/* ---- what is done to one run of entries ------------------------------------------------------------------------ */
+
+struct reading {
+    double power; /* sum of powers, or the largest magnitude */
+    double low, high;
+};
+
+/* Plain loops, which the compiler turns into vectors: it may reorder sums (see hatch_build.py for the flags). */
+#define SUM_OF(name, type)                                                                                           \
+    INLINE double name(int kind, int squares, const void *data, int64_t count) {                                     \
+        type sum = 0;                                                                                                \
+        if (kind == BFLOAT16 && (uintptr_t)data % 4 == 0) { /* two at a time need no widening of integers */         \
+            const u32 *pairs = data;                                                                                 \
+            for (int64_t i = 0; i < count / 2; i++) {                                                                \
+                type x = float_of(pairs[i] << 16), y = float_of(pairs[i] & 0xffff0000);                              \
+                sum += squares ? x * x : __builtin_fabs##type(x);                                                    \
+                sum += squares ? y * y : __builtin_fabs##type(y);                                                    \
+            }                                                                                                        \
+            if (count % 2 == 0) return sum;                                                                          \
+            data = (const u16 *)data + (count - 1);                                                                  \
+            count = 1;                                                                                               \
+        }                                                                                                            \
+        for (int64_t i = 0; i < count; i++) {                                                                        \
+            type x = (type)entry(kind, data, i);                                                                     \
+            sum += squares ? x * x : __builtin_fabs##type(x);                                                        \
+        }                                                                                                            \
+        return sum;                                                                                                  \
+    }
+
+#define __builtin_fabsdouble __builtin_fabs
+#define __builtin_fabsfloat __builtin_fabsf
+
+SUM_OF(wide_sum, double)
+SUM_OF(narrow_sum, float)
+
+/* 16-bit entries are summed in float32, which is several times as fast, but never more of them than this: 8 digits
+ * of entries that have 3. Where such a sum leaves float32's range, or is so small that squares
+ * which a processor may flush to zero would count in it, it is made again in float64. */
+#define SHORT 1024
+
+INLINE double sum_of(int kind, int squares, const void *data, int64_t count) {
+    if (kind == FLOAT32 || kind == FLOAT64) return wide_sum(kind, squares, data, count);
+    double sum = 0;
+    for (int64_t i = 0; i < count; i += SHORT) {
+        const u16 *here = (const u16 *)data + i;
+        int64_t entries = count - i < SHORT ? count - i : SHORT;
+        double part = narrow_sum(kind, squares, here, entries);
+        sum += part > 1e-27 && part < 1e38 ? part : wide_sum(kind, squares, here, entries);
+    }
+    return sum;
+}
+
+/* Magnitudes are ordered as their bits are, NaN above inf; so are, once negative ones are flipped, signed entries. */
+#define EXTREMES(bits, unsigned_type, signed_type)                                                                   \
+    INLINE double largest_##bits(int kind, const u##bits *data, int64_t count) {                                     \
+        const unsigned_type all = (unsigned_type)~(unsigned_type)0 >> 1;                                             \
+        unsigned_type most = 0;                                                                                      \
+        for (int64_t i = 0; i < count; i++) {                                                                        \
+            unsigned_type x = data[i] & all;                                                                         \
+            most = x > most ? x : most;                                                                              \
+        }                                                                                                            \
+        return entry(kind, &most, 0);                                                                                \
+    }                                                                                                                \
+    INLINE void range_##bits(int kind, const u##bits *data, int64_t count, double *low, double *high) {              \
+        const unsigned_type all = (unsigned_type)~(unsigned_type)0 >> 1;                                             \
+        signed_type least = (signed_type)all, most = (signed_type)~all;                                              \
+        for (int64_t i = 0; i < count; i++) {                                                                        \
+            signed_type x = (signed_type)data[i];                                                                    \
+            x ^= (signed_type)((x >> (bits - 1)) & (signed_type)all);                                                \
+            least = x < least ? x : least;                                                                           \
+            most = x > most ? x : most;                                                                              \
+        }                                                                                                            \
+        least ^= (signed_type)((least >> (bits - 1)) & (signed_type)all);                                            \
+        most ^= (signed_type)((most >> (bits - 1)) & (signed_type)all);                                              \
+        *low = entry(kind, &least, 0);                                                                               \
+        *high = entry(kind, &most, 0);                                                                               \
+    }
+
+EXTREMES(16, uint16_t, int16_t)
+EXTREMES(32, uint32_t, int32_t)
+EXTREMES(64, uint64_t, int64_t)
+
+enum norm { LARGEST, SUM, SQUARES };
+
+INLINE double power_of(int kind, int norm, const void *data, int64_t count) {
+    if (norm != LARGEST) return sum_of(kind, norm == SQUARES, data, count);
+    if (kind == FLOAT32) return largest_32(kind, data, count);
+    return kind == FLOAT64 ? largest_64(kind, data, count) : largest_16(kind, data, count);
+}
+
+INLINE void range_of(int kind, const void *data, int64_t count, double *low, double *high) {
+    if (kind == FLOAT32) {
+        range_32(kind, data, count, low, high);
+    } else if (kind == FLOAT64) {
+        range_64(kind, data, count, low, high);
+    } else {
+        range_16(kind, data, count, low, high);
+    }
+}
+
+/* NaN wins, as in torch. */
+INLINE double larger(double a, double b) { return a != a || a > b ? a : b; }
+INLINE double smaller(double a, double b) { return a != a || a < b ? a : b; }
+
+INLINE void join(int norm, struct reading *whole, const struct reading *part) {
+    whole->power = norm == LARGEST ? larger(whole->power, part->power) : whole->power + part->power;
+    whole->low = smaller(whole->low, part->low);
+    whole->high = larger(whole->high, part->high);
+}
+
+/* Runs this long stay in the nearest cache while they are looked at for power and range. */
+#define BLOCK 4096
+
+INLINE size_t width(int kind) { return kind == FLOAT64 ? 8 : kind == FLOAT32 ? 4 : 2; }
+
+INLINE struct reading read_run(int kind, int norm, int range, const char *data, int64_t count) {
+    struct reading whole = {0, __builtin_inf(), -__builtin_inf()};
+    int64_t size = range ? BLOCK : count;
+    for (int64_t i = 0; i < count; i += size) {
+        int64_t here = count - i < size ? count - i : size;
+        struct reading part = whole;
+        part.power = power_of(kind, norm, data + (size_t)i * width(kind), here);
+        if (range) range_of(kind, data + (size_t)i * width(kind), here, &part.low, &part.high);
+        join(norm, &whole, &part);
+    }
+    return whole;
+}
+
+/* Factors and limits are rounded to the type in which torch multiplies and compares: float32, float64 for float64. */
+INLINE void scale_run(int kind, void *data, int64_t count, double factor) {
+    float f = (float)factor;
+    switch (kind) {
+    case FLOAT32:
+        for (int64_t i = 0; i < count; i++) ((u32 *)data)[i] = bits_of(float_of(((u32 *)data)[i]) * f);
+        break;
+    case BFLOAT16:
+        for (int64_t i = 0; i < count; i++)
+            ((u16 *)data)[i] = bfloat_of_float(float_of_bfloat(((u16 *)data)[i]) * f);
+        break;
+    case FLOAT16:
+        for (int64_t i = 0; i < count; i++) ((u16 *)data)[i] = half_of_float(float_of_half(((u16 *)data)[i]) * f);
+        break;
+    default: {
+        f64 *x = data;
+        for (int64_t i = 0; i < count; i++) x[i] *= factor;
+    }
+    }
+}
+
+#define CLAMPED(x, low, high) ((x) < (low) ? (low) : (x) > (high) ? (high) : (x))
+
+INLINE void clamp_run(int kind, void *data, int64_t count, double low, double high) {
+    float l = (float)low, h = (float)high;
+    switch (kind) {
+    case FLOAT32:
+        for (int64_t i = 0; i < count; i++) {
+            float x = float_of(((u32 *)data)[i]);
+            ((u32 *)data)[i] = bits_of(CLAMPED(x, l, h));
+        }
+        break;
+    case BFLOAT16:
+        for (int64_t i = 0; i < count; i++) {
+            float x = float_of_bfloat(((u16 *)data)[i]);
+            ((u16 *)data)[i] = bfloat_of_float(CLAMPED(x, l, h));
+        }
+        break;
+    case FLOAT16:
+        for (int64_t i = 0; i < count; i++) {
+            float x = float_of_half(((u16 *)data)[i]);
+            ((u16 *)data)[i] = half_of_float(CLAMPED(x, l, h));
+        }
+        break;
+    default: {
+        f64 *x = data;
+        for (int64_t i = 0; i < count; i++) x[i] = CLAMPED(x[i], low, high);
+    }
+    }
+}
+
+/* Each entry takes on the sum's type, then is added. */
+INLINE void add_run(int kind, const void *data, int64_t count, int sum_kind, void *sum) {
+    if (sum_kind == FLOAT64) {
+        for (int64_t i = 0; i < count; i++) ((f64 *)sum)[i] += entry(kind, data, i);
+    } else {
+        for (int64_t i = 0; i < count; i++)
+            ((u32 *)sum)[i] = bits_of(float_of(((u32 *)sum)[i]) + (float)entry(kind, data, i));
+    }
+}
+
+/* ---- jobs: what one thread does at a time ----------------------------------------------------------------------- */
+
+/* Long enough to make taking a job cheap, short enough that all threads end at about the same time. */
+#define RUN 65536
+
+/* Fewer entries than this, 30 us of one thread, are not worth waiting for another. */
+#define GRAIN 262144
+
+/* Some rows of a tensor, or with `is_part` a part of one row. */
+struct job {
+    char *data;
+    int64_t count; /* entries of each row that are in this job */
+    int64_t rows;
+    int64_t row; /* index of the first of them among the rows of all tensors */
+    int64_t tensor;
+    int kind, is_part;
+};
+
+enum operation { READ, SCALE, CLAMP, ADD };
+
+/* What has a factor of its own: each tensor, each row, or nothing, where all have the same. */
+enum share { OF_TENSOR, OF_ROW, OF_ALL };
+
+struct task {
+    enum operation operation;
+    int norm, range;           /* READ: what is wanted */
+    struct reading *readings;  /* READ: of each job */
+    double *units;             /* READ: power of each row; NULL if not wanted */
+    const double *factors;     /* SCALE */
+    enum share share;          /* SCALE: what has a factor of its own */
+    double low, high;          /* CLAMP */
+    const struct tensor *table, *sums; /* ADD: the tensors, and what each is added to */
+    const struct job *jobs;
+    int64_t count, next, threads;
+};
+
+INLINE void read_job(struct task *task, int kind, const struct job *job) {
+    struct reading *whole = task->readings + (job - task->jobs);
+    *whole = (struct reading){0, __builtin_inf(), -__builtin_inf()};
+    for (int64_t i = 0; i < job->rows; i++) {
+        const char *data = job->data + (size_t)(i * job->count) * width(kind);
+        struct reading part = read_run(kind, task->norm, task->range, data, job->count);
+        if (task->units != NULL && !job->is_part) task->units[job->row + i] = part.power;
+        join(task->norm, whole, &part);
+    }
+}
+
+INLINE void scale_job(const struct task *task, int kind, const struct job *job) {
+    for (int64_t i = 0; i < job->rows; i++) {
+        int64_t index = task->share == OF_ROW ? job->row + i : task->share == OF_TENSOR ? job->tensor : 0;
+        double factor = task->factors[index];
+        if (factor != 1.0) scale_run(kind, job->data + (size_t)(i * job->count) * width(kind), job->count, factor);
+    }
+}
+
+INLINE void add_job(const struct task *task, int kind, const struct job *job) {
+    const struct tensor *sum = task->sums + job->tensor;
+    size_t first = (size_t)(job->data - (const char *)task->table[job->tensor].data) / width(kind);
+    void *to = (char *)sum->data + first * width((int)sum->kind);
+    if (sum->kind == FLOAT64) {
+        add_run(kind, job->data, job->count * job->rows, FLOAT64, to);
+    } else {
+        add_run(kind, job->data, job->count * job->rows, FLOAT32, to);
+    }
+}
+
+INLINE void do_job(struct task *task, int kind, const struct job *job) {
+    switch (task->operation) {
+    case READ: read_job(task, kind, job); break;
+    case SCALE: scale_job(task, kind, job); break;
+    case CLAMP: clamp_run(kind, job->data, job->count * job->rows, task->low, task->high); break;
+    case ADD: add_job(task, kind, job); break;
+    }
+}
+
+/* Takes jobs until none is left: many at a time at first, one at a time at the end. */
+INLINE void work(struct task *task) {
+    int64_t first = __atomic_load_n(&task->next, __ATOMIC_RELAXED);
+    while (first < task->count) {
+        int64_t end = first + 1 + (task->count - first - 1) / (4 * task->threads);
+        if (!__atomic_compare_exchange_n(&task->next, &first, end, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) continue;
+        for (; first < end; first++) {
+            const struct job *job = task->jobs + first;
+            switch (job->kind) { /* so that each kind has a loop of its own */
+            case FLOAT32: do_job(task, FLOAT32, job); break;
+            case BFLOAT16: do_job(task, BFLOAT16, job); break;
+            case FLOAT16: do_job(task, FLOAT16, job); break;
+            default: do_job(task, FLOAT64, job);
+            }
+        }
+        first = __atomic_load_n(&task->next, __ATOMIC_RELAXED);
+    }
+}
+
+/* The same code for each level of the processor; chosen when the program runs. */
+static void work_plainly(void *task) { work(task); }
+
+#if defined(__x86_64__)
+__attribute__((target("avx2,fma"))) static void work_avx2(void *task) { work(task); }
+
+__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))) static void work_avx512(void *task) {
+    work(task);
+}
+#endif
+
+/* Raised with every change of what is exported, so that native.py never calls a library of another time. */
+EXPORT int32_t gradkeel_interface(void) { return 4; }
+
+/* How many of the levels baseline, AVX2 and AVX-512 this processor has: from 1 to 3. */
+EXPORT int32_t gradkeel_levels(void) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (!avx2) return 1;
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
+               ? 3
+               : 2;
+#else
+    return 1;
+#endif
+}
+
+/* ---- one call ----------------------------------------------------------------------------------------------------- */
+
+/* How the work is done: the processor's level, and the threads of the OpenMP library that torch has loaded. */
+struct team {
+    int32_t level;
+    int32_t threads;
+    void (*parallel)(void (*function)(void *), void *argument, unsigned threads, unsigned flags);
+};
+
+static int64_t parts_of(int64_t count) { return (count + RUN - 1) / RUN; }
+
+static int64_t rows_at_once(int64_t count) { return count < RUN ? RUN / (count > 0 ? count : 1) : 1; }
+
+static int64_t jobs_of(const struct tensor *t) {
+    if (t->entries == 0) return 0;
+    int64_t count = t->entries / t->rows, together = rows_at_once(count);
+    return count > RUN ? t->rows * parts_of(count) : (t->rows + together - 1) / together;
+}
+
+static struct job *cut(const struct tensor *t, int64_t tensor, int64_t row, struct job *job) {
+    int64_t count = t->entries / t->rows, together = rows_at_once(count);
+    int kind = (int)t->kind;
+    for (int64_t i = 0; i < t->rows; i += together) {
+        char *data = (char *)t->data + (size_t)(i * count) * width(kind);
+        if (count <= RUN) {
+            int64_t rows = t->rows - i < together ? t->rows - i : together;
+            *job++ = (struct job){data, count, rows, row + i, tensor, kind, 0};
+            continue;
+        }
+        for (int64_t from = 0; from < count; from += RUN) {
+            int64_t here = count - from < RUN ? count - from : RUN;
+            *job++ = (struct job){data + (size_t)from * width(kind), here, 1, row + i, tensor, kind, 1};
+        }
+    }
+    return job;
+}
+
+/* Cuts the tensors into jobs and has them done; returns the jobs, to be freed, or NULL without memory. */
+static struct job *run(struct task *task, const struct tensor *table, int64_t count, const struct team *team) {
+    int64_t entries = 0, row = 0;
+    task->count = 0;
+    for (int64_t i = 0; i < count; i++) {
+        entries += table[i].entries;
+        task->count += jobs_of(table + i);
+    }
+    size_t size = (size_t)task->count * (sizeof(struct job) + sizeof(struct reading));
+    struct job *jobs = malloc(size ? size : 1), *end = jobs;
+    if (jobs == NULL) return NULL;
+    for (int64_t i = 0; i < count; i++) {
+        if (table[i].entries > 0) end = cut(table + i, i, row, end);
+        row += table[i].rows;
+    }
+    task->jobs = jobs;
+    task->readings = (struct reading *)end;
+    void (*function)(void *) = work_plainly;
+#if defined(__x86_64__)
+    if (team->level == 2) function = work_avx2;
+    if (team->level >= 3) function = work_avx512;
+#endif
+    task->next = 0;
+    task->threads = team->parallel == NULL || entries < GRAIN ? 1 : team->threads;
+    if (task->threads > 1) {
+        team->parallel(function, task, (unsigned)task->threads, 0);
+    } else {
+        task->threads = 1;
+        function(task);
+    }
+    return jobs;
+}
+
+/* The norm of `count` entries from their power; relative to the largest one where squares of float64 entries left the
+ * range of float64. */
+static double norm_of(int norm, double power, int64_t kind, const char *data, int64_t count) {
+    double value = norm == SQUARES ? __builtin_sqrt(power) : power;
+    if (kind != FLOAT64 || norm == LARGEST || (value > 1e-140 && value < 1e150)) return value;
+    const f64 *x = (const f64 *)data;
+    double largest = largest_64(FLOAT64, (const u64 *)data, count), sum = 0;
+    if (!(largest > 0 && largest < __builtin_inf())) return largest;
+    for (int64_t i = 0; i < count; i++) {
+        double part = __builtin_fabs(x[i]) / largest;
+        sum += norm == SQUARES ? part * part : part;
+    }
+    return (norm == SQUARES ? __builtin_sqrt(sum) : sum) * largest;
+}
+
+/* Reads each tensor once.
+ *
+ * norm: 0 the largest magnitude, 1 the sum of magnitudes, 2 the root of the sum of squares. norms [count] and, where
+ * not NULL, units [sum of rows] and peaks [count, 2] are written; NaN or inf exactly where an entry is. Returns 0, or
+ * -1 without memory.
+ */
+EXPORT int32_t gradkeel_read(const struct tensor *table, int64_t count, int32_t norm, double *norms, double *units,
+                             double *peaks, const struct team *team) {
+    struct task task = {.operation = READ, .norm = norm, .range = peaks != NULL, .units = units};
+    int64_t rows = 0;
+    for (int64_t i = 0; i < count; i++) rows += table[i].rows;
+    if (units != NULL) memset(units, 0, (size_t)rows * sizeof *units);
+    struct job *jobs = run(&task, table, count, team);
+    if (jobs == NULL) return -1;
+    for (int64_t i = 0, next = 0; i < count; i++) {
+        struct reading whole = {0, __builtin_inf(), -__builtin_inf()};
+        for (; next < task.count && jobs[next].tensor == i; next++) {
+            struct reading *part = task.readings + next;
+            join(norm, &whole, part);
+            if (units != NULL && jobs[next].is_part) {
+                double *unit = units + jobs[next].row;
+                *unit = norm == LARGEST ? larger(part->power, *unit) : *unit + part->power;
+            }
+        }
+        norms[i] = norm_of(norm, whole.power, table[i].kind, table[i].data, table[i].entries);
+        if (peaks != NULL) {
+            int is_nan = whole.low != whole.low || whole.high != whole.high;
+            peaks[2 * i] = table[i].entries == 0 ? 0 : is_nan ? __builtin_nan("") : whole.low;
+            peaks[2 * i + 1] = table[i].entries == 0 ? 0 : is_nan ? __builtin_nan("") : whole.high;
+        }
+    }
+    for (int64_t i = 0; units != NULL && i < count; units += table[i++].rows) {
+        int64_t size = table[i].rows > 0 ? table[i].entries / table[i].rows : 0;
+        for (int64_t j = 0; j < table[i].rows; j++) {
+            const char *data = (const char *)table[i].data + (size_t)(j * size) * width((int)table[i].kind);
+            units[j] = norm_of(norm, units[j], table[i].kind, data, size);
+        }
+    }
+    free(jobs);
+    return 0;
+}
+
+/* The norm of all tensors together, from theirs: relative to the largest one where squares leave the range. */
+EXPORT double gradkeel_total(const double *norms, int64_t count, int32_t norm) {
+    double largest = 0, sum = 0;
+    for (int64_t i = 0; i < count; i++) largest = larger(largest, norms[i]);
+    if (norm == LARGEST || !(largest > 0 && largest < __builtin_inf())) return largest;
+    double scale = norm == SUM || (largest > 1e-140 && largest < 1e140) ? 1 : largest;
+    for (int64_t i = 0; i < count; i++) {
+        double part = norms[i] / scale;
+        sum += norm == SQUARES ? part * part : part;
+    }
+    return scale * (norm == SQUARES ? __builtin_sqrt(sum) : sum);
+}
+
+struct answer {
+    double total;
+    int32_t is_read;
+};
+
+/* Describes the tensors of a Python list as gradkeel_table does, and reads them at once if they are few entries, so that
+ * a small model costs one call. Needs the GIL, for which more entries would keep others waiting.
+ *
+ * Returns how many were taken, as gradkeel_table; is_read tells whether norms and total were written (or, below zero,
+ * that there was no memory).
+ */
+EXPORT int64_t gradkeel_norms(void *list, int64_t count, item_of_list item, export_tensor export, int32_t norm,
+                              struct tensor *table, double *norms, struct answer *answer,
+                              const struct team *team) {
+    int64_t rows, entries = 0, taken = gradkeel_table(list, count, item, export, -1, table, &rows);
+    answer->is_read = 0;
+    if (taken < count) return taken;
+    for (int64_t i = 0; i < count; i++) entries += table[i].entries;
+    if (entries >= GRAIN) return taken;
+    answer->is_read = gradkeel_read(table, count, norm, norms, NULL, NULL, team) == 0 ? 1 : -1;
+    answer->total = gradkeel_total(norms, count, norm);
+    return taken;
+}
+
+/* Multiplies everything by its factor (see enum share); where that is 1 nothing is touched. */
+EXPORT int32_t gradkeel_scale(const struct tensor *table, int64_t count, const double *factors, int32_t share,
+                              const struct team *team) {
+    struct task task = {.operation = SCALE, .factors = factors, .share = (enum share)share};
+    struct job *jobs = run(&task, table, count, team);
+    free(jobs);
+    return jobs == NULL ? -1 : 0;
+}
+
+/* Describes the tensors of a Python list as gradkeel_table does, and multiplies them at once by one factor if they are
+ * few entries; needs the GIL. Returns how many were taken; *is_done tells whether they were multiplied, as is_read does.
+ */
+EXPORT int64_t gradkeel_scale_all(void *list, int64_t count, item_of_list item, export_tensor export, double factor,
+                                  struct tensor *table, int32_t *is_done, const struct team *team) {
+    int64_t rows, entries = 0, taken = gradkeel_table(list, count, item, export, -1, table, &rows);
+    *is_done = 0;
+    if (taken < count) return taken;
+    for (int64_t i = 0; i < count; i++) entries += table[i].entries;
+    if (entries < GRAIN) *is_done = gradkeel_scale(table, count, &factor, OF_ALL, team) == 0 ? 1 : -1;
+    return taken;
+}
+
+/* Clamps every entry into [low, high]; NaN stays. */
+EXPORT int32_t gradkeel_clamp(const struct tensor *table, int64_t count, double low, double high,
+                              const struct team *team) {
+    struct task task = {.operation = CLAMP, .low = low, .high = high};
+    struct job *jobs = run(&task, table, count, team);
+    free(jobs);
+    return jobs == NULL ? -1 : 0;
+}
+
+/* Adds each tensor to the one of the same index in `sums`: float32 or float64, of as many entries in the same order. */
+EXPORT int32_t gradkeel_add(const struct tensor *sums, const struct tensor *table, int64_t count,
+                            const struct team *team) {
+    struct task task = {.operation = ADD, .table = table, .sums = sums};
+    struct job *jobs = run(&task, table, count, team);
+    free(jobs);
+    return jobs == NULL ? -1 : 0;
+}

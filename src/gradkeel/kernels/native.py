@@ -1,0 +1,329 @@
+"""The optional native kernels for CPU tensors (`native.c`): found, loaded and called here, and never missed.
+
+They are a shared library with a plain C interface, built with the package where there is a C compiler. Where it is not
+there, or torch cannot feed it, `kernels` returns None and torch's own operations do the work.
+"""
+
+import ctypes
+import functools
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradkeel.kernels.library import VARIABLE, UnavailableError, exporter, load, openmp
+from gradkeel.tensors import are_plain
+
+LEVELS = ("baseline", "avx2", "avx512")
+_OFF, _ON = {"off", "0", "no", "false"}, {"", "on", "1", "yes", "true"}
+# The C code's numbers for norm types.
+_NORMS = {math.inf: 0, 1.0: 1, 2.0: 2}
+_BYTES_OF_A_TENSOR = 32
+_OF_TENSOR, _OF_ROW, _OF_ALL = range(3)
+# What torch raises for a tensor without memory of its own: sparse, meta, wrapped.
+_NO_ADDRESS = (RuntimeError, BufferError, TypeError, ValueError)
+
+
+class _Team(ctypes.Structure):
+    """struct team of native.c."""
+
+    _fields_ = (("level", ctypes.c_int32), ("threads", ctypes.c_int32), ("parallel", ctypes.c_void_p))
+
+
+class _Answer(ctypes.Structure):
+    """struct answer of native.c."""
+
+    _fields_ = (("total", ctypes.c_double), ("is_read", ctypes.c_int32))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Table:
+    """Addresses, sizes and dtypes of dense CPU tensors; valid while none of them is resized.
+
+    Attributes:
+        tensors: the tensors, so that they live as long.
+        address: the table as the library reads it.
+        rows: how many units the tensors have; each is one where it was not cut.
+    """
+
+    tensors: list[Tensor]
+    address: Any
+    rows: int
+
+
+class Kernels:
+    """The loaded library.
+
+    Attributes:
+        level: the processor's features in use, one of ``LEVELS``.
+        shares_threads: whether the kernels run on the threads of torch's own OpenMP library; else on one thread.
+    """
+
+    def __init__(self, level: str | None = None) -> None:
+        library, held = load(ctypes.CDLL), load(ctypes.PyDLL)
+        available = LEVELS[: library.gradkeel_levels()]
+        self.level = available[-1] if level is None else level
+        if self.level not in available:
+            raise UnavailableError(
+                f"{VARIABLE}={level}: this processor has {', '.join(available)}", f"unset {VARIABLE}"
+            )
+        self._parallel = openmp()
+        self.shares_threads = self._parallel is not None
+        self._teams: dict[int, Any] = {}
+        # Filling the table needs the interpreter's lock, and raises what torch raises; the long calls release it.
+        self._describe = held.gradkeel_table
+        self._describe.restype = ctypes.c_int64
+        self._describe.argtypes = (
+            ctypes.py_object, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p,
+            ctypes.c_void_p,
+        )  # fmt: skip
+        self._item = ctypes.cast(ctypes.pythonapi.PyList_GetItem, ctypes.c_void_p)
+        self._export = exporter()
+        pointer, integer = ctypes.c_void_p, ctypes.c_int32
+        self._norms = held.gradkeel_norms
+        self._norms.restype = ctypes.c_int64
+        self._norms.argtypes = (
+            ctypes.py_object, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p,
+            ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p,
+        )  # fmt: skip
+        self._scale_all = held.gradkeel_scale_all
+        self._scale_all.restype = ctypes.c_int64
+        self._scale_all.argtypes = (
+            ctypes.py_object, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_double, ctypes.c_void_p,
+            ctypes.c_void_p, ctypes.c_void_p,
+        )  # fmt: skip
+        self._total = held.gradkeel_total
+        self._total.restype = ctypes.c_double
+        self._total.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)
+        self._read = library.gradkeel_read
+        self._read.argtypes = (pointer, ctypes.c_int64, integer, pointer, pointer, pointer, pointer)
+        self._scale = library.gradkeel_scale
+        self._scale.argtypes = (pointer, ctypes.c_int64, pointer, integer, pointer)
+        self._clamp = library.gradkeel_clamp
+        self._clamp.argtypes = (pointer, ctypes.c_int64, ctypes.c_double, ctypes.c_double, pointer)
+        self._add = library.gradkeel_add
+        self._add.argtypes = (pointer, pointer, ctypes.c_int64, pointer)
+
+    def table(
+        self,
+        tensors: Sequence[Tensor],
+        unit_dim: int | None = None,
+        *,
+        otherwise: Callable[[Tensor], Tensor] | None = None,
+    ) -> Table | None:
+        """Where the tensors lie, each cut into the units of ``unit_dim`` if given; None if one is not fit for that.
+
+        Fit are dense CPU tensors of float32, bfloat16, float16 and float64, whose units lie one after the other.
+
+        Args:
+            tensors: k tensors.
+            unit_dim: the dimension that counts units.
+            otherwise: where a tensor is not fit as it is, the table is of what this makes of each of them.
+        """
+        held = list(tensors)
+        address = ctypes.create_string_buffer(_BYTES_OF_A_TENSOR * len(held) + 1)
+        rows = ctypes.c_int64()
+        dim = -1 if unit_dim is None else unit_dim
+        if self._fill(held, dim, address, rows):
+            return Table(held, address, rows.value)
+        return None if otherwise is None else self.table([otherwise(tensor) for tensor in held], unit_dim)
+
+    def _fill(self, tensors: list[Tensor], dim: int, address: Any, rows: Any) -> bool:
+        if not are_plain(tensors):
+            return False
+        try:
+            taken = self._describe(
+                tensors, len(tensors), self._item, self._export, dim, address, ctypes.byref(rows)
+            )
+        except _NO_ADDRESS:
+            return False
+        return bool(taken == len(tensors))
+
+    def norms(self, tensors: list[Tensor], norm_type: float) -> tuple[Tensor, float] | None:
+        """[k] float64 norm of each tensor, and that of all together; None if a tensor is not fit.
+
+        Few entries are read in the same call that looks where they lie; for more the interpreter's lock is released.
+        """
+        if not are_plain(tensors):
+            return None
+        count = len(tensors)
+        norms = torch.empty(count, dtype=torch.float64, device="cpu")
+        address = _buffer(count)()
+        answer = _Answer()
+        pointer, norm, team = norms.data_ptr(), _NORMS[norm_type], self._team()
+        try:
+            taken = self._norms(
+                tensors, count, self._item, self._export, norm, address, pointer, ctypes.byref(answer), team
+            )
+        except _NO_ADDRESS:
+            return None
+        if taken != count:
+            return None
+        if answer.is_read == 0:
+            self._check(self._read(address, count, norm, pointer, None, None, team))
+            return norms, self._total(pointer, count, norm)
+        self._check(answer.is_read - 1)
+        return norms, answer.total
+
+    def read(
+        self, table: Table, norm_type: float, *, units: bool = False, peaks: bool = False
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Read each tensor once, in float64: norms [k], norms of the units [u], and peaks [k, 2]."""
+        count = len(table.tensors)
+        norms = torch.empty(count, dtype=torch.float64, device="cpu")
+        unit_norms = torch.empty(table.rows, dtype=torch.float64, device="cpu") if units else None
+        extremes = torch.empty(count, 2, dtype=torch.float64, device="cpu") if peaks else None
+        self._check(
+            self._read(
+                table.address, count, _NORMS[norm_type], norms.data_ptr(), _address(unit_norms), _address(extremes),
+                self._team(),
+            )
+        )  # fmt: skip
+        return norms, unit_norms, extremes
+
+    def scale(self, table: Table, factors: Tensor | float, *, by_unit: bool = False) -> None:
+        """Multiply all tensors by one factor, or each tensor, or each unit, by its own, in place.
+
+        Where a factor is 1 nothing is touched.
+        """
+        if isinstance(factors, float):
+            held: Any = ctypes.c_double(factors)
+            pointer, share = ctypes.addressof(held), _OF_ALL
+        else:
+            held = factors.to(torch.float64).contiguous()
+            pointer, share = held.data_ptr(), _OF_ROW if by_unit else _OF_TENSOR
+        self._check(self._scale(table.address, len(table.tensors), pointer, share, self._team()))
+        torch.autograd.graph.increment_version(table.tensors)
+
+    def scale_all(self, tensors: list[Tensor], factor: float) -> bool:
+        """Multiply all tensors by one factor in place, few entries in one call; whether they were fit for it."""
+        if not are_plain(tensors):
+            return False
+        count, is_done = len(tensors), ctypes.c_int32()
+        address, team = _buffer(count)(), self._team()
+        try:
+            taken = self._scale_all(
+                tensors, count, self._item, self._export, factor, address, ctypes.byref(is_done), team
+            )
+        except _NO_ADDRESS:
+            return False
+        if taken != count:
+            return False
+        if is_done.value == 0:
+            self.scale(Table(tensors, address, count), factor)
+            return True
+        self._check(is_done.value - 1)
+        torch.autograd.graph.increment_version(tensors)
+        return True
+
+    def clamp(self, table: Table, low: float, high: float) -> None:
+        """Clamp each entry into ``[low, high]`` in place; NaN stays."""
+        self._check(self._clamp(table.address, len(table.tensors), low, high, self._team()))
+        torch.autograd.graph.increment_version(table.tensors)
+
+    def add(self, sums: Table, table: Table) -> None:
+        """Add each tensor to the one of the same index in ``sums``, in place.
+
+        Args:
+            sums: float32 or float64, with the shapes and strides of the tensors.
+            table: the tensors.
+        """
+        for total, tensor in zip(sums.tensors, table.tensors, strict=True):
+            assert total.dtype in (torch.float32, torch.float64), "sums are wide"
+            assert (total.shape, total.stride()) == (tensor.shape, tensor.stride()), "they lie alike"
+        self._check(self._add(sums.address, table.address, len(table.tensors), self._team()))
+        torch.autograd.graph.increment_version(sums.tensors)
+
+    def _team(self) -> Any:
+        threads = torch.get_num_threads()
+        if threads not in self._teams:
+            team = _Team(LEVELS.index(self.level) + 1, threads, self._parallel)
+            self._teams[threads] = ctypes.pointer(team)
+        return self._teams[threads]
+
+    @staticmethod
+    def _check(status: int) -> None:
+        if status != 0:
+            raise MemoryError("gradkeel: no memory for the list of jobs")
+
+
+def scale(tensors: Sequence[Tensor], factors: Tensor | float, unit_dim: int | None = None) -> bool:
+    """Multiply all tensors by one factor, or each, or each of their units, by its own; whether the kernels did it."""
+    own = kernels()
+    if own is not None and isinstance(factors, float):
+        return own.scale_all(list(tensors), factors)
+    table = None if own is None else own.table(tensors, unit_dim)
+    if own is None or table is None:
+        return False
+    own.scale(table, factors, by_unit=unit_dim is not None)
+    return True
+
+
+def clamp(tensors: Sequence[Tensor], low: float, high: float) -> bool:
+    """Clamp each entry into ``[low, high]`` in place; whether the kernels did it."""
+    own = kernels()
+    table = None if own is None or any(map(Tensor.is_neg, tensors)) else own.table(tensors)
+    if own is None or table is None:
+        return False
+    own.clamp(table, low, high)
+    return True
+
+
+def add(sums: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
+    """Add each tensor to its sum, which lies alike, in place; whether the kernels did it."""
+    own = kernels()
+    to, of = (None, None) if own is None else (own.table(sums), own.table(tensors))
+    if own is None or to is None or of is None:
+        return False
+    own.add(to, of)
+    return True
+
+
+@functools.lru_cache(maxsize=64)
+def _buffer(count: int) -> type[Any]:
+    """The type of a table of so many tensors; making it anew costs more than the table."""
+    return ctypes.c_char * (_BYTES_OF_A_TENSOR * count + 1)
+
+
+def has_norm(norm_type: float) -> bool:
+    """Whether the kernels know this norm."""
+    return norm_type in _NORMS
+
+
+def kernels() -> Kernels | None:
+    """The native kernels, or None where they are not in use."""
+    return _found()[0]
+
+
+def unavailable() -> str | None:
+    """Why the native kernels are not in use; None where they are."""
+    return _found()[1]
+
+
+def remedy() -> str | None:
+    """What one can do to have the native kernels used; None where they are, or nothing can be done."""
+    return _found()[2]
+
+
+@functools.cache
+def _found() -> tuple[Kernels | None, str | None, str | None]:
+    given = os.environ.get(VARIABLE, "")
+    wanted = given.lower()
+    try:
+        if wanted in _OFF:
+            raise UnavailableError(f"turned off by {VARIABLE}={given}", f"unset {VARIABLE}")
+        if wanted not in {*_ON, *LEVELS}:
+            raise UnavailableError(
+                f"{VARIABLE}={given}: must be off or one of {', '.join(LEVELS)}", f"unset {VARIABLE}"
+            )
+        return Kernels(None if wanted in _ON else wanted), None, None
+    except UnavailableError as error:
+        return None, str(error), error.remedy
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

@@ -1,0 +1,302 @@
+"""Launches the Triton kernels on tensors of an accelerator, and says whether it did.
+
+They are on by default on CUDA and ROCm where Triton is installed. Before a kernel is used with a dtype for the first
+time, it is run on random tensors and compared with float64: one that is wrong there, or cannot be compiled, is never
+used, which one warning says, and torch's foreach operations do the work. ``GRADKEEL_TRITON=off`` turns them off;
+``on`` takes them on whatever device there is, without that check.
+"""
+
+import contextlib
+import functools
+import os
+import threading
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradkeel.errors import GradkeelWarning
+from gradkeel.kernels.arrival import is_capturing
+from gradkeel.kernels.triton_layout import DTYPES, Layout, Layouts, kinds_of
+
+VARIABLE = "GRADKEEL_TRITON"
+
+_OFF, _ON = {"off", "0", "no", "false"}, {"on", "1", "yes", "true"}
+_BLOCK, _UNIT_BLOCK, _ROWS = 2048, 512, 2
+_OPERATIONS = ("1-norm", "2-norm", "1-norm of units", "2-norm of units", "scale", "scale of units", "clamp")
+
+
+class TritonKernels:
+    """The kernels of one device.
+
+    Attributes:
+        device: the device.
+        fault: why they are not in use, once a check has failed; None as long as none has.
+    """
+
+    def __init__(self, device: torch.device, *, is_checked: bool = True) -> None:
+        import triton.language
+
+        from gradkeel.kernels import triton_kernels
+
+        self.fault: str | None = None
+        self.device = device
+        self._kernels: Any = triton_kernels
+        self._types = {dtype: getattr(triton.language, name) for dtype, name in DTYPES.items()}
+        self._layouts = Layouts(device)
+        # What has been checked: pairs of an operation's name and a dtype. None where nothing is to be.
+        self._right: set[tuple[str, torch.dtype]] | None = set() if is_checked else None
+        # Addresses are sent and read by two launches, between which no other thread may send its own.
+        self.lock = threading.RLock()
+
+    def layout(
+        self, operation: str, tensors: Sequence[Tensor | None], unit_dim: int | None = None
+    ) -> Layout | None:
+        """Where the tensors lie, their addresses sent; None where the kernels cannot, or must not, be used on them."""
+        kinds = kinds_of(tensors, self.device, unit_dim)
+        if kinds is None or not self.is_right(operation, {kind.dtype for kind in kinds if kind is not None}):
+            return None
+        return self._layouts.of(tensors, kinds)
+
+    def placed(self, tensors: Sequence[Tensor], unit_dim: int | None) -> Layout:
+        """The layout of tensors that are known to be fit, outside of a capture."""
+        kinds = kinds_of(tensors, self.device, unit_dim)
+        layout = None if kinds is None else self._layouts.of(tensors, kinds)
+        assert layout is not None, "they are fit"
+        return layout
+
+    def norms(self, layout: Layout, norm_type: float) -> Tensor:
+        """[k] float64 1-norm or 2-norm of each tensor; 0 for one that is not there."""
+        is_squared = norm_type == 2.0
+        sums, scales, norms = (self._new(n) for n in (layout.pieces, layout.pieces, layout.tensors))
+        for dtype, first, count in layout.runs:
+            self._kernels.sum_powers[(count,)](
+                layout.addresses, layout.table, first, sums, scales, self._types[dtype], layout.alignment, is_squared,
+                _BLOCK,
+            )  # fmt: skip
+        self._kernels.join_powers[(layout.tensors,)](sums, scales, layout.spans, norms, is_squared, 128)
+        return norms
+
+    def unit_norms(self, layout: Layout, norm_type: float) -> Tensor:
+        """[u] float64 norm of each unit."""
+        norms = self._new(layout.units)
+        for dtype, first, count in layout.runs:
+            self._kernels.unit_norms[(-(-count // _ROWS),)](
+                layout.addresses, layout.table, first, count, norms, self._types[dtype], layout.alignment,
+                norm_type == 2.0, _UNIT_BLOCK, _ROWS, num_warps=1,
+            )  # fmt: skip
+        return norms
+
+    def scale(self, layout: Layout, factors: Tensor, *, by_unit: bool = False) -> None:
+        """Multiply tensors, or units, by ``factors``, [] or one each, in place; where it is 1 nothing is touched."""
+        stride, factors = factors.dim(), factors.contiguous()
+        if factors.data_ptr() % 16:
+            factors = factors.clone()  # an address like any other's, so that no further kernel is compiled
+        for dtype, first, count in layout.runs:
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            self._kernels.scale_pieces[(count,)](
+                layout.addresses, layout.table, first, factors, stride, self._types[dtype], self._types[wide],
+                layout.alignment, _UNIT_BLOCK if by_unit else _BLOCK, num_warps=1 if by_unit else 4,
+            )  # fmt: skip
+
+    def clamp(self, layout: Layout, low: float, high: float) -> None:
+        """Clamp each entry into ``[low, high]`` in place; NaN stays, and what is within is not written."""
+        for dtype, first, count in layout.runs:
+            limits = torch.tensor(
+                [low, high], dtype=dtype, device="cpu"
+            ).tolist()  # as torch's clamp rounds them
+            self._kernels.clamp_pieces[(count,)](
+                layout.addresses, layout.table, first, *limits, self._types[dtype], layout.alignment, _BLOCK
+            )
+
+    def _new(self, count: int) -> Tensor:
+        return torch.empty(count, dtype=torch.float64, device=self.device)
+
+    def is_right(self, operation: str, dtypes: Iterable[torch.dtype]) -> bool:
+        """Whether an operation may be used with these dtypes; checks and warns at the first time."""
+        if self._right is None or self.fault is not None:
+            return self.fault is None
+        unknown = [dtype for dtype in dtypes if (operation, dtype) not in self._right]
+        if unknown and is_capturing(self.device):
+            return False  # the check reads on the host
+        for dtype in unknown:
+            self._right.add((operation, dtype))
+            try:
+                fault = _fault(self, operation, dtype)
+            except Exception as error:  # noqa: BLE001  # whatever a compiler raises
+                fault = f"cannot be run: {type(error).__name__}: {error}"
+            if fault is not None:
+                self.fault = f"the Triton kernel for {operation} of {dtype} on {self.device} {fault}"
+                warnings.warn(
+                    f"{self.fault}; torch's foreach operations are used instead, which launch more kernels "
+                    f"({VARIABLE}=off turns the Triton kernels off without this warning)",
+                    GradkeelWarning,
+                    stacklevel=2,
+                )
+                return False
+        return True
+
+
+def _fault(kernels: TritonKernels, operation: str, dtype: torch.dtype) -> str | None:
+    """What is wrong with an operation on a few random tensors, in words; None where it agrees with float64."""
+    generator = torch.Generator().manual_seed(0)
+    by_unit = operation.endswith("units")
+    shapes = [(3, 5), (17, 2049), (1, 7)] if by_unit else [(3, 5), (70_003,), (1,)]
+    drawn = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    tensors = [tensor.to(kernels.device, copy=True) for tensor in drawn]
+    layout = kernels.placed(tensors, 0 if by_unit else None)
+    cells = [unit for tensor in drawn for unit in (tensor.unbind() if by_unit else [tensor])]
+    if "norm" in operation:
+        p = float(operation[0])
+        found = kernels.unit_norms(layout, p) if by_unit else kernels.norms(layout, p)
+        wanted = torch.stack([torch.linalg.vector_norm(cell.double(), p) for cell in cells])
+        error = float((found.cpu() / wanted - 1).abs().max())
+        return None if error < 1e-10 else f"is wrong: a norm is off by {error:.1e} of itself"
+    if operation == "clamp":
+        kernels.clamp(layout, -0.3, 0.7)
+        results = [cell.clamp(-0.3, 0.7) for cell in cells]
+    else:
+        factors = torch.rand(len(cells), generator=generator, dtype=torch.float64)
+        kernels.scale(layout, factors.to(kernels.device), by_unit=by_unit)
+        wide = torch.promote_types(dtype, torch.float32)
+        results = [(cell.to(wide) * f.to(wide)).to(dtype) for cell, f in zip(cells, factors, strict=True)]
+    after = [unit for tensor in tensors for unit in (tensor.cpu().unbind() if by_unit else [tensor.cpu()])]
+    wrong = sum(int((a != b).sum()) for a, b in zip(after, results, strict=True))
+    return None if wrong == 0 else f"is wrong: {wrong} entries are not what they should be"
+
+
+# -- what the rest of the package asks ----------------------------------------------------------------------------
+
+
+def norms(tensors: Sequence[Tensor | None], norm_type: float) -> Tensor | None:
+    """[k] float64 norm of each tensor, 0 for None; None where the kernels do not do it."""
+    own = _kernels_of(tensors) if norm_type in (1.0, 2.0) else None
+    if own is None:
+        return None
+    with own.lock, _on(tensors):
+        layout = own.layout(f"{norm_type:.0f}-norm", tensors)
+        return None if layout is None else own.norms(layout, norm_type)
+
+
+def unit_norms(tensors: Sequence[Tensor | None], norm_type: float, dim: int) -> Tensor | None:
+    """[u] float64 norm of each unit along ``dim``, tensor after tensor; None where the kernels do not do it."""
+    own = _kernels_of(tensors) if norm_type in (1.0, 2.0) else None
+    if own is None:
+        return None
+    with own.lock, _on(tensors):
+        layout = own.layout(f"{norm_type:.0f}-norm of units", tensors, dim)
+        # One program reads a unit; for very long ones that is too few.
+        return own.unit_norms(layout, norm_type) if layout is not None and layout.has_whole_units else None
+
+
+def scale(tensors: Sequence[Tensor | None], factors: Tensor) -> bool:
+    """Multiply each tensor by its factor, [] or [k], in place; whether the kernels did it. None is passed over."""
+    own = _kernels_of(tensors)
+    if own is None or factors.device != own.device:
+        return False
+    with own.lock, _on(tensors):
+        layout = own.layout("scale", tensors)
+        if layout is not None:
+            own.scale(layout, factors)
+    return layout is not None and _written(tensors)
+
+
+def scale_units(tensors: Sequence[Tensor | None], factors: Tensor, counts: Sequence[int], dim: int) -> bool:
+    """Multiply each unit along ``dim`` by its factor, [u], in place; whether the kernels did it.
+
+    Args:
+        tensors: k tensors; None is passed over.
+        factors: one for each unit, tensor after tensor, those that are not there included.
+        counts: how many units each tensor has.
+        dim: the dimension that counts units.
+    """
+    own = _kernels_of(tensors)
+    if own is None or factors.device != own.device:
+        return False
+    with own.lock, _on(tensors):
+        layout = own.layout("scale of units", tensors, dim)
+        if layout is None or layout.unit_counts != tuple(counts):
+            return False
+        own.scale(layout, factors, by_unit=True)
+    return _written(tensors)
+
+
+def clamp(tensors: Sequence[Tensor | None], low: float, high: float) -> bool:
+    """Clamp each entry into ``[low, high]`` in place; whether the kernels did it, which they do not for float64."""
+    own = _kernels_of(tensors)
+    # A number that the host gives a kernel arrives in float32.
+    if own is None or any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
+        return False
+    with own.lock, _on(tensors):
+        layout = own.layout("clamp", tensors)
+        if layout is not None:
+            own.clamp(layout, low, high)
+    return layout is not None and _written(tensors)
+
+
+def _written(tensors: Sequence[Tensor | None]) -> bool:
+    torch.autograd.graph.increment_version([tensor for tensor in tensors if tensor is not None])
+    return True
+
+
+def _kernels_of(tensors: Sequence[Tensor | None]) -> TritonKernels | None:
+    first = next((tensor for tensor in tensors if tensor is not None), None)
+    return None if first is None else kernels(first.device)
+
+
+def _on(tensors: Sequence[Tensor | None]) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    device = next(tensor.device for tensor in tensors if tensor is not None)
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@functools.cache
+def kernels(device: torch.device) -> TritonKernels | None:
+    """The Triton kernels of a device, or None where they are not in use."""
+    if why_not(device) is not None:
+        return None
+    return TritonKernels(device, is_checked=_wanted() not in _ON)
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why the Triton kernels are not in use on a device, checking all of them; None where they are."""
+    own = kernels(device)
+    if own is None:
+        return why_not(device)
+    with own.lock:
+        for operation in _OPERATIONS:
+            own.is_right(
+                operation, [dtype for dtype in DTYPES if (operation, dtype) != ("clamp", torch.float64)]
+            )
+    return own.fault
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why the kernels cannot be tried on a device; None where they can."""
+    wanted = _wanted()
+    if wanted in _OFF:
+        return f"turned off by {VARIABLE}={wanted}"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "not for CPUs"
+    if device.type != "cuda" and wanted not in _ON:
+        return f"for CUDA and ROCm, unless {VARIABLE}=on"
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return "Triton is not installed" if isinstance(error, ModuleNotFoundError) else f"Triton: {error}"
+    return None
+
+
+def remedy(device: torch.device) -> str | None:
+    """What one can do to have the kernels used where `unavailable` says why they are not; None if nothing."""
+    if _wanted() in _OFF:
+        return f"unset {VARIABLE}"
+    if device.type == "cuda" and kernels(device) is None:
+        return "install Triton: its kernels launch fewer operations"
+    return None
+
+
+def _wanted() -> str:
+    return os.environ.get(VARIABLE, "").lower()

@@ -1,0 +1,253 @@
+"""Where the tensors lie that the Triton kernels work on: what never changes from step to step, and their addresses."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradkeel.kernels.arrival import Arrival, is_capturing
+from gradkeel.tensors import are_plain, is_dense
+
+PIECE = 32_768
+"""Entries that one program works on."""
+
+DTYPES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float64: "float64",
+}
+
+_KEPT = 16
+_RING = 4
+_SPARE = 4
+
+
+class Kind(NamedTuple):
+    """What a layout knows of a tensor: its number of entries, its dtype, and its units where it is cut into these."""
+
+    size: int
+    dtype: torch.dtype
+    units: int | None = None
+
+
+def kinds_of(
+    tensors: Sequence[Tensor | None], device: torch.device, unit_dim: int | None = None
+) -> list[Kind | None] | None:
+    """The tensors' kinds, None for None; None if one is not a dense float tensor of this device, or its units are not.
+
+    Args:
+        tensors: k tensors.
+        device: on which they must be.
+        unit_dim: the dimension that counts units, where they are to be cut into these.
+    """
+    if not are_plain(tensor for tensor in tensors if tensor is not None):
+        return None
+    kinds: list[Kind | None] = []
+    for tensor in tensors:
+        if tensor is None:
+            kinds.append(None)
+            continue
+        if tensor.layout != torch.strided or tensor.device != device or tensor.dtype not in DTYPES:
+            return None
+        if tensor.is_neg() or not is_dense(tensor):
+            return None
+        size, units = tensor.numel(), None
+        if unit_dim is not None:
+            units = 1 if tensor.dim() <= 1 else tensor.shape[unit_dim]
+            if units > 1 and size and tensor.stride(unit_dim) != size // units:
+                return None  # its units do not lie one after the other
+        kinds.append(Kind(size, tensor.dtype, units))
+    return kinds
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """How k tensors are cut into pieces, and where they lie.
+
+    Attributes:
+        tensors, pieces, units: how many of each.
+        table: [pieces, 4] int64 tensor's index, first byte, number of entries, index of the factor; by dtype.
+        spans: [k, 2] int64 each tensor's first piece and number of pieces.
+        runs: for each dtype, the first piece and the number of pieces.
+        unit_counts: how many units each tensor has, where they are cut into these.
+        has_whole_units: whether each unit is one piece.
+        addresses: [k] int64; 0 for a tensor that is not there.
+        alignment: bytes to which all addresses are aligned, 16 at most.
+    """
+
+    tensors: int
+    pieces: int
+    units: int
+    table: Tensor
+    spans: Tensor
+    runs: tuple[tuple[torch.dtype, int, int], ...]
+    unit_counts: tuple[int, ...]
+    has_whole_units: bool
+    addresses: Tensor
+    alignment: int
+
+
+class Layouts:
+    """The layouts of one device that were used last."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._plans: list[_Plan] = []
+        self._captured: list[object] = []
+
+    def of(self, tensors: Sequence[Tensor | None], kinds: Sequence[Kind | None]) -> Layout | None:
+        """Where these tensors lie now; None while a graph is captured, if such tensors were never seen before.
+
+        A tensor that is not there keeps its place, once it has been seen: gradients may come and go.
+        """
+        found = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        if is_capturing(self._device):
+            return self._in_graph(kinds, found)
+        stream = _stream(self._device)
+        plan = next((plan for plan in self._plans if plan.stream == stream and plan.covers(kinds)), None)
+        if plan is None:
+            plan = self._planned(kinds, stream)
+        elif plan is not self._plans[0]:
+            self._plans.remove(plan)
+            self._plans.insert(0, plan)
+        return plan.sent(found)
+
+    def _planned(self, kinds: Sequence[Kind | None], stream: int) -> "_Plan":
+        """A new plan, which takes the place of one that lacks only some of the tensors."""
+        known = next((plan for plan in self._plans if plan.stream == stream and plan.agrees(kinds)), None)
+        if known is not None:
+            kinds = [own or other for own, other in zip(kinds, known.kinds, strict=True)]
+            self._plans.remove(known)
+        plan = _Plan(kinds, self._device, stream)
+        self._plans = [plan, *self._plans[: _KEPT - 1]]
+        return plan
+
+    def _in_graph(self, kinds: Sequence[Kind | None], found: list[int]) -> Layout | None:
+        """The addresses in a buffer of their own, for the graph must not read those of a later step."""
+        for plan in self._plans:
+            if plan.covers(kinds) and plan.spare:
+                pinned = plan.spare.pop()
+                # A replay reads them again.
+                self._captured.append((plan, pinned))
+                pinned.copy_(torch.tensor(found, dtype=torch.int64))
+                return plan.at(pinned.to(self._device, non_blocking=True), _alignment(found))
+        return None
+
+
+class _Plan:
+    """A layout and the buffers through which its addresses travel.
+
+    Attributes:
+        kinds: of the tensors; None for one that was never there.
+        stream: the one stream on which it may be used, for another would not wait for addresses on their way.
+        spare: pinned buffers for graphs that are captured.
+    """
+
+    def __init__(self, kinds: Sequence[Kind | None], device: torch.device, stream: int) -> None:
+        self.kinds, self.stream = list(kinds), stream
+        self._device = device
+        table, runs, spans = _cut(kinds)
+        counts = tuple(0 if kind is None else kind.units or 0 for kind in kinds)
+        count = len(kinds)
+        self._addresses = torch.zeros(count, dtype=torch.int64, device=device)
+        self._last: list[int] = []
+        self._layout = Layout(
+            tensors=count,
+            pieces=len(table),
+            units=sum(counts),
+            table=self._moved(table),
+            spans=self._moved(spans),
+            runs=runs,
+            unit_counts=counts,
+            has_whole_units=len(table) <= sum(counts),
+            addresses=self._addresses,
+            alignment=16,
+        )
+        on_host = device.type == "cpu"
+        pinned = torch.zeros(_RING + _SPARE, count, dtype=torch.int64, pin_memory=not on_host).unbind()
+        self._ring: list[tuple[Tensor, Arrival | None]] = [(one, None) for one in pinned[:_RING]]
+        self.spare = list(pinned[_RING:])
+
+    def covers(self, kinds: Sequence[Kind | None]) -> bool:
+        """Whether it has a place for each of the tensors that are there."""
+        return self.kinds == kinds or (
+            len(self.kinds) == len(kinds)
+            and all(kind is None or kind == own for kind, own in zip(kinds, self.kinds, strict=True))
+        )
+
+    def agrees(self, kinds: Sequence[Kind | None]) -> bool:
+        """Whether there is no tensor of which the two know different things."""
+        return len(self.kinds) == len(kinds) and all(
+            kind is None or own is None or kind == own for kind, own in zip(kinds, self.kinds, strict=True)
+        )
+
+    def sent(self, found: list[int]) -> Layout:
+        """The layout with these addresses, which travel only if one is another than before; does not sync the host."""
+        if found != self._last:
+            pinned, arrival = self._ring.pop(0)
+            if arrival is not None:
+                arrival.wait()  # of several sendings ago: it has long happened
+            pinned.copy_(torch.tensor(found, dtype=torch.int64))
+            self._addresses.copy_(pinned, non_blocking=True)
+            self._ring.append((pinned, Arrival(self._device)))
+            self._last = found
+            self._layout = self.at(self._addresses, _alignment(found))
+        return self._layout
+
+    def at(self, addresses: Tensor, alignment: int) -> Layout:
+        """The same layout with addresses in this buffer."""
+        return replace(self._layout, addresses=addresses, alignment=alignment)
+
+    def _moved(self, values: Tensor) -> Tensor:
+        # From pinned memory, so that the host need not wait.
+        return (
+            values if self._device.type == "cpu" else values.pin_memory().to(self._device, non_blocking=True)
+        )
+
+
+def _cut(kinds: Sequence[Kind | None]) -> tuple[Tensor, tuple[tuple[torch.dtype, int, int], ...], Tensor]:
+    """Table, runs and spans of tensors of these kinds, as `Layout` has them."""
+    known = [(i, kind) for i, kind in enumerate(kinds) if kind is not None]
+    by_unit = any(kind.units is not None for _, kind in known)
+    firsts, units = [], 0  # index of each tensor's first factor
+    for i, kind in enumerate(kinds):
+        firsts.append(units if by_unit else i)
+        units += 0 if kind is None else kind.units or 0
+    parts, runs, done = [torch.zeros(0, 4, dtype=torch.int64)], [], 0
+    spans = torch.zeros(len(kinds), 2, dtype=torch.int64)
+    for dtype in dict.fromkeys(kind.dtype for _, kind in known):
+        start = done
+        for i, kind in known:
+            if kind.dtype == dtype:
+                rows = _pieces(i, kind, firsts[i])
+                spans[i] = torch.tensor([done, len(rows)])
+                parts.append(rows)
+                done += len(rows)
+        if done > start:
+            runs.append((dtype, start, done - start))
+    return torch.cat(parts), tuple(runs), spans
+
+
+def _pieces(index: int, kind: Kind, first: int) -> Tensor:
+    """[pieces, 4] rows of one tensor: each unit, or the whole, in pieces of at most ``PIECE`` entries."""
+    units = 1 if kind.units is None else kind.units
+    length = kind.size // max(1, units)
+    within = torch.arange(0, length, PIECE)
+    begins = (torch.arange(units).unsqueeze(1) * length + within).flatten()
+    sizes = (length - within).clamp(max=PIECE).repeat(units)
+    factors = first + torch.arange(units).repeat_interleave(len(within))
+    return torch.stack([torch.full_like(begins, index), begins * kind.dtype.itemsize, sizes, factors], dim=1)
+
+
+def _alignment(found: Sequence[int]) -> int:
+    together = 0
+    for address in found:
+        together |= address
+    return next(width for width in (16, 8, 4, 2) if together % width == 0)
+
+
+def _stream(device: torch.device) -> int:
+    return 0 if device.type == "cpu" else int(torch.accelerator.current_stream(device).stream_id)

@@ -1,0 +1,183 @@
+"""Reads each gradient of a selection once, and makes norms of the true gradients of what was read."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gradkeel.measure.powers import Reading, read, unit_count, wide_dtype
+from gradkeel.norms import GradientNorms, Needs, combine
+from gradkeel.selection import Selection
+from gradkeel.tensors import local_parts
+
+
+@dataclass(slots=True, eq=False)
+class Readings:
+    """The norms of a selection's stored gradients, without prescale: one rank's, or all ranks' together.
+
+    Attributes:
+        present: which of the parameters have a gradient.
+        norms, units, peaks: as in `gradkeel.norms.GradientNorms`; n parameters, u units.
+        weights, unit_weights: of the parameters themselves, where asked for.
+        total: norm of all of them together, where the host knows it already.
+    """
+
+    present: tuple[bool, ...]
+    norms: Tensor
+    units: Tensor | None = None
+    peaks: Tensor | None = None
+    weights: Tensor | None = None
+    unit_weights: Tensor | None = None
+    total: float | None = None
+
+
+class Members(Protocol):
+    """The parameters of one selection: this rank's, or those of all ranks together; as `Selection` has them."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Their names."""
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """Their groups' indices in the optimizer."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Their numbers of entries."""
+
+    def units(self, dim: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """How many units along ``dim`` each has, and how many entries a unit."""
+
+
+@torch.no_grad()
+def measure(
+    selection: Selection,
+    needs: Needs,
+    *,
+    device: torch.device,
+    prescale: Tensor | float = 1.0,
+    step: int = 1,
+    loss: Tensor | None = None,
+) -> tuple[GradientNorms, tuple[bool, ...]]:
+    """Norms of a selection's gradients times ``prescale``, and which of its parameters had a gradient.
+
+    Args:
+        selection: n parameters; one without a gradient gets the norm 0.
+        needs: norm type, and whether weights, units or peaks are wanted too.
+        device: where the norms are put together.
+        prescale: [] what turns the stored gradients into the true ones, above 0.
+        step: number of the step, from 1.
+        loss: [] loss of the step, if known.
+
+    Does not sync the host on an accelerator.
+    """
+    found = readings(selection, needs, device)
+    blank = blank_norms(selection, needs, device)
+    return true_norms(blank, found, prescale, step=step, loss=loss), found.present
+
+
+def blank_norms(members: Members, needs: Needs, device: torch.device) -> GradientNorms:
+    """Norms of the right shapes on which nothing has been measured: all 0."""
+    counts, unit_sizes = members.units(needs.unit_dim)
+    zeros = partial(torch.zeros, dtype=wide_dtype(device), device=device)
+    count, has_units = len(members.names), needs.unit_dim is not None
+    return GradientNorms(
+        names=members.names,
+        norms=zeros(count),
+        total=zeros(()),
+        norm_type=needs.norm_type,
+        groups=members.groups,
+        step=0,
+        sizes=members.sizes,
+        weights=zeros(count) if needs.weights else None,
+        units=zeros(sum(counts)) if has_units else None,
+        unit_weights=zeros(sum(counts)) if has_units and needs.weights else None,
+        unit_counts=counts,
+        unit_sizes=unit_sizes,
+        peaks=zeros(count, 2) if needs.peaks else None,
+    )
+
+
+def readings(selection: Selection, needs: Needs, device: torch.device) -> Readings:
+    """Norms of a selection's gradients as they are stored on this rank; does not sync the host on an accelerator."""
+    held = [gradient for parameter in selection.parameters if (gradient := parameter.grad) is not None]
+    reading = read(
+        local_parts(held), needs.norm_type, device, unit_dim=needs.unit_dim, with_peaks=needs.peaks
+    )
+    if len(held) == len(selection.parameters):
+        present = selection.all_present
+        if not needs.weights:
+            return Readings(present, reading.norms, reading.units, reading.peaks, total=reading.total)
+    else:
+        present = tuple(parameter.grad is not None for parameter in selection.parameters)
+    weights = Reading(reading.norms)
+    if needs.weights:
+        weights = read(local_parts(selection.parameters), needs.norm_type, device, unit_dim=needs.unit_dim)
+    units = reading.units
+    if units is not None and needs.unit_dim is not None and not all(present):
+        shapes = [parameter.shape for parameter in local_parts(selection.parameters)]
+        units = _spread_units(units, [unit_count(shape, needs.unit_dim) for shape in shapes], present)
+    return Readings(
+        present=present,
+        norms=_spread(reading.norms, present),
+        units=units,
+        peaks=None if reading.peaks is None else _spread(reading.peaks, present),
+        weights=weights.norms if needs.weights else None,
+        unit_weights=weights.units,
+        total=reading.total,
+    )
+
+
+def true_norms(
+    blank: GradientNorms, found: Readings, prescale: Tensor | float, *, step: int, loss: Tensor | None
+) -> GradientNorms:
+    """``blank`` with the norms of the true gradients of a step: those of the stored ones times ``prescale``."""
+    if not blank.names:
+        return blank
+    norms = _times(found.norms, prescale)
+    if found.total is not None and isinstance(prescale, float):
+        total = torch.scalar_tensor(found.total * prescale, dtype=norms.dtype)
+    else:
+        total = combine(norms, blank.norm_type)
+    return GradientNorms(
+        names=blank.names,
+        norms=norms,
+        total=total,
+        norm_type=blank.norm_type,
+        groups=blank.groups,
+        step=step,
+        sizes=blank.sizes,
+        weights=found.weights,
+        units=None if found.units is None else _times(found.units, prescale),
+        unit_weights=found.unit_weights,
+        unit_counts=blank.unit_counts,
+        unit_sizes=blank.unit_sizes,
+        peaks=None if found.peaks is None else _times(found.peaks, prescale),
+        loss=loss,
+    )
+
+
+def _spread(values: Tensor, present: tuple[bool, ...]) -> Tensor:
+    if all(present):
+        return values
+    # Stacked rather than written by index: an index would have to travel to the device, which syncs.
+    rows = iter(values.unbind())
+    zero = values.new_zeros(values.shape[1:])
+    return torch.stack([next(rows) if here else zero for here in present])
+
+
+def _spread_units(values: Tensor, counts: list[int], present: tuple[bool, ...]) -> Tensor:
+    parts = iter(values.split([count for count, here in zip(counts, present, strict=True) if here]))
+    return torch.cat(
+        [
+            next(parts) if here else values.new_zeros(count)
+            for count, here in zip(counts, present, strict=True)
+        ]
+    )
+
+
+def _times(values: Tensor, prescale: Tensor | float) -> Tensor:
+    return values if isinstance(prescale, float) and prescale == 1.0 else values * prescale

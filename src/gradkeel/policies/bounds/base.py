@@ -1,0 +1,128 @@
+"""How large a cell's norm may be: what every bound is, and what every bound that learns from norms has in common."""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
+
+import torch
+
+from gradkeel.norms import State
+from gradkeel.policies.base import count, plain_parameters
+from gradkeel.policies.numbers import Memory, Number, constant, where
+from gradkeel.policies.scopes import Cells
+
+# Norms vary from step to step; a smaller standard deviation of their logarithm is an accident of a short history.
+LEAST_SPREAD = 0.01
+
+
+class Bound(ABC):
+    """How large a cell's norm may be. Configuration only; every state tensor has the leading dimension k.
+
+    A subclass whose formulas are written in the operations of `gradkeel.policies.numbers` says so by
+    ``class Mine(Bound, on_numbers=True)``. On CPU they then are followed in the plain numbers of one cell at a time,
+    which is many times faster where cells are few; the others always see tensors.
+    """
+
+    needs_weights: ClassVar[bool] = False
+    on_numbers: ClassVar[bool] = False
+
+    def __init_subclass__(cls, *, on_numbers: bool = False) -> None:
+        """Note what the subclass says of its own formulas; it is not inherited, for formulas may be overridden."""
+        super().__init_subclass__()
+        cls.on_numbers = on_numbers
+
+    def __post_init__(self) -> None:
+        """Take plain numbers."""
+        plain_parameters(self)
+
+    def init(self, cells: Cells) -> State:
+        """State before the first step; none unless a bound says otherwise."""
+        return {}
+
+    @abstractmethod
+    def bound(self, cells: Cells, state: Memory) -> Number:
+        """[k] or [1] bound in force at this step; inf where there is none yet."""
+
+    def update(self, cells: Cells, state: Memory, bound: Number) -> Memory:
+        """State after this step; a cell that is not valid keeps its old state whatever is returned for it."""
+        return state
+
+
+class HostBound(Bound):
+    """A bound that the host knows without looking at norms; the only kind that can bound single entries."""
+
+    @abstractmethod
+    def at(self, step: int) -> tuple[float, float]:
+        """Lowest entry and highest entry or norm allowed at ``step`` (from 1)."""
+
+    def bound(self, cells: Cells, state: Memory) -> Number:
+        """[1] the highest norm allowed."""
+        return constant(self.at(cells.step)[1], cells.norms)
+
+
+@dataclass(frozen=True)
+class AdaptiveBound(Bound):
+    """A bound that learns from the norms it has seen, and starts afresh after a long run of norms above it.
+
+    A norm that shifts for good would otherwise be clipped for as long as the statistics remember the old one. So
+    after ``patience`` valid norms in a row above the bound, the statistics begin anew with the norm of that step;
+    until they have seen ``warmup`` norms again, the last bound stays in force, and what is above it does not count.
+
+    A subclass says what it keeps (`start`), how a norm enters it (`learn`) and what bound follows (`estimate`). Where
+    ``state["seen"]`` is 0 it must take everything else in the state for empty. The norms that it learns from are the
+    raw ones, each only after it has been judged.
+
+    Args:
+        warmup: how many valid norms a cell must have shown before it is bounded.
+        patience: how many norms in a row above the bound make the statistics start afresh; None turns that off.
+    """
+
+    _: KW_ONLY
+    warmup: int = 1
+    patience: int | None = 100
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        super().__post_init__()
+        count(type(self).__name__, "warmup", self.warmup)
+        if self.patience is not None:
+            count(type(self).__name__, "patience", self.patience)
+
+    @abstractmethod
+    def start(self, cells: Cells) -> State:
+        """What is kept, before the first norm."""
+
+    @abstractmethod
+    def learn(self, cells: Cells, state: Memory, bound: Number) -> Memory:
+        """What is kept after this step's norms, which were judged by ``bound`` [k]."""
+
+    @abstractmethod
+    def estimate(self, cells: Cells, state: Memory) -> Number:
+        """[k] the bound that follows from what is kept; read only where ``warmup`` norms were seen."""
+
+    def init(self, cells: Cells) -> State:
+        """Nothing seen: ``seen`` [k] int64, with patience ``run`` [k] int64 and ``held`` [k], and what is kept."""
+        seen = torch.zeros_like(cells.norms, dtype=torch.int64)
+        state = {"seen": seen, **self.start(cells)}
+        if self.patience is not None:
+            state |= {"run": seen, "held": torch.full_like(cells.norms, math.inf)}
+        return state
+
+    def bound(self, cells: Cells, state: Memory) -> Number:
+        """[k] the estimate, once enough was seen; until then the last bound, which is inf at the start."""
+        held = math.inf if self.patience is None else state["held"]
+        return where(state["seen"] >= self.warmup, self.estimate(cells, state), held)
+
+    def update(self, cells: Cells, state: Memory, bound: Number) -> Memory:
+        """State that has learned this step's norms, after a fresh start where patience has run out."""
+        seen, extra = state["seen"], {}
+        if self.patience is not None:
+            # Above the last bound, while new statistics fill, says nothing of these: they would never fill.
+            judged = (cells.norms > bound) & (seen >= self.warmup)
+            run = where(judged, state["run"] + 1, 0)
+            run_out = run >= self.patience
+            seen = where(run_out, 0, seen)
+            extra = {"run": where(run_out, 0, run), "held": bound}
+        learned = self.learn(cells, {**state, "seen": seen}, bound)
+        return {"seen": seen + 1, **learned, **extra}

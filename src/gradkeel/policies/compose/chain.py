@@ -1,0 +1,270 @@
+"""Policies made of policies: one after the other, and one until the other is ready."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
+from operator import or_
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gradkeel.norms import Decision, GradientNorms, Needs, State, combine
+from gradkeel.policies.base import Policy, count
+from gradkeel.policies.clip import Clip
+from gradkeel.policies.scopes import expanded, take
+from gradkeel.policies.states import JoinedState
+
+
+class Composite(Policy):
+    """A policy made of policies; the state of each is kept under a prefix of its own."""
+
+    spec_name: ClassVar[str]
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Chain(Composite):
+    """Apply several policies in turn, each to what the one before leaves.
+
+    The later ones see norms that are scaled as the gradients will be; gradients themselves are scaled once, by the
+    product. A step is skipped if any of them asks for it. After a clamp of single entries the norms are unknown, so a
+    clamp must come last. All of them share one norm type.
+
+    Formula:
+        coefficient = product of the stages' coefficients
+
+    Spec:
+        STAGE+STAGE+..., such as skip-step+zclip+value:1.0
+
+    Args:
+        stages: the policies, in order.
+
+    Cost:
+        That of the stages; still one read of the gradients, and at most one second pass.
+
+    Raises:
+        ValueError: for stages that cannot follow each other, with the reason.
+
+    Source:
+        optax, ``chain``.
+
+    Example:
+        >>> Chain(ClipByNorm(0.5), ClipByGlobalNorm(1.0)).spec
+        'norm:0.5+global-norm:1.0'
+    """
+
+    spec_name: ClassVar[str] = "chain"
+    stages: tuple[Policy, ...]
+
+    def __init__(self, *stages: Policy) -> None:
+        object.__setattr__(self, "stages", stages)
+        check_policies("Chain", stages)
+        if len(stages) < 2:
+            raise ValueError(f"{self!r}: a chain needs at least two policies; use one alone as it is")
+        for stage in stages[:-1]:
+            if stage.needs.peaks:
+                raise ValueError(
+                    f"{self!r}: {brief(stage)} clamps single entries, after which norms are unknown; put it last"
+                )
+        union("Chain", stages)
+
+    @cached_property
+    def needs(self) -> Needs:
+        """What any stage needs."""
+        return union("Chain", self.stages)
+
+    @property
+    def spec(self) -> str:
+        """The stages' specs, joined by ``+``."""
+        return "+".join(nested(stage) for stage in self.stages)
+
+    def init(self, norms: GradientNorms) -> State:
+        """States of the stages, under ``0.``, ``1.``, ..."""
+        return JoinedState({str(i): stage.init(norms) for i, stage in enumerate(self.stages)})
+
+    def decide(self, norms: GradientNorms, state: State) -> tuple[Decision, State]:
+        """Let each stage decide on what the one before leaves."""
+        total, decision, states = Decision(), Decision(), {}
+        for i, stage in enumerate(self.stages):
+            norms = scaled(norms, decision)
+            decision, states[str(i)] = stage.decide(norms, part(state, str(i)))
+            total = _product(total, decision)
+        return total, JoinedState(states)
+
+    def __repr__(self) -> str:
+        """Call that makes this policy."""
+        return f"Chain({', '.join(brief(stage) for stage in self.stages)})"
+
+
+@dataclass(frozen=True, repr=False)
+class Warmup(Composite):
+    """Use one policy for the first steps and another from then on, which watches from the first.
+
+    So the second one's statistics are ready when it takes over.
+
+    Formula:
+        before while step <= steps, then after
+
+    Spec:
+        warmup:STEPS/BEFORE/AFTER, such as warmup:100/global-norm:1.0/zclip
+
+    Args:
+        steps: how many steps the first policy has.
+        before: the first policy; None to clip nothing meanwhile.
+        after: the second one; None to clip nothing from then on.
+
+    Cost:
+        That of both, in the first steps; then that of the second. The host counts the steps, so a captured CUDA graph
+        stays with the policy that was in force when it was captured.
+
+    Raises:
+        ValueError, TypeError: for a number of steps that is not positive, or policies with different norm types.
+
+    Source:
+        Wang et al., "AdaGC: Improving training stability for large language model pretraining", 2025, algorithm 1.
+
+    Example:
+        >>> Warmup(100, ClipByGlobalNorm(1.0), ZClip()).spec
+        'warmup:100/global-norm:1.0/zclip'
+    """
+
+    spec_name: ClassVar[str] = "warmup"
+    steps: int
+    before: Policy | None
+    after: Policy | None
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        count("Warmup", "steps", self.steps)
+        check_policies("Warmup", [policy for policy in (self.before, self.after) if policy is not None])
+        union("Warmup", (self.before, self.after))
+
+    @cached_property
+    def needs(self) -> Needs:
+        """What either needs."""
+        return union("Warmup", (self.before, self.after))
+
+    @property
+    def spec(self) -> str:
+        """``warmup:STEPS/BEFORE/AFTER``."""
+        return f"warmup:{self.steps}/{nested(self.before)}/{nested(self.after)}"
+
+    def init(self, norms: GradientNorms) -> State:
+        """States of both, under ``before.`` and ``after.``."""
+        parts = {"before": self.before, "after": self.after}
+        return JoinedState({key: policy.init(norms) for key, policy in parts.items() if policy is not None})
+
+    def decide(self, norms: GradientNorms, state: State) -> tuple[Decision, State]:
+        """What the policy in force decides; the second one learns in any case."""
+        is_early = norms.step <= self.steps
+        decision, states = Decision(), {"before": part(state, "before"), "after": part(state, "after")}
+        if self.after is not None:
+            decision, states["after"] = self.after.decide(norms, states["after"])
+        if is_early:
+            decision = Decision()
+        if self.before is not None and is_early:
+            decision, states["before"] = self.before.decide(norms, states["before"])
+        return decision, JoinedState(states)
+
+    def __repr__(self) -> str:
+        """Call that makes this policy."""
+        return f"Warmup({self.steps}, {brief(self.before)}, {brief(self.after)})"
+
+
+def scaled(norms: GradientNorms, decision: Decision) -> GradientNorms:
+    """The norms that the gradients will have after ``decision``, which must not clamp."""
+    if decision.coefficients is not None:
+        factors = decision.coefficients
+        total = (
+            norms.total * factors if factors.dim() == 0 else combine(norms.norms * factors, norms.norm_type)
+        )
+        units = norms.units
+        if units is not None:
+            rows = expanded(tuple(range(len(norms.names))), norms.unit_counts)
+            units = units * (factors if factors.dim() == 0 else take(factors, rows))
+        norms = replace(norms, norms=norms.norms * factors, total=total, units=units)
+    if decision.unit_coefficients is not None:
+        assert norms.units is not None, "a decision on units comes from norms of units"
+        units = norms.units * decision.unit_coefficients
+        tensors = per_tensor(units, norms)
+        norms = replace(norms, norms=tensors, total=combine(tensors, norms.norm_type), units=units)
+    return norms
+
+
+def per_tensor(units: Tensor, norms: GradientNorms, *, least: bool = False) -> Tensor:
+    """[n] norm of each tensor from those of its units, or the least of them."""
+    parts = units.split(list(norms.unit_counts))
+    if not parts:
+        return torch.zeros_like(norms.norms)
+    if least:
+        return torch.stack([part.min() if part.numel() else part.new_full((), torch.inf) for part in parts])
+    return torch.stack([combine(part, norms.norm_type) for part in parts])
+
+
+def _product(first: Decision, second: Decision) -> Decision:
+    skips = [skip for skip in (first.skip, second.skip) if skip is not None]
+    return Decision(
+        coefficients=_times(first.coefficients, second.coefficients),
+        unit_coefficients=_times(first.unit_coefficients, second.unit_coefficients),
+        clamp=second.clamp,
+        skip=reduce(or_, skips) if skips else None,
+        bound=first.bound if second.bound is None else second.bound,
+    )
+
+
+def _times(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return first * second
+
+
+def union(owner: str, policies: Sequence[Policy | None]) -> Needs:
+    """What any of the policies needs; refuses needs that one measurement cannot serve."""
+    given = [policy for policy in policies if policy is not None]
+    needs = [policy.needs for policy in given]
+    types = {need.norm_type for policy, need in zip(given, needs, strict=True) if not _clamps_only(policy)}
+    dims = {need.unit_dim for need in needs if need.unit_dim is not None}
+    for argument, values in (("norm_type", types), ("unit_dim", dims)):
+        if len(values) > 1:
+            shown = ", ".join(f"{brief(policy)}" for policy in given)
+            raise ValueError(
+                f"{owner}({shown}): its policies have different values of {argument}, {sorted(values)}, but gradients "
+                "are measured once; give them the same"
+            )
+    return Needs(
+        norm_type=next(iter(types), 2.0),
+        weights=any(need.weights for need in needs),
+        unit_dim=next(iter(dims), None),
+        peaks=any(need.peaks for need in needs),
+    )
+
+
+def _clamps_only(policy: Policy) -> bool:
+    parts = getattr(policy, "parts", policy)
+    return isinstance(parts, Clip) and parts.scope == "value"
+
+
+def check_policies(owner: str, policies: Sequence[object]) -> None:
+    """Refuse what is no policy."""
+    for policy in policies:
+        if not isinstance(policy, Policy):
+            raise TypeError(f"{owner}({policy!r}): must be made of policies, such as ClipByGlobalNorm(1.0)")
+
+
+def brief(policy: Policy | None) -> str:
+    """The call that makes a policy, without the comment."""
+    return repr(policy).partition("  # ")[0]
+
+
+def nested(policy: Policy | None) -> str:
+    """Spec of a policy that is part of another; a composite one stands in parentheses."""
+    if policy is None:
+        return "none"
+    return f"({policy.spec})" if isinstance(policy, Composite) else policy.spec
+
+
+def part(state: State, prefix: str) -> State:
+    """The state of the part with this prefix, out of a `JoinedState` or a saved one."""
+    if isinstance(state, JoinedState):
+        return state.parts.get(prefix, {})
+    return {key[len(prefix) + 1 :]: value for key, value in state.items() if key.startswith(f"{prefix}.")}

@@ -1,0 +1,1 @@
+"""Every published method as scope x bound x form, one line each."""

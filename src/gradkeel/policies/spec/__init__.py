@@ -1,0 +1,1 @@
+"""Spec strings: from words to policies, and from policies to words."""

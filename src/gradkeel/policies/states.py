@@ -1,0 +1,118 @@
+"""States that the host keeps in plain numbers, and states of several parts; both are read as mappings of tensors."""
+
+from array import array
+from bisect import bisect_left, insort
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HOST = torch.device("cpu")
+
+
+def from_list(values: list[Any], dtype: torch.dtype = torch.float64) -> Tensor:
+    """[k] a tensor on the host of these numbers; faster than ``torch.tensor``, and no copy from elsewhere."""
+    whole = array("d" if dtype.is_floating_point else "q", values)
+    return torch.frombuffer(whole, dtype=torch.float64 if dtype.is_floating_point else torch.int64).to(dtype)
+
+
+class LazyState(Mapping[str, Tensor]):
+    """A state whose tensors are made when somebody asks for them."""
+
+    def __len__(self) -> int:
+        """How many names there are."""
+        return sum(1 for _ in self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and saved as the tensors that it stands for, so that ``weights_only`` loads it."""
+        return OrderedDict, (), None, None, iter(self.items())
+
+    def __repr__(self) -> str:
+        """As a dict of tensors has it."""
+        return repr(dict(self))
+
+
+class Ring:
+    """One cell's last norms on the host: in the order of the ring, and sorted. Never changed, as no state is."""
+
+    __slots__ = ("_ordered", "values")
+
+    def __init__(self, values: list[float], ordered: list[float] | None = None) -> None:
+        self.values = values
+        self._ordered = ordered
+
+    def ordered(self, number: int) -> list[float]:
+        """The first ``number`` values, ascending."""
+        if self._ordered is None or len(self._ordered) != number:
+            self._ordered = sorted(self.values[:number])
+        return self._ordered
+
+    def entered(self, seen: int, value: float) -> "Ring":
+        """The ring with one more value than the ``seen`` before; what was sorted stays so."""
+        values, place = self.values.copy(), seen % len(self.values)
+        ordered = self.ordered(min(seen, len(values))).copy()
+        if seen >= len(values):
+            del ordered[bisect_left(ordered, values[place])]
+        insort(ordered, value)
+        values[place] = value
+        return Ring(values, ordered)
+
+
+class PlainState(LazyState):
+    """The state of a few cells in plain numbers.
+
+    Attributes:
+        cells: what each cell keeps: whole and real numbers, and rings.
+        dtypes: of the tensors that stand for them.
+    """
+
+    def __init__(self, cells: Sequence[Mapping[str, Any]], dtypes: Mapping[str, torch.dtype]) -> None:
+        self.cells = cells
+        self.dtypes = dtypes
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor], count: int) -> "PlainState":
+        """The state of ``count`` cells, read from tensors unless it is one already."""
+        if isinstance(state, cls):
+            return state
+        rows = {key: tensor.tolist() for key, tensor in state.items()}
+        cells = [
+            {key: Ring(row[i]) if isinstance(row[i], list) else row[i] for key, row in rows.items()}
+            for i in range(count)
+        ]
+        return cls(cells, {key: tensor.dtype for key, tensor in state.items()})
+
+    def __getitem__(self, key: str) -> Tensor:
+        """[k] or [k, window] the tensor of this name, made anew."""
+        found, dtype = [cell[key] for cell in self.cells], self.dtypes[key]
+        if not isinstance(found[0], Ring):
+            return from_list(found, dtype)
+        entries = list(chain.from_iterable(ring.values for ring in found))
+        return from_list(entries, dtype).reshape(len(found), -1)
+
+    def __iter__(self) -> Iterator[str]:
+        """The names."""
+        return iter(self.dtypes)
+
+    def __len__(self) -> int:
+        """How many names there are."""
+        return len(self.dtypes)
+
+
+class JoinedState(LazyState):
+    """The states of a policy's parts as one, each name under its part's prefix, such as ``0.seen``."""
+
+    def __init__(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.parts = parts
+
+    def __getitem__(self, key: str) -> Tensor:
+        """The tensor of this name."""
+        prefix, _, rest = key.partition(".")
+        return self.parts[prefix][rest]
+
+    def __iter__(self) -> Iterator[str]:
+        """The names."""
+        return (f"{prefix}.{key}" for prefix, state in self.parts.items() for key in state)

@@ -1,0 +1,1 @@
+"""What ranks tell each other: who takes part, which pieces each has, and the one exchange of a step."""

@@ -1,0 +1,362 @@
+"""What ranks tell each other in a step: one sum over ranks, of a head and a power of each norm.
+
+Each piece of a parameter is counted by one rank, its copies by none, so that powers add up to the whole's. What is not
+finite is told by copies too. All ranks decide from the reduced numbers alone, which have the same bits everywhere.
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradkeel.errors import GradkeelWarning, RankError
+from gradkeel.measure import Readings
+from gradkeel.measure.powers import wide_dtype
+from gradkeel.ranks.group import Ranks
+from gradkeel.ranks.layout import Layout
+from gradkeel.ranks.powers import kinds_of
+
+(
+    _FAILED,  # ranks that have raised, and the sum of their places
+    _FAILED_PLACES,
+    _GRADIENTS,
+    _FOUND_INF,
+    _WEIGHT,
+    _LOSSES,  # each times its amount, and the amounts
+    _AMOUNTS,
+    _BAD,  # ranks with a gradient that is not finite, and the sum of their places
+    _BAD_PLACES,
+    _CHANGED,  # ranks whose copies have gradients where they had none, or none where they had some
+) = range(10)
+_HEAD = 10
+
+_TOLERANCE = 1e-3  # ranks that compute the same by themselves may differ by rounding
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Told:
+    """What a rank tells besides norms.
+
+    Attributes:
+        gradients: how many of its parameters have a gradient.
+        found_inf: [] above 0 where its loss scaler saw a non-finite gradient.
+        weight: [] of its accumulation window.
+        loss: [] of its share of the batch.
+    """
+
+    gradients: int
+    found_inf: Tensor | None = None
+    weight: Tensor | float | None = None
+    loss: Tensor | float | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Agreed:
+    """What all ranks know after an exchange, to the same bits.
+
+    Attributes:
+        readings: each selection's, of whole parameters.
+        gradients: [] how many gradients there are on all ranks.
+        found_inf: [] above 0 if any rank's scaler saw a non-finite gradient.
+        failed: [] bool: some rank raised before the exchange.
+        weight: [] of the window over all data-parallel ranks, where there is one.
+        loss: [] mean of the ranks' losses, each with its window's weight; NaN if no rank has one.
+        bad: [2] how many ranks have a gradient that is not finite, and the sum of their places.
+        first_bad: for each parameter, selection after selection, the place of the first rank on which it is not
+            finite; None where that was not asked for.
+    """
+
+    readings: tuple[Readings, ...]
+    gradients: Tensor
+    found_inf: Tensor
+    failed: Tensor
+    weight: Tensor | None
+    loss: Tensor
+    bad: Tensor
+    first_bad: list[int] | None
+
+
+class Exchange:
+    """One collective for everything that ranks must know of each other in a step; a second for maxima, if any.
+
+    Args:
+        ranks: who takes part; all of them must call alike.
+        layouts: each selection's parameters over all ranks, and on this one.
+        device: where norms are put together.
+        data_parallel: the ranks whose windows' weights belong together; all ranks unless given.
+
+    Attributes:
+        members, local: the layouts: what all ranks have of each selection, and which of it is on this rank.
+        splits: whether other ranks have parts of these parameters, or further ones; copies are none.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        layouts: Sequence[Layout],
+        device: torch.device,
+        data_parallel: Ranks | None = None,
+    ) -> None:
+        self.ranks = ranks
+        self.members = self.local = tuple(layouts)
+        self.splits = any(layout.is_split for layout in layouts)
+        self._device = device
+        # A device without float64 leaves the sums to the host.
+        self._sums_on = device if wide_dtype(device) == torch.float64 else torch.device("cpu")
+        self._zero = torch.zeros((), dtype=torch.float64, device=self._sums_on)
+        # Ranks whose windows are of the same items, as those of one tensor-parallel group, count once.
+        self._adds_weight = data_parallel is None or ranks.members[0] in data_parallel.members
+        self._kinds = [list(kinds_of(layout)) for layout in layouts]
+        # Copies count where their first has no gradient, until ranks find that this has changed.
+        self._counted = [layout.counted for layout in layouts]
+        self._copied = [layout.copied([True] * layout.here) for layout in layouts]
+        self._slots = sum(len(layout.slot_names) for layout in layouts)
+        # Copies are compared in the first step, in which the host may be synced.
+        self._compares = self._slots > 0
+        self._has_maxima = any(kind.sums is None for kinds in self._kinds for kind in kinds)
+
+    @property
+    def _on_host(self) -> bool:
+        """Whether the host looks at the sums, as it can without waiting for an accelerator; alike on all ranks."""
+        return self._device.type == "cpu" or self._compares
+
+    @torch.no_grad()
+    def __call__(self, readings: Sequence[Readings], told: Told) -> Agreed:
+        """Exchange this rank's numbers for all ranks' combined ones; does not sync the host on an accelerator.
+
+        Raises:
+            RankError: if another rank raised before the exchange, where the host can see it.
+        """
+        head = self._head(readings, told)
+        sums = self._sums(head, readings, self._counted)
+        if self._on_host:
+            self._refuse_failed(sums)
+            if float(sums[_CHANGED]) > 0:
+                self._count_again(readings)
+                sums = self._sums(head, readings, self._counted)
+        if self._compares:
+            self._compare_copies(sums[-3 * self._slots :].view(3, -1), readings)
+            self._compares = False
+        maxima = self._maxima(readings) if self._has_maxima else None
+        first_bad = None
+        if self._device.type == "cpu" and float(sums[_BAD]) > 1:
+            first_bad = self._first_bad(readings)
+        return Agreed(
+            readings=self._whole(sums, maxima, readings),
+            gradients=sums[_GRADIENTS].to(self._device),
+            found_inf=self._out(sums[_FOUND_INF]),
+            failed=sums[_FAILED].to(self._device) > 0,
+            weight=None if told.weight is None else self._out(sums[_WEIGHT]),
+            loss=self._out(sums[_LOSSES] / sums[_AMOUNTS]),
+            bad=sums[_BAD : _BAD_PLACES + 1],
+            first_bad=first_bad,
+        )
+
+    def fail(self) -> None:
+        """Take part in the exchange of a step in which this rank has raised, so that the others need not wait."""
+        head = self._zero.new_zeros(_HEAD)
+        head[_FAILED].fill_(1.0)
+        head[_FAILED_PLACES].fill_(float(self.ranks.here))
+        sums = self._sums(head, None, self._counted)
+        if self._on_host:
+            self._failed(sums, has_failed=True)
+        elif self._has_maxima:
+            self._maxima(None)
+
+    def pieces(self) -> dict[str, tuple[int, ...]]:
+        """Which piece of each parameter this rank holds, without those that are declared copies of another's."""
+        return {name: piece for layout in self.members for name, piece in layout.pieces.items()}
+
+    def where(self, agreed: Agreed, selection: int, position: int) -> int | None:
+        """The first rank whose piece of a parameter is not finite, as far as it is known; syncs the host."""
+        if agreed.first_bad is not None:
+            place = agreed.first_bad[sum(len(one.names) for one in self.members[:selection]) + position]
+            return self.ranks.members[place] if place < len(self.ranks.members) else None
+        count, places = agreed.bad.tolist()
+        return self.ranks.members[int(places)] if count == 1 else None
+
+    # ---- what this rank sends ----------------------------------------------------------------------------------
+
+    def _head(self, readings: Sequence[Readings], told: Told) -> Tensor:
+        """[head] this rank's flags and counts."""
+        values = [self._zero] * _HEAD
+        values[_GRADIENTS] = self._number(told.gradients)
+        if told.found_inf is not None:
+            values[_FOUND_INF] = self._number(told.found_inf)
+        if told.weight is not None and self._adds_weight:
+            values[_WEIGHT] = self._number(told.weight)
+        if told.loss is not None:
+            amount = self._number(1.0 if told.weight is None else told.weight)
+            # A rank whose window has no items may have no loss either.
+            values[_LOSSES] = torch.where(amount > 0, self._number(told.loss) * amount, 0.0)
+            values[_AMOUNTS] = amount
+        finite = [one.norms.isfinite().all() for one in readings]
+        bad = ~(finite[0] if len(finite) == 1 else torch.stack(finite).all())
+        values[_BAD] = self._number(bad)
+        values[_BAD_PLACES] = values[_BAD] * self.ranks.here
+        if self._copied_here(readings) != self._copied:
+            values[_CHANGED] = self._number(1.0)
+        return torch.stack(values)
+
+    def _number(self, value: Tensor | float) -> Tensor:
+        if isinstance(value, Tensor):
+            return value.detach().to(self._sums_on, torch.float64).reshape(())
+        return torch.full_like(self._zero, value)
+
+    def _sums(
+        self, head: Tensor, readings: Sequence[Readings] | None, counted: Sequence[Tensor | None]
+    ) -> Tensor:
+        """[length] the sum over ranks of what each sends; a rank that has failed sends its head alone."""
+        parts = [head]
+        for i, kinds in enumerate(self._kinds):
+            for kind in kinds:
+                if kind.sums is not None and readings is None:
+                    parts.append(head.new_zeros(kind.count * kind.sums.width))
+                elif kind.sums is not None and readings is not None:
+                    parts.append(kind.powers(self._in(kind.read(readings[i])), counted[i]))
+        if self._compares:
+            parts.append(self._of_copies(readings))
+        return self.ranks.added(torch.cat(parts))
+
+    def _maxima(self, readings: Sequence[Readings] | None) -> Tensor:
+        """[length] the largest of what each rank sends."""
+        parts = []
+        for i, kinds in enumerate(self._kinds):
+            for kind in kinds:
+                if kind.sums is None and readings is None:
+                    parts.append(self._zero.new_full((kind.count,), -math.inf))
+                elif kind.sums is None and readings is not None:
+                    parts.append(kind.maxima(self._in(kind.read(readings[i]))))
+        return self.ranks.largest(torch.cat(parts))
+
+    def _of_copies(self, readings: Sequence[Readings] | None) -> Tensor:
+        """[3 * slots] of each thing that several ranks have copies of: their number, norms and squares."""
+        parts = [self._zero.new_zeros(3, 0)]
+        for i, layout in enumerate(self.members):
+            result = self._zero.new_zeros(3, len(layout.slot_names))
+            if layout.slots is not None and readings is not None:
+                norms = self._in(readings[i].norms)
+                # A copy may have no gradient.
+                here = (layout.slots >= 0) & norms.isfinite() & (norms > 0)
+                norms = torch.where(here, norms, 0.0)
+                result.index_add_(
+                    1, layout.slots.clamp(0), torch.stack([here.to(norms), norms, norms * norms])
+                )
+            parts.append(result)
+        return torch.cat(parts, dim=1).flatten()
+
+    # ---- what all ranks know -----------------------------------------------------------------------------------
+
+    def _whole(self, sums: Tensor, maxima: Tensor | None, own: Sequence[Readings]) -> tuple[Readings, ...]:
+        """Each selection's readings, of whole parameters."""
+        result, at, largest_at = [], _HEAD, 0
+        for layout, kinds, one in zip(self.members, self._kinds, own, strict=True):
+            found: dict[str, Tensor] = {}
+            for kind in kinds:
+                if kind.sums is not None:
+                    end = at + kind.count * kind.sums.width
+                    found[kind.name] = self._out(
+                        kind.sums.norms(sums[at:end].view(kind.count, kind.sums.width))
+                    )
+                    at = end
+                elif maxima is not None:
+                    values = maxima[largest_at : largest_at + kind.count]
+                    largest_at += kind.count
+                    unfilled = layout.unfilled_units if kind.of_units else layout.unfilled
+                    found[kind.name] = self._out(
+                        values if unfilled is None else values.masked_fill(unfilled, 0.0)
+                    )
+            peaks = None
+            if "highest" in found:
+                peaks = torch.stack([-found.pop("lowest"), found.pop("highest")], dim=1)
+            result.append(
+                Readings(
+                    layout.present(one.present),
+                    found["norms"],
+                    found.get("units"),
+                    peaks,
+                    found.get("weights"),
+                    found.get("unit_weights"),
+                )
+            )
+        return tuple(result)
+
+    def _failed(self, sums: Tensor, *, has_failed: bool) -> list[int]:
+        """The ranks that have raised; a further collective if there are several, which all ranks enter."""
+        count, places = sums[_FAILED : _FAILED_PLACES + 1].tolist()
+        if count <= 1:
+            return [self.ranks.members[int(places)]] if count else []
+        told = self.ranks.gather(self._number(has_failed).reshape(1)).flatten().tolist()
+        return [rank for rank, number in zip(self.ranks.members, told, strict=True) if number]
+
+    def _refuse_failed(self, sums: Tensor) -> None:
+        raised = self._failed(sums, has_failed=False)
+        if raised:
+            raise RankError(
+                f"rank {', '.join(map(str, raised))} raised an error before this step could be decided (its own "
+                "output says which), so no rank makes it"
+            )
+
+    def _copied_here(self, readings: Sequence[Readings]) -> list[tuple[bool, ...]]:
+        return [layout.copied(one.present) for layout, one in zip(self.members, readings, strict=True)]
+
+    def _count_again(self, readings: Sequence[Readings]) -> None:
+        """Find out which pieces count here: those of which this rank is the first that has a gradient."""
+        self._copied = self._copied_here(readings)
+        here = [layout.told_present(one.present) for layout, one in zip(self.members, readings, strict=True)]
+        present = self.ranks.gather(torch.cat(here).to(self._sums_on)).cpu()
+        parts = present.split([len(layout.names) for layout in self.members], dim=1)
+        self._counted = [
+            layout.counting(part, self.ranks.here, self._sums_on)
+            for layout, part in zip(self.members, parts, strict=True)
+        ]
+
+    def _first_bad(self, readings: Sequence[Readings]) -> list[int]:
+        """For each parameter the place of the first rank on which it is not finite, or the number of ranks."""
+        count, parts = len(self.ranks.members), []
+        for layout, one in zip(self.members, readings, strict=True):
+            values = (~one.norms.isfinite()).to(torch.float64) * (count - self.ranks.here)
+            if layout.rows is not None:
+                values = values.new_zeros(len(layout.names)).scatter_reduce_(0, layout.rows, values, "amax")
+            parts.append(values)
+        return [count - int(value) for value in self.ranks.largest(torch.cat(parts)).tolist()]
+
+    def _compare_copies(self, told: Tensor, readings: Sequence[Readings]) -> None:
+        """Warn where ranks have copies with different gradients; a further collective if it seems so."""
+        number, norms, squares = told
+        variance = (number * squares - norms * norms) / (norms * norms)
+        # Two of n copies that are d apart, and the others between them, have at least the variance d * d / 2n.
+        worst = (variance * number).nan_to_num(0.0, 0.0, 0.0)
+        slot = int(worst.argmax())
+        if not float(worst[slot]) > _TOLERANCE**2 / 3:
+            return
+        name, own, first = "", self._zero, 0
+        for layout, one in zip(self.members, readings, strict=True):
+            if first <= slot < first + len(layout.slot_names) and layout.slots is not None:
+                name = layout.slot_names[slot - first]
+                found = one.norms[layout.slots == slot - first]
+                own = self._in(found[0]) if len(found) else own
+            first += len(layout.slot_names)
+        copies = list(
+            zip(self.ranks.members, self.ranks.gather(own.reshape(1)).flatten().tolist(), strict=True)
+        )
+        (one_rank, norm), *others = [(r, value) for r, value in copies if math.isfinite(value) and value > 0]
+        for other_rank, other in others:
+            if abs(other - norm) > _TOLERANCE * norm:
+                warnings.warn(
+                    f"ranks {one_rank} and {other_rank} have copies of {name!r}, but gradients of the norms {norm:.6g} "
+                    f"and {other:.6g}: exchange its gradient before the step, or, if these are no copies but "
+                    "pieces, say so with attach(shard_over=...)",
+                    GradkeelWarning,
+                    stacklevel=3,
+                )
+                return
+
+    def _in(self, values: Tensor) -> Tensor:
+        return values.to(self._sums_on, torch.float64)
+
+    def _out(self, values: Tensor) -> Tensor:
+        return values.to(self._device, wide_dtype(self._device))

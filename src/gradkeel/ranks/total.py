@@ -1,0 +1,86 @@
+"""The norm of many tensors as one, over all ranks that hold parts of them."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradkeel.measure import wide_dtype
+from gradkeel.measure.powers import read, tensor_norms
+from gradkeel.norms import combine, is_on_host
+from gradkeel.ranks.declared import participants
+from gradkeel.ranks.group import Ranks
+from gradkeel.ranks.powers import WIDE, PowerSums
+from gradkeel.tensors import (
+    are_distributed,
+    is_distributed,
+    is_first_copy,
+    local_parts,
+    placement_key,
+    settled,
+)
+
+
+def total_norm(
+    tensors: Sequence[Tensor], norm_type: float, device: torch.device, *, among: Sequence[Tensor] = ()
+) -> Tensor | float:
+    """Norm of all these tensors taken together: a number on CPU, [] float64 elsewhere.
+
+    A collective if some are distributed over ranks.
+
+    Args:
+        tensors: such as gradients.
+        norm_type: the p of the p-norm.
+        device: where norms are put together.
+        among: where some ranks have fewer tensors than others: some that lie in all the ways that any rank's do, such
+            as the parameters.
+    """
+    given = settled(tensors)
+    alike = among or given
+    ranks = participants(alike, (), None) if are_distributed(alike) else None
+    if ranks is None:
+        reading = read(local_parts(given), norm_type, device)
+        total = combine(reading.norms, norm_type) if reading.total is None else reading.total
+    else:
+        total = _over_ranks(ranks, given, alike, norm_type, device)
+    return total.item() if isinstance(total, Tensor) and is_on_host(total) else total
+
+
+def measure_total(tensors: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
+    """[] float64 norm of all these tensors; see `total_norm`."""
+    return torch.as_tensor(total_norm(tensors, norm_type, device), dtype=torch.float64)
+
+
+@torch.no_grad()
+def _over_ranks(
+    ranks: Ranks,
+    given: Sequence[Tensor],
+    alike: Sequence[Tensor],
+    norm_type: float,
+    device: torch.device,
+) -> Tensor:
+    """[] the norm over all ranks; ``alike`` lie in all the ways that any rank's tensors do."""
+    counting = {
+        key: is_first_copy(one) if is_distributed(one) else ranks.here == 0
+        for key, one in {placement_key(one): one for one in alike}.items()
+    }
+    counts = [counting[placement_key(one)] for one in given]
+    norm = _here(local_parts(given), counts, norm_type, device).reshape(1)
+    if math.isinf(norm_type):
+        return (ranks.largest(norm) if norm_type > 0 else -ranks.largest(-norm)).squeeze(0)
+    sums = PowerSums(norm_type, is_wide=not {one.dtype for one in alike}.isdisjoint(WIDE))
+    return sums.norms(ranks.added(sums.of(norm))).squeeze(0)
+
+
+def _here(parts: Sequence[Tensor], counts: Sequence[bool], norm_type: float, device: torch.device) -> Tensor:
+    """[] the norm of what counts on this rank, and of what is not finite; of nothing what changes no norm."""
+    held = [(part, is_counted) for part, is_counted in zip(parts, counts, strict=True) if part.numel()]
+    nothing = math.inf if norm_type < 0 else 0.0
+    if not held:
+        return torch.full((), nothing, dtype=wide_dtype(device), device=device)
+    norms = tensor_norms([part for part, _ in held], norm_type, device)
+    if not all(is_counted for _, is_counted in held):
+        counted = torch.tensor([is_counted for _, is_counted in held], device=device)
+        norms = torch.where(counted | ~norms.isfinite(), norms, nothing)
+    return combine(norms, norm_type)

@@ -1,1 +1,0 @@
-"""Results as figures and pages; nothing here reads files or measures."""

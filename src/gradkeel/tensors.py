@@ -1,0 +1,265 @@
+"""Where a gradient's entries lie: the one place that knows sparse, complex and distributed tensors."""
+
+import itertools
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
+
+_PLAIN = {Tensor, nn.Parameter}
+
+
+def entries_to_read(gradient: Tensor) -> Tensor:
+    """The gradient's entries on this rank as a real strided tensor; the sum over duplicate indices where sparse.
+
+    Shares memory with the gradient except where an uncoalesced sparse gradient must be summed first.
+    """
+    local = local_part(gradient)
+    if local.layout != torch.strided:
+        local = local.coalesce().values() if local.layout == torch.sparse_coo else local.values()
+    return _real(local)
+
+
+def entries_to_scale(gradient: Tensor) -> Tensor:
+    """The entries as they are stored, to be multiplied in place: real, strided, sharing the gradient's memory."""
+    local = local_part(gradient)
+    if local.layout != torch.strided:
+        local = local._values() if local.layout == torch.sparse_coo else local.values()
+    return _real(local)
+
+
+def entries_by_position(tensor: Tensor) -> Tensor:
+    """The entries on this rank as a real strided tensor in which each stands at its place: sparse ones made dense."""
+    return entries_to_read(tensor.detach().to_dense() if tensor.layout != torch.strided else tensor)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, in its own memory: all of a plain one."""
+    if not is_distributed(tensor):
+        return tensor.detach()
+    with torch.no_grad():
+        return _local(tensor).detach()
+
+
+def _local(tensor: Any) -> Tensor:
+    """What this rank holds of a distributed tensor."""
+    local: Any = tensor.to_local()
+    # Where it is still on its way from an asynchronous collective, it is waited for.
+    return local if type(local) in _PLAIN or not hasattr(local, "wait") else local.wait()
+
+
+def are_plain(tensors: Iterable[Tensor]) -> bool:
+    """Whether none of the tensors is of a subclass, which may hold its entries elsewhere."""
+    return set(map(type, tensors)) <= _PLAIN
+
+
+def local_parts(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What this rank holds of each tensor; plain ones are passed on as they are."""
+    if are_plain(tensors):
+        return tensors
+    with torch.no_grad():
+        return [_local(tensor) if is_distributed(tensor) else tensor for tensor in tensors]
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether the tensor is a DTensor: one tensor, whose entries lie on a mesh of ranks."""
+    if type(tensor) in _PLAIN:
+        return False
+    module = sys.modules.get("torch.distributed.tensor")  # where it was never imported there are none
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def are_distributed(tensors: Sequence[Tensor]) -> bool:
+    """Whether any of the tensors is a DTensor."""
+    return not are_plain(tensors) and any(map(is_distributed, tensors))
+
+
+class Seen:
+    """A tensor as it was seen once: held weakly, with the version that torch counts up at each write.
+
+    ``GradScaler.unscale_`` does not count: it leaves the version as it is.
+    """
+
+    __slots__ = ("_reference", "_version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._reference, self._version = TensorWeakRef(tensor), tensor._version
+
+    def is_tensor(self, tensor: Tensor | None) -> bool:
+        """Whether this is the tensor that was seen."""
+        return tensor is not None and self._reference() is tensor
+
+    def unchanged(self) -> Tensor | None:
+        """The tensor, if it is still there and nobody has written to it."""
+        tensor: Tensor | None = self._reference()
+        return tensor if tensor is not None and tensor._version == self._version else None
+
+
+def settle(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Give every distributed gradient its parameter's placements, so that what ranks hold are parts, not addends.
+
+    A gradient that is ``Partial``, as tensor parallelism leaves it on replicated parameters, is reduced, which is a
+    collective for each; the optimizer would do the same. Others are left as they are.
+
+    Returns the gradients of the parameters that have one.
+    """
+    held = [own for parameter in parameters if (own := parameter.grad) is not None]
+    if are_plain(held):
+        return held
+    is_settled = True
+    for parameter in parameters:
+        gradient: Any = parameter.grad
+        if gradient is not None and is_distributed(gradient):
+            wanted = parameter.placements  # type: ignore[attr-defined]  # its gradient is distributed, so it is
+            if gradient.placements != wanted:
+                parameter.grad, is_settled = gradient.redistribute(placements=wanted), False
+    return held if is_settled else [own for parameter in parameters if (own := parameter.grad) is not None]
+
+
+def settled(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The tensors, those that are ``Partial`` reduced: a collective for each of them."""
+    if are_plain(tensors):
+        return tensors
+    result = []
+    for tensor in tensors:
+        given: Any = tensor
+        if is_distributed(tensor) and any(placement.is_partial() for placement in given.placements):
+            module = sys.modules["torch.distributed.tensor"]
+            wanted = [module.Replicate() if one.is_partial() else one for one in given.placements]
+            given = given.redistribute(placements=wanted)
+        result.append(given)
+    return result
+
+
+def coordinate(tensor: Tensor) -> tuple[int, ...] | None:
+    """Which piece of a distributed tensor this rank holds, as its place on each mesh axis that splits it.
+
+    Ranks with equal coordinates hold copies of one piece. () for a plain tensor, which is one piece; None for a rank
+    that is not on the mesh.
+    """
+    if not is_distributed(tensor):
+        return ()
+    given: Any = tensor
+    here = given.device_mesh.get_coordinate()
+    return None if here is None else tuple(here[axis] for axis in split_axes(tensor))
+
+
+def split_axes(tensor: Tensor) -> tuple[int, ...]:
+    """The mesh axes that split a distributed tensor; the others hold copies. None of them for a plain tensor."""
+    given: Any = tensor
+    return tuple(_split_axes(given.placements)) if is_distributed(tensor) else ()
+
+
+def is_first_copy(tensor: Tensor) -> bool:
+    """Whether this rank holds the first of the copies of its piece of a distributed tensor."""
+    given: Any = tensor
+    here, axes = given.device_mesh.get_coordinate(), split_axes(tensor)
+    return here is not None and not any(place for axis, place in enumerate(here) if axis not in axes)
+
+
+def is_split(tensor: Tensor) -> bool:
+    """Whether a tensor lies in more than one piece that has entries."""
+    given: Any = tensor
+    return bool(tensor.numel()) and any(
+        given.device_mesh.size(axis) > 1 and tensor.shape[given.placements[axis].dim] > 1
+        for axis in split_axes(tensor)
+    )
+
+
+def units_here(tensor: Tensor, unit_dim: int) -> Sequence[int]:
+    """Of which units this rank holds something: their indices in the whole tensor, in the order in which they lie."""
+    if tensor.dim() <= 1:
+        return (0,)
+    given: Any = tensor
+    units = range(tensor.shape[unit_dim])
+    if not is_distributed(tensor):
+        return units
+    # Outside of the mesh torch leaves an empty vector, which is one unit.
+    return _held(units, unit_dim, given.device_mesh, given.placements) if is_member(tensor) else (0,)
+
+
+def mesh_of(tensor: Tensor) -> Any:
+    """The mesh of a distributed tensor; None for a plain one."""
+    given: Any = tensor
+    return given.device_mesh if is_distributed(tensor) else None
+
+
+def shard_groups(tensor: Tensor) -> list[Any]:
+    """The process group of each mesh axis over which a distributed tensor is split; none for a plain tensor."""
+    if not is_distributed(tensor):
+        return []
+    given: Any = tensor
+    mesh = given.device_mesh
+    if not is_member(tensor):
+        return []
+    return [mesh.get_group(axis) for axis in _split_axes(given.placements) if mesh.size(axis) > 1]
+
+
+def placement_key(tensor: Tensor) -> object:
+    """Equal for distributed tensors that lie alike on the same mesh; None for a plain tensor."""
+    given: Any = tensor
+    return (given.device_mesh, tuple(given.placements)) if is_distributed(tensor) else None
+
+
+def is_member(tensor: Tensor) -> bool:
+    """Whether this rank is on the mesh of a distributed tensor."""
+    given: Any = tensor
+    return given.device_mesh.get_coordinate() is not None
+
+
+def mesh_ranks(tensor: Tensor) -> tuple[int, ...]:
+    """The ranks over which a distributed tensor is spread; none for a plain tensor."""
+    given: Any = tensor
+    return tuple(given.device_mesh.mesh.flatten().tolist()) if is_distributed(tensor) else ()
+
+
+def _split_axes(placements: Sequence[Any]) -> list[int]:
+    return [axis for axis, placement in enumerate(placements) if hasattr(placement, "dim")]
+
+
+def _held(indices: Sequence[int], dim: int, mesh: Any, placements: Sequence[Any]) -> Sequence[int]:
+    """Which of the indices along ``dim`` this rank holds: each mesh axis splits what the earlier left."""
+    here = mesh.get_coordinate()
+    for axis in _split_axes(placements):
+        if placements[axis].dim == dim:
+            # A strided shard is interleaved: split first as a later axis does, then each part by this axis.
+            stride = int(getattr(placements[axis], "split_factor", 1))
+            split = [_chunk(part, mesh.size(axis), here[axis]) for part in _chunks(indices, stride)]
+            indices = split[0] if stride == 1 else tuple(itertools.chain.from_iterable(split))
+    return indices
+
+
+def _chunk(indices: Sequence[int], count: int, which: int) -> Sequence[int]:
+    """Part ``which`` of ``count``, as ``torch.chunk`` cuts: equal parts, then a shorter one, then empty ones."""
+    length = -(-len(indices) // count)
+    return indices[which * length : (which + 1) * length]
+
+
+def _chunks(indices: Sequence[int], count: int) -> list[Sequence[int]]:
+    return [_chunk(indices, count, which) for which in range(count)]
+
+
+def shares_memory(gradient: Tensor) -> bool:
+    """Whether several entries lie in one place, as after ``expand``, so that the gradient cannot be written to."""
+    return gradient.layout == torch.strided and 0 in gradient.stride() and gradient.numel() > 1
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the entries of a strided tensor fill one piece of memory, in whatever order."""
+    if tensor.is_contiguous():
+        return True
+    width = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != width:
+            return False
+        width *= size
+    return True
+
+
+def _real(tensor: Tensor) -> Tensor:
+    if not tensor.is_complex():
+        return tensor
+    return torch.view_as_real(tensor.resolve_conj())

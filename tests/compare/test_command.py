@@ -1,0 +1,106 @@
+"""``compare --run``: a script of the user's own, changed in nothing."""
+
+import sys
+
+import pytest
+
+from gradkeel.compare import TaskError, compare, make_command_plan
+from gradkeel.compare.command import _filled
+from gradkeel.compare.findings import findings
+from gradkeel.compare.page import compare_page
+from gradkeel.compare.summary import summarize
+
+SCRIPT = """
+import os
+import torch
+import gradkeel as gk
+
+torch.manual_seed(int(os.environ["GRADKEEL_SEED"]))
+model = torch.nn.Sequential(torch.nn.Linear(1, 32), torch.nn.Linear(32, 32), torch.nn.Linear(32, 1))
+with torch.no_grad():
+    for parameter in model.parameters():
+        parameter.normal_()
+    model[0].weight.add_(2.0)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+guard = gk.attach(optimizer, gk.ClipByNorm(5.0), model=model)
+for step in range(20):
+    x = torch.randn(16, 1)
+    loss = (model(x) - x - 3).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    {log}
+    optimizer.step()
+"""
+LOG = "guard.log(loss=loss, lr=0.01)"
+
+
+@pytest.fixture
+def script(tmp_path):
+    """The command that runs a script with this source."""
+
+    def write(source):
+        path = tmp_path / "train.py"
+        path.write_text(source, encoding="utf-8")
+        return f"'{sys.executable}' '{path}'"
+
+    return write
+
+
+def run(command, tmp_path, **other):
+    return compare(make_command_plan(command, **other), records=tmp_path / "runs")
+
+
+def test_an_unmodified_script_is_run_under_each_policy_and_seed(script, tmp_path):
+    result = run(script(SCRIPT.format(log=LOG)), tmp_path, policies=["none", "norm:1.0"], seeds=2)
+    assert [(r.policy, r.seed, r.lr) for r in result.runs] == [
+        ("none", 0, 0.01), ("norm:1.0", 0, 0.01), ("none", 1, 0.01), ("norm:1.0", 1, 0.01),
+    ]  # fmt: skip
+    none, clipped, other, _ = result.runs
+    assert none.diverged
+    assert none.diverged_at <= 4
+    assert (none.onset.step, none.optimizer, none.clip_rate) == (1, "SGD", 0.0)
+    assert not clipped.diverged
+    assert clipped.clip_rate > 0
+    assert len(clipped.losses) == len(clipped.norms) == 20
+    # The guard's own norm: all parameters, before clipping; the same weights and batch under both.
+    assert clipped.norms[0] == none.norms[0] > 1
+    assert clipped.losses[0] == none.losses[0] != other.losses[0]
+    words = findings(result)
+    assert words.found.startswith("At lr 0.01 unclipped training diverged in 2 of 2 seeds, norm:1.0 in 0.")
+    assert words.next.startswith("gradkeel compare --run ")
+    page = compare_page(result, summarize(result.runs), words)
+    assert "gradkeel compare --run" in page
+    outputs = sorted(path.name for path in (tmp_path / "runs").glob("*.log"))
+    assert outputs == ["none-0.log", "none-1.log", "norm_1.0-0.log", "norm_1.0-1.log"]
+
+
+def test_without_a_logged_loss_the_gradients_tell(script, tmp_path):
+    result = run(script(SCRIPT.format(log="")), tmp_path, policies=["none", "norm:1.0"])
+    none, clipped = result.runs
+    assert (none.losses, none.lr) == ([], 0.01)
+    assert none.diverged
+    assert not clipped.diverged
+    assert "guard.log(loss=...)" in findings(result).found
+
+
+def test_a_script_that_fails_shows_its_last_words(script, tmp_path):
+    with pytest.raises(TaskError, match=r"exited with 1 under none(.|\n)*ZeroDivisionError"):
+        run(script("1 / 0"), tmp_path)
+
+
+def test_a_script_that_guards_nothing_says_which_line_it_needs(script, tmp_path):
+    with pytest.raises(TaskError, match=r"guarded no step.*gradkeel\.attach"):
+        run(script("pass"), tmp_path)
+
+
+def test_a_command_that_is_not_there(tmp_path):
+    with pytest.raises(TaskError, match="cannot be started"):
+        run("no-such-program-anywhere", tmp_path)
+
+
+def test_losses_between_the_logged_ones_are_the_last_logged():
+    nan = float("nan")
+    assert _filled([nan, 3.0, nan, 2.0, nan], [False] * 5) == [3.0, 3.0, 3.0, 2.0, 2.0]
+    kept = _filled([3.0, nan, nan], [False, False, True])
+    assert kept[:2] == [3.0, 3.0]
+    assert kept[2] != kept[2]

@@ -1,0 +1,24 @@
+"""Runs of a comparison that are recorded can be explained."""
+
+import pytest
+
+from gradkeel.compare import compare, make_plan
+from gradkeel.explain import explain
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_recorded_runs_are_explained(tmp_path, jobs):
+    plan = make_plan("exploding-linear", policies=["none", "norm:1.0,exclude=*.bias"], seeds=1, record=True)
+    for _ in range(2):  # again: in place of the first records
+        result = compare(plan, jobs=jobs, records=tmp_path)
+    names = ["none-lr0.01-0.keel", "norm_1.0_exclude=_.bias-lr0.01-0.keel"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    for run, name in zip(result.runs, names, strict=True):
+        explosion = explain(tmp_path / name).explosion
+        assert explosion.kind == "initialization"
+        assert (explosion.step, explosion.parameter) == (run.onset.step, run.onset.parameter)
+
+
+def test_nothing_is_recorded_unless_asked_for(tmp_path):
+    compare(make_plan("exploding-linear", policies=["none"], seeds=1), jobs=1, records=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,234 @@
+"""The page of a recorded run: what it says, and how a real browser shows it."""
+
+import math
+import re
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("plotly", reason="pages with figures need the extra report")
+
+import gradkeel as gk
+from gradkeel.explain.run_page import COLUMNS, run_page
+from gradkeel.explain.watch import address, make_server
+from gradkeel.record import Reader, Recorder
+
+EVIL = "<img src=x onerror='evil=1'>"
+FAULT, LAYER = 90, "layers.2.weight"
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            [nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 2)]
+        )
+        self.add_module(EVIL + "</script>", nn.LayerNorm(16))
+
+    def forward(self, x):
+        for layer in self.layers[:-1]:
+            x = torch.relu(layer(x))
+        return self.layers[-1](self._modules[EVIL + "</script>"](x))
+
+
+def train(path, steps=150, spoil=()):
+    torch.manual_seed(0)
+    model = Network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    guard = gk.attach(optimizer, gk.ClipByGlobalNorm(0.7), model=model, record=path)
+    layer = model.get_parameter(LAYER)
+    with pytest.warns(gk.GradkeelWarning) if spoil else torch.no_grad(), torch.enable_grad():
+        for step in range(1, steps + 1):
+            loss = nn.functional.cross_entropy(model(torch.randn(32, 6)), torch.randint(2, (32,)))
+            loss.backward()
+            if step == FAULT:
+                layer.grad = layer.grad * 1000
+            if step in spoil:
+                layer.grad = layer.grad * math.nan
+            guard.log(loss=loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    guard.detach()
+    return path
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory):
+    with Reader(train(tmp_path_factory.mktemp("page") / "run.keel", spoil={120})) as run:
+        return run_page(run)
+
+
+@pytest.fixture(scope="module")
+def page(browser, html, tmp_path_factory):
+    """The page in a browser that keeps its errors."""
+    path = tmp_path_factory.mktemp("browser") / "run.html"
+    path.write_text(html, encoding="utf-8")
+    browser.execute_cdp_cmd(
+        "Page.addScriptToEvaluateOnNewDocument",
+        {"source": "window.problems = []; window.onerror = (m) => window.problems.push(m);"
+                   "const e = console.error; console.error = (...a) => { window.problems.push(a.join()); e(...a); };"},
+    )  # fmt: skip
+    browser.set_window_size(1280, 900)
+    browser.get(path.as_uri())
+    return browser
+
+
+def outside_scripts(html):
+    return re.sub(r"<script.*?</script>", "", html, flags=re.DOTALL)
+
+
+def test_the_words_are_on_top(html):
+    plain = outside_scripts(html)
+    assert f"The gradients spiked, and came back at step {FAULT}, first in {LAYER}." in plain
+    assert plain.index("FOUND") < plain.index("Gradient norm") < plain.index("Every parameter")
+    for anchor in ("gradient-norm", "every-parameter", "loss", "coefficient", "distribution-and-bounds"):
+        assert f'<section id="{anchor}"><h2><a href="#{anchor}">' in plain
+    assert "1 skipped" in plain
+
+
+def test_it_needs_nothing_from_outside(html):
+    assert not re.findall(r"""(?:src|href)=["'](?!#)[^"']+""", outside_scripts(html))
+
+
+def test_names_are_escaped(html):
+    assert EVIL not in html
+    assert "&lt;img" in html
+
+
+def test_a_run_without_anything_to_tell(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Linear(2, 1)
+    guard = gk.attach(
+        torch.optim.SGD(model.parameters(), lr=0.1), None, model=model, record=tmp_path / "run.keel"
+    )
+    model(torch.randn(4, 2)).sum().backward()
+    guard.optimizer.step()
+    guard.detach()
+    with Reader(tmp_path / "run.keel") as run:
+        html = run_page(run)
+    assert "No explosion was found." in html
+    assert 'id="loss"' not in html  # none was logged
+    assert 'id="coefficient"' not in html  # nothing was clipped
+
+
+def test_a_long_run_is_drawn_in_buckets(tmp_path):
+    from gradkeel.guard.report import SelectionReport, StepReport
+    from gradkeel.norms import Decision, GradientNorms
+
+    names = tuple(f"layer.{i}" for i in range(4))
+    recorder = Recorder(tmp_path / "run.keel")
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, 3001):
+        norms = torch.rand(4, generator=generator, dtype=torch.float64) + 0.5
+        measured = GradientNorms(names, norms, torch.linalg.vector_norm(norms), 2.0, (0,) * 4, step, (1,) * 4)
+        recorder.record(
+            StepReport(step, (SelectionReport("main", "None", measured, Decision(), (True,) * 4),))
+        )
+    recorder.close()
+    with Reader(tmp_path / "run.keel") as run:
+        html = run_page(run)
+    assert f"Each point stands for {3000 // COLUMNS} steps" in html
+    assert html.count("steps 1 to 5:") == 1
+
+
+def test_it_renders_without_errors(page):
+    assert page.execute_script("return window.problems") == []
+    figures = page.execute_script("return document.querySelectorAll('.figure .main-svg').length")
+    assert figures >= 5
+    assert page.execute_script("return window.evil === undefined && document.images.length === 0")
+
+
+def test_the_planted_layer_is_the_hottest_row(page):
+    row, column = page.execute_script(
+        """
+        const map = [...document.querySelectorAll('.js-plotly-plot')].flatMap(f => f.data)
+          .find(t => t.type === 'heatmap' && t.y.length > 4);
+        let best = [0, 0];
+        map.z.forEach((line, i) => line.forEach((z, j) => {
+          if (z !== null && z > (map.z[best[0]][best[1]] ?? -Infinity)) best = [i, j];
+        }));
+        return [map.y[best[0]], map.x[best[1]]];
+        """
+    )
+    assert (row, column) == (LAYER, FAULT)
+
+
+def test_hover_tells_the_exact_value(page):
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.by import By
+
+    section = page.find_element(By.ID, "every-parameter")
+    page.execute_script("arguments[0].scrollIntoView()", section)
+    plot = section.find_element(By.CSS_SELECTOR, ".nsewdrag")
+    ActionChains(page).move_to_element(plot).perform()
+    words = page.execute_async_script(
+        """
+        const [root, done] = arguments;
+        const look = (n) => {
+          const text = root.querySelector('.hoverlayer .hovertext');
+          if (text || n === 0) done(text ? text.textContent : ''); else setTimeout(() => look(n - 1), 100);
+        };
+        look(30);
+        """,
+        section,
+    )
+    assert re.search(r"layers\.\d\.(weight|bias).*step \d+: [0-9.e+-]+", words)
+
+
+@pytest.mark.parametrize("width", [400, 1280])
+def test_nothing_sticks_out(page, width):
+    page.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600},
+    )
+    page.refresh()
+    assert page.execute_script("return document.documentElement.scrollWidth") <= width
+    widths = page.execute_script("return [...document.querySelectorAll('.main-svg')].map(s => s.clientWidth)")
+    assert max(widths) <= width
+    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.parametrize(("scheme", "paper"), [("light", "rgb(255, 255, 255)"), ("dark", "rgb(20, 24, 29)")])
+def test_light_and_dark(page, scheme, paper):
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    colors = page.execute_script(
+        "const c = (s, k) => getComputedStyle(document.querySelector(s))[k];"
+        "return [c('body', 'backgroundColor'), c('body', 'color'), c('.xtick text', 'fill')]"
+    )
+    assert colors[0] == paper
+    assert colors[1] == colors[2]  # what plotly writes follows the page
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_watching_a_run(tmp_path):
+    path = tmp_path / "run.keel"
+    server = make_server(path)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(server.serve_forever, 0.05)
+        try:
+            url = address(server)
+            assert url.startswith("http://127.0.0.1:")
+            assert "Nothing recorded yet" in fetch(url)
+            assert fetch(url + "version") == "0"
+            train(path, steps=30)
+            version = fetch(url + "version")
+            assert version == "30-30"
+            text = fetch(url)
+            assert "30 steps (1 to 30)" in text
+            assert repr(version) in text  # the page renews itself when this changes
+            with pytest.raises(urllib.error.HTTPError, match="404"):
+                fetch(url + "etc/passwd")
+        finally:
+            server.shutdown()
+            running.result()
+            server.server_close()
+
+
+def fetch(url):
+    with urllib.request.urlopen(url, timeout=30) as answer:
+        return answer.read().decode()

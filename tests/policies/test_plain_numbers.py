@@ -1,0 +1,309 @@
+"""On CPU a few cells are decided on in plain numbers; the decisions and states are those of tensors."""
+
+import dataclasses
+import io
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gradkeel import policies as gp
+from gradkeel.policies import numbers
+from policy_rows import ROWS
+from streams import log_normal, measured
+
+STEPS = 100
+
+
+class InTensors(TorchDispatchMode):
+    """Looks at every operation and changes none; while somebody looks, values stay in tensors."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **kwargs or {})
+
+
+def eventful(cells):
+    """[steps, cells] norms with spikes, lasting shifts that patience runs out on, extremes, and what is no norm."""
+    stream = log_normal(STEPS, cells, spread=0.5, seed=cells)
+    stream[25:] *= 100  # after the warm-ups; patience (12 below) runs out
+    stream[50] = 1e-120
+    stream[52] *= 1e6
+    stream[55:57] = 1e120
+    stream[60] = 0.0
+    stream[61, 0] = math.inf
+    stream[62, -1] = math.nan
+    stream[65:] *= 1e-3
+    stream[80:85] = stream[79]  # a spread of nothing
+    return stream
+
+
+IMPATIENT = [
+    gp.ZClip(warmup=5, patience=12, scope="tensor"),
+    gp.AutoClip(window=20, warmup=5, patience=12, scope="tensor"),
+    gp.RobustClip(window=20, warmup=5, patience=12, scope="tensor"),
+    gp.Clip("tensor", gp.ZScore(2.0, window=20, warmup=5, patience=12), gp.Rescale()),
+    gp.Clip("tensor", gp.ZScore(2.0, window=20, warmup=5, limited=False), gp.Smooth()),
+    gp.Clip("group", gp.Ema(1.5, warmup=5, patience=12), gp.Smooth()),
+    gp.AdaGC(warmup=10, patience=12),
+    gp.AdaGC(warmup=10, reference=True),
+    gp.ZClip(warmup=10, reference=True, scope="unit"),
+    gp.QuantileClip(scope="unit"),
+    gp.SkipStep(window=20, warmup=5),
+    gp.Chain(gp.ZClip(warmup=5, patience=12), gp.AutoClip(window=20, warmup=5, patience=12)),
+    gp.PerGroup(gp.ZClip(warmup=5, patience=12), gp.RobustClip(window=20, warmup=5, patience=12)),
+]
+
+
+def same(one, other, what):
+    if one is None or other is None:
+        assert one is other, what
+        return
+    assert (one.dtype, one.shape) == (other.dtype, other.shape), what
+    # Both are float64. Sums, logarithms and exponentials of the two differ in the last bit or two of 1e-16, and each
+    # step hands that on; logarithms of 1e120 are of 276, whose exponential magnifies roundings as much.
+    assert torch.allclose(one, other, rtol=1e-11, atol=0, equal_nan=True), f"{what}: {one} is not {other}"
+
+
+@pytest.mark.parametrize(
+    ("policy", "cells"),
+    [pytest.param(row.policy, 3, id=row.id) for row in ROWS]
+    + [(policy, cells) for policy in IMPATIENT for cells in (1, 2, 9)],
+)
+def test_decisions_and_states_are_those_of_tensors(policy, cells):
+    norm_type = policy.needs.norm_type
+    plain = tensors = None
+    for step, norms in enumerate(eventful(cells), 1):
+        groups = [i % 2 for i in range(cells)]
+        now = measured(norms, step, groups=groups, loss=norms[0] - 1.0, norm_type=norm_type)
+        if plain is None:
+            plain, tensors = policy.init(now), policy.init(now)
+        ours, plain = policy.decide(now, plain)
+        with InTensors():
+            theirs, tensors = policy.decide(now, tensors)
+        assert ours.clamp == theirs.clamp
+        for name in ("coefficients", "unit_coefficients", "bound"):
+            same(getattr(ours, name), getattr(theirs, name), f"{name} of step {step}")
+        assert (ours.skip is None) == (theirs.skip is None)
+        assert ours.skip is None or torch.equal(ours.skip, theirs.skip), f"skip of step {step}"
+        assert plain.keys() == tensors.keys()
+        for key, value in tensors.items():
+            same(plain[key], value, f"{key} after step {step}")
+        if step % 40 == 0:  # either way of deciding takes up the other's state
+            plain, tensors = tensors, plain
+
+
+@pytest.mark.parametrize("policy", IMPATIENT)
+def test_a_state_in_plain_numbers_is_saved_as_tensors(policy):
+    stream = eventful(2)
+    state = policy.init(measured(stream[0], groups=[0, 1]))
+    for step, norms in enumerate(stream[:60], 1):
+        _, state = policy.decide(measured(norms, step, groups=[0, 1], loss=norms[0]), state)
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert list(loaded) == list(state)
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize("policy", IMPATIENT)
+def test_deciding_leaves_the_old_state_as_it_is(policy):
+    """A step that is not made is decided on again from the same state."""
+    stream = eventful(2)
+    state = policy.init(measured(stream[0], groups=[0, 1]))
+    for step, norms in enumerate(stream[:60], 1):
+        now = measured(norms, step, groups=[0, 1], loss=norms[0])
+        before = dict(state)
+        _, first = policy.decide(now, state)
+        assert all(torch.equal(state[key], value) for key, value in before.items())
+        _, again = policy.decide(now, state)
+        assert all(torch.equal(again[key], value) for key, value in first.items())
+        state = first
+
+
+def operations(policy, cells):
+    """How many operations on tensors a decision takes."""
+    now = measured(log_normal(1, cells)[0])
+    _, state = policy.decide(now, policy.init(now))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        policy.decide(now, state)
+    return sum(event.name.startswith("aten::") and event.cpu_parent is None for event in profile.events())
+
+
+@pytest.mark.parametrize("policy", [gp.ClipByGlobalNorm(1.0), gp.ZClip(), gp.AutoClip(), gp.RobustClip()])
+def test_a_global_decision_on_cpu_reads_the_norm_and_makes_two_tensors(policy):
+    assert operations(policy, 100) == 3
+
+
+class HalfOfLast(gp.Bound):
+    """A bound of the user's own, written in torch's functions."""
+
+    def init(self, cells):
+        return {"last": torch.full_like(cells.norms, math.inf)}
+
+    def bound(self, cells, state):
+        return torch.minimum(state["last"], torch.full_like(cells.norms, 100.0)) / 2
+
+    def update(self, cells, state, bound):
+        return {"last": torch.where(cells.valid, cells.norms, state["last"])}
+
+
+class OfEma(gp.Ema):
+    """An override in torch's functions of a formula that was on plain numbers."""
+
+    def estimate(self, cells, state):
+        return 3 * torch.exp(state["log_mean"])
+
+
+@pytest.mark.parametrize(("bound", "expected"), [(HalfOfLast(), [50.0, 1.0]), (OfEma(2.0), [math.inf, 6.0])])
+def test_a_bound_written_on_tensors_sees_tensors(bound, expected):
+    policy, state, bounds = gp.Clip("global", bound, gp.Hard()), None, []
+    for step in (1, 2):
+        now = measured([2.0], step)
+        decision, state = policy.decide(now, policy.init(now) if state is None else state)
+        bounds.append(decision.bound.item())
+    assert bounds == pytest.approx(expected, rel=1e-12)  # a logarithm and its exponential
+
+
+# ---- one operation at a time ---------------------------------------------------------------------------------------
+
+EDGES = [0.0, -0.0, 1.0, -1.0, 0.5, 2.0, 5e-324, 1e-310, 1.7e308, -1.7e308, 710.0, -800.0]
+EDGES += [math.inf, -math.inf, math.nan]
+
+
+def in_tensor(value):
+    return torch.tensor([value], dtype=torch.float64)
+
+
+def alike(plain, tensor):
+    """The same float64, to a rounding of the functions; zeros have their signs."""
+    (wanted,) = tensor.tolist()
+    if math.isnan(wanted) or math.isnan(plain):
+        return math.isnan(wanted) and math.isnan(plain)
+    # Two libraries' exponentials and logarithms may differ in the last bit.
+    return plain == pytest.approx(wanted, rel=1e-15, abs=0) and math.copysign(1, plain) == math.copysign(
+        1, wanted
+    )
+
+
+@pytest.mark.parametrize("value", EDGES)
+@pytest.mark.parametrize("function", [numbers.log, numbers.exp, numbers.sqrt])
+def test_a_function_of_a_plain_number_is_that_of_a_tensor(function, value):
+    assert alike(function(value), function(in_tensor(value)))
+
+
+@pytest.mark.parametrize("value", [0.0, -1e-300, -1e-12, -0.5, -50.0, -1e300, -math.inf, math.nan])
+def test_expm1_of_a_plain_number_is_that_of_a_tensor(value):
+    assert alike(numbers.expm1(value), numbers.expm1(in_tensor(value)))
+
+
+@pytest.mark.parametrize("second", EDGES)
+@pytest.mark.parametrize("first", EDGES)
+def test_an_operation_on_two_plain_numbers_is_that_on_tensors(first, second):
+    one, two = in_tensor(first), in_tensor(second)
+    assert alike(numbers.divide(first, second), numbers.divide(one, two))
+    if not 0 < abs(second) < 1e-308:  # torch takes the reciprocal first, which is out of range there
+        assert alike(numbers.divide(first, second), numbers.divide(first, two))
+    for function, wanted in ((numbers.maximum, torch.maximum), (numbers.minimum, torch.minimum)):
+        # Which of two zeros is the larger is nobody's concern.
+        assert alike(function(first, second) + 0.0, wanted(one, two) + 0.0)
+        assert alike(function(first, second) + 0.0, function(one, second) + 0.0)
+        assert alike(function(first, second) + 0.0, function(one, two) + 0.0)
+
+
+def test_what_is_chosen_and_made_of_plain_numbers():
+    like = in_tensor(2.0)
+    assert numbers.where(True, 1.0, 2.0) == 1.0
+    assert numbers.where(False, 1.0, 2.0) == 2.0
+    assert numbers.where(like > 1, 1.0, 2.0 * like).tolist() == [1.0]
+    assert numbers.where(like > 2, 1.0, 2.0 * like).tolist() == [4.0]
+    assert isinstance(numbers.real(3, 1.0), float)
+    assert numbers.real(3, 1.0) == 3.0
+    assert numbers.real(torch.tensor([3]), like).dtype == torch.float64
+    assert numbers.real(torch.tensor([3]), like.float()).dtype == torch.float32
+    assert numbers.constant(3, 1.0) == 3.0
+    assert isinstance(numbers.constant(3, 1.0), float)
+    assert torch.equal(numbers.constant(3, like.expand(5)), in_tensor(3.0))
+
+
+# ---- windows at the edges of their warm-ups ------------------------------------------------------------------------
+
+WINDOWS = [
+    # What the bound is after 1, 3 has been seen: a quantile, mean + 2 std, and exp(median + 2 MAD).
+    (gp.Quantile(0.5, window=2, warmup=2), 2.0),
+    (gp.Quantile(0.25, window=2, warmup=2), 1.5),
+    (gp.ZScore(2.0, window=2, warmup=2), 2.0 + 2.0 * 2**0.5),
+    (
+        gp.RobustZScore(2.0, window=2, warmup=2),
+        math.exp(math.log(3) / 2 * (1 + 2 * 1.4826022185056018)),
+    ),
+]
+
+
+def bounds_of(bound, norms, in_tensors):
+    """The bound at each step on these norms."""
+    policy, state, found = gp.Clip("global", bound, gp.Hard()), None, []
+    for step, norm in enumerate(norms, 1):
+        now = measured([norm], step)
+        state = policy.init(now) if state is None else state
+        if in_tensors:
+            with InTensors():
+                decision, state = policy.decide(now, state)
+        else:
+            decision, state = policy.decide(now, state)
+        found.append(decision.bound.item())
+    return found
+
+
+@pytest.mark.parametrize("in_tensors", [False, True], ids=["plain", "tensors"])
+@pytest.mark.parametrize(("bound", "expected"), WINDOWS)
+def test_a_window_bounds_from_the_step_after_its_warm_up(bound, expected, in_tensors):
+    # A few float64 operations.
+    close = {"rel": 1e-13}
+    found = bounds_of(bound, [1.0, 3.0, 0.5], in_tensors)
+    assert found == [math.inf, math.inf, pytest.approx(expected, **close)]
+    # The window holds two: what was there before them is forgotten.
+    assert bounds_of(bound, [700.0, 1.0, 3.0, 0.5], in_tensors)[2] != pytest.approx(expected, rel=0.1)
+    forgotten = bounds_of(
+        dataclasses.replace(bound, **UNLIMITED.get(type(bound), {})), [0.01, 1.0, 3.0, 0.5], in_tensors
+    )
+    assert forgotten[3] == pytest.approx(expected, **close)
+    # What is no norm does not count as seen.
+    skipped = bounds_of(bound, [1.0, 0.0, math.nan, math.inf, 3.0, 0.5], in_tensors)
+    assert skipped == [math.inf] * 5 + [pytest.approx(expected, **close)]
+
+
+UNLIMITED = {gp.ZScore: {"limited": False}}
+
+
+@pytest.mark.parametrize("in_tensors", [False, True], ids=["plain", "tensors"])
+@pytest.mark.parametrize(
+    "make", [lambda: gp.Quantile(0.9, window=4, warmup=1), lambda: gp.RobustZScore(3.0, window=4, warmup=1)]
+)
+def test_one_norm_is_a_window(make, in_tensors):
+    bound = make()
+    # The least spread that a logarithm is taken to have is 0.01.
+    expected = 5.0 if isinstance(bound, gp.Quantile) else 5.0 * math.exp(0.03)
+    assert bounds_of(bound, [5.0, 1.0], in_tensors) == [math.inf, pytest.approx(expected, rel=1e-13)]
+
+
+@pytest.mark.parametrize("in_tensors", [False, True], ids=["plain", "tensors"])
+@pytest.mark.parametrize(("limited", "spread"), [(True, 1e-3), (False, 1e-6)])
+def test_equal_norms_are_taken_to_vary_a_little(limited, spread, in_tensors):
+    bound = gp.ZScore(6.0, window=4, warmup=3, limited=limited)
+    found = bounds_of(bound, [5.0] * 4, in_tensors)
+    assert found == [math.inf] * 3 + [pytest.approx(5.0 * (1 + 6 * spread), rel=1e-13)]
+
+
+@pytest.mark.parametrize("in_tensors", [False, True], ids=["plain", "tensors"])
+def test_an_outlier_enters_twice_as_far_out_as_the_bound_from_the_end_of_the_warm_up_on(in_tensors):
+    # Norms 1 and 3: mean 2, deviation sqrt 2. A norm of 1000 is z = 2 limited to 2 + 2 * 2 * sqrt 2.
+    bound, limit = gp.ZScore(2.0, window=8, warmup=2), 2 + 4 * 2**0.5
+    numbers_of = torch.tensor([1.0, 3.0, limit], dtype=torch.float64)
+    expected = (numbers_of.mean() + 2 * numbers_of.std()).item()
+    assert bounds_of(bound, [1.0, 3.0, 1000.0, 1.0], in_tensors)[3] == pytest.approx(expected, rel=1e-12)
+    # In the warm-up it enters as it is.
+    numbers_of = torch.tensor([1.0, 1000.0], dtype=torch.float64)
+    expected = (numbers_of.mean() + 2 * numbers_of.std()).item()
+    assert bounds_of(bound, [1.0, 1000.0, 1.0], in_tensors)[2] == pytest.approx(expected, rel=1e-12)
