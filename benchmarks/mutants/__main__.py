@@ -17,6 +17,7 @@ from benchmarks.mutants.judge import Judge, Verdict
 
 TREE = Path(__file__).resolve().parents[2]
 DOCS = "docs/mutants.md"
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -57,7 +58,9 @@ def main() -> None:
             print(f"{mutant.path}:{mutant.line}: {mutant.operator}: {mutant.diff}")
         return
     run = page.Run(seed, len(mutants), arguments.only, arguments.budget, 0.0, lines, tuple(arguments.tests))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, stop)
     try:
         judged(mutants, run, arguments)
     except (cover.MapError, trees.TreeError) as error:
@@ -65,6 +68,13 @@ def main() -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+
+
+def stop(number: int, frame: object) -> None:
+    """Handle the first signal; a second one must not disturb the cleaning up."""
+    for one in SIGNALS:
+        signal.signal(one, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def judged(mutants: Sequence[find.Mutant], run: page.Run, arguments: argparse.Namespace) -> None:
