@@ -1,7 +1,6 @@
 """What a run says: the score by folder and the survivors, on the terminal and in docs/mutants.md."""
 
 import importlib.metadata
-import platform
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from benchmarks.mutants.find import OUTSIDE
 from benchmarks.mutants.judge import Verdict
 
 OUTCOMES = ("killed", "timed out", "survived", "unclear")
-TOOLS = ("torch", "mutmut", "coverage", "pytest", "hypothesis")
+TOOLS = ("mutmut", "coverage", "pytest", "hypothesis")
 
 
 BUDGET = 60.0
@@ -98,8 +97,7 @@ def where(tree: Path) -> str:
     changed = " and changes" if git("status", "--porcelain", "--", "src", "tests") else ""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in TOOLS)
     return (
-        f"{datetime.now(UTC):%Y-%m-%d}, commit {commit}{changed}: Python {platform.python_version()}, {versions}; "
-        f"{machine(torch.device('cpu'))}."
+        f"{datetime.now(UTC):%Y-%m-%d}, commit {commit}{changed}: {versions}; {machine(torch.device('cpu'))}."
     )
 
 
