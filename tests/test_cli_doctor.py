@@ -106,7 +106,7 @@ def test_turned_off_by_the_environment(found, value, why):
 
 
 def test_not_built(found, tmp_path):
-    found.setattr(native, "LIBRARY", tmp_path / "none.so")
+    found.setattr(library, "LIBRARY", tmp_path / "none.so")
     found.setattr(sys, "platform", "linux")
     words = told()
     assert "why not built: gradkeel was installed without a working C compiler" in words
