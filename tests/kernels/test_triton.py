@@ -46,15 +46,18 @@ for target in (GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("
         own = {"DTYPE": dtype, "ALIGNMENT": 16, "BLOCK": 512}
         for squared in (False, True):
             norm = {**own, "IS_SQUARED": squared}
-            compiled(k.sum_powers, {**TABLE, "sums": "*fp64", "scales": "*fp64"}, target, **norm)
-            compiled(k.unit_norms, {**TABLE, "count": "i32", "norms": "*fp64"}, target, **norm, ROWS=2)
+            for peaks in (False, True):
+                found = {"sums": "*fp64", "scales": "*fp64", "peaks": "*fp64"}
+                compiled(k.read_pieces, {**TABLE, "count": "i32", **found}, target, **norm, HAS_PEAKS=peaks, ROWS=2)
         wide = tl.float64 if name == "fp64" else tl.float32
         compiled(k.scale_pieces, {**TABLE, "factors": "*fp64", "stride": "i32"}, target, **own, WIDE=wide)
         if name != "fp64":
-            compiled(k.clamp_pieces, {**TABLE, "low": "fp32", "high": "fp32"}, target, **own)
+            limits = {"peaks": "*fp64", "low": "fp32", "high": "fp32"}
+            compiled(k.clamp_pieces, {**TABLE, **limits}, target, **own, HAS_PEAKS=True)
     for squared in (False, True):
         join = {"sums": "*fp64", "scales": "*fp64", "spans": "*i64", "norms": "*fp64"}
-        compiled(k.join_powers, join, target, IS_SQUARED=squared, BLOCK=128)
+        compiled(k.join_powers, join, target, HAS_SCALES=squared, IS_SQUARED=squared, BLOCK=128)
+    compiled(k.join_peaks, {"found": "*fp64", "spans": "*i64", "peaks": "*fp64"}, target, BLOCK=128)
 print("compiled")
 """
 
@@ -73,9 +76,9 @@ def kernels(monkeypatch):
 
 
 def norms_of(tensors, norm_type=2.0):
-    norms = triton_host.norms(tensors, norm_type)
-    assert norms is not None
-    return norms
+    found = triton_host.read(tensors, norm_type)
+    assert found is not None
+    return found[0]
 
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0])
@@ -210,15 +213,45 @@ def test_norms_of_units(dtype, norm_type):
         for shape in ((3, 5), (4, 2, 3), (7, 1030), (0, 4), (2, 0))
     ]
     tensors += [torch.randn(2, 3, 4, 5).to(dtype).contiguous(memory_format=torch.channels_last)]
-    found = triton_host.unit_norms(tensors, norm_type, 0)
+    tensors += [torch.randn(2, triton_layout.PIECE + 1).to(dtype), torch.randn(70_000).to(dtype)]
+    norms, found, _ = triton_host.read(tensors, norm_type, 0)
     wanted = [reference.norm([unit], norm_type) for tensor in tensors for unit in units_of(tensor)]
     assert found.tolist() == pytest.approx(wanted, rel=1e-11)  # float64 additions in another order
+    assert norms.tolist() == pytest.approx([reference.norm([tensor], norm_type) for tensor in tensors], rel=1e-11)
 
 
-def test_units_that_do_not_lie_one_after_the_other_or_are_very_long_are_refused():
-    assert triton_host.unit_norms([torch.randn(3, 5)], 2.0, 1) is None
-    assert triton_host.unit_norms([torch.randn(2, triton_layout.PIECE + 1)], 2.0, 0) is None
-    assert triton_host.unit_norms([torch.randn(3, 5).t()], 2.0, 1) is not None
+def test_units_that_do_not_lie_one_after_the_other_are_refused():
+    assert triton_host.read([torch.randn(3, 5)], 2.0, 1) is None
+    assert triton_host.read([torch.randn(3, 5).t()], 2.0, 1) is not None
+
+
+def test_no_piece_is_taken_for_better_aligned_than_it_is():
+    shapes = [(4, 7), (4, 6), (4, 8), (2, triton_layout.PIECE + 2), (9,)]
+    for dtype in DTYPES:
+        tensors = [torch.randn(shape).to(dtype) for shape in shapes]
+        layout = triton_host.kernels(CPU).layout("2-norm of units", tensors, 0)
+        widths = {}
+        for run in layout.runs:
+            rows = layout.table[run.first : run.first + run.count]
+            assert all(first % run.alignment == 0 for first in rows[:, 1].tolist())
+            widths |= dict.fromkeys(rows[:, 0].tolist(), run.alignment)
+        assert widths[1] == min(16, 2 * dtype.itemsize)  # not worse than it is either
+        assert widths[4] == widths[2] == 16
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extremes(dtype):
+    tensors = [torch.randn(shape).to(dtype) for shape in ((5,), (40_000,), (0,), (), (3, 2, 2))]
+    tensors[1][39_999] = math.inf
+    tensors += [torch.full((70_000,), -2.0).to(dtype), torch.ones(2049).to(dtype)]
+    tensors[6][2048] = math.nan
+    with_nothing = [*tensors, None]
+    norms, units, peaks = triton_host.read(with_nothing, 2.0, peaks=True)
+    wanted = [list(map(float, torch.aminmax(t))) if t.numel() else [0.0, 0.0] for t in tensors]
+    assert units is None
+    assert str(peaks.tolist()) == str([*wanted, [0.0, 0.0]])
+    alone, _, _ = triton_host.read(with_nothing, 2.0)
+    assert str(norms.tolist()) == str(alone.tolist())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
@@ -251,6 +284,14 @@ def test_clamping_leaves_the_bits_of_what_is_within():
     assert bits.tolist() == [0x7FA00001, 1, -1]
 
 
+def test_a_tensor_whose_extremes_are_within_is_not_read():
+    tensors = [torch.full((3,), 5.0), torch.full((3,), 5.0), torch.full((3,), math.nan)]
+    peaks = torch.tensor([[-1.0, 1.0], [-1.0, 5.0], [math.nan, math.nan]], dtype=torch.float64)
+    assert triton_host.clamp(tensors, -1.0, 1.0, peaks)
+    assert [float(tensor[0]) for tensor in tensors[:2]] == [5.0, 1.0]  # the first was told to be within
+    assert tensors[2].isnan().all()
+
+
 def test_float64_is_clamped_by_torch():
     assert not triton_host.clamp([torch.ones(2, dtype=torch.float64)], -0.1, 0.1)
 
@@ -265,13 +306,13 @@ def test_writing_is_told_to_autograd():
 
 def test_other_tensors_are_refused():
     for tensor in (torch.ones(3, dtype=torch.int64), torch.ones(4, 4)[:, ::2], torch.eye(3).to_sparse()):
-        assert triton_host.norms([torch.ones(2), tensor], 2.0) is None
+        assert triton_host.read([torch.ones(2), tensor], 2.0) is None
         assert not triton_host.scale([torch.ones(2), tensor], torch.tensor(2.0))
     negated = torch.ones(3, dtype=torch.complex64).conj().imag
     for tensor in (negated, torch.ones(1).expand(3), torch.ones(3, device="meta")):
-        assert triton_host.norms([torch.ones(2), tensor], 2.0) is None
-    assert triton_host.norms([], 2.0) is None
-    assert triton_host.norms([torch.ones(2)], 3.0) is None
+        assert triton_host.read([torch.ones(2), tensor], 2.0) is None
+    assert triton_host.read([], 2.0) is None
+    assert triton_host.read([torch.ones(2)], 3.0) is None
 
 
 @pytest.fixture
@@ -283,24 +324,24 @@ def checked(monkeypatch):
 
 
 def test_a_kernel_is_checked_before_its_first_use(checked):
-    assert triton_host.norms([torch.full((4,), 3.0)], 2.0).tolist() == pytest.approx([6.0], rel=1e-12)
+    assert triton_host.read([torch.full((4,), 3.0)], 2.0)[0].tolist() == pytest.approx([6.0], rel=1e-12)
     assert checked.fault is None
 
 
 @pytest.mark.parametrize("fault", ["wrong", "uncompilable"])
 def test_one_that_is_wrong_is_not_used_and_one_warning_says_so(checked, monkeypatch, fault):
-    def broken(layout, norm_type):
+    def broken(layout, norm_type, *, peaks=False):
         if fault == "uncompilable":
             raise RuntimeError("no such target")
-        return torch.ones(layout.tensors, dtype=torch.float64)
+        return torch.ones(layout.tensors, dtype=torch.float64), None, None
 
-    monkeypatch.setattr(checked, "norms", broken)
+    monkeypatch.setattr(checked, "read", broken)
     with pytest.warns(
         GradkeelWarning, match=r"2-norm of torch.float32 on cpu (is wrong|cannot be run).*foreach"
     ):
-        assert triton_host.norms([torch.ones(3)], 2.0) is None
+        assert triton_host.read([torch.ones(3)], 2.0) is None
     # Silent from then on; a warning is an error here.
-    assert triton_host.norms([torch.ones(3).half()], 2.0) is None
+    assert triton_host.read([torch.ones(3).half()], 2.0) is None
     assert not triton_host.scale([torch.ones(3)], torch.tensor(2.0))
     assert "2-norm" in triton_host.unavailable(CPU)
 

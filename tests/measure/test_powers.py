@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import reference
-from gradkeel.measure.powers import BLOCK, peaks, tensor_norms, unit_count, unit_norms
+from gradkeel.measure.powers import BLOCK, read, tensor_norms, unit_count, unit_norms
 
 CPU = torch.device("cpu")
 NORM_TYPES = [2.0, 1.0, 3.0, 0.5, math.inf, -math.inf, -1.0, 0.0]
@@ -136,7 +136,7 @@ def test_reading_changes_nothing():
     tensor = torch.randn(3 * BLOCK)
     before, version = tensor.clone(), tensor._version
     tensor_norms([tensor], 2.0, CPU)
-    peaks([tensor], CPU)
+    read([tensor], 2.0, CPU, with_peaks=True)
     unit_norms(tensor.view(3, BLOCK), 3, 0, 2.0)
     assert torch.equal(tensor, before)
     assert tensor._version == version
@@ -163,11 +163,11 @@ def test_how_many_units_there_are():
 
 def test_peaks_are_the_lowest_and_the_highest_entry():
     tensors = [torch.tensor([-3.0, 2.0]), torch.zeros(0), torch.tensor([math.nan, 1.0]), torch.tensor(5.0)]
-    got = peaks(tensors, CPU)
+    got = read(tensors, 2.0, CPU, with_peaks=True).peaks
     assert got.dtype == torch.float64
     assert got[[0, 1, 3]].tolist() == [[-3.0, 2.0], [0.0, 0.0], [5.0, 5.0]]
     assert got[2].isnan().all()
-    assert peaks([], CPU).shape == (0, 2)
+    assert read([], 2.0, CPU, with_peaks=True).peaks.shape == (0, 2)
 
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])

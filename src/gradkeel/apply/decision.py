@@ -76,7 +76,7 @@ def clamp(parameters: Sequence[Tensor], limits: tuple[float, float], peaks: Tens
     """
     gradients = [parameter.grad for parameter in parameters]
     if any(gradient is not None and gradient.device.type != "cpu" for gradient in gradients):
-        device.clamp(parameters, limits)
+        device.clamp(parameters, limits, peaks)
     else:
         host.clamp(parameters, limits, peaks)
 

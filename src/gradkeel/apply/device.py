@@ -69,15 +69,18 @@ def scale_units(parameters: Sequence[Tensor], coefficients: Tensor, counts: Sequ
         )
 
 
-def clamp(parameters: Sequence[Tensor], limits: tuple[float, float]) -> None:
-    """Clamp every entry of every gradient into ``limits``; NaN stays."""
+def clamp(parameters: Sequence[Tensor], limits: tuple[float, float], peaks: Tensor | None = None) -> None:
+    """Clamp every entry of every gradient into ``limits``; NaN stays.
+
+    With ``peaks`` [n, 2], the lowest and highest entries, a gradient within the limits may be passed over.
+    """
     entries: list[Tensor | None] = []
     for parameter in parameters:
         gradient = own(parameter)
         if gradient is not None and gradient.layout == torch.sparse_coo:
             parameter.grad = gradient = gradient.coalesce()
         entries.append(None if gradient is None else entries_to_scale(gradient))
-    if not triton_host.clamp(entries, *limits):
+    if not triton_host.clamp(entries, *limits, peaks):
         foreach.clamp([entry for entry in entries if entry is not None], *limits)
 
 

@@ -97,6 +97,37 @@ EXPORT int64_t gradkeel_table(void *list, int64_t count, item_of_list item, expo
     return count;
 }
 
+/* What tensors are, whatever they hold and wherever: for each of a Python list its dtype, device, alignment, shape and
+ * strides in `words`; and its address, 0 for None. With `writes` the words are written, else compared with those there.
+ *
+ * Returns below zero where they do not fit into `length` words, differ, or cannot be exported (a Python exception is
+ * then set), and addresses may be half new; else how many words there are, or whether any address is another than it
+ * was. Needs the GIL.
+ */
+EXPORT int64_t gradkeel_locate(void *list, int64_t count, item_of_list item, export_tensor export, const void *none,
+                               int32_t writes, int64_t *words, int64_t length, int64_t *addresses) {
+    int64_t next = 0, moved = 0;
+    for (int64_t i = 0; i < count; i++) {
+        struct dltensor t = {.ndim = -1};
+        void *object = item(list, (intptr_t)i);
+        if (object == NULL || (object != none && export(object, &t) != 0)) return -1;
+        int64_t address = (int64_t)(intptr_t)t.data + (int64_t)t.byte_offset, dims = t.ndim < 0 ? 0 : t.ndim;
+        int64_t head[] = {t.ndim, t.code | t.bits << 8 | (int64_t)t.lanes << 16, t.device_type, t.device_id, address & 15};
+        int64_t width = (int64_t)(sizeof head / sizeof *head);
+        if (next + width + 2 * dims > length) return -1;
+        for (int64_t d = 0; d < width + 2 * dims; d++, next++) {
+            int64_t word = d < width ? head[d] : d < width + dims ? t.shape[d - width] : t.strides[d - width - dims];
+            if (writes)
+                words[next] = word;
+            else if (words[next] != word)
+                return -1;
+        }
+        moved |= addresses[i] != address;
+        addresses[i] = address;
+    }
+    return writes ? next : moved;
+}
+
 /* ---- entries --------------------------------------------------------------------------- */
 
 typedef uint16_t __attribute__((may_alias)) u16;
@@ -450,7 +481,7 @@ __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))) static vo
 #endif
 
 /* Raised with every change of what is exported, so that native.py never calls a library of another time. */
-EXPORT int32_t gradkeel_interface(void) { return 4; }
+EXPORT int32_t gradkeel_interface(void) { return 5; }
 
 /* How many of the levels baseline, AVX2 and AVX-512 this processor has: from 1 to 3. */
 EXPORT int32_t gradkeel_levels(void) {

@@ -96,6 +96,12 @@ class Kernels:
             ctypes.py_object, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_double, ctypes.c_void_p,
             ctypes.c_void_p, ctypes.c_void_p,
         )  # fmt: skip
+        self._locate = held.gradkeel_locate
+        self._locate.restype = ctypes.c_int64
+        self._locate.argtypes = (
+            ctypes.py_object, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.py_object, ctypes.c_int32,
+            ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p,
+        )  # fmt: skip
         self._total = held.gradkeel_total
         self._total.restype = ctypes.c_double
         self._total.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)
@@ -142,6 +148,29 @@ class Kernels:
         except _NO_ADDRESS:
             return False
         return bool(taken == len(tensors))
+
+    def described(self, tensors: list[Tensor | None], addresses: Tensor) -> Any | None:
+        """What plain tensors of any device are but for their addresses, which go into [k] int64; None if unfit."""
+        words = (ctypes.c_int64 * (64 * len(tensors) + 1))()
+        used = self._located(tensors, True, words, addresses)
+        return None if used < 0 else (ctypes.c_int64 * used).from_buffer_copy(words)
+
+    def locate(self, description: Any, tensors: list[Tensor | None], addresses: Tensor) -> bool | None:
+        """Put the addresses into [k] int64: whether any has changed; None where the tensors are not as described."""
+        moved = self._located(tensors, False, description, addresses)
+        return None if moved < 0 else bool(moved)
+
+    def _located(
+        self, tensors: list[Tensor | None], writes: bool, words: Any, addresses: Tensor
+    ) -> int:
+        try:
+            found: int = self._locate(
+                tensors, len(tensors), self._item, self._export, None, writes, words, len(words),
+                addresses.data_ptr(),
+            )  # fmt: skip
+        except _NO_ADDRESS:
+            return -1
+        return found
 
     def norms(self, tensors: list[Tensor], norm_type: float) -> tuple[Tensor, float] | None:
         """[k] float64 norm of each tensor, and that of all together; None if a tensor is not fit.

@@ -19,13 +19,19 @@ from torch import Tensor
 
 from gradkeel.errors import GradkeelWarning
 from gradkeel.kernels.arrival import is_capturing
+from gradkeel.kernels.addresses import active_slots
 from gradkeel.kernels.triton_layout import DTYPES, Layout, Layouts, kinds_of
 
 VARIABLE = "GRADKEEL_TRITON"
 
+Read = tuple[Tensor, Tensor | None, Tensor | None]
+
 _OFF, _ON = {"off", "0", "no", "false"}, {"on", "1", "yes", "true"}
 _BLOCK, _UNIT_BLOCK, _ROWS = 2048, 512, 2
-_OPERATIONS = ("1-norm", "2-norm", "1-norm of units", "2-norm of units", "scale", "scale of units", "clamp")
+_OPERATIONS = (
+    "1-norm", "2-norm", "1-norm of units", "2-norm of units", "scale", "scale of units", "clamp",
+    "extremes",
+)  # fmt: skip
 
 
 class TritonKernels:
@@ -67,49 +73,59 @@ class TritonKernels:
         assert layout is not None, "they are fit"
         return layout
 
-    def norms(self, layout: Layout, norm_type: float) -> Tensor:
-        """[k] float64 1-norm or 2-norm of each tensor; 0 for one that is not there."""
-        is_squared = norm_type == 2.0
+    def read(self, layout: Layout, norm_type: float, *, peaks: bool = False) -> Read:
+        """Norms of the tensors, and of their units and the extremes where wanted; 0 for one that is not there."""
+        by_unit, squared = layout.unit_spans is not None, norm_type == 2.0
+        block, rows, warps = (_UNIT_BLOCK, _ROWS, 1) if by_unit else (_BLOCK, 1, 4)
         sums, scales, norms = (self._new(n) for n in (layout.pieces, layout.pieces, layout.tensors))
-        for dtype, first, count in layout.runs:
-            self._kernels.sum_powers[(count,)](
-                layout.addresses, layout.table, first, sums, scales, self._types[dtype], layout.alignment, is_squared,
-                _BLOCK,
+        extremes = self._new(2 * layout.pieces) if peaks else sums
+        for run in layout.runs:
+            self._kernels.read_pieces[(-(-run.count // rows),)](
+                layout.addresses, layout.table, run.first, run.count, sums, scales, extremes, self._types[run.dtype],
+                min(run.alignment, layout.alignment), squared, peaks, block, rows, num_warps=warps,
             )  # fmt: skip
-        self._kernels.join_powers[(layout.tensors,)](sums, scales, layout.spans, norms, is_squared, 128)
-        return norms
+        self._join(layout.spans, sums, scales, norms, layout, squared, 1024 if by_unit else 128)
+        units = None
+        if layout.unit_spans is not None:
+            units = self._new(layout.units)
+            self._join(layout.unit_spans, sums, scales, units, layout, squared, 16)
+        lowest_and_highest = None
+        if peaks:
+            lowest_and_highest = self._new(2 * layout.tensors).view(-1, 2)
+            self._kernels.join_peaks[(layout.tensors,)](extremes, layout.spans, lowest_and_highest, 128)
+        return norms, units, lowest_and_highest
 
-    def unit_norms(self, layout: Layout, norm_type: float) -> Tensor:
-        """[u] float64 norm of each unit."""
-        norms = self._new(layout.units)
-        for dtype, first, count in layout.runs:
-            self._kernels.unit_norms[(-(-count // _ROWS),)](
-                layout.addresses, layout.table, first, count, norms, self._types[dtype], layout.alignment,
-                norm_type == 2.0, _UNIT_BLOCK, _ROWS, num_warps=1,
-            )  # fmt: skip
-        return norms
+    def _join(
+        self, spans: Tensor, sums: Tensor, scales: Tensor, norms: Tensor, layout: Layout, squared: bool, block: int
+    ) -> None:
+        self._kernels.join_powers[(len(spans),)](
+            sums, scales, spans, norms, layout.has_float64, squared, block, num_warps=1 if block < 128 else 4
+        )
 
     def scale(self, layout: Layout, factors: Tensor, *, by_unit: bool = False) -> None:
         """Multiply tensors, or units, by ``factors``, [] or one each, in place; where it is 1 nothing is touched."""
         stride, factors = factors.dim(), factors.contiguous()
         if factors.data_ptr() % 16:
             factors = factors.clone()  # an address like any other's, so that no further kernel is compiled
-        for dtype, first, count in layout.runs:
-            wide = torch.float64 if dtype == torch.float64 else torch.float32
-            self._kernels.scale_pieces[(count,)](
-                layout.addresses, layout.table, first, factors, stride, self._types[dtype], self._types[wide],
-                layout.alignment, _UNIT_BLOCK if by_unit else _BLOCK, num_warps=1 if by_unit else 4,
+        for run in layout.runs:
+            wide = torch.float64 if run.dtype == torch.float64 else torch.float32
+            self._kernels.scale_pieces[(run.count,)](
+                layout.addresses, layout.table, run.first, factors, stride, self._types[run.dtype], self._types[wide],
+                min(run.alignment, layout.alignment), _UNIT_BLOCK if by_unit else _BLOCK, num_warps=1 if by_unit else 4,
             )  # fmt: skip
 
-    def clamp(self, layout: Layout, low: float, high: float) -> None:
-        """Clamp each entry into ``[low, high]`` in place; NaN stays, and what is within is not written."""
-        for dtype, first, count in layout.runs:
-            limits = torch.tensor(
-                [low, high], dtype=dtype, device="cpu"
-            ).tolist()  # as torch's clamp rounds them
-            self._kernels.clamp_pieces[(count,)](
-                layout.addresses, layout.table, first, *limits, self._types[dtype], layout.alignment, _BLOCK
-            )
+    def clamp(self, layout: Layout, low: float, high: float, peaks: Tensor | None = None) -> None:
+        """Clamp each entry into ``[low, high]`` in place; NaN stays, and what is within is not written.
+
+        With ``peaks`` [k, 2], the tensors' extremes, one that is within is not even read.
+        """
+        given = layout.addresses if peaks is None else peaks.contiguous()
+        for run in layout.runs:
+            limits = torch.tensor([low, high], dtype=run.dtype, device="cpu").tolist()  # as torch's clamp rounds them
+            self._kernels.clamp_pieces[(run.count,)](
+                layout.addresses, layout.table, run.first, given, *limits, self._types[run.dtype],
+                min(run.alignment, layout.alignment), peaks is not None, _BLOCK,
+            )  # fmt: skip
 
     def _new(self, count: int) -> Tensor:
         return torch.empty(count, dtype=torch.float64, device=self.device)
@@ -150,10 +166,15 @@ def _fault(kernels: TritonKernels, operation: str, dtype: torch.dtype) -> str | 
     cells = [unit for tensor in drawn for unit in (tensor.unbind() if by_unit else [tensor])]
     if "norm" in operation:
         p = float(operation[0])
-        found = kernels.unit_norms(layout, p) if by_unit else kernels.norms(layout, p)
+        norms, units, _ = kernels.read(layout, p)
+        found = norms if units is None else units
         wanted = torch.stack([torch.linalg.vector_norm(cell.double(), p) for cell in cells])
         error = float((found.cpu() / wanted - 1).abs().max())
         return None if error < 1e-10 else f"is wrong: a norm is off by {error:.1e} of itself"
+    if operation == "extremes":
+        _, _, peaks = kernels.read(layout, 2.0, peaks=True)
+        wanted = torch.stack([torch.stack(torch.aminmax(cell.double())) for cell in cells])
+        return None if peaks is not None and torch.equal(peaks.cpu(), wanted) else "is wrong"
     if operation == "clamp":
         kernels.clamp(layout, -0.3, 0.7)
         results = [cell.clamp(-0.3, 0.7) for cell in cells]
@@ -170,37 +191,42 @@ def _fault(kernels: TritonKernels, operation: str, dtype: torch.dtype) -> str | 
 # -- what the rest of the package asks ----------------------------------------------------------------------------
 
 
-def norms(tensors: Sequence[Tensor | None], norm_type: float) -> Tensor | None:
-    """[k] float64 norm of each tensor, 0 for None; None where the kernels do not do it."""
+def read(
+    tensors: Sequence[Tensor | None], norm_type: float, unit_dim: int | None = None, *, peaks: bool = False
+) -> Read | None:
+    """One read of each tensor; 0 for None. None where the kernels do not do it.
+
+    Args:
+        tensors: k tensors.
+        norm_type: the p of the p-norm.
+        unit_dim: the dimension that counts units, where their norms are wanted.
+        peaks: whether the lowest and highest entries are wanted.
+
+    Returns:
+        [k] norms; [u] norms of the units, tensor after tensor; [k, 2] extremes, NaN where an entry is; all float64.
+    """
     own = _kernels_of(tensors) if norm_type in (1.0, 2.0) else None
     if own is None:
-        return None
+        return _missed()
     with own.lock, _on(tensors):
-        layout = own.layout(f"{norm_type:.0f}-norm", tensors)
-        return None if layout is None else own.norms(layout, norm_type)
-
-
-def unit_norms(tensors: Sequence[Tensor | None], norm_type: float, dim: int) -> Tensor | None:
-    """[u] float64 norm of each unit along ``dim``, tensor after tensor; None where the kernels do not do it."""
-    own = _kernels_of(tensors) if norm_type in (1.0, 2.0) else None
-    if own is None:
-        return None
-    with own.lock, _on(tensors):
-        layout = own.layout(f"{norm_type:.0f}-norm of units", tensors, dim)
-        # One program reads a unit; for very long ones that is too few.
-        return own.unit_norms(layout, norm_type) if layout is not None and layout.has_whole_units else None
+        norm = f"{norm_type:.0f}-norm"
+        layout = own.layout(norm if unit_dim is None else f"{norm} of units", tensors, unit_dim)
+        if layout is None or (peaks and not own.is_right("extremes", {run.dtype for run in layout.runs})):
+            return _missed()
+        return own.read(layout, norm_type, peaks=peaks)
 
 
 def scale(tensors: Sequence[Tensor | None], factors: Tensor) -> bool:
     """Multiply each tensor by its factor, [] or [k], in place; whether the kernels did it. None is passed over."""
     own = _kernels_of(tensors)
     if own is None or factors.device != own.device:
+        _missed()
         return False
     with own.lock, _on(tensors):
         layout = own.layout("scale", tensors)
         if layout is not None:
             own.scale(layout, factors)
-    return layout is not None and _written(tensors)
+    return _written(tensors, done=layout is not None)
 
 
 def scale_units(tensors: Sequence[Tensor | None], factors: Tensor, counts: Sequence[int], dim: int) -> bool:
@@ -214,29 +240,46 @@ def scale_units(tensors: Sequence[Tensor | None], factors: Tensor, counts: Seque
     """
     own = _kernels_of(tensors)
     if own is None or factors.device != own.device:
+        _missed()
         return False
     with own.lock, _on(tensors):
         layout = own.layout("scale of units", tensors, dim)
         if layout is None or layout.unit_counts != tuple(counts):
-            return False
+            return _written(tensors, done=False)
         own.scale(layout, factors, by_unit=True)
-    return _written(tensors)
+    return _written(tensors, done=True)
 
 
-def clamp(tensors: Sequence[Tensor | None], low: float, high: float) -> bool:
-    """Clamp each entry into ``[low, high]`` in place; whether the kernels did it, which they do not for float64."""
+def clamp(
+    tensors: Sequence[Tensor | None], low: float, high: float, peaks: Tensor | None = None
+) -> bool:
+    """Clamp each entry into ``[low, high]`` in place; whether the kernels did it, which they do not for float64.
+
+    With ``peaks`` [k, 2], the tensors' lowest and highest entries, one that is within is not read.
+    """
     own = _kernels_of(tensors)
     # A number that the host gives a kernel arrives in float32.
     if own is None or any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
+        _missed()
         return False
     with own.lock, _on(tensors):
         layout = own.layout("clamp", tensors)
         if layout is not None:
-            own.clamp(layout, low, high)
-    return layout is not None and _written(tensors)
+            own.clamp(layout, low, high, None if peaks is None or peaks.device != own.device else peaks)
+    return _written(tensors, done=layout is not None)
 
 
-def _written(tensors: Sequence[Tensor | None]) -> bool:
+def _missed() -> None:
+    """Other operations than these kernels' follow, which know nothing of slots."""
+    slots = active_slots()
+    if slots is not None:
+        slots.missed = True
+
+
+def _written(tensors: Sequence[Tensor | None], *, done: bool) -> bool:
+    if not done:
+        _missed()
+        return False
     torch.autograd.graph.increment_version([tensor for tensor in tensors if tensor is not None])
     return True
 

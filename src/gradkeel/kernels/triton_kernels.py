@@ -19,110 +19,128 @@ def _piece(addresses, row, DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr):
 
 
 @triton.jit
-def _magnitudes(data, at, mask, IS_MASKED: tl.constexpr):
-    """Magnitudes as float64; 0 beyond the end."""
-    if IS_MASKED:
-        x = tl.load(data + at, mask=mask, other=0.0)
-    else:
-        x = tl.load(data + at)
-    return tl.abs(x.to(tl.float64))
-
-
-@triton.jit
 def _largest(data, count, BLOCK: tl.constexpr):
     """The largest magnitude of a piece, or 1 where that is 0 or not finite."""
     most = tl.zeros([BLOCK], dtype=tl.float64)
     for start in range(0, count, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        most = tl.maximum(most, _magnitudes(data, at, at < count, IS_MASKED=True))
+        most = tl.maximum(most, tl.abs(tl.load(data + at, mask=at < count, other=0.0).to(tl.float64)))
     largest = tl.max(most, axis=0)
     return tl.where((largest > 0) & (largest < float("inf")), largest, 1.0)
 
 
 @triton.jit
-def _sum(data, count, DTYPE: tl.constexpr, IS_SQUARED: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum of ``(|x| / scale)^p`` over a piece, and the scale, which float64 alone needs: 1 for the others."""
+def _read(data, count, DTYPE: tl.constexpr, IS_SQUARED: tl.constexpr, HAS_PEAKS: tl.constexpr, BLOCK: tl.constexpr):
+    """One read of a piece: the sum of ``(|x| / scale)^p``, the scale, and the lowest and highest entry where wanted.
+
+    The scale is 1 but for float64, which alone needs one. Extremes are NaN where an entry is, inf and -inf of nothing.
+    """
     scale = tl.full([], 1.0, dtype=tl.float64)
     if DTYPE == tl.float64:  # noqa: SIM300  # a type, written large as Triton's constants are
         scale = _largest(data, count, BLOCK)
     whole = count // BLOCK * BLOCK
     total = tl.zeros([BLOCK], dtype=tl.float64)
+    low, high = tl.full([BLOCK], float("inf"), tl.float64), tl.full([BLOCK], float("-inf"), tl.float64)
+    strange = tl.zeros([BLOCK], dtype=tl.int32)
     for start in range(0, whole, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        x = _magnitudes(data, at, at < count, IS_MASKED=False)
+        x = tl.load(data + start + tl.arange(0, BLOCK)).to(tl.float64)
+        if HAS_PEAKS:
+            low, high = tl.minimum(low, x), tl.maximum(high, x)
+            strange = strange | (x != x).to(tl.int32)
+        x = tl.abs(x)
         if DTYPE == tl.float64:  # noqa: SIM300
             x = x / scale
         total += x * x if IS_SQUARED else x
     at = whole + tl.arange(0, BLOCK)
-    x = _magnitudes(data, at, at < count, IS_MASKED=True) / scale
+    x = tl.load(data + at, mask=at < count, other=0.0).to(tl.float64)
+    if HAS_PEAKS:
+        low = tl.where(at < count, tl.minimum(low, x), low)
+        high = tl.where(at < count, tl.maximum(high, x), high)
+        strange = strange | (x != x).to(tl.int32)
+    x = tl.abs(x) / scale
     total += x * x if IS_SQUARED else x
-    return tl.sum(total, axis=0), scale
-
-
-@triton.jit(do_not_specialize=["first"])
-def sum_powers(
-    addresses,
-    pieces,
-    first,
-    sums,
-    scales,
-    DTYPE: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-    IS_SQUARED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """For each piece from the first on, ``sums`` and ``scales``: its sum of powers, where float64 needs a scale."""
-    piece = first + tl.program_id(0)
-    data, count = _piece(addresses, pieces + 4 * piece, DTYPE, ALIGNMENT)
-    found, scale = _sum(data, count, DTYPE, IS_SQUARED, BLOCK)
-    tl.store(sums + piece, found)
-    # A piece of zeros must not keep the scale of the whole from being as small as the other pieces need it.
-    tl.store(scales + piece, tl.where(found == 0, 0.0, scale))
-
-
-@triton.jit
-def join_powers(sums, scales, spans, norms, IS_SQUARED: tl.constexpr, BLOCK: tl.constexpr):
-    """The norm of each tensor from its pieces, which are those from the span's first on, as many as it says."""
-    tensor = tl.program_id(0)
-    first = tl.load(spans + 2 * tensor)
-    count = tl.load(spans + 2 * tensor + 1)
-    most = tl.zeros([BLOCK], dtype=tl.float64)
-    for start in range(0, count, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        most = tl.maximum(most, tl.load(scales + first + at, mask=at < count, other=0.0))
-    scale = tl.max(most, axis=0)
-    scale = tl.where(scale > 0, scale, 1.0)
-    total = tl.zeros([BLOCK], dtype=tl.float64)
-    for start in range(0, count, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        share = tl.load(scales + first + at, mask=at < count, other=0.0) / scale
-        powers = tl.load(sums + first + at, mask=at < count, other=0.0)
-        total += powers * (share * share if IS_SQUARED else share)
-    found = tl.sum(total, axis=0)
-    tl.store(norms + tensor, scale * (tl.sqrt(found) if IS_SQUARED else found))
+    is_strange = tl.max(strange, axis=0) > 0
+    lowest = tl.where(is_strange, float("nan"), tl.min(low, axis=0))
+    return tl.sum(total, axis=0), scale, lowest, tl.where(is_strange, float("nan"), tl.max(high, axis=0))
 
 
 @triton.jit(do_not_specialize=["first", "count"])
-def unit_norms(
+def read_pieces(
     addresses,
     pieces,
     first,
     count,
-    norms,
+    sums,
+    scales,
+    peaks,
     DTYPE: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     IS_SQUARED: tl.constexpr,
+    HAS_PEAKS: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """The norm of each of ``count`` units, every one a piece, ``ROWS`` of them by one program."""
+    """For ``count`` pieces from the first on, ``ROWS`` by one program: sum of powers, its scale, and extremes."""
     for i in range(ROWS):
-        unit = tl.program_id(0) * ROWS + i
-        if unit < count:
-            row = pieces + 4 * (first + unit)
-            data, size = _piece(addresses, row, DTYPE, ALIGNMENT)
-            found, scale = _sum(data, size, DTYPE, IS_SQUARED, BLOCK)
-            tl.store(norms + tl.load(row + 3), scale * (tl.sqrt(found) if IS_SQUARED else found))
+        own = tl.program_id(0) * ROWS + i
+        if own < count:
+            piece = first + own
+            data, size = _piece(addresses, pieces + 4 * piece, DTYPE, ALIGNMENT)
+            found, scale, low, high = _read(data, size, DTYPE, IS_SQUARED, HAS_PEAKS, BLOCK)
+            tl.store(sums + piece, found)
+            # A piece of zeros must not keep the scale of the whole from being as small as the other pieces need it.
+            tl.store(scales + piece, tl.where(found == 0, 0.0, scale))
+            if HAS_PEAKS:
+                tl.store(peaks + 2 * piece, low)
+                tl.store(peaks + 2 * piece + 1, high)
+
+
+@triton.jit
+def join_powers(sums, scales, spans, norms, HAS_SCALES: tl.constexpr, IS_SQUARED: tl.constexpr, BLOCK: tl.constexpr):
+    """The norm of each tensor from its pieces, which are those from the span's first on, as many as it says."""
+    tensor = tl.program_id(0)
+    first = tl.load(spans + 2 * tensor)
+    count = tl.load(spans + 2 * tensor + 1)
+    scale = tl.full([], 1.0, dtype=tl.float64)
+    if HAS_SCALES:
+        most = tl.zeros([BLOCK], dtype=tl.float64)
+        for start in range(0, count, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            most = tl.maximum(most, tl.load(scales + first + at, mask=at < count, other=0.0))
+        largest = tl.max(most, axis=0)
+        scale = tl.where(largest > 0, largest, 1.0)
+    total = tl.zeros([BLOCK], dtype=tl.float64)
+    for start in range(0, count, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        powers = tl.load(sums + first + at, mask=at < count, other=0.0)
+        if HAS_SCALES:
+            share = tl.load(scales + first + at, mask=at < count, other=0.0) / scale
+            powers = powers * (share * share if IS_SQUARED else share)
+        total += powers
+    found = tl.sum(total, axis=0)
+    tl.store(norms + tensor, scale * (tl.sqrt(found) if IS_SQUARED else found))
+
+
+@triton.jit
+def join_peaks(found, spans, peaks, BLOCK: tl.constexpr):
+    """The extremes of each tensor from its pieces'; 0 and 0 of nothing."""
+    tensor = tl.program_id(0)
+    first = tl.load(spans + 2 * tensor)
+    count = tl.load(spans + 2 * tensor + 1)
+    low, high = tl.full([BLOCK], float("inf"), tl.float64), tl.full([BLOCK], float("-inf"), tl.float64)
+    strange = tl.zeros([BLOCK], dtype=tl.int32)
+    for start in range(0, count, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        least = tl.load(found + 2 * (first + at), mask=at < count, other=float("inf"))
+        most = tl.load(found + 2 * (first + at) + 1, mask=at < count, other=float("-inf"))
+        strange = strange | (least != least).to(tl.int32)
+        low, high = tl.minimum(low, least), tl.maximum(high, most)
+    lowest, highest = tl.min(low, axis=0), tl.max(high, axis=0)
+    is_nothing = lowest > highest
+    is_strange = tl.max(strange, axis=0) > 0
+    lowest, highest = tl.where(is_nothing, 0.0, lowest), tl.where(is_nothing, 0.0, highest)
+    tl.store(peaks + 2 * tensor, tl.where(is_strange, float("nan"), lowest))
+    tl.store(peaks + 2 * tensor + 1, tl.where(is_strange, float("nan"), highest))
 
 
 @triton.jit(do_not_specialize=["first", "stride"])
@@ -156,16 +174,27 @@ def clamp_pieces(
     addresses,
     pieces,
     first,
+    peaks,
     low,
     high,
     DTYPE: tl.constexpr,
     ALIGNMENT: tl.constexpr,
+    HAS_PEAKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Clamps each entry into ``[low, high]``, and writes only those outside; a NaN is on neither side, and stays."""
-    data, count = _piece(addresses, pieces + 4 * (first + tl.program_id(0)), DTYPE, ALIGNMENT)
-    for start in range(0, count, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        x = tl.load(data + at, mask=at < count, other=0.0).to(tl.float32)
-        is_outside = (x < low) | (x > high)
-        tl.store(data + at, tl.where(x < low, low, high).to(DTYPE), mask=(at < count) & is_outside)
+    """Clamps each entry into ``[low, high]``, and writes only those outside; a NaN is on neither side, and stays.
+
+    With ``peaks`` a tensor whose extremes are within is not read.
+    """
+    row = pieces + 4 * (first + tl.program_id(0))
+    is_within = False
+    if HAS_PEAKS:
+        tensor = tl.load(row + 3)
+        is_within = (tl.load(peaks + 2 * tensor) >= low) & (tl.load(peaks + 2 * tensor + 1) <= high)
+    if not is_within:  # of NaN neither comparison holds
+        data, count = _piece(addresses, row, DTYPE, ALIGNMENT)
+        for start in range(0, count, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            x = tl.load(data + at, mask=at < count, other=0.0).to(tl.float32)
+            is_outside = (x < low) | (x > high)
+            tl.store(data + at, tl.where(x < low, low, high).to(DTYPE), mask=(at < count) & is_outside)

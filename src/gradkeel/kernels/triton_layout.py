@@ -1,5 +1,6 @@
 """Where the tensors lie that the Triton kernels work on: what never changes from step to step, and their addresses."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -7,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gradkeel.kernels.arrival import Arrival, is_capturing
+from gradkeel.kernels.addresses import Addresses, Slots, active_slots
+from gradkeel.kernels.arrival import is_capturing
 from gradkeel.tensors import are_plain, is_dense
 
 PIECE = 32_768
@@ -21,7 +23,6 @@ DTYPES = {
 }
 
 _KEPT = 16
-_RING = 4
 _SPARE = 4
 
 
@@ -31,6 +32,12 @@ class Kind(NamedTuple):
     size: int
     dtype: torch.dtype
     units: int | None = None
+
+    @property
+    def alignment(self) -> int:
+        """Bytes to which the beginnings of its pieces are aligned within it, 16 at most."""
+        length = self.size // max(1, self.units or 1)
+        return 16 if (self.units or 1) == 1 else _alignment([length * self.dtype.itemsize])
 
 
 def kinds_of(
@@ -63,19 +70,28 @@ def kinds_of(
     return kinds
 
 
+class Run(NamedTuple):
+    """Pieces of one dtype, the first of them and how many, and the bytes to which they are aligned in their tensors."""
+
+    dtype: torch.dtype
+    alignment: int
+    first: int
+    count: int
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Layout:
     """How k tensors are cut into pieces, and where they lie.
 
     Attributes:
         tensors, pieces, units: how many of each.
-        table: [pieces, 4] int64 tensor's index, first byte, number of entries, index of the factor; by dtype.
+        table: [pieces, 4] int64 address's index, first byte, number of entries, index of the factor; run after run.
         spans: [k, 2] int64 each tensor's first piece and number of pieces.
-        runs: for each dtype, the first piece and the number of pieces.
+        unit_spans: [u, 2] int64 the same of units, where they are cut into these.
+        runs: what is launched together.
         unit_counts: how many units each tensor has, where they are cut into these.
-        has_whole_units: whether each unit is one piece.
-        addresses: [k] int64; 0 for a tensor that is not there.
-        alignment: bytes to which all addresses are aligned, 16 at most.
+        addresses: int64, one for each index that the table has; 0 for a tensor that is not there.
+        alignment: bytes to which all of them are aligned, 16 at most.
     """
 
     tensors: int
@@ -83,11 +99,16 @@ class Layout:
     units: int
     table: Tensor
     spans: Tensor
-    runs: tuple[tuple[torch.dtype, int, int], ...]
+    unit_spans: Tensor | None
+    runs: tuple[Run, ...]
     unit_counts: tuple[int, ...]
-    has_whole_units: bool
     addresses: Tensor
     alignment: int
+
+    @property
+    def has_float64(self) -> bool:
+        """Whether any tensor is float64."""
+        return any(run.dtype == torch.float64 for run in self.runs)
 
 
 class Layouts:
@@ -104,6 +125,9 @@ class Layouts:
         A tensor that is not there keeps its place, once it has been seen: gradients may come and go.
         """
         found = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        slots = active_slots()
+        if slots is not None:
+            return self._in_slots(slots, kinds, found)
         if is_capturing(self._device):
             return self._in_graph(kinds, found)
         stream = _stream(self._device)
@@ -124,6 +148,19 @@ class Layouts:
         plan = _Plan(kinds, self._device, stream)
         self._plans = [plan, *self._plans[: _KEPT - 1]]
         return plan
+
+    def _in_slots(self, slots: Slots, kinds: Sequence[Kind | None], found: list[int]) -> Layout | None:
+        """The addresses in the slots' own buffer, where the table looks for them."""
+        places = slots.of(found)
+        key = (tuple(kinds), places)
+        layout: Layout | None = slots.layouts.get(key)
+        if layout is None:
+            if is_capturing(self._device):
+                slots.missed = True  # it was not there at the rehearsal
+                return None
+            layout = _made(kinds, self._device, slots.buffer, places, _alignment(found))
+            slots.layouts[key] = layout
+        return layout
 
     def _in_graph(self, kinds: Sequence[Kind | None], found: list[int]) -> Layout | None:
         """The addresses in a buffer of their own, for the graph must not read those of a later step."""
@@ -148,28 +185,13 @@ class _Plan:
 
     def __init__(self, kinds: Sequence[Kind | None], device: torch.device, stream: int) -> None:
         self.kinds, self.stream = list(kinds), stream
-        self._device = device
-        table, runs, spans = _cut(kinds)
-        counts = tuple(0 if kind is None else kind.units or 0 for kind in kinds)
         count = len(kinds)
-        self._addresses = torch.zeros(count, dtype=torch.int64, device=device)
+        self._addresses = Addresses(count, device)
         self._last: list[int] = []
-        self._layout = Layout(
-            tensors=count,
-            pieces=len(table),
-            units=sum(counts),
-            table=self._moved(table),
-            spans=self._moved(spans),
-            runs=runs,
-            unit_counts=counts,
-            has_whole_units=len(table) <= sum(counts),
-            addresses=self._addresses,
-            alignment=16,
+        self._layout = _made(kinds, device, self._addresses.buffer, range(count), 16)
+        self.spare = list(
+            torch.zeros(_SPARE, count, dtype=torch.int64, pin_memory=device.type != "cpu").unbind()
         )
-        on_host = device.type == "cpu"
-        pinned = torch.zeros(_RING + _SPARE, count, dtype=torch.int64, pin_memory=not on_host).unbind()
-        self._ring: list[tuple[Tensor, Arrival | None]] = [(one, None) for one in pinned[:_RING]]
-        self.spare = list(pinned[_RING:])
 
     def covers(self, kinds: Sequence[Kind | None]) -> bool:
         """Whether it has a place for each of the tensors that are there."""
@@ -187,51 +209,56 @@ class _Plan:
     def sent(self, found: list[int]) -> Layout:
         """The layout with these addresses, which travel only if one is another than before; does not sync the host."""
         if found != self._last:
-            pinned, arrival = self._ring.pop(0)
-            if arrival is not None:
-                arrival.wait()  # of several sendings ago: it has long happened
-            pinned.copy_(torch.tensor(found, dtype=torch.int64))
-            self._addresses.copy_(pinned, non_blocking=True)
-            self._ring.append((pinned, Arrival(self._device)))
+            self._addresses.send(torch.tensor(found, dtype=torch.int64))
             self._last = found
-            self._layout = self.at(self._addresses, _alignment(found))
+            self._layout = self.at(self._addresses.buffer, _alignment(found))
         return self._layout
 
     def at(self, addresses: Tensor, alignment: int) -> Layout:
         """The same layout with addresses in this buffer."""
         return replace(self._layout, addresses=addresses, alignment=alignment)
 
-    def _moved(self, values: Tensor) -> Tensor:
-        # From pinned memory, so that the host need not wait.
-        return (
-            values if self._device.type == "cpu" else values.pin_memory().to(self._device, non_blocking=True)
-        )
 
-
-def _cut(kinds: Sequence[Kind | None]) -> tuple[Tensor, tuple[tuple[torch.dtype, int, int], ...], Tensor]:
-    """Table, runs and spans of tensors of these kinds, as `Layout` has them."""
+def _made(
+    kinds: Sequence[Kind | None],
+    device: torch.device,
+    addresses: Tensor,
+    places: Sequence[int],
+    alignment: int,
+) -> Layout:
+    """The layout of tensors of these kinds whose addresses stand at these places of the buffer."""
     known = [(i, kind) for i, kind in enumerate(kinds) if kind is not None]
     by_unit = any(kind.units is not None for _, kind in known)
-    firsts, units = [], 0  # index of each tensor's first factor
-    for i, kind in enumerate(kinds):
-        firsts.append(units if by_unit else i)
-        units += 0 if kind is None else kind.units or 0
+    counts = tuple(0 if kind is None else kind.units or 0 for kind in kinds)
+    firsts = list(itertools.accumulate(counts, initial=0)) if by_unit else list(range(len(kinds)))
     parts, runs, done = [torch.zeros(0, 4, dtype=torch.int64)], [], 0
     spans = torch.zeros(len(kinds), 2, dtype=torch.int64)
-    for dtype in dict.fromkeys(kind.dtype for _, kind in known):
+    for dtype, own in dict.fromkeys((kind.dtype, kind.alignment) for _, kind in known):
         start = done
         for i, kind in known:
-            if kind.dtype == dtype:
-                rows = _pieces(i, kind, firsts[i])
+            if (kind.dtype, kind.alignment) == (dtype, own):
+                rows = _pieces(places[i], kind, firsts[i])
                 spans[i] = torch.tensor([done, len(rows)])
                 parts.append(rows)
                 done += len(rows)
         if done > start:
-            runs.append((dtype, start, done - start))
-    return torch.cat(parts), tuple(runs), spans
+            runs.append(Run(dtype, own, start, done - start))
+    table = torch.cat(parts)
+    return Layout(
+        tensors=len(kinds),
+        pieces=len(table),
+        units=sum(counts),
+        table=_moved(table, device),
+        spans=_moved(spans, device),
+        unit_spans=_moved(_unit_spans(table, sum(counts)), device) if by_unit else None,
+        runs=tuple(runs),
+        unit_counts=counts,
+        addresses=addresses,
+        alignment=alignment,
+    )
 
 
-def _pieces(index: int, kind: Kind, first: int) -> Tensor:
+def _pieces(place: int, kind: Kind, first: int) -> Tensor:
     """[pieces, 4] rows of one tensor: each unit, or the whole, in pieces of at most ``PIECE`` entries."""
     units = 1 if kind.units is None else kind.units
     length = kind.size // max(1, units)
@@ -239,14 +266,28 @@ def _pieces(index: int, kind: Kind, first: int) -> Tensor:
     begins = (torch.arange(units).unsqueeze(1) * length + within).flatten()
     sizes = (length - within).clamp(max=PIECE).repeat(units)
     factors = first + torch.arange(units).repeat_interleave(len(within))
-    return torch.stack([torch.full_like(begins, index), begins * kind.dtype.itemsize, sizes, factors], dim=1)
+    return torch.stack([torch.full_like(begins, place), begins * kind.dtype.itemsize, sizes, factors], dim=1)
 
 
-def _alignment(found: Sequence[int]) -> int:
+def _unit_spans(table: Tensor, units: int) -> Tensor:
+    """[units, 2] first piece and number of pieces of each unit; those of one lie one after the other."""
+    spans = torch.zeros(units, 2, dtype=torch.int64)
+    owners = table[:, 3]
+    spans[:, 1].index_add_(0, owners, torch.ones_like(owners))
+    spans[:, 0].fill_(len(table)).scatter_reduce_(0, owners, torch.arange(len(table)), "amin")
+    return spans
+
+
+def _moved(values: Tensor, device: torch.device) -> Tensor:
+    # From pinned memory, so that the host need not wait.
+    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
+
+
+def _alignment(numbers: Sequence[int]) -> int:
     together = 0
-    for address in found:
-        together |= address
-    return next(width for width in (16, 8, 4, 2) if together % width == 0)
+    for number in numbers:
+        together |= number
+    return next((width for width in (16, 8, 4, 2) if together % width == 0), 1)
 
 
 def _stream(device: torch.device) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradkeel.kernels import foreach, native
-from gradkeel.measure.device import device_norms, device_units
+from gradkeel.measure import device as accelerator
 from gradkeel.tensors import entries_by_position, entries_to_read
 
 BLOCK = 4096
@@ -58,11 +58,55 @@ def read(
         if reading is not None:
             return reading
     entries = [entries_to_read(tensor) for tensor in tensors]
-    norms = _norms(entries, norm_type, device)
+    placed: Sequence[Tensor] = entries
+    if unit_dim is not None and any(tensor.layout != torch.strided for tensor in tensors):
+        placed = [entries_by_position(tensor) for tensor in tensors]
+    return _reading(entries, placed, norm_type, device, unit_dim=unit_dim, with_peaks=with_peaks)
+
+
+def _reading(
+    entries: Sequence[Tensor],
+    placed: Sequence[Tensor],
+    norm_type: float,
+    device: torch.device,
+    *,
+    unit_dim: int | None,
+    with_peaks: bool,
+) -> Reading:
+    """The same of real strided tensors by torch's operations and Triton's kernels.
+
+    ``placed`` has each entry at its place: units are cut of these. CPU-offloaded tensors may stand beside those on an
+    accelerator: each device reads its own.
+    """
+    wide = wide_dtype(device)
+    if not entries:
+        nothing = torch.zeros(0, dtype=wide, device=device)
+        return Reading(nothing, nothing if unit_dim is not None else None, nothing.view(0, 2) if with_peaks else None)
+    places: dict[torch.device, list[int]] = {}
+    for i, tensor in enumerate(entries):
+        places.setdefault(tensor.device, []).append(i)
+    norms, peaks, units = [], [], [torch.zeros(0, dtype=wide, device=device)] * len(entries)
+    for kind, rows in places.items():
+        chosen, cut = [entries[i] for i in rows], [placed[i] for i in rows]
+        if kind.type == "cpu":
+            found = _cpu_reading(chosen, cut, norm_type, unit_dim=unit_dim, with_peaks=with_peaks)
+        elif placed is entries:
+            found = accelerator.read(chosen, norm_type, wide_dtype(kind), unit_dim, peaks=with_peaks)
+        else:
+            own, _, extremes = accelerator.read(chosen, norm_type, wide_dtype(kind), None, peaks=with_peaks)
+            found = own, accelerator.read(cut, norm_type, wide_dtype(kind), unit_dim, peaks=False)[1], extremes
+        own, of_units, extremes = (None if one is None else one.to(device, wide, non_blocking=True) for one in found)
+        norms.append(own)
+        peaks.append(extremes)
+        if of_units is not None and unit_dim is not None:
+            counts = [unit_count(tensor.shape, unit_dim) for tensor in cut]
+            for i, part in zip(rows, of_units.split(counts), strict=True):
+                units[i] = part
+    order = list(places.values())
     return Reading(
-        norms,
-        None if unit_dim is None else _units(tensors, norms, norm_type, unit_dim),
-        peaks(entries, device) if with_peaks else None,
+        foreach.in_order(order, norms),
+        torch.cat(units) if unit_dim is not None else None,
+        foreach.in_order(order, peaks) if with_peaks else None,
     )
 
 
@@ -102,30 +146,21 @@ def _native_reading(
     return Reading(*kernels.read(table, norm_type, units=unit_dim is not None, peaks=with_peaks))
 
 
-def _norms(tensors: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
-    """[k] norm of each real strided tensor by torch's operations; on CPU those that left float32's range are redone."""
-    wide = wide_dtype(device)
-    if not tensors:
-        return torch.zeros(0, dtype=wide, device=device)
-    if device.type == "cpu":
-        return _cpu_norms(tensors, norm_type)
-    # CPU-offloaded tensors may stand beside those on the accelerator.
-    places = _by_device(tensors)
-    found = []
-    for kind, rows in places.items():
-        chosen = [tensors[i] for i in rows]
-        values = (
-            _cpu_norms(chosen, norm_type) if kind.type == "cpu" else device_norms(chosen, norm_type, wide)
-        )
-        found.append(values.to(device, wide, non_blocking=True))
-    return foreach.in_order(list(places.values()), found)
-
-
-def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[int]]:
-    places: dict[torch.device, list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        places.setdefault(tensor.device, []).append(i)
-    return places
+def _cpu_reading(
+    entries: Sequence[Tensor],
+    placed: Sequence[Tensor],
+    norm_type: float,
+    *,
+    unit_dim: int | None,
+    with_peaks: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    norms, units, peaks = _cpu_norms(entries, norm_type), None, None
+    if unit_dim is not None:
+        units = torch.cat([unit_norms(t, unit_count(t.shape, unit_dim), unit_dim, norm_type) for t in placed])
+    if with_peaks:
+        nothing = torch.zeros(2, dtype=torch.float64, device="cpu")
+        peaks = torch.stack([torch.stack(torch.aminmax(t)).double() if t.numel() else nothing for t in entries])
+    return norms, units, peaks
 
 
 def _cpu_norms(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
@@ -187,23 +222,6 @@ def _redone(norms: Tensor, tensors: Sequence[Tensor], norm_type: float) -> Tenso
     return norms
 
 
-def _units(tensors: Sequence[Tensor], norms: Tensor, norm_type: float, dim: int) -> Tensor:
-    """[u] norm of each unit by torch's operations, tensor after tensor; ``norms`` [k] are those of the tensors."""
-    placed = [entries_by_position(tensor) for tensor in tensors]
-    device = norms.device
-    parts = [torch.zeros(0, dtype=norms.dtype, device=device)] * len(placed)
-    for kind, rows in _by_device(placed).items():
-        chosen, counts = [placed[i] for i in rows], [unit_count(placed[i].shape, dim) for i in rows]
-        if kind.type == "cpu":
-            own = [unit_norms(t, n, dim, norm_type).to(norms) for t, n in zip(chosen, counts, strict=True)]
-        else:
-            found = device_units(chosen, norm_type, foreach.pick(norms, rows).to(kind), dim)
-            own = list(found.to(device, non_blocking=True).split(counts))
-        for i, part in zip(rows, own, strict=True):
-            parts[i] = part
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=norms.dtype, device=device)
-
-
 def unit_norms(tensor: Tensor, units: int, dim: int, norm_type: float) -> Tensor:
     """[units] float64 norm of each slice along ``dim`` of a CPU tensor; ``units == 1`` takes it as one unit."""
     rows = tensor.reshape(1, -1) if units == 1 else tensor.movedim(dim, 0).flatten(1)
@@ -216,22 +234,3 @@ def unit_norms(tensor: Tensor, units: int, dim: int, norm_type: float) -> Tensor
     if ((norms > low) & (norms < high)).all():
         return norms.double()
     return torch.linalg.vector_norm(rows, norm_type, dim=1, dtype=torch.float64)
-
-
-def peaks(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """[k, 2] lowest and highest entry of each real strided tensor, in float64 on ``device``; 0, 0 for an empty one."""
-    if not tensors:
-        return torch.zeros(0, 2, dtype=wide_dtype(device), device=device)
-    places = _by_device(tensors)
-    found = []
-    for kind, rows in places.items():
-        chosen = [tensors[i] for i in rows]
-        values = _cpu_peaks(chosen) if kind.type == "cpu" else foreach.peaks(chosen, wide_dtype(kind))
-        found.append(values.to(device, wide_dtype(device), non_blocking=True))
-    return foreach.in_order(list(places.values()), found)
-
-
-def _cpu_peaks(tensors: Sequence[Tensor]) -> Tensor:
-    nothing = torch.zeros(2, dtype=torch.float64, device="cpu")
-    pairs = [torch.stack(torch.aminmax(t)).double() if t.numel() else nothing for t in tensors]
-    return torch.stack(pairs)
