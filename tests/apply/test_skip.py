@@ -3,14 +3,8 @@
 import torch
 from torch import nn, optim
 
-from gradkeel.apply.skip import Snapshot, clear_gradients, moves_between_closures
-from optimizers import CASES, contents, is_same
-
-
-def test_only_lbfgs_moves_between_closures():
-    for case in CASES:
-        model, _ = case.problem()
-        assert moves_between_closures(case.make(list(model.parameters()))) == case.closure
+from gradkeel.apply.skip import Snapshot, clear_gradients
+from optimizers import contents, is_same
 
 
 def test_cleared_gradients_are_none():

@@ -1,45 +1,145 @@
-"""How each optimizer skips a step: parameters, moments and counters stay bit-identical."""
+"""How a step is skipped: what has been done for it before it was known to be bad is put back, bit by bit."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradkeel.tensors import is_distributed, local_part
 
 
 def clear_gradients(parameters: Sequence[Tensor]) -> None:
-    """Set every gradient to None: every torch optimizer then leaves parameters, state and counters alone.
-
-    Multiplying by 0 would not do (0 x NaN is NaN), nor would zero gradients (weight decay and momentum still act).
-    """
+    """Set every gradient to None, so that what is not finite goes into no later sum."""
     for parameter in parameters:
         parameter.grad = None
 
 
-def moves_between_closures(optimizer: Optimizer) -> bool:
-    """Whether the optimizer changes parameters between the evaluations of one step's closure."""
-    return isinstance(optimizer, LBFGS)
-
-
 class Snapshot:
-    """Parameters and state before a step, for optimizers that have moved before a later closure goes non-finite.
+    """An optimizer before a step: its settings and counters, and, with ``values``, its state and its parameters.
 
-    Attributes:
-        is_wanted: whether the step was abandoned, so that this is to be restored after it.
+    Optimizers that it holds, as SAM and Lookahead do, belong to it.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.is_wanted = False
-        self._optimizer = optimizer
-        self._values = [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
-        self._state: dict[Any, Any] = {p: copy.deepcopy(state) for p, state in optimizer.state.items()}
+    def __init__(self, optimizer: Optimizer, *, values: bool = True) -> None:
+        self._optimizers = list(_held(optimizer, set()))
+        self._groups = [[dict(group) for group in held.param_groups] for held in self._optimizers]
+        self._counters = [
+            {key: value for key, value in vars(held).items() if isinstance(value, int | float | None)}
+            for held in self._optimizers
+        ]
+        self._states: list[dict[Any, Any]] = []
+        self._values: list[tuple[Tensor, Tensor]] = []
+        if values:
+            parameters = {id(p): p for groups in self._groups for group in groups for p in group["params"]}
+            self._values = [(p, p.detach().clone()) for p in parameters.values()]
+            self._states = [
+                {p: copy.deepcopy(state) for p, state in held.state.items()} for held in self._optimizers
+            ]
+
+    def has_moved(self) -> bool:
+        """Whether any parameter, where they were kept, is another one by now; syncs the host on an accelerator."""
+        return any(not torch.equal(local_part(p), local_part(value)) for p, value in self._values)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put everything back, bit by bit."""
         for parameter, value in self._values:
             parameter.copy_(value)
-        self._optimizer.state.clear()
-        self._optimizer.state.update(self._state)
+        for held, groups, counters in zip(self._optimizers, self._groups, self._counters, strict=True):
+            vars(held).update(counters)
+            for group, before in zip(held.param_groups, groups, strict=False):
+                group.clear()
+                group.update(before)
+        for held, state in zip(self._optimizers, self._states, strict=False):
+            held.state.clear()
+            held.state.update(state)
+
+
+def _held(optimizer: Optimizer, seen: set[int]) -> Iterator[Optimizer]:
+    """The optimizer and those that it holds."""
+    if id(optimizer) not in seen:
+        seen.add(id(optimizer))
+        yield optimizer
+        for value in tuple(vars(optimizer).values()):
+            if isinstance(value, Optimizer):
+                yield from _held(value, seen)
+
+
+class Buffers:
+    """A model's buffers as of the last step, so that a skip takes back what the forward pass put into them.
+
+    Only those that training changes are kept, which the first step shows: BatchNorm's statistics, but no masks.
+
+    Args:
+        model: the model; None keeps nothing.
+        parameters: the optimizer's. Where they have been written to between two steps, as by loading a checkpoint,
+            what was kept belongs to other weights, and is not put back.
+
+    Attributes:
+        kept: copies of buffers.
+    """
+
+    def __init__(self, model: nn.Module | None, parameters: Sequence[Tensor]) -> None:
+        self._places = [
+            (f"{path}.{name}" if path else name, module, name)
+            for path, module in (() if model is None else model.named_modules())
+            for name, buffer in module._buffers.items()
+            if buffer is not None and not is_distributed(buffer)
+        ]
+        self._changing: list[tuple[str, nn.Module, str]] | None = None
+        self.kept = [buffer.detach().clone() for buffer in self._now()]
+        self._version = _version(parameters)
+        self._fits = True
+        self._is_back = False
+
+    def _now(self) -> list[Tensor]:
+        places = self._places if self._changing is None else self._changing
+        return [module._buffers[name] for _, module, name in places]  # type: ignore[misc]  # None was left out
+
+    def look(self, parameters: Sequence[Tensor]) -> None:
+        """Before a step: are the parameters as the last one left them?"""
+        self._fits = _version(parameters) == self._version
+        self._is_back = False
+
+    @torch.no_grad()
+    def note(self, parameters: Sequence[Tensor]) -> None:
+        """After a step: keep the buffers as they are."""
+        if self._is_back:
+            return
+        now = self._now()
+        if self._changing is None:
+            pairs = zip(self._places, now, self.kept, strict=True)
+            self._changing = [place for place, buffer, kept in pairs if not _is_same(buffer, kept)]
+            self.kept = [buffer.detach().clone() for buffer in self._now()]
+        else:
+            torch._foreach_copy_(self.kept, now)
+        self._version = _version(parameters)
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Give the buffers the contents that were kept, if these belong to the weights."""
+        self._is_back = self._fits
+        for buffer, kept in zip(self._now(), self.kept, strict=True):
+            if self._fits and buffer.shape == kept.shape and not _is_same(buffer, kept):
+                buffer.copy_(kept)
+
+    def broken(self) -> tuple[str, ...]:
+        """The names of the buffers in which there is a NaN; an inf may be a mask's."""
+        return tuple(
+            path
+            for path, module, name in self._places
+            if (buffer := module._buffers.get(name)) is not None
+            and (buffer.is_floating_point() or buffer.is_complex())
+            and bool(buffer.isnan().any())
+        )
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    return one.device == other.device and torch.equal(one, other)
+
+
+def _version(parameters: Sequence[Tensor]) -> int:
+    return parameters[0]._version if parameters else 0

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradkeel.apply.fused import Folding, can_skip_on_device
-from gradkeel.apply.skip import Snapshot, clear_gradients, moves_between_closures
+from gradkeel.apply.skip import Buffers, clear_gradients
 from gradkeel.errors import NonFiniteGradientError
 from gradkeel.guard import hooks, other_clips
 from gradkeel.guard.checkpoint import check_state
@@ -59,15 +59,15 @@ class Guard:
         self._states: dict[str, State] = {}
         self._scalars: dict[str, Tensor | float] = {}
         self._step = 0
-        self._skips = SkipWatch(max_consecutive_skips)
         self._folding = Folding()
         self._roster = Roster(optimizer, policy, model=model, exclude=exclude, sharing=sharing)
+        self._buffers = Buffers(model, self.parameters)
+        self._skips = SkipWatch(max_consecutive_skips, self._buffers.broken)
         nothing = tuple(part.report for part in self._roster.parts)
         self.report = StepReport(0, nothing, stepped_or_pending=False)
         self._staged: tuple[StepReport, dict[str, State]] | None = None
         self._loss_scale = LossScale()
         self._own_attributes: dict[str, Tensor] = {}
-        self._snapshot: Snapshot | None = None
         self._canary = other_clips.Canary(next((p for p in self.parameters if p.requires_grad), None))
         self._hooks = hooks.Hooks(optimizer, self, self._begin, self._evaluate, self._finish)
 
@@ -150,27 +150,28 @@ class Guard:
 
     def _begin(self) -> None:
         self._staged = None
-        self._snapshot = Snapshot(self.optimizer) if moves_between_closures(self.optimizer) else None
         try:
             self._skips.look()
         except Exception:
             self._roster.fail()
             raise
         self.connect()
+        if self._buffers.kept:
+            self._buffers.look(self.parameters)
         self._loss_scale = take_loss_scale(self.optimizer, self._own_attributes)
         self._own_attributes = {}
 
-    def _evaluate(self) -> None:
-        """From the gradients to the optimizer's own step: read, exchange, decide, judge, apply, and note the row."""
+    def _evaluate(self) -> bool:
+        """From the gradients to the optimizer's own step: read, exchange, decide, judge, apply, and note the row.
+
+        Returns whether the step is to be made, as far as the host knows.
+        """
         roster, scaled = self._roster, self._loss_scale.present
         if hooks.only_creates_state(self.optimizer, roster.parameters, alone=roster.exchange is None):
-            return
+            return True
         with torch.no_grad():
             try:
                 self._check()
-                if self._snapshot is not None and self._snapshot.is_wanted:
-                    clear_gradients(roster.parameters)  # an earlier evaluation of this step was abandoned
-                    return
                 found = roster.readings()
             except Exception:
                 roster.fail()
@@ -203,6 +204,7 @@ class Guard:
                 commit = self._abandon(row, why) and bool(finite)
             self._staged = row, committed(roster.parts, reports, after, self._states, commit)
         hooks.tell(self.recorders, "before_step", row)
+        return row.stepped_or_pending is not False
 
     def _check(self) -> None:
         """Is this the moment to step, and does nobody else clip?"""
@@ -239,23 +241,25 @@ class Guard:
         for selection in row.selections:  # nothing is applied; the bound stays, for the report
             selection.decision = Decision(bound=selection.decision.bound)
         row.stepped_or_pending, row.why = False, why
+        if self._buffers.kept and self._spoils_buffers(why):
+            self._buffers.put_back()
         if why is SkipReason.NONFINITE:
             self._refuse(row)
-        clear_gradients(self._roster.parameters)
-        if self._snapshot is not None:
-            self._snapshot.is_wanted = True
+        if why is not SkipReason.LOSS_SCALE:  # these are the scaler's to judge
+            clear_gradients(self._roster.parameters)
         return why is SkipReason.POLICY
+
+    def _spoils_buffers(self, why: SkipReason) -> bool:
+        """Whether what the forward pass put into the model's buffers is to be taken back."""
+        if why is SkipReason.LOSS_SCALE:  # the batch may be sound
+            return bool(self._buffers.broken())
+        return why is SkipReason.POLICY or (why is SkipReason.NONFINITE and self.nonfinite == "skip")
 
     def _refuse(self, row: StepReport) -> None:
         """Raise, or count and warn of, a non-finite gradient; nothing has been modified yet."""
-        try:
-            if self.nonfinite == "raise":
-                raise NonFiniteGradientError(f"{row.reason}; nothing has been modified")
-            self._skips.skipped(row.reason or "")
-        except Exception:
-            if self._snapshot is not None:
-                self._snapshot.restore()
-            raise
+        if self.nonfinite == "raise":
+            raise NonFiniteGradientError(f"{row.reason}; nothing has been modified")
+        self._skips.skipped(row.reason or "")
 
     def _finish(self) -> None:
         """After the optimizer's step: commit, leave no attribute behind, tell the recorders."""
@@ -267,9 +271,6 @@ class Guard:
         (self.report, self._states), self._staged = self._staged, None
         self._step += 1
         self._scalars = {}
-        if self._snapshot is not None and self._snapshot.is_wanted:
-            self._snapshot.restore()
-        self._snapshot = None
         stepped = self.report.stepped_or_pending
         if was_skipped or stepped is False:
             other_clips.tell_accelerate(stepped=stepped is not False)
@@ -278,6 +279,8 @@ class Guard:
                 self._skips.watch(self.report, stepped)
         elif stepped:
             self._skips.made()
+        if self._buffers.kept and not isinstance(stepped, Tensor):
+            self._buffers.note(self.parameters)
         if self.window is not None:
             self.window.closed(stepped=stepped)
         hooks.tell(self.recorders, "record", self.report)

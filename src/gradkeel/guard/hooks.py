@@ -1,5 +1,6 @@
 """The optimizer's side of a guard: step hooks, closures, marks that must leave no trace, and who listens."""
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
@@ -10,7 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradkeel.errors import AttachError, RecordWarning, UnguardedCopyWarning
-from gradkeel.guard import stack
+from gradkeel.guard import gate, stack
+from gradkeel.guard.closure import AbandonedStepError, Closure
 from gradkeel.guard.report import Recorder, StepReport
 from gradkeel.tensors import entries_to_read
 
@@ -19,16 +21,33 @@ _AMP_FLAG = "_step_supports_amp_scaling"
 
 
 def unwrap(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside Accelerate's or Lightning's wrapper, or the optimizer itself."""
-    inner = getattr(optimizer, "optimizer", None)
-    while isinstance(inner, Optimizer):
-        optimizer, inner = inner, getattr(inner, "optimizer", None)
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"attach(optimizer={type(optimizer).__name__}): optimizer must be a torch.optim.Optimizer or a wrapper "
-            "that holds one as .optimizer"
-        )
+    """The optimizer to be guarded: itself, or the one inside a wrapper such as Accelerate's or Lightning's.
+
+    A wrapper with step hooks of its own is an optimizer that changes gradients or parameters itself, as Lookahead
+    does, and is guarded as a whole.
+    """
+    outer = optimizer
+    while not (isinstance(optimizer, Optimizer) and gate.has_hooks(optimizer)):
+        inner = getattr(optimizer, "optimizer", None)
+        if not isinstance(inner, Optimizer):
+            raise _no_optimizer(outer)
+        optimizer = inner
     return optimizer
+
+
+def _no_optimizer(outer: Any) -> Exception:
+    own = vars(outer) if hasattr(outer, "__dict__") else {}
+    inner = next((name for name, value in own.items() if isinstance(value, Optimizer)), None)
+    fix = "" if inner is None else f"; attach to its .{inner}, if that is what steps"
+    words = f"attach(optimizer={type(outer).__name__}): "
+    if isinstance(outer, Optimizer):
+        return AttachError(
+            f"{words}torch calls no hooks around its step (it never called torch.optim.Optimizer.__init__, or its step "
+            f"is no method of its class){fix}"
+        )
+    return TypeError(
+        f"{words}optimizer must be a torch.optim.Optimizer or a wrapper that holds one as .optimizer{fix}"
+    )
 
 
 def _outside_of_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,7 +63,8 @@ class Hooks:
         optimizer: the torch optimizer.
         guard: left on the optimizer as a mark, so that a second guard can be refused.
         begin: called first in each step.
-        evaluate: called once the gradients of the step are there: at once, or after each evaluation of the closure.
+        evaluate: called once the gradients of the step are there: at once, or after each evaluation of the closure;
+            returns whether the step is to be made. Where it is not, the optimizer's own step is not run.
         finish: called after the step.
     """
 
@@ -53,7 +73,7 @@ class Hooks:
         optimizer: Optimizer,
         guard: object,
         begin: Callable[[], None],
-        evaluate: Callable[[], None],
+        evaluate: Callable[[], bool],
         finish: Callable[[], None],
     ) -> None:
         self._optimizer = optimizer
@@ -62,6 +82,12 @@ class Hooks:
         self._finish = finish
         self._is_inside = False  # of a step; stays True after one that raised
         self._has_nested = False
+        self._is_made = True
+        self._closure: Closure | None = None
+        self._moves: bool | None = (
+            None  # parameters, before an evaluation of the closure; None while not known
+        )
+        gate.close(optimizer, self)
         self._kept_flag = vars(optimizer).get(_AMP_FLAG)
         self._handles = [
             optimizer.register_step_pre_hook(_outside_of_graphs(self._before)),
@@ -72,12 +98,16 @@ class Hooks:
         setattr(optimizer, MARK, guard)
         # Copying and pickling both go through __getstate__, and both lose hooks.
         optimizer.__getstate__ = self._getstate  # type: ignore[method-assign]  # looked up on the instance
+        self._refusing = [name for name in ("first_step", "second_step") if hasattr(type(optimizer), name)]
+        for name in self._refusing:
+            setattr(optimizer, name, self._inside_of_steps(name))
 
     def remove(self) -> None:
         """Leave no hook and no attribute behind."""
         for handle in self._handles:
             handle.remove()
-        for name in (MARK, "__getstate__"):
+        gate.remove(self._optimizer)
+        for name in (MARK, "__getstate__", *self._refusing):
             vars(self._optimizer).pop(name, None)
         if self._kept_flag is None:
             vars(self._optimizer).pop(_AMP_FLAG, None)
@@ -93,27 +123,56 @@ class Hooks:
         self._has_nested = self._is_inside and _is_called_by_own_step(optimizer)
         if self._has_nested:
             return None
-        self._is_inside = True
+        self._is_inside = self._is_made = True
         self._begin()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
-            self._evaluate()
+            self._is_made = self._evaluate()
             return None
-
-        def evaluated() -> Any:
-            loss = closure()
-            self._evaluate()
-            return loss
-
+        self._closure = Closure(optimizer, closure, self._evaluate, moves=self._moves)
         if len(args) > 1:
-            return (args[0], evaluated, *args[2:]), kwargs
-        return args, {**kwargs, "closure": evaluated}
+            return (args[0], self._closure, *args[2:]), kwargs
+        return args, {**kwargs, "closure": self._closure}
+
+    def run(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the optimizer's own step, between the hooks, unless it is to be skipped."""
+        if not self._is_made:
+            return None
+        closure = self._closure
+        if closure is None or self._has_nested:
+            return own(*args, **kwargs)
+        try:
+            result = own(*args, **kwargs)
+            closure.ended()
+        except AbandonedStepError:
+            result = closure.loss
+        finally:
+            self._closure = None
+            self._moves = closure.moves
+            closure.put_back()
+        return result
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._has_nested and _is_called_by_own_step(optimizer):
             return
         self._is_inside = self._has_nested = False
         self._finish()
+
+    def _inside_of_steps(self, name: str) -> Callable[..., Any]:
+        """The half of a step that this name stands for, refused where no ``optimizer.step()`` is under way."""
+        half = getattr(self._optimizer, name)
+        kind = type(self._optimizer).__name__
+
+        @functools.wraps(half)
+        def refusing(*args: Any, **kwargs: Any) -> Any:
+            if not self._is_inside:
+                raise AttachError(
+                    f"{kind}.{name}() moves parameters without optimizer.step(), which is what the guard sees; call "
+                    "optimizer.step(closure), or attach to the optimizer inside, whose step() the second half calls"
+                )
+            return half(*args, **kwargs)
+
+        return refusing
 
     def _getstate(self) -> dict[str, Any]:
         warnings.warn(

@@ -1,6 +1,7 @@
 """Counts skipped steps: warns at the first, gives up after too many in a row."""
 
 import warnings
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -14,10 +15,16 @@ class SkipWatch:
 
     Where the device skips by itself, the verdict is copied to the host without waiting for it and looked at in a
     later step, so that the warning comes a little late and the host is never synced.
+
+    Args:
+        limit: more skips in a row than this raise.
+        broken: tells the names of the model's buffers that hold a NaN, as a forward pass leaves it behind; asked at
+            each skip until there are some.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, broken: Callable[[], Sequence[str]] = tuple) -> None:
         self._limit = limit
+        self._broken: Callable[[], Sequence[str]] = broken
         self._warned = False
         self._history: list[str] = []
         self._arriving: list[tuple[StepReport, Tensor, Arrival]] = []
@@ -46,14 +53,25 @@ class SkipWatch:
                 f"parameters may be non-finite already:\n  {history}\nrestart from a checkpoint, with a lower learning "
                 "rate or bound"
             )
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{reason}; the step was skipped, and parameters and optimizer state are unchanged (later skips are "
-                "silent: see guard.report.reason)",
-                SkippedStepWarning,
-                stacklevel=2,
+        broken = self._broken()
+        if self._warned and not broken:
+            return
+        words = f"{reason}; the step was skipped, and parameters and optimizer state are unchanged"
+        if broken:
+            self._broken = tuple
+            names = (
+                " and ".join(map(repr, broken))
+                if len(broken) < 4
+                else f"{broken[0]!r} and {len(broken) - 1} more"
             )
+            words += (
+                f", but the model's buffers {names} hold a NaN, which the forward pass has left there: the model will "
+                "give NaN in evaluation until they are reset or loaded"
+            )
+        self._warned = True
+        warnings.warn(
+            f"{words} (later skips are silent: see guard.report.reason)", SkippedStepWarning, stacklevel=2
+        )
 
     def watch(self, report: StepReport, stepped: Tensor) -> None:
         """Take note of a verdict that only the device knows yet.
