@@ -1,5 +1,7 @@
 """On a real GPU: right numbers by every path, no host sync, and a step that can be captured in a CUDA graph."""
 
+import math
+
 import pytest
 import torch
 
@@ -19,6 +21,9 @@ POLICIES = [
     gk.AdaptiveGradientClip(1e-3),
     gk.policies.AutoClip(),
     gk.policies.ZClip(),
+    gk.policies.AdaGC(),
+    gk.policies.parse("quantile:0.9").policy,
+    gk.policies.parse("global-norm:1e-3+value:1e-4").policy,
 ]
 
 
@@ -77,6 +82,77 @@ def test_a_gpu_clips_as_the_cpu_does(policy, fused, dtype):
         # one rounding of the gradient's dtype, and the coefficient's own error
         rtol = 2e-6 if dtype == torch.float32 else 2.0 * torch.finfo(dtype).eps
         torch.testing.assert_close(one, other, rtol=rtol, atol=1e-12)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "foreach"])
+def test_a_replayed_step_gives_the_bits_of_a_launched_one(policy, fused, path, monkeypatch):
+    results = []
+    for is_replayed in (True, False):
+        parameters, optimizer, guard, backward = training(policy, "cuda", fused=fused)
+        if not is_replayed:
+            monkeypatch.setattr(guard._replays, "entry", lambda roster, given: None)
+            monkeypatch.setattr(guard._folding, "pays", lambda factor: False)
+        reports = []
+        for i in range(8):
+            backward()
+            for parameter in parameters:
+                parameter.grad *= 1.5**i
+            optimizer.step()
+            reports.append(guard.report)
+        captured = (
+            guard._replays._graphs is not None and guard._replays._graphs._entries[0].captured is not None
+        )
+        assert captured == (is_replayed and path == "triton")
+        numbers = [(r.norm, r.norms, r.coefficient, r.clipped, r.clipped_norm, r.stepped) for r in reports]
+        results.append((parameters, numbers, guard.state_dict()["states"]))
+    (ours, numbers, states), (theirs, their_numbers, their_states) = results
+    assert all(map(torch.equal, ours, theirs))
+    assert numbers == their_numbers
+    assert states.keys() == their_states.keys()
+    for label, state in states.items():
+        assert all(torch.equal(value, their_states[label][key]) for key, value in state.items())
+
+
+def test_a_step_whose_gradients_moved_is_replayed_on_the_new_ones(path):
+    parameters, optimizer, guard, _ = training(gk.ClipByGlobalNorm(1.0), "cuda")
+    for i in range(10):
+        optimizer.zero_grad()
+        for parameter in reversed(parameters) if i % 2 else parameters:
+            parameter.grad = torch.randn_like(parameter) * 10
+        if i >= 8:
+            parameters[1].grad = None
+        norm = torch.stack([p.grad.double().norm() for p in parameters if p.grad is not None]).norm()
+        optimizer.step()
+        assert guard.report.norm == pytest.approx(float(norm), rel=1e-12)
+        after = torch.stack([p.grad.double().norm() for p in parameters if p.grad is not None]).norm()
+        # folded into the optimizer's kernel, or applied: a fused kernel writes the scaled gradients too
+        assert float(after) == pytest.approx(1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("norm_type", [1.0, 2.0])
+def test_the_function_clips_other_gradients_by_other_bounds_in_each_call(dtype, norm_type):
+    parameters = [
+        torch.nn.Parameter(torch.zeros(shape, device="cuda", dtype=dtype))
+        for shape in ((70_000,), (3, 5), ())
+    ]
+    for i in range(6):
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        if i == 5:
+            parameters[1].grad[0, 0] = math.nan
+        held = [parameter.grad.double() for parameter in parameters]
+        true = torch.cat([gradient.flatten() for gradient in held]).norm(norm_type)
+        bound = float(true) / (i + 1) if i < 5 else 1.0
+        found = gk.clip_grad_norm_(parameters, bound, norm_type)
+        assert float(found) == pytest.approx(float(true), rel=1e-6, nan_ok=True)
+        factor = min(1.0, bound / (float(true) + 1e-6)) if i < 5 else 1.0
+        for parameter, gradient in zip(parameters, held, strict=True):
+            rtol = 4 * torch.finfo(dtype).eps
+            torch.testing.assert_close(
+                parameter.grad.double(), gradient * factor, rtol=rtol, atol=0, equal_nan=True
+            )
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)

@@ -35,21 +35,21 @@ MODELS = {
     "1.2B decoder, 146 tensors": _decoder(16, 2048, 8192, 32_000),
     "2,000 tensors of 2,100": SHAPES["tiny-tensors"],
 }
+ADAPTIVE = ("zclip", "autoclip", "adagc", "quantile:0.9", "normalize", "smooth:1e9")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def policies(norm: float, tensors: int, *, active: bool) -> dict[str, gk.policies.Policy]:
+def policies(norm: float, tensors: int, *, active: bool) -> dict[str, gk.policies.Policy | str]:
     """Every kind of policy, below or above its bound where that is a number; adaptive ones find their own."""
     bound = norm / 3 if active else 2 * norm
-    found: dict[str, gk.policies.Policy] = {
+    found: dict[str, gk.policies.Policy | str] = {
         "global-norm": gk.ClipByGlobalNorm(bound),
         "norm": gk.ClipByNorm(bound / tensors**0.5 if active else bound),
         "value": gk.ClipByValue(1.0 if active else 1e4),
         "agc": gk.AdaptiveGradientClip(0.01 if active else 1e6),
     }
     if not active:
-        for spec in ("zclip", "autoclip", "adagc", "quantile:0.9", "normalize", "smooth:1e9"):
-            found[spec] = gk.policies.parse(spec)
+        found |= {spec: spec for spec in ADAPTIVE}
     return found
 
 
@@ -90,7 +90,7 @@ def _adamw(parameters: Any, first: torch.optim.Optimizer | None) -> torch.optim.
 
 
 def guarded(
-    optimizer: torch.optim.Optimizer, policy: gk.policies.Policy, **options: Any
+    optimizer: torch.optim.Optimizer, policy: gk.policies.Policy | str, **options: Any
 ) -> torch.optim.Optimizer:
     """The optimizer, with a guard on it."""
     gk.attach(optimizer, policy, **options)

@@ -1,8 +1,10 @@
 """torch's four clipping functions with torch's signatures, and right where torch's are not."""
 
 import math
+import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from numbers import Real
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from gradkeel.apply import clamp, scale
 from gradkeel.errors import NonFiniteGradientError
+from gradkeel.kernels.graph import Entry, Graph, Graphs, can_capture
 from gradkeel.ranks.total import total_norm
 from gradkeel.tensors import are_plain, is_distributed, settle
 
@@ -55,11 +58,74 @@ def clip_grad_norm_(
     checked = _parameters("clip_grad_norm_", parameters)
     bound = _bound("clip_grad_norm_", "max_norm", max_norm)
     with torch.no_grad():
-        gradients = settle(checked)
-        total = _total(gradients, float(norm_type), error_if_nonfinite, among=checked)
-        _scale(checked, bound, total)
-        # A rank without gradients must return what the others do.
-        return _narrowed(total, gradients or [p for p in checked if is_distributed(p)])
+        entry = None if error_if_nonfinite else _entry(checked, float(norm_type))
+        if entry is None:
+            return _clipped(checked, bound, float(norm_type), error_if_nonfinite)
+        if entry.captured is None and not (entry.is_rehearsed and _capture(entry, checked, float(norm_type))):
+            with entry.rehearsal():
+                return _clipped(checked, bound, float(norm_type), error_if_nonfinite)
+        assert entry.captured is not None, "it was captured now, or before"
+        return entry.captured.replay(checked, bound)
+
+
+def _clipped(
+    parameters: list[Tensor], bound: float | Tensor, norm_type: float, error_if_nonfinite: bool
+) -> Tensor:
+    """The norm before clipping, of gradients that are clipped now."""
+    gradients = settle(parameters)
+    total = _total(gradients, norm_type, error_if_nonfinite, among=parameters)
+    _scale(parameters, bound, total)
+    # A rank without gradients must return what the others do.
+    return _narrowed(total, gradients or [p for p in parameters if is_distributed(p)])
+
+
+class _Captured:
+    """The same as a graph; the bound is read from memory."""
+
+    def __init__(
+        self, parameters: list[Tensor], norm_type: float, capture: Callable[..., Graph[Tensor]]
+    ) -> None:
+        self._bound = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
+        self._graph = capture(lambda: _clipped(parameters, self._bound, norm_type, error_if_nonfinite=False))
+
+    def replay(self, parameters: list[Tensor], bound: float) -> Tensor:
+        """[] the norm before clipping."""
+        self._bound.fill_(bound)
+        total = self._graph.replay().clone()
+        torch.autograd.graph.increment_version([p.grad for p in parameters if p.grad is not None])
+        return total
+
+
+class _Kept(threading.local):
+    """Graphs by device, of this thread."""
+
+    def __init__(self) -> None:
+        self.graphs: dict[torch.device, Graphs[_Captured]] = {}
+
+
+_KEPT = _Kept()
+
+
+def _entry(parameters: list[Tensor], norm_type: float) -> Entry[_Captured] | None:
+    """What a graph is kept by for these gradients; None where they are clipped by operations that are launched."""
+    device = parameters[0].device if parameters else None
+    if (
+        device is None
+        or device.type != "cuda"
+        or norm_type not in (1.0, 2.0)
+        or torch.compiler.is_compiling()
+    ):
+        return None
+    gradients = [parameter.grad for parameter in parameters]
+    if not any(gradient is not None for gradient in gradients) or not can_capture(device):
+        return None
+    graphs = _KEPT.graphs.setdefault(device, Graphs(device))
+    return graphs.of(norm_type, gradients)
+
+
+def _capture(entry: Entry[_Captured], parameters: list[Tensor], norm_type: float) -> bool:
+    graphs = _KEPT.graphs[parameters[0].device]
+    return graphs.capture(entry, partial(_Captured, parameters, norm_type))
 
 
 @torch.no_grad()
@@ -202,8 +268,9 @@ def _total(
     return total
 
 
-def _scale(parameters: list[Tensor], bound: float, total: Tensor | float) -> None:
+def _scale(parameters: list[Tensor], bound: float | Tensor, total: Tensor | float) -> None:
     if isinstance(total, float):
+        assert isinstance(bound, float), "both are known on the host"
         scale(parameters, min(1.0, bound / (total + _TORCH_EPS)) if math.isfinite(total) else 1.0)
         return
     coefficient = (bound / (total + _TORCH_EPS)).clamp(max=1.0)

@@ -217,7 +217,9 @@ def test_norms_of_units(dtype, norm_type):
     norms, found, _ = triton_host.read(tensors, norm_type, 0)
     wanted = [reference.norm([unit], norm_type) for tensor in tensors for unit in units_of(tensor)]
     assert found.tolist() == pytest.approx(wanted, rel=1e-11)  # float64 additions in another order
-    assert norms.tolist() == pytest.approx([reference.norm([tensor], norm_type) for tensor in tensors], rel=1e-11)
+    assert norms.tolist() == pytest.approx(
+        [reference.norm([tensor], norm_type) for tensor in tensors], rel=1e-11
+    )
 
 
 def test_units_that_do_not_lie_one_after_the_other_are_refused():
@@ -232,7 +234,7 @@ def test_no_piece_is_taken_for_better_aligned_than_it_is():
         layout = triton_host.kernels(CPU).layout("2-norm of units", tensors, 0)
         widths = {}
         for run in layout.runs:
-            rows = layout.table[run.first : run.first + run.count]
+            rows = layout.table[run.first : run.first + run.length]
             assert all(first % run.alignment == 0 for first in rows[:, 1].tolist())
             widths |= dict.fromkeys(rows[:, 0].tolist(), run.alignment)
         assert widths[1] == min(16, 2 * dtype.itemsize)  # not worse than it is either

@@ -54,13 +54,23 @@ class Folding:
         """Whether to fold this step's factor, a number of the host's or []; takes note of it."""
         if isinstance(factor, float):
             return True  # nothing is asked of the host that it does not know
-        kernels = triton_host.kernels(factor.device)
+        pays = self.is_worth(factor.device)
+        self.note(factor != 1)
+        return pays
+
+    def is_worth(self, device: torch.device) -> bool:
+        """Whether most of the steps that the host has heard of were scaled."""
+        kernels = triton_host.kernels(device)
         if kernels is None or kernels.fault is not None:
             return True  # any other pass writes all gradients
-        if not is_capturing(factor.device):
+        if not is_capturing(device):
             self._look()
-            self._arriving.append((to_host(factor != 1), Arrival(factor.device)))
         return sum(self._scaled) * 2 > len(self._scaled)
+
+    def note(self, scaled: Tensor) -> None:
+        """Take note of whether a step is scaled, [] bool on its device; does not sync the host."""
+        if not is_capturing(scaled.device):
+            self._arriving.append((to_host(scaled), Arrival(scaled.device)))
 
     def _look(self) -> None:
         while self._arriving and self._arriving[0][1].is_there():

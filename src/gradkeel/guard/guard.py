@@ -1,6 +1,7 @@
 """The guard: holds what outlives a step, and runs the pipeline around one optimizer's step."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -12,11 +13,14 @@ from gradkeel.apply.skip import Buffers, clear_gradients
 from gradkeel.errors import NonFiniteGradientError
 from gradkeel.guard import hooks, other_clips
 from gradkeel.guard.checkpoint import check_state
-from gradkeel.guard.prescale import LossScale, put_back, set_attribute, take_loss_scale
+from gradkeel.guard.prescale import LossScale, prescale, put_back, set_attribute, take_loss_scale
+from gradkeel.guard.replay import Captured, Given, Replays
 from gradkeel.guard.report import Recorder, SkipReason, StepReport
 from gradkeel.guard.roster import Roster
 from gradkeel.guard.skips import SkipWatch
 from gradkeel.guard.step import carry_out, committed, decide_all, judge, measure_all
+from gradkeel.kernels.graph import Entry
+from gradkeel.measure import Readings
 from gradkeel.norms import Decision, State, Window
 from gradkeel.policies import Policy
 from gradkeel.ranks.declared import Sharing
@@ -60,6 +64,7 @@ class Guard:
         self._scalars: dict[str, Tensor | float] = {}
         self._step = 0
         self._folding = Folding()
+        self._replays = Replays()
         self._roster = Roster(optimizer, policy, model=model, exclude=exclude, sharing=sharing)
         self._buffers = Buffers(model, self.parameters)
         self._skips = SkipWatch(max_consecutive_skips, self._buffers.broken)
@@ -172,39 +177,92 @@ class Guard:
         with torch.no_grad():
             try:
                 self._check()
-                found = roster.readings()
+                # Under a loss scale an overflow is normal, and skipped whatever was asked for.
+                tolerant = self.nonfinite == "keep" and not scaled
+                given = self._given(tolerant=tolerant)
+                entry = None if given is None else self._replays.entry(roster, given)
+                captured = None
+                if entry is not None and given is not None:
+                    captured = self._replays.captured(entry, self.optimizer, roster, self._states, given)
+                found = [] if captured is not None else self._read(entry)
             except Exception:
                 roster.fail()
                 raise
-            measured = measure_all(
-                roster,
-                found,
-                window=self.window,
-                loss_scale=self._loss_scale,
-                step=self._step + 1,
-                loss=self._scalars.get("loss"),
-            )
-            self._scalars |= measured.agreed_scalars
-            reports, after = decide_all(roster, measured, self._states)
-            row = StepReport(self._step + 1, tuple(reports), measured.prescale, dict(self._scalars))
-            # Under a loss scale an overflow is normal, and skipped whatever was asked for.
-            tolerant = self.nonfinite == "keep" and not scaled
-            finite, may_step = judge(reports, measured.found_inf, self.window, tolerant=tolerant)
-            if not measured.has_gradients:
-                commit: Tensor | bool = self._abandon(row, SkipReason.NO_GRADIENT)
-            elif isinstance(may_step, Tensor) and self._can_skip_on_device():
-                self._carry_out(row)
-                self._set_attribute("found_inf", (~may_step).float())
-                row.stepped_or_pending, commit = may_step, finite
-            elif may_step:
-                self._carry_out(row)
-                commit = not tolerant or bool(finite)
+            if captured is not None and given is not None:
+                self._staged = self._replayed(captured, given)
             else:
-                why = self._reason_to_skip(is_finite=bool(finite), tolerant=tolerant)
-                commit = self._abandon(row, why) and bool(finite)
-            self._staged = row, committed(roster.parts, reports, after, self._states, commit)
+                self._staged = self._launched(found, entry, tolerant=tolerant)
+        row = self._staged[0]
         hooks.tell(self.recorders, "before_step", row)
         return row.stepped_or_pending is not False
+
+    def _given(self, *, tolerant: bool) -> Given | None:
+        """What this step is given besides its gradients; None where it is launched in any case."""
+        if self.device.type != "cuda" or self._roster.exchange is not None:
+            return None
+        window = self.window
+        if window is not None and window.is_empty() is not False:
+            return None
+        loss_scale = self._loss_scale
+        factor = prescale(loss_scale, 1.0 if window is None else window.factor(), self.device)
+        return Given(self._step + 1, factor, self._scalars.get("loss"), loss_scale.found_inf, tolerant)
+
+    def _read(self, entry: Entry[Captured] | None) -> list[Readings]:
+        with nullcontext() if entry is None else entry.slots.active():
+            return self._roster.readings()
+
+    def _launched(
+        self, found: Sequence[Readings], entry: Entry[Captured] | None, *, tolerant: bool
+    ) -> tuple[StepReport, dict[str, State]]:
+        """The row of this step, and the policies' states after it, from what was read; operation after operation."""
+        roster = self._roster
+        measured = measure_all(
+            roster,
+            found,
+            window=self.window,
+            loss_scale=self._loss_scale,
+            step=self._step + 1,
+            loss=self._scalars.get("loss"),
+        )
+        self._scalars |= measured.agreed_scalars
+        reports, after = decide_all(roster, measured, self._states)
+        row = StepReport(self._step + 1, tuple(reports), measured.prescale, dict(self._scalars))
+        finite, may_step = judge(reports, measured.found_inf, self.window, tolerant=tolerant)
+        if not measured.has_gradients:
+            commit: Tensor | bool = self._abandon(row, SkipReason.NO_GRADIENT)
+        elif isinstance(may_step, Tensor) and self._can_skip_on_device():
+            self._carry_out(row, entry)
+            self._set_attribute("found_inf", (~may_step).float())
+            row.stepped_or_pending, commit = may_step, finite
+        elif may_step:
+            self._carry_out(row, entry)
+            commit = not tolerant or bool(finite)
+        else:
+            why = self._reason_to_skip(is_finite=bool(finite), tolerant=tolerant)
+            commit = self._abandon(row, why) and bool(finite)
+        return row, committed(roster.parts, reports, after, self._states, commit)
+
+    def _replayed(self, captured: Captured, given: Given) -> tuple[StepReport, dict[str, State]]:
+        """The same by two graphs."""
+        row = captured.replay(given, self._states)
+        report = StepReport(given.step, row.reports, given.prescale, dict(self._scalars))
+        if self._can_skip_on_device():
+            folds = captured.folds and self._folding.is_worth(self.device)
+            if folds and row.kernel_scale is not None:
+                self._set_attribute("grad_scale", row.kernel_scale)
+            else:
+                captured.apply(row)
+            if captured.folds:
+                self._folding.note(row.is_scaled)
+            self._set_attribute("found_inf", row.found_inf)
+            report.stepped_or_pending = row.may_step
+            return report, row.states
+        may_step, is_finite, is_scaled = row.flags()
+        if not may_step:
+            self._abandon(report, self._reason_to_skip(is_finite=is_finite, tolerant=given.tolerant))
+        elif is_scaled:
+            captured.apply(row)
+        return report, row.states
 
     def _check(self) -> None:
         """Is this the moment to step, and does nobody else clip?"""
@@ -219,8 +277,11 @@ class Guard:
             self.optimizer, self.device, self._roster.parameters
         )
 
-    def _carry_out(self, row: StepReport) -> None:
-        folded = carry_out(self.optimizer, self._roster, row.selections, row.prescale, self._folding)
+    def _carry_out(self, row: StepReport, entry: Entry[Captured] | None) -> None:
+        """Apply what was decided; with an ``entry`` as the rehearsal of the graphs that will do it."""
+        folding = self._folding if entry is None else None
+        with nullcontext() if entry is None else entry.rehearsal():
+            folded = carry_out(self.optimizer, self._roster, row.selections, row.prescale, folding)
         if folded is not None:
             self._set_attribute("grad_scale", folded)
 

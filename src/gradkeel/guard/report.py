@@ -156,7 +156,7 @@ class StepReport:
 
     Attributes:
         step: number of the step, from 1; skipped steps count. 0 before the first.
-        selections: the main policy's report, then those of parameter groups with their own, then of the excluded.
+        given: the selections' reports, or what makes them when somebody looks.
         prescale: [] what gradients were multiplied by besides clipping: 1 / (loss scale x window weight).
         scalars: what ``guard.log`` was told before this step, such as the loss.
         stepped_or_pending: whether the step was made; a [] bool tensor where only the device knows yet. Does not sync.
@@ -164,11 +164,24 @@ class StepReport:
     """
 
     step: int
-    selections: tuple[SelectionReport, ...]
+    given: tuple[SelectionReport, ...] | Callable[[], tuple[SelectionReport, ...]]
     prescale: Tensor | float = 1.0
     scalars: Mapping[str, Tensor | float] = field(default_factory=dict)
     stepped_or_pending: bool | Tensor = True
     why: SkipReason | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles hold the selections' reports themselves."""
+        return type(self), (
+            self.step, self.selections, self.prescale, self.scalars, self.stepped_or_pending, self.why,
+        )  # fmt: skip
+
+    @property
+    def selections(self) -> tuple[SelectionReport, ...]:
+        """The main policy's report, then those of parameter groups with their own, then of the excluded."""
+        if callable(self.given):
+            self.given = self.given()
+        return self.given
 
     @property
     def norm_type(self) -> float:

@@ -166,9 +166,12 @@ def carry_out(
     roster: Roster,
     reports: Sequence[SelectionReport],
     prescale: Tensor | float,
-    folding: Folding,
+    folding: Folding | None,
 ) -> Tensor | None:
-    """Apply the decisions; returns the scale where one was folded into the optimizer's kernel, to be set on it."""
+    """Apply the decisions; returns the scale where one was folded into the optimizer's kernel, to be set on it.
+
+    Without ``folding`` the gradients themselves are scaled.
+    """
     for i in roster.here:
         part, report = roster.parts[i], reports[i]
         parameters, decision, measured = part.selection.parameters, report.decision, report.measured
@@ -180,14 +183,14 @@ def carry_out(
             if isinstance(factor, float) and factor == 1.0:
                 continue
             is_one = len(roster.here) == 1 and (isinstance(factor, float) or factor.dim() == 0)
-            if is_one and can_fold(optimizer, parameters) and folding.pays(factor):
+            if is_one and folding is not None and can_fold(optimizer, parameters) and folding.pays(factor):
                 return kernel_scale(factor, roster.device)
             scale(parameters, factor)
             continue
         unit_dim = None if part.policy is None else part.needs.unit_dim
         apply(parameters, decision, measured, prescale=prescale, unit_dim=unit_dim)
         if decision.clamp is not None and local is None:  # elsewhere it would be another collective
-            report.remeasure = _norm_while_unchanged(parameters, measured)
+            report.remeasure = norm_while_unchanged(parameters, measured)
     return None
 
 
@@ -213,10 +216,10 @@ def committed(
     return result
 
 
-def _norm_while_unchanged(
+def norm_while_unchanged(
     parameters: Sequence[Tensor], measured: GradientNorms
 ) -> Callable[[], Tensor | None]:
-    """Measures the gradients when called, or returns None once one of them is gone or was changed."""
+    """What measures the gradients when it is called; None comes of it once one of them is gone or was changed."""
     seen = [Seen(p.grad) for p in parameters if p.grad is not None]
 
     def norm() -> Tensor | None:

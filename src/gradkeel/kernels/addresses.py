@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ class Slots:
     """The same k tensors, step after step, at whatever addresses: what a graph reads that is captured once.
 
     Args:
-        tensors: plain tensors, or None for one that is not there.
+        tensors: plain tensors of the device, or None for one that is not there.
         device: where the kernels run.
 
     Attributes:
@@ -59,9 +59,10 @@ class Slots:
         self._found = torch.zeros(self.count, dtype=torch.int64)
         self._addresses = Addresses(self.count, device)
         self._description = _described(tensors, self._found[1:])
-        self.missed = self._description is None
+        self.missed = self._description is None or any(t is not None and t.device != device for t in tensors)
         self.layouts: dict[object, Any] = {}
         self._addresses.send(self._found)
+        self._is_sent = True
 
     @property
     def buffer(self) -> Tensor:
@@ -71,9 +72,13 @@ class Slots:
     def refresh(self, tensors: Sequence[Tensor | None]) -> bool:
         """Send where these tensors lie, if they moved; False where they are not what they were: dtype, shape, place."""
         moved = _moved(self._description, tensors, self._found[1:])
-        if moved:
+        if moved is None:
+            self._is_sent = False  # some of the addresses may be these tensors' all the same
+            return False
+        if moved or not self._is_sent:
             self._addresses.send(self._found)
-        return moved is not None
+            self._is_sent = True
+        return True
 
     def of(self, addresses: Sequence[int]) -> tuple[int, ...]:
         """The slots of tensors at these addresses now; 0, and `missed`, where none is known."""
@@ -83,17 +88,27 @@ class Slots:
         self.missed |= len(slots) < sum(map(bool, here)) or not {0, *slots}.issuperset(addresses)
         return tuple(slots.get(address, 0) for address in addresses)
 
-    @contextmanager
-    def active(self) -> Iterator[None]:
+    def active(self) -> AbstractContextManager[None]:
         """Meanwhile kernels read addresses from here, in this thread."""
-        _ACTIVE.slots = self
-        try:
-            yield
-        finally:
-            _ACTIVE.slots = None
+        return _with_slots(self)
 
 
 _ACTIVE = threading.local()
+
+
+@contextmanager
+def _with_slots(slots: Slots | None) -> Iterator[None]:
+    before = active_slots()
+    _ACTIVE.slots = slots
+    try:
+        yield
+    finally:
+        _ACTIVE.slots = before
+
+
+def without_slots() -> AbstractContextManager[None]:
+    """Meanwhile kernels read addresses of tensors that have no slots."""
+    return _with_slots(None)
 
 
 def active_slots() -> Slots | None:
@@ -107,8 +122,10 @@ def _described(tensors: Sequence[Tensor | None], addresses: Tensor) -> Any:
     kernels = native.kernels()
     if kernels is not None:
         return kernels.described(list(tensors), addresses)
-    addresses.copy_(torch.tensor(_addresses(tensors), dtype=torch.int64))
-    return _in_words(tensors)
+    words = _in_words(tensors)
+    if words is not None:
+        addresses.copy_(torch.tensor(_addresses(tensors), dtype=torch.int64))
+    return words
 
 
 def _moved(description: Any, tensors: Sequence[Tensor | None], addresses: Tensor) -> bool | None:
@@ -125,7 +142,9 @@ def _moved(description: Any, tensors: Sequence[Tensor | None], addresses: Tensor
     return moved
 
 
-def _in_words(tensors: Sequence[Tensor | None]) -> list[object]:
+def _in_words(tensors: Sequence[Tensor | None]) -> list[object] | None:
+    if any(tensor is not None and tensor.layout != torch.strided for tensor in tensors):
+        return None
     return [
         None if t is None else (t.dtype, t.device, t.shape, t.stride(), t.data_ptr() % 16) for t in tensors
     ]

@@ -152,17 +152,15 @@ class Kernels:
     def described(self, tensors: list[Tensor | None], addresses: Tensor) -> Any | None:
         """What plain tensors of any device are but for their addresses, which go into [k] int64; None if unfit."""
         words = (ctypes.c_int64 * (64 * len(tensors) + 1))()
-        used = self._located(tensors, True, words, addresses)
+        used = self._located(tensors, words, addresses, writes=True)
         return None if used < 0 else (ctypes.c_int64 * used).from_buffer_copy(words)
 
     def locate(self, description: Any, tensors: list[Tensor | None], addresses: Tensor) -> bool | None:
         """Put the addresses into [k] int64: whether any has changed; None where the tensors are not as described."""
-        moved = self._located(tensors, False, description, addresses)
+        moved = self._located(tensors, description, addresses, writes=False)
         return None if moved < 0 else bool(moved)
 
-    def _located(
-        self, tensors: list[Tensor | None], writes: bool, words: Any, addresses: Tensor
-    ) -> int:
+    def _located(self, tensors: list[Tensor | None], words: Any, addresses: Tensor, *, writes: bool) -> int:
         try:
             found: int = self._locate(
                 tensors, len(tensors), self._item, self._export, None, writes, words, len(words),

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from gradkeel.errors import GradkeelWarning
+from gradkeel.kernels.addresses import active_slots, without_slots
 from gradkeel.kernels.arrival import is_capturing
-from gradkeel.kernels.addresses import active_slots
 from gradkeel.kernels.triton_layout import DTYPES, Layout, Layouts, kinds_of
 
 VARIABLE = "GRADKEEL_TRITON"
@@ -80,8 +80,8 @@ class TritonKernels:
         sums, scales, norms = (self._new(n) for n in (layout.pieces, layout.pieces, layout.tensors))
         extremes = self._new(2 * layout.pieces) if peaks else sums
         for run in layout.runs:
-            self._kernels.read_pieces[(-(-run.count // rows),)](
-                layout.addresses, layout.table, run.first, run.count, sums, scales, extremes, self._types[run.dtype],
+            self._kernels.read_pieces[(-(-run.length // rows),)](
+                layout.addresses, layout.table, run.first, run.length, sums, scales, extremes, self._types[run.dtype],
                 min(run.alignment, layout.alignment), squared, peaks, block, rows, num_warps=warps,
             )  # fmt: skip
         self._join(layout.spans, sums, scales, norms, layout, squared, 1024 if by_unit else 128)
@@ -96,7 +96,14 @@ class TritonKernels:
         return norms, units, lowest_and_highest
 
     def _join(
-        self, spans: Tensor, sums: Tensor, scales: Tensor, norms: Tensor, layout: Layout, squared: bool, block: int
+        self,
+        spans: Tensor,
+        sums: Tensor,
+        scales: Tensor,
+        norms: Tensor,
+        layout: Layout,
+        squared: bool,
+        block: int,
     ) -> None:
         self._kernels.join_powers[(len(spans),)](
             sums, scales, spans, norms, layout.has_float64, squared, block, num_warps=1 if block < 128 else 4
@@ -109,7 +116,7 @@ class TritonKernels:
             factors = factors.clone()  # an address like any other's, so that no further kernel is compiled
         for run in layout.runs:
             wide = torch.float64 if run.dtype == torch.float64 else torch.float32
-            self._kernels.scale_pieces[(run.count,)](
+            self._kernels.scale_pieces[(run.length,)](
                 layout.addresses, layout.table, run.first, factors, stride, self._types[run.dtype], self._types[wide],
                 min(run.alignment, layout.alignment), _UNIT_BLOCK if by_unit else _BLOCK, num_warps=1 if by_unit else 4,
             )  # fmt: skip
@@ -121,8 +128,10 @@ class TritonKernels:
         """
         given = layout.addresses if peaks is None else peaks.contiguous()
         for run in layout.runs:
-            limits = torch.tensor([low, high], dtype=run.dtype, device="cpu").tolist()  # as torch's clamp rounds them
-            self._kernels.clamp_pieces[(run.count,)](
+            limits = torch.tensor(
+                [low, high], dtype=run.dtype, device="cpu"
+            ).tolist()  # as torch's clamp rounds them
+            self._kernels.clamp_pieces[(run.length,)](
                 layout.addresses, layout.table, run.first, given, *limits, self._types[run.dtype],
                 min(run.alignment, layout.alignment), peaks is not None, _BLOCK,
             )  # fmt: skip
@@ -140,7 +149,8 @@ class TritonKernels:
         for dtype in unknown:
             self._right.add((operation, dtype))
             try:
-                fault = _fault(self, operation, dtype)
+                with without_slots():
+                    fault = _fault(self, operation, dtype)
             except Exception as error:  # noqa: BLE001  # whatever a compiler raises
                 fault = f"cannot be run: {type(error).__name__}: {error}"
             if fault is not None:
@@ -207,12 +217,14 @@ def read(
     """
     own = _kernels_of(tensors) if norm_type in (1.0, 2.0) else None
     if own is None:
-        return _missed()
+        _missed()
+        return None
     with own.lock, _on(tensors):
         norm = f"{norm_type:.0f}-norm"
         layout = own.layout(norm if unit_dim is None else f"{norm} of units", tensors, unit_dim)
         if layout is None or (peaks and not own.is_right("extremes", {run.dtype for run in layout.runs})):
-            return _missed()
+            _missed()
+        return None
         return own.read(layout, norm_type, peaks=peaks)
 
 
@@ -250,9 +262,7 @@ def scale_units(tensors: Sequence[Tensor | None], factors: Tensor, counts: Seque
     return _written(tensors, done=True)
 
 
-def clamp(
-    tensors: Sequence[Tensor | None], low: float, high: float, peaks: Tensor | None = None
-) -> bool:
+def clamp(tensors: Sequence[Tensor | None], low: float, high: float, peaks: Tensor | None = None) -> bool:
     """Clamp each entry into ``[low, high]`` in place; whether the kernels did it, which they do not for float64.
 
     With ``peaks`` [k, 2], the tensors' lowest and highest entries, one that is within is not read.

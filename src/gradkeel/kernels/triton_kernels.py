@@ -30,7 +30,9 @@ def _largest(data, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _read(data, count, DTYPE: tl.constexpr, IS_SQUARED: tl.constexpr, HAS_PEAKS: tl.constexpr, BLOCK: tl.constexpr):
+def _read(
+    data, count, DTYPE: tl.constexpr, IS_SQUARED: tl.constexpr, HAS_PEAKS: tl.constexpr, BLOCK: tl.constexpr
+):
     """One read of a piece: the sum of ``(|x| / scale)^p``, the scale, and the lowest and highest entry where wanted.
 
     The scale is 1 but for float64, which alone needs one. Extremes are NaN where an entry is, inf and -inf of nothing.
@@ -96,7 +98,9 @@ def read_pieces(
 
 
 @triton.jit
-def join_powers(sums, scales, spans, norms, HAS_SCALES: tl.constexpr, IS_SQUARED: tl.constexpr, BLOCK: tl.constexpr):
+def join_powers(
+    sums, scales, spans, norms, HAS_SCALES: tl.constexpr, IS_SQUARED: tl.constexpr, BLOCK: tl.constexpr
+):
     """The norm of each tensor from its pieces, which are those from the span's first on, as many as it says."""
     tensor = tl.program_id(0)
     first = tl.load(spans + 2 * tensor)

@@ -76,7 +76,7 @@ class Run(NamedTuple):
     dtype: torch.dtype
     alignment: int
     first: int
-    count: int
+    length: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)

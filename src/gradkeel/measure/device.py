@@ -9,7 +9,7 @@ from gradkeel.kernels import foreach, triton_host
 
 
 def read(
-    tensors: Sequence[Tensor], norm_type: float, wide: torch.dtype, unit_dim: int | None, *, peaks: bool
+    tensors: Sequence[Tensor], norm_type: float, *, wide: torch.dtype, unit_dim: int | None, peaks: bool
 ) -> triton_host.Read:
     """[k] norms of the tensors; [u] those of their units along ``unit_dim`` and [k, 2] extremes, where wanted.
 

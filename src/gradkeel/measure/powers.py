@@ -4,8 +4,9 @@ On CPU the native kernels read where they are in use, torch's own operations els
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -81,33 +82,45 @@ def _reading(
     wide = wide_dtype(device)
     if not entries:
         nothing = torch.zeros(0, dtype=wide, device=device)
-        return Reading(nothing, nothing if unit_dim is not None else None, nothing.view(0, 2) if with_peaks else None)
+        return Reading(
+            nothing, nothing if unit_dim is not None else None, nothing.view(0, 2) if with_peaks else None
+        )
     places: dict[torch.device, list[int]] = {}
     for i, tensor in enumerate(entries):
         places.setdefault(tensor.device, []).append(i)
-    norms, peaks, units = [], [], [torch.zeros(0, dtype=wide, device=device)] * len(entries)
+    found: list[list[Tensor]] = []
     for kind, rows in places.items():
         chosen, cut = [entries[i] for i in rows], [placed[i] for i in rows]
         if kind.type == "cpu":
-            found = _cpu_reading(chosen, cut, norm_type, unit_dim=unit_dim, with_peaks=with_peaks)
-        elif placed is entries:
-            found = accelerator.read(chosen, norm_type, wide_dtype(kind), unit_dim, peaks=with_peaks)
+            read_here: _ReadHere = _cpu_reading
         else:
-            own, _, extremes = accelerator.read(chosen, norm_type, wide_dtype(kind), None, peaks=with_peaks)
-            found = own, accelerator.read(cut, norm_type, wide_dtype(kind), unit_dim, peaks=False)[1], extremes
-        own, of_units, extremes = (None if one is None else one.to(device, wide, non_blocking=True) for one in found)
-        norms.append(own)
-        peaks.append(extremes)
-        if of_units is not None and unit_dim is not None:
-            counts = [unit_count(tensor.shape, unit_dim) for tensor in cut]
-            for i, part in zip(rows, of_units.split(counts), strict=True):
-                units[i] = part
+            read_here = partial(accelerator.read, wide=wide_dtype(kind))
+        own = read_here(chosen, norm_type, unit_dim=unit_dim if placed is entries else None, peaks=with_peaks)
+        if placed is not entries:
+            own = own[0], read_here(cut, norm_type, unit_dim=unit_dim, peaks=False)[1], own[2]
+        found.append([one.to(device, wide, non_blocking=True) for one in own if one is not None])
     order = list(places.values())
-    return Reading(
-        foreach.in_order(order, norms),
-        torch.cat(units) if unit_dim is not None else None,
-        foreach.in_order(order, peaks) if with_peaks else None,
-    )
+    norms = foreach.in_order(order, [own[0] for own in found])
+    units = None
+    if unit_dim is not None:
+        units = _units_in_order(order, [own[1] for own in found], placed, unit_dim)
+    return Reading(norms, units, foreach.in_order(order, [own[-1] for own in found]) if with_peaks else None)
+
+
+_ReadHere = Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
+
+
+def _units_in_order(
+    order: Sequence[Sequence[int]], units: Sequence[Tensor], tensors: Sequence[Tensor], dim: int
+) -> Tensor:
+    if len(units) == 1:
+        return units[0]
+    parts = [units[0]] * len(tensors)
+    for rows, own in zip(order, units, strict=True):
+        counts = [unit_count(tensors[i].shape, dim) for i in rows]
+        for i, part in zip(rows, own.split(counts), strict=True):
+            parts[i] = part
+    return torch.cat(parts)
 
 
 def tensor_norms(tensors: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
@@ -147,20 +160,18 @@ def _native_reading(
 
 
 def _cpu_reading(
-    entries: Sequence[Tensor],
-    placed: Sequence[Tensor],
-    norm_type: float,
-    *,
-    unit_dim: int | None,
-    with_peaks: bool,
+    tensors: Sequence[Tensor], norm_type: float, *, unit_dim: int | None, peaks: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    norms, units, peaks = _cpu_norms(entries, norm_type), None, None
+    units = extremes = None
     if unit_dim is not None:
-        units = torch.cat([unit_norms(t, unit_count(t.shape, unit_dim), unit_dim, norm_type) for t in placed])
-    if with_peaks:
+        units = torch.cat(
+            [unit_norms(t, unit_count(t.shape, unit_dim), unit_dim, norm_type) for t in tensors]
+        )
+    if peaks:
         nothing = torch.zeros(2, dtype=torch.float64, device="cpu")
-        peaks = torch.stack([torch.stack(torch.aminmax(t)).double() if t.numel() else nothing for t in entries])
-    return norms, units, peaks
+        pairs = [torch.stack(torch.aminmax(t)).double() if t.numel() else nothing for t in tensors]
+        extremes = torch.stack(pairs)
+    return _cpu_norms(tensors, norm_type), units, extremes
 
 
 def _cpu_norms(tensors: Sequence[Tensor], norm_type: float) -> Tensor:

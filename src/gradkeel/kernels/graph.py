@@ -1,0 +1,149 @@
+"""Work on one CUDA device that is launched once, captured once, and from then on replayed by one call of the host's.
+
+The same tensors come at other addresses in each step; kernels find them through `Slots`, so that a graph never has to
+be captured again. What is asked of a body: that it reads and writes these tensors by kernels that know slots, gets what
+else changes from step to step in buffers, and leaves what comes of it in tensors. Whether that holds is found out in a
+rehearsal, which is an ordinary run.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from gradkeel.errors import GradkeelWarning
+from gradkeel.kernels import triton_host
+from gradkeel.kernels.addresses import Slots
+from gradkeel.kernels.arrival import is_capturing
+
+VARIABLE = "GRADKEEL_GRAPHS"
+"""Environment variable: ``off`` launches every operation."""
+
+T = TypeVar("T")
+
+_KEPT = 4
+_TRIED = 16
+"""Lists of tensors that are given a graph in the life of one `Graphs`: who has more has another in each step."""
+
+
+class Graph(Generic[T]):
+    """One capture of a body.
+
+    Attributes:
+        result: what the body returned; its tensors are written anew by each replay.
+    """
+
+    def __init__(self, body: Callable[[], T], device: torch.device, pool: Any) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        # Not torch.cuda.graph, which collects garbage, empties the cache and waits for the device.
+        with torch.cuda.stream(side):
+            self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                self.result = body()
+            finally:
+                self._graph.capture_end()
+        torch.cuda.current_stream(device).wait_stream(side)
+
+    def replay(self) -> T:
+        """Launch it on the current stream; does not sync the host."""
+        self._graph.replay()
+        return self.result
+
+
+class Entry(Generic[T]):
+    """One list of tensors.
+
+    Attributes:
+        slots: where they lie now.
+        captured: what was captured for them, once it was.
+        is_rehearsed: whether it may be captured.
+    """
+
+    def __init__(self, key: Hashable, tensors: Sequence[Tensor | None], device: torch.device) -> None:
+        self.key = key
+        self.slots = Slots(tensors, device)
+        self.captured: T | None = None
+        self.is_rehearsed = False
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """The first run of the body, launched."""
+        with self.slots.active():
+            yield
+        self.is_rehearsed = not self.slots.missed
+
+
+class Graphs(Generic[T]):
+    """What was captured for the lists of tensors that were seen last.
+
+    Args:
+        device: where everything is done.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pool: Any = None
+        self._entries: list[Entry[T]] = []
+        self._tried = 0
+        self._stream: object = None
+
+    def of(self, key: Hashable, tensors: Sequence[Tensor | None]) -> Entry[T] | None:
+        """The entry of these tensors, their addresses sent; None where they are to be launched.
+
+        Args:
+            key: what else a graph depends on.
+            tensors: k tensors of the device, or None for one that is not there.
+        """
+        if is_capturing(self.device):
+            return None  # in somebody else's graph
+        stream = torch.cuda.current_stream(self.device)
+        if stream != self._stream:  # addresses on their way are waited for on one stream alone
+            self._entries, self._stream = [], stream
+        for entry in self._entries:
+            if entry.key == key and entry.slots.refresh(tensors):
+                if entry is not self._entries[0]:
+                    self._entries.remove(entry)
+                    self._entries.insert(0, entry)
+                return None if entry.slots.missed else entry
+        if self._tried >= _TRIED:
+            return None
+        self._tried += 1
+        entry = Entry[T](key, tensors, self.device)
+        self._entries = [entry, *self._entries[: _KEPT - 1]]
+        return None if entry.slots.missed else entry
+
+    def capture(self, entry: Entry[T], bodies: Callable[[Callable[..., Graph[Any]]], T]) -> bool:
+        """Capture what belongs to an entry; whether that was possible. What cannot be captured is launched for ever.
+
+        Args:
+            entry: one that was rehearsed.
+            bodies: makes what is kept; what it is given captures one body and returns its `Graph`.
+        """
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
+        try:
+            with entry.slots.active():
+                entry.captured = bodies(lambda body: Graph(body, self.device, self.pool))
+        except Exception as error:  # noqa: BLE001  # whatever a body or a driver raises: training goes on
+            entry.slots.missed = True
+            warnings.warn(
+                f"the step cannot be captured in a CUDA graph, and its operations are launched one by one: "
+                f"{type(error).__name__}: {error}",
+                GradkeelWarning,
+                stacklevel=2,
+            )
+        return not entry.slots.missed
+
+
+def can_capture(device: torch.device) -> bool:
+    """Whether bodies can be captured on a device: CUDA, with kernels that know slots."""
+    if device.type != "cuda" or os.environ.get(VARIABLE, "").lower() in {"off", "0", "no", "false"}:
+        return False
+    kernels = triton_host.kernels(device)
+    return kernels is not None and kernels.fault is None
