@@ -142,7 +142,10 @@ def training(folder: Path) -> Iterator[Entrant]:
     for name in ("global-norm", "zclip"):
         policy = policies(500.0, len(parameters), active=False)[name]
         path = folder / f"{name}.gkrec"
-        yield entrant(f"guard, {name}, recording", guarded(adamw(), policy, model=model, record=path))
+        recording = entrant(f"guard, {name}, recording", guarded(adamw(), policy, model=model, record=path))
+        for _ in range(110):  # at each of the first 100 steps weights are measured too
+            recording.run()
+        yield recording
 
 
 def all_tables(rounds: int) -> Iterator[tuple[str, Callable[[], Iterable[Entrant]], int]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gradkeel.apply import clamp, scale
 from gradkeel.errors import NonFiniteGradientError
-from gradkeel.kernels.graph import Entry, Graph, Graphs, can_capture
+from gradkeel.kernels.graph import Entry, Graph, Graphs, can_capture, tell_autograd
 from gradkeel.ranks.total import total_norm
 from gradkeel.tensors import are_plain, is_distributed, settle
 
@@ -92,7 +92,7 @@ class _Captured:
         """[] the norm before clipping."""
         self._bound.fill_(bound)
         total = self._graph.replay().clone()
-        torch.autograd.graph.increment_version([p.grad for p in parameters if p.grad is not None])
+        tell_autograd(parameters)
         return total
 
 

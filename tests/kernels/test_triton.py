@@ -50,13 +50,18 @@ for target in (GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("
                 found = {"sums": "*fp64", "scales": "*fp64", "peaks": "*fp64"}
                 compiled(k.read_pieces, {**TABLE, "count": "i32", **found}, target, **norm, HAS_PEAKS=peaks, ROWS=2)
         wide = tl.float64 if name == "fp64" else tl.float32
-        compiled(k.scale_pieces, {**TABLE, "factors": "*fp64", "stride": "i32"}, target, **own, WIDE=wide)
+        given = {**TABLE, "count": "i32", "factors": "*fp64", "stride": "i32"}
+        compiled(k.scale_pieces, given, target, **own, WIDE=wide, ROWS=8)
         if name != "fp64":
             limits = {"peaks": "*fp64", "low": "fp32", "high": "fp32"}
             compiled(k.clamp_pieces, {**TABLE, **limits}, target, **own, HAS_PEAKS=True)
     for squared in (False, True):
         join = {"sums": "*fp64", "scales": "*fp64", "spans": "*i64", "norms": "*fp64"}
         compiled(k.join_powers, join, target, HAS_SCALES=squared, IS_SQUARED=squared, BLOCK=128)
+        one = {"norms": "*fp64", "count": "i32", "total": "*fp64"}
+        compiled(k.join_norms, one, target, IS_SQUARED=squared, BLOCK=1024)
+        each = {"pieces": "*i64", "count": "i32", "sums": "*fp64", "scales": "*fp64", "norms": "*fp64"}
+        compiled(k.unit_norms, each, target, IS_SQUARED=squared, BLOCK=1024)
     compiled(k.join_peaks, {"found": "*fp64", "spans": "*i64", "peaks": "*fp64"}, target, BLOCK=128)
 print("compiled")
 """
@@ -78,7 +83,7 @@ def kernels(monkeypatch):
 def norms_of(tensors, norm_type=2.0):
     found = triton_host.read(tensors, norm_type)
     assert found is not None
-    return found[0]
+    return found.norms
 
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0])
@@ -206,20 +211,23 @@ def units_of(tensor):
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_norms_of_units(dtype, norm_type):
+@pytest.mark.parametrize("is_long", [False, True], ids=["a piece a unit", "pieces"])
+def test_norms_of_units(dtype, norm_type, is_long):
     size = 1e300 if dtype == torch.float64 else 1.0
     tensors = [
         (torch.randn(shape).double() * size).to(dtype)
         for shape in ((3, 5), (4, 2, 3), (7, 1030), (0, 4), (2, 0))
     ]
     tensors += [torch.randn(2, 3, 4, 5).to(dtype).contiguous(memory_format=torch.channels_last)]
-    tensors += [torch.randn(2, triton_layout.PIECE + 1).to(dtype), torch.randn(70_000).to(dtype)]
-    norms, found, _ = triton_host.read(tensors, norm_type, 0)
+    if is_long:
+        tensors += [torch.randn(2, triton_layout.PIECE + 1).to(dtype), torch.randn(70_000).to(dtype)]
+    norms, total, found, _ = triton_host.read(tensors, norm_type, 0)
     wanted = [reference.norm([unit], norm_type) for tensor in tensors for unit in units_of(tensor)]
     assert found.tolist() == pytest.approx(wanted, rel=1e-11)  # float64 additions in another order
     assert norms.tolist() == pytest.approx(
         [reference.norm([tensor], norm_type) for tensor in tensors], rel=1e-11
     )
+    assert float(total) == pytest.approx(reference.norm(tensors, norm_type), rel=1e-11)
 
 
 def test_units_that_do_not_lie_one_after_the_other_are_refused():
@@ -248,11 +256,11 @@ def test_extremes(dtype):
     tensors += [torch.full((70_000,), -2.0).to(dtype), torch.ones(2049).to(dtype)]
     tensors[6][2048] = math.nan
     with_nothing = [*tensors, None]
-    norms, units, peaks = triton_host.read(with_nothing, 2.0, peaks=True)
+    norms, _, units, peaks = triton_host.read(with_nothing, 2.0, peaks=True)
     wanted = [list(map(float, torch.aminmax(t))) if t.numel() else [0.0, 0.0] for t in tensors]
     assert units is None
     assert str(peaks.tolist()) == str([*wanted, [0.0, 0.0]])
-    alone, _, _ = triton_host.read(with_nothing, 2.0)
+    alone = triton_host.read(with_nothing, 2.0).norms
     assert str(norms.tolist()) == str(alone.tolist())
 
 
@@ -335,7 +343,7 @@ def test_one_that_is_wrong_is_not_used_and_one_warning_says_so(checked, monkeypa
     def broken(layout, norm_type, *, peaks=False):
         if fault == "uncompilable":
             raise RuntimeError("no such target")
-        return torch.ones(layout.tensors, dtype=torch.float64), None, None
+        return triton_host.Read(torch.ones(layout.tensors, dtype=torch.float64), None, None, None)
 
     monkeypatch.setattr(checked, "read", broken)
     with pytest.warns(

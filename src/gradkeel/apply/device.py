@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gradkeel.kernels import foreach, triton_host
+from gradkeel.kernels.addresses import miss
 from gradkeel.tensors import entries_to_scale, shares_memory
 
 
@@ -30,6 +31,7 @@ def scale_entries(entries: Sequence[Tensor | None], factors: Tensor) -> None:
     """
     if triton_host.scale(entries, factors):
         return
+    miss()
     rows = [i for i, entry in enumerate(entries) if entry is not None]
     places = dict.fromkeys(entry.device for entry in entries if entry is not None)
     held = [entry for entry in entries if entry is not None]
@@ -50,6 +52,7 @@ def scale_units(parameters: Sequence[Tensor], coefficients: Tensor, counts: Sequ
     entries = [None if gradient is None else entries_to_scale(gradient) for gradient in gradients]
     if is_strided and triton_host.scale_units(entries, coefficients, counts, dim):
         return
+    miss()
     parts = coefficients.split(list(counts))
     strided: list[tuple[Tensor, Tensor, int]] = []
     for gradient, own_entries, part, count in zip(gradients, entries, parts, counts, strict=True):
@@ -81,6 +84,7 @@ def clamp(parameters: Sequence[Tensor], limits: tuple[float, float], peaks: Tens
             parameter.grad = gradient = gradient.coalesce()
         entries.append(None if gradient is None else entries_to_scale(gradient))
     if not triton_host.clamp(entries, *limits, peaks):
+        miss()
         foreach.clamp([entry for entry in entries if entry is not None], *limits)
 
 

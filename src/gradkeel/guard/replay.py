@@ -6,6 +6,7 @@ nothing that only the host knows, such as the number of the step. Everything els
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -18,7 +19,7 @@ from gradkeel.apply.fused import can_fold, kernel_scale
 from gradkeel.guard.report import SelectionReport
 from gradkeel.guard.roster import Roster
 from gradkeel.guard.step import Measured, carry_out, committed, decide_all, judge, norm_while_unchanged
-from gradkeel.kernels.graph import Entry, Graph, Graphs, can_capture
+from gradkeel.kernels.graph import Entry, Graph, Graphs, can_capture, tell_autograd
 from gradkeel.kernels.row import Place, packed, read
 from gradkeel.measure import true_norms
 from gradkeel.norms import State
@@ -57,7 +58,7 @@ class Given:
         """[] float64 memory for the numbers that there are."""
         new = torch.zeros(3, dtype=torch.float64, device=device).unbind()
         return Given(
-            _Unread(),
+            Watched(self.step),
             new[0] if self.has_prescale() else 1.0,
             None if self.loss is None else new[1],
             None if self.found_inf is None else new[2],
@@ -74,14 +75,51 @@ class Given:
                 buffer.fill_(value)
 
 
-class _Unread:
-    """Stands for the number of the step, which a graph has not: whoever looks at it cannot be captured."""
+class Watched:
+    """Stands for the number of a step that is captured: a graph holds as long as comparisons with it come out alike.
+
+    Whoever wants more of it than to compare it cannot be captured.
+    """
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+        self._found: list[tuple[Callable[[Any, Any], Any], object, object]] = []
+
+    def holds(self, step: int) -> bool:
+        """Whether all that was found of the captured step is so of this one."""
+        return all(compare(step, other) == found for compare, other, found in self._found)
+
+    def _compared(self, compare: Callable[[Any, Any], Any], other: object) -> Any:
+        found = compare(self._step, other)
+        self._found.append((compare, other, found))
+        return found
 
     def _refuse(self, *_: object) -> NoReturn:
-        raise TypeError("a policy looks at the number of the step, which the host alone knows")
+        raise TypeError("a policy computes with the number of the step, which the host alone knows")
 
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
-    __bool__ = __hash__ = __int__ = __float__ = __index__ = __str__ = __format__ = _refuse
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> Any:
+        """As a number."""
+        return self._compared(operator.eq, other)
+
+    def __lt__(self, other: object) -> Any:
+        """As a number."""
+        return self._compared(operator.lt, other)
+
+    def __le__(self, other: object) -> Any:
+        """As a number."""
+        return self._compared(operator.le, other)
+
+    def __gt__(self, other: object) -> Any:
+        """As a number."""
+        return self._compared(operator.gt, other)
+
+    def __ge__(self, other: object) -> Any:
+        """As a number."""
+        return self._compared(operator.ge, other)
+
+    __bool__ = __int__ = __float__ = __index__ = __str__ = __format__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
     __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = __neg__ = _refuse
 
@@ -127,9 +165,9 @@ class Row:
 
     Attributes:
         states: the policies' states after the step.
-        may_step: [] bool.
-        is_finite: [] bool.
-        is_scaled: [] bool: whether anything is multiplied by something else than 1, or clamped.
+        verdict: [3] float64 words: whether the step may be made, all is finite, and anything is to be applied.
+        may_step: [] bool the first of them.
+        is_scaled: [] bool the last of them.
         reports: makes the selections' reports.
         again: for each selection what measures it once more, where a clamp was applied.
         found_inf: [] float32 what a fused kernel skips by; written anew in the next step.
@@ -137,8 +175,8 @@ class Row:
     """
 
     states: dict[str, State]
+    verdict: Tensor
     may_step: Tensor
-    is_finite: Tensor
     is_scaled: Tensor
     reports: Callable[[], tuple[SelectionReport, ...]]
     again: list[Callable[[], Tensor | None] | None]
@@ -146,8 +184,8 @@ class Row:
     kernel_scale: Tensor | None
 
     def flags(self) -> list[bool]:
-        """Whether the step may be made, all is finite, and anything is to be done; waits for the device."""
-        return torch.stack([self.may_step, self.is_finite, self.is_scaled]).tolist()
+        """Whether the step may be made, all is finite, and anything is to be applied; waits for the device."""
+        return [word != 0 for word in self.verdict.view(torch.int64).tolist()]
 
 
 class Captured:
@@ -175,9 +213,11 @@ class Captured:
         self._words: Tensor | None = None
         self._decide = capture(self._decided)
         decided = self._decide.result
-        self._apply = capture(
-            lambda: carry_out(optimizer, roster, decided.reports, self._given.prescale, None)
-        )
+        self._apply = None
+        if decided.may_scale:  # torch warns of an empty graph
+            self._apply = capture(
+                lambda: carry_out(optimizer, roster, decided.reports, self._given.prescale, None)
+            )
         self.folds = decided.kernel_scale is not None and can_fold(optimizer, roster.parameters)
 
     def _decided(self) -> "_Decided":
@@ -207,6 +247,10 @@ class Captured:
         states = committed(roster.parts, reports, after, before, finite)
         return _Decided(roster, reports, states, self._places, finite, may_step, given.prescale)
 
+    def holds(self, given: Given) -> bool:
+        """Whether the policies would look at this step as they did at the captured one."""
+        return bool(self._given.step.holds(given.step))
+
     def replay(self, given: Given, states: Mapping[str, State]) -> Row:
         """Decide on the gradients that the slots point at; does not sync the host."""
         self._given.send(given)
@@ -219,18 +263,27 @@ class Captured:
         def reports() -> tuple[SelectionReport, ...]:
             return tuple(one.of(words, given, own) for one, own in zip(decided.patterns, again, strict=True))
 
-        may_step, is_finite, is_scaled = (read(words, place) for place in decided.flags)
+        first = decided.flags[0].first
+        may_step, is_scaled = read(words, decided.flags[0]), read(words, decided.flags[2])
         after: dict[str, State] = {label: RowState(words, places) for label, places in self._places.items()}
         return Row(
-            after, may_step, is_finite, is_scaled, reports, again, decided.found_inf, decided.kernel_scale
+            after,
+            words[first : first + len(decided.flags)],
+            may_step,
+            is_scaled,
+            reports,
+            again,
+            decided.found_inf,
+            decided.kernel_scale,
         )
 
     def apply(self, row: Row) -> None:
         """Carry the last decision, which is the row's, out on the gradients; does not sync the host."""
+        if self._apply is None:
+            return
         self._apply.replay()
         parts, reports = self._roster.parts, self._decide.result.reports
-        gradients = [p.grad for p in self._roster.parameters if p.grad is not None]
-        torch.autograd.graph.increment_version(gradients)
+        tell_autograd(self._roster.parameters)
         for i in self._roster.here:
             if reports[i].decision.clamp is not None:
                 row.again[i] = norm_while_unchanged(parts[i].selection.parameters, reports[i].measured)
@@ -266,12 +319,15 @@ class _Decided:
         own = [reports[i] for i in roster.here]
         every: list[Tensor | float | None] = [factors(report.decision, prescale) for report in own]
         every += [report.decision.unit_coefficients for report in own]
+        has_clamp = any(report.decision.clamp is not None for report in own)
+        self.may_scale = has_clamp or any(isinstance(factor, Tensor) for factor in every)
         scaled = torch.zeros_like(finite)
         for factor in every:
             if isinstance(factor, Tensor):
                 scaled = scaled | (factor != 1).any()
-        if any(report.decision.clamp is not None for report in own):
-            scaled = torch.ones_like(finite)
+        for report in own:
+            if report.decision.clamp is not None:
+                scaled = scaled | report.outcome.is_clipped()
         whole = every[0] if len(own) == 1 and own[0].decision.unit_coefficients is None else None
         is_one = isinstance(whole, Tensor) and whole.dim() == 0 and own[0].decision.clamp is None
         self.kernel_scale = kernel_scale(whole, roster.device) if is_one and whole is not None else None  # []
@@ -327,6 +383,8 @@ class Replays:
         """What is replayed for an entry, captured now if it was rehearsed; None where it is to be launched."""
         if entry is None or self._graphs is None:
             return None
+        if entry.captured is not None and not entry.captured.holds(given):
+            entry.captured, entry.is_rehearsed = None, False
         if entry.captured is None and entry.is_rehearsed:
             held = {label: state for label, state in roster.filled(states).items() if state}
             self._graphs.capture(entry, lambda capture: Captured(optimizer, roster, held, given, capture))

@@ -72,7 +72,7 @@ class Slots:
     def refresh(self, tensors: Sequence[Tensor | None]) -> bool:
         """Send where these tensors lie, if they moved; False where they are not what they were: dtype, shape, place."""
         moved = _moved(self._description, tensors, self._found[1:])
-        if moved is None:
+        if moved is None or (moved and self._share_memory()):
             self._is_sent = False  # some of the addresses may be these tensors' all the same
             return False
         if moved or not self._is_sent:
@@ -82,11 +82,14 @@ class Slots:
 
     def of(self, addresses: Sequence[int]) -> tuple[int, ...]:
         """The slots of tensors at these addresses now; 0, and `missed`, where none is known."""
-        here = self._found.tolist()
-        slots = {address: slot for slot, address in enumerate(here) if address}
+        slots = {address: slot for slot, address in enumerate(self._found.tolist()) if address}
         # Two that share memory cannot be told apart by it.
-        self.missed |= len(slots) < sum(map(bool, here)) or not {0, *slots}.issuperset(addresses)
+        self.missed |= self._share_memory() or not {0, *slots}.issuperset(addresses)
         return tuple(slots.get(address, 0) for address in addresses)
+
+    def _share_memory(self) -> bool:
+        here = [address for address in self._found.tolist() if address]
+        return len(set(here)) < len(here)
 
     def active(self) -> AbstractContextManager[None]:
         """Meanwhile kernels read addresses from here, in this thread."""
@@ -114,6 +117,13 @@ def without_slots() -> AbstractContextManager[None]:
 def active_slots() -> Slots | None:
     """Those in force in this thread."""
     return getattr(_ACTIVE, "slots", None)
+
+
+def miss() -> None:
+    """Say that something is done now without slots, at addresses that a replay would not know of."""
+    slots = active_slots()
+    if slots is not None:
+        slots.missed = True
 
 
 def _described(tensors: Sequence[Tensor | None], addresses: Tensor) -> Any:

@@ -6,6 +6,7 @@ else changes from step to step in buffers, and leaves what comes of it in tensor
 rehearsal, which is an ordinary run.
 """
 
+import gc
 import os
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -26,6 +27,7 @@ VARIABLE = "GRADKEEL_GRAPHS"
 T = TypeVar("T")
 
 _KEPT = 4
+_ATTEMPTS = 2
 _TRIED = 16
 """Lists of tensors that are given a graph in the life of one `Graphs`: who has more has another in each step."""
 
@@ -41,13 +43,20 @@ class Graph(Generic[T]):
         self._graph = torch.cuda.CUDAGraph()
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
-        # Not torch.cuda.graph, which collects garbage, empties the cache and waits for the device.
-        with torch.cuda.stream(side):
-            self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-            try:
-                self.result = body()
-            finally:
-                self._graph.capture_end()
+        # Not torch.cuda.graph, which collects garbage, empties the cache and waits for the device. Garbage that is
+        # collected meanwhile may be another graph, whose end would break the capture.
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            with torch.cuda.stream(side):
+                self._graph.capture_begin(pool=pool, capture_error_mode="relaxed")
+                try:
+                    self.result = body()
+                finally:
+                    self._graph.capture_end()
+        finally:
+            if collects:
+                gc.enable()
         torch.cuda.current_stream(device).wait_stream(side)
 
     def replay(self) -> T:
@@ -63,6 +72,7 @@ class Entry(Generic[T]):
         slots: where they lie now.
         captured: what was captured for them, once it was.
         is_rehearsed: whether it may be captured.
+        failures: how often capturing it has failed.
     """
 
     def __init__(self, key: Hashable, tensors: Sequence[Tensor | None], device: torch.device) -> None:
@@ -70,6 +80,7 @@ class Entry(Generic[T]):
         self.slots = Slots(tensors, device)
         self.captured: T | None = None
         self.is_rehearsed = False
+        self.failures = 0
 
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
@@ -131,6 +142,11 @@ class Graphs(Generic[T]):
             with entry.slots.active():
                 entry.captured = bodies(lambda body: Graph(body, self.device, self.pool))
         except Exception as error:  # noqa: BLE001  # whatever a body or a driver raises: training goes on
+            entry.failures += 1
+            if (
+                entry.failures < _ATTEMPTS
+            ):  # kernels that CUDA loads at their first use may have been in the way
+                return False
             entry.slots.missed = True
             warnings.warn(
                 f"the step cannot be captured in a CUDA graph, and its operations are launched one by one: "
@@ -147,3 +163,10 @@ def can_capture(device: torch.device) -> bool:
         return False
     kernels = triton_host.kernels(device)
     return kernels is not None and kernels.fault is None
+
+
+def tell_autograd(parameters: Sequence[Tensor]) -> None:
+    """Say that a replay has written to the gradients, as far as autograd may have saved them."""
+    written = [own for parameter in parameters if (own := parameter.grad) is not None and own.requires_grad]
+    if written:
+        torch.autograd.graph.increment_version(written)

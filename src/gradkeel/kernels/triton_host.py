@@ -12,22 +12,37 @@ import os
 import threading
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradkeel.errors import GradkeelWarning
-from gradkeel.kernels.addresses import active_slots, without_slots
+from gradkeel.kernels.addresses import without_slots
 from gradkeel.kernels.arrival import is_capturing
 from gradkeel.kernels.triton_layout import DTYPES, Layout, Layouts, kinds_of
 
 VARIABLE = "GRADKEEL_TRITON"
 
-Read = tuple[Tensor, Tensor | None, Tensor | None]
+
+class Read(NamedTuple):
+    """What one read of k tensors gave, in float64.
+
+    Attributes:
+        norms: [k] norm of each tensor.
+        total: [] norm of all of them together.
+        units: [u] norm of each unit, tensor after tensor, where asked for.
+        peaks: [k, 2] each tensor's lowest and highest entry, where asked for: NaN where an entry is.
+    """
+
+    norms: Tensor
+    total: Tensor | None
+    units: Tensor | None
+    peaks: Tensor | None
+
 
 _OFF, _ON = {"off", "0", "no", "false"}, {"on", "1", "yes", "true"}
-_BLOCK, _UNIT_BLOCK, _ROWS = 2048, 512, 2
+_BLOCK, _UNIT_BLOCK, _ROWS, _ROWS_SCALED = 2048, 512, 2, 8
 _OPERATIONS = (
     "1-norm", "2-norm", "1-norm of units", "2-norm of units", "scale", "scale of units", "clamp",
     "extremes",
@@ -84,41 +99,47 @@ class TritonKernels:
                 layout.addresses, layout.table, run.first, run.length, sums, scales, extremes, self._types[run.dtype],
                 min(run.alignment, layout.alignment), squared, peaks, block, rows, num_warps=warps,
             )  # fmt: skip
-        self._join(layout.spans, sums, scales, norms, layout, squared, 1024 if by_unit else 128)
-        units = None
+        block = min(4096, 1 << max(4, layout.longest - 1).bit_length())
+        self._kernels.join_powers[(layout.tensors,)](
+            sums,
+            scales,
+            layout.spans,
+            norms,
+            layout.has_float64,
+            squared,
+            block,
+            num_warps=max(1, block // 512),
+        )
+        total = self._new(1)
+        self._kernels.join_norms[(1,)](norms, layout.tensors, total, squared, 1024)
+        units = lowest_and_highest = None
         if layout.unit_spans is not None:
             units = self._new(layout.units)
-            self._join(layout.unit_spans, sums, scales, units, layout, squared, 16)
-        lowest_and_highest = None
+            if layout.longest_unit <= 1:
+                self._kernels.unit_norms[(-(-layout.pieces // 1024),)](
+                    layout.table, layout.pieces, sums, scales, units.zero_() if layout.has_gaps else units, squared,
+                    1024,
+                )  # fmt: skip
+            else:
+                self._kernels.join_powers[(layout.units,)](
+                    sums, scales, layout.unit_spans, units, layout.has_float64, squared, 16, num_warps=1
+                )
         if peaks:
             lowest_and_highest = self._new(2 * layout.tensors).view(-1, 2)
             self._kernels.join_peaks[(layout.tensors,)](extremes, layout.spans, lowest_and_highest, 128)
-        return norms, units, lowest_and_highest
-
-    def _join(
-        self,
-        spans: Tensor,
-        sums: Tensor,
-        scales: Tensor,
-        norms: Tensor,
-        layout: Layout,
-        squared: bool,
-        block: int,
-    ) -> None:
-        self._kernels.join_powers[(len(spans),)](
-            sums, scales, spans, norms, layout.has_float64, squared, block, num_warps=1 if block < 128 else 4
-        )
+        return Read(norms, total.squeeze(0), units, lowest_and_highest)
 
     def scale(self, layout: Layout, factors: Tensor, *, by_unit: bool = False) -> None:
         """Multiply tensors, or units, by ``factors``, [] or one each, in place; where it is 1 nothing is touched."""
         stride, factors = factors.dim(), factors.contiguous()
         if factors.data_ptr() % 16:
             factors = factors.clone()  # an address like any other's, so that no further kernel is compiled
+        block, rows, warps = (_UNIT_BLOCK, _ROWS_SCALED, 1) if by_unit else (_BLOCK, 1, 4)
         for run in layout.runs:
             wide = torch.float64 if run.dtype == torch.float64 else torch.float32
-            self._kernels.scale_pieces[(run.length,)](
-                layout.addresses, layout.table, run.first, factors, stride, self._types[run.dtype], self._types[wide],
-                min(run.alignment, layout.alignment), _UNIT_BLOCK if by_unit else _BLOCK, num_warps=1 if by_unit else 4,
+            self._kernels.scale_pieces[(-(-run.length // rows),)](
+                layout.addresses, layout.table, run.first, run.length, factors, stride, self._types[run.dtype],
+                self._types[wide], min(run.alignment, layout.alignment), block, rows, num_warps=warps,
             )  # fmt: skip
 
     def clamp(self, layout: Layout, low: float, high: float, peaks: Tensor | None = None) -> None:
@@ -176,13 +197,13 @@ def _fault(kernels: TritonKernels, operation: str, dtype: torch.dtype) -> str | 
     cells = [unit for tensor in drawn for unit in (tensor.unbind() if by_unit else [tensor])]
     if "norm" in operation:
         p = float(operation[0])
-        norms, units, _ = kernels.read(layout, p)
-        found = norms if units is None else units
+        read = kernels.read(layout, p)
+        found = read.norms if read.units is None else read.units
         wanted = torch.stack([torch.linalg.vector_norm(cell.double(), p) for cell in cells])
         error = float((found.cpu() / wanted - 1).abs().max())
         return None if error < 1e-10 else f"is wrong: a norm is off by {error:.1e} of itself"
     if operation == "extremes":
-        _, _, peaks = kernels.read(layout, 2.0, peaks=True)
+        peaks = kernels.read(layout, 2.0, peaks=True).peaks
         wanted = torch.stack([torch.stack(torch.aminmax(cell.double())) for cell in cells])
         return None if peaks is not None and torch.equal(peaks.cpu(), wanted) else "is wrong"
     if operation == "clamp":
@@ -211,20 +232,15 @@ def read(
         norm_type: the p of the p-norm.
         unit_dim: the dimension that counts units, where their norms are wanted.
         peaks: whether the lowest and highest entries are wanted.
-
-    Returns:
-        [k] norms; [u] norms of the units, tensor after tensor; [k, 2] extremes, NaN where an entry is; all float64.
     """
     own = _kernels_of(tensors) if norm_type in (1.0, 2.0) else None
     if own is None:
-        _missed()
         return None
     with own.lock, _on(tensors):
         norm = f"{norm_type:.0f}-norm"
         layout = own.layout(norm if unit_dim is None else f"{norm} of units", tensors, unit_dim)
         if layout is None or (peaks and not own.is_right("extremes", {run.dtype for run in layout.runs})):
-            _missed()
-        return None
+            return None
         return own.read(layout, norm_type, peaks=peaks)
 
 
@@ -232,7 +248,6 @@ def scale(tensors: Sequence[Tensor | None], factors: Tensor) -> bool:
     """Multiply each tensor by its factor, [] or [k], in place; whether the kernels did it. None is passed over."""
     own = _kernels_of(tensors)
     if own is None or factors.device != own.device:
-        _missed()
         return False
     with own.lock, _on(tensors):
         layout = own.layout("scale", tensors)
@@ -252,7 +267,6 @@ def scale_units(tensors: Sequence[Tensor | None], factors: Tensor, counts: Seque
     """
     own = _kernels_of(tensors)
     if own is None or factors.device != own.device:
-        _missed()
         return False
     with own.lock, _on(tensors):
         layout = own.layout("scale of units", tensors, dim)
@@ -270,7 +284,6 @@ def clamp(tensors: Sequence[Tensor | None], low: float, high: float, peaks: Tens
     own = _kernels_of(tensors)
     # A number that the host gives a kernel arrives in float32.
     if own is None or any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
-        _missed()
         return False
     with own.lock, _on(tensors):
         layout = own.layout("clamp", tensors)
@@ -279,16 +292,8 @@ def clamp(tensors: Sequence[Tensor | None], low: float, high: float, peaks: Tens
     return _written(tensors, done=layout is not None)
 
 
-def _missed() -> None:
-    """Other operations than these kernels' follow, which know nothing of slots."""
-    slots = active_slots()
-    if slots is not None:
-        slots.missed = True
-
-
 def _written(tensors: Sequence[Tensor | None], *, done: bool) -> bool:
     if not done:
-        _missed()
         return False
     torch.autograd.graph.increment_version([tensor for tensor in tensors if tensor is not None])
     return True

@@ -125,6 +125,38 @@ def join_powers(
     tl.store(norms + tensor, scale * (tl.sqrt(found) if IS_SQUARED else found))
 
 
+@triton.jit(do_not_specialize=["count"])
+def unit_norms(pieces, count, sums, scales, norms, IS_SQUARED: tl.constexpr, BLOCK: tl.constexpr):
+    """The norm of each unit, where every unit is one piece."""
+    piece = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    is_one = piece < count
+    found = tl.load(sums + piece, mask=is_one, other=0.0)
+    scale = tl.load(scales + piece, mask=is_one, other=0.0)
+    unit = tl.load(pieces + 4 * piece + 3, mask=is_one, other=0)
+    tl.store(norms + unit, scale * (tl.sqrt(found) if IS_SQUARED else found), mask=is_one)
+
+
+@triton.jit(do_not_specialize=["count"])
+def join_norms(norms, count, total, IS_SQUARED: tl.constexpr, BLOCK: tl.constexpr):
+    """The norm of all tensors together, relative to the largest one, so that no power leaves the range."""
+    most, strange = tl.zeros([BLOCK], dtype=tl.float64), tl.zeros([BLOCK], dtype=tl.int32)
+    for start in range(0, count, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        x = tl.load(norms + at, mask=at < count, other=0.0)
+        strange = strange | (x != x).to(tl.int32)
+        most = tl.maximum(most, x)
+    largest = tl.max(most, axis=0)
+    scale = tl.where((largest > 0) & (largest < float("inf")), largest, 1.0)
+    found = tl.zeros([BLOCK], dtype=tl.float64)
+    for start in range(0, count, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        x = tl.load(norms + at, mask=at < count, other=0.0) / scale
+        found += x * x if IS_SQUARED else x
+    whole = tl.sum(found, axis=0)
+    whole = scale * (tl.sqrt(whole) if IS_SQUARED else whole)
+    tl.store(total, tl.where(tl.max(strange, axis=0) > 0, float("nan"), whole))
+
+
 @triton.jit
 def join_peaks(found, spans, peaks, BLOCK: tl.constexpr):
     """The extremes of each tensor from its pieces'; 0 and 0 of nothing."""
@@ -147,30 +179,38 @@ def join_peaks(found, spans, peaks, BLOCK: tl.constexpr):
     tl.store(peaks + 2 * tensor + 1, tl.where(is_strange, float("nan"), highest))
 
 
-@triton.jit(do_not_specialize=["first", "stride"])
+@triton.jit(do_not_specialize=["first", "count", "stride"])
 def scale_pieces(
     addresses,
     pieces,
     first,
+    count,
     factors,
     stride,
     DTYPE: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """Multiplies each piece by its factor, in the type ``WIDE``; where that is 1 nothing is touched."""
-    row = pieces + 4 * (first + tl.program_id(0))
-    factor = tl.load(factors + stride * tl.load(row + 3)).to(WIDE)
-    if factor != 1.0:
-        data, count = _piece(addresses, row, DTYPE, ALIGNMENT)
-        whole = count // BLOCK * BLOCK
-        for start in range(0, whole, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            tl.store(data + at, (tl.load(data + at).to(WIDE) * factor).to(DTYPE))
-        at = whole + tl.arange(0, BLOCK)
-        x = tl.load(data + at, mask=at < count, other=0.0)
-        tl.store(data + at, (x.to(WIDE) * factor).to(DTYPE), mask=at < count)
+    """Multiplies ``count`` pieces from the first on, ``ROWS`` by one program, each by its factor, in the type ``WIDE``.
+
+    Where that is 1 nothing is touched.
+    """
+    for i in range(ROWS):
+        own = tl.program_id(0) * ROWS + i
+        if own < count:
+            row = pieces + 4 * (first + own)
+            factor = tl.load(factors + stride * tl.load(row + 3)).to(WIDE)
+            if factor != 1.0:
+                data, size = _piece(addresses, row, DTYPE, ALIGNMENT)
+                whole = size // BLOCK * BLOCK
+                for start in range(0, whole, BLOCK):
+                    at = start + tl.arange(0, BLOCK)
+                    tl.store(data + at, (tl.load(data + at).to(WIDE) * factor).to(DTYPE))
+                at = whole + tl.arange(0, BLOCK)
+                x = tl.load(data + at, mask=at < size, other=0.0)
+                tl.store(data + at, (x.to(WIDE) * factor).to(DTYPE), mask=at < size)
 
 
 @triton.jit(do_not_specialize=["first", "low", "high"])

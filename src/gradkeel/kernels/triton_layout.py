@@ -90,6 +90,9 @@ class Layout:
         unit_spans: [u, 2] int64 the same of units, where they are cut into these.
         runs: what is launched together.
         unit_counts: how many units each tensor has, where they are cut into these.
+        longest: the largest number of pieces that one tensor has.
+        longest_unit: likewise of one unit.
+        has_gaps: whether any unit has no piece.
         addresses: int64, one for each index that the table has; 0 for a tensor that is not there.
         alignment: bytes to which all of them are aligned, 16 at most.
     """
@@ -102,6 +105,9 @@ class Layout:
     unit_spans: Tensor | None
     runs: tuple[Run, ...]
     unit_counts: tuple[int, ...]
+    longest: int
+    longest_unit: int
+    has_gaps: bool
     addresses: Tensor
     alignment: int
 
@@ -130,17 +136,17 @@ class Layouts:
             return self._in_slots(slots, kinds, found)
         if is_capturing(self._device):
             return self._in_graph(kinds, found)
+        return self._plan_of(kinds).sent(found)
+
+    def _plan_of(self, kinds: Sequence[Kind | None]) -> "_Plan":
+        """A plan for the current stream, made if need be: then in place of one that lacks only some of the tensors."""
         stream = _stream(self._device)
         plan = next((plan for plan in self._plans if plan.stream == stream and plan.covers(kinds)), None)
-        if plan is None:
-            plan = self._planned(kinds, stream)
-        elif plan is not self._plans[0]:
-            self._plans.remove(plan)
-            self._plans.insert(0, plan)
-        return plan.sent(found)
-
-    def _planned(self, kinds: Sequence[Kind | None], stream: int) -> "_Plan":
-        """A new plan, which takes the place of one that lacks only some of the tensors."""
+        if plan is not None:
+            if plan is not self._plans[0]:
+                self._plans.remove(plan)
+                self._plans.insert(0, plan)
+            return plan
         known = next((plan for plan in self._plans if plan.stream == stream and plan.agrees(kinds)), None)
         if known is not None:
             kinds = [own or other for own, other in zip(kinds, known.kinds, strict=True)]
@@ -160,6 +166,7 @@ class Layouts:
                 return None
             layout = _made(kinds, self._device, slots.buffer, places, _alignment(found))
             slots.layouts[key] = layout
+            self._plan_of(kinds)  # for graphs of the user's, which have no slots
         return layout
 
     def _in_graph(self, kinds: Sequence[Kind | None], found: list[int]) -> Layout | None:
@@ -244,15 +251,20 @@ def _made(
         if done > start:
             runs.append(Run(dtype, own, start, done - start))
     table = torch.cat(parts)
+    unit_spans = _unit_spans(table, sum(counts)) if by_unit else None
+    by_unit_pieces = set() if unit_spans is None else set(unit_spans[:, 1].tolist())
     return Layout(
         tensors=len(kinds),
         pieces=len(table),
         units=sum(counts),
         table=_moved(table, device),
         spans=_moved(spans, device),
-        unit_spans=_moved(_unit_spans(table, sum(counts)), device) if by_unit else None,
+        unit_spans=None if unit_spans is None else _moved(unit_spans, device),
         runs=tuple(runs),
         unit_counts=counts,
+        longest=int(spans[:, 1].max()) if len(kinds) else 0,
+        longest_unit=max(by_unit_pieces, default=0),
+        has_gaps=0 in by_unit_pieces,
         addresses=addresses,
         alignment=alignment,
     )

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from gradkeel.kernels import foreach, triton_host
+from gradkeel.kernels.addresses import miss
 
 
 def read(
     tensors: Sequence[Tensor], norm_type: float, *, wide: torch.dtype, unit_dim: int | None, peaks: bool
 ) -> triton_host.Read:
-    """[k] norms of the tensors; [u] those of their units along ``unit_dim`` and [k, 2] extremes, where wanted.
+    """Norms of the tensors, those of their units along ``unit_dim``, and extremes, where wanted.
 
     A tensor with at most one dimension is one unit.
     """
@@ -19,12 +20,13 @@ def read(
     if found is None and unit_dim is not None:  # units that do not lie one after the other
         found = triton_host.read(tensors, norm_type, peaks=peaks)
     if found is None:
+        miss()
         extremes = foreach.peaks(tensors, wide) if peaks else None
-        found = foreach.norms(tensors, norm_type, wide), None, extremes
-    norms, units, extremes = found
-    if units is None and unit_dim is not None:
-        units = _units(tensors, norm_type, norms, unit_dim)
-    return norms, units, extremes
+        found = triton_host.Read(foreach.norms(tensors, norm_type, wide), None, None, extremes)
+    if found.units is None and unit_dim is not None:
+        miss()
+        found = found._replace(units=_units(tensors, norm_type, found.norms, unit_dim))
+    return found
 
 
 def _units(tensors: Sequence[Tensor], norm_type: float, norms: Tensor, dim: int) -> Tensor:

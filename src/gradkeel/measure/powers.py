@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gradkeel.kernels import foreach, native
+from gradkeel.kernels.triton_host import Read
 from gradkeel.measure import device as accelerator
 from gradkeel.tensors import entries_by_position, entries_to_read
 
@@ -31,13 +32,13 @@ class Reading:
         norms: [k] norm of each tensor.
         units: [u] norm of each unit, tensor after tensor, where asked for.
         peaks: [k, 2] each tensor's lowest and highest entry, where asked for; 0, 0 for an empty one.
-        total: norm of all of them together, where the host knows it already.
+        total: norm of all of them together, where it is known already: a number of the host's, or [] on an accelerator.
     """
 
     norms: Tensor
     units: Tensor | None = None
     peaks: Tensor | None = None
-    total: float | None = None
+    total: Tensor | float | None = None
 
 
 def read(
@@ -89,6 +90,7 @@ def _reading(
     for i, tensor in enumerate(entries):
         places.setdefault(tensor.device, []).append(i)
     found: list[list[Tensor]] = []
+    total: Tensor | None = None
     for kind, rows in places.items():
         chosen, cut = [entries[i] for i in rows], [placed[i] for i in rows]
         if kind.type == "cpu":
@@ -97,17 +99,20 @@ def _reading(
             read_here = partial(accelerator.read, wide=wide_dtype(kind))
         own = read_here(chosen, norm_type, unit_dim=unit_dim if placed is entries else None, peaks=with_peaks)
         if placed is not entries:
-            own = own[0], read_here(cut, norm_type, unit_dim=unit_dim, peaks=False)[1], own[2]
-        found.append([one.to(device, wide, non_blocking=True) for one in own if one is not None])
+            own = own._replace(units=read_here(cut, norm_type, unit_dim=unit_dim, peaks=False).units)
+        total = own.total if len(places) == 1 else None
+        held = (own.norms, own.units, own.peaks)
+        found.append([one.to(device, wide, non_blocking=True) for one in held if one is not None])
     order = list(places.values())
     norms = foreach.in_order(order, [own[0] for own in found])
     units = None
     if unit_dim is not None:
         units = _units_in_order(order, [own[1] for own in found], placed, unit_dim)
-    return Reading(norms, units, foreach.in_order(order, [own[-1] for own in found]) if with_peaks else None)
+    peaks = foreach.in_order(order, [own[-1] for own in found]) if with_peaks else None
+    return Reading(norms, units, peaks, total)
 
 
-_ReadHere = Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
+_ReadHere = Callable[..., Read]
 
 
 def _units_in_order(
@@ -159,9 +164,7 @@ def _native_reading(
     return Reading(*kernels.read(table, norm_type, units=unit_dim is not None, peaks=with_peaks))
 
 
-def _cpu_reading(
-    tensors: Sequence[Tensor], norm_type: float, *, unit_dim: int | None, peaks: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _cpu_reading(tensors: Sequence[Tensor], norm_type: float, *, unit_dim: int | None, peaks: bool) -> Read:
     units = extremes = None
     if unit_dim is not None:
         units = torch.cat(
@@ -171,7 +174,7 @@ def _cpu_reading(
         nothing = torch.zeros(2, dtype=torch.float64, device="cpu")
         pairs = [torch.stack(torch.aminmax(t)).double() if t.numel() else nothing for t in tensors]
         extremes = torch.stack(pairs)
-    return _cpu_norms(tensors, norm_type), units, extremes
+    return Read(_cpu_norms(tensors, norm_type), None, units, extremes)
 
 
 def _cpu_norms(tensors: Sequence[Tensor], norm_type: float) -> Tensor:

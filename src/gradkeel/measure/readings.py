@@ -21,7 +21,7 @@ class Readings:
         present: which of the parameters have a gradient.
         norms, units, peaks: as in `gradkeel.norms.GradientNorms`; n parameters, u units.
         weights, unit_weights: of the parameters themselves, where asked for.
-        total: norm of all of them together, where the host knows it already.
+        total: norm of all of them together, where it is known already: a number of the host's, or [] on an accelerator.
     """
 
     present: tuple[bool, ...]
@@ -30,7 +30,7 @@ class Readings:
     peaks: Tensor | None = None
     weights: Tensor | None = None
     unit_weights: Tensor | None = None
-    total: float | None = None
+    total: Tensor | float | None = None
 
 
 class Members(Protocol):
@@ -138,7 +138,9 @@ def true_norms(
     if not blank.names:
         return blank
     norms = _times(found.norms, prescale)
-    if found.total is not None and isinstance(prescale, float):
+    if isinstance(found.total, Tensor):
+        total = _times(found.total, prescale)
+    elif found.total is not None and isinstance(prescale, float):
         total = torch.scalar_tensor(found.total * prescale, dtype=norms.dtype)
     else:
         total = combine(norms, blank.norm_type)
