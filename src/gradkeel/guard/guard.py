@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from gradkeel.apply.fused import Folding, can_skip_on_device
 from gradkeel.apply.skip import Buffers, clear_gradients
 from gradkeel.errors import NonFiniteGradientError
-from gradkeel.guard import hooks, other_clips
+from gradkeel.guard import hooks, other_clips, stack
 from gradkeel.guard.checkpoint import check_state
 from gradkeel.guard.prescale import LossScale, put_back, set_attribute, take_loss_scale
 from gradkeel.guard.report import Recorder, SkipReason, StepReport
@@ -21,6 +21,7 @@ from gradkeel.norms import Decision, State, Window
 from gradkeel.policies import Policy
 from gradkeel.ranks.declared import Sharing
 from gradkeel.selection import Exclude
+from gradkeel.tensors import Seen
 
 NonFinite = Literal["skip", "raise", "keep"]
 _VERSION = 1
@@ -65,11 +66,13 @@ class Guard:
         self._skips = SkipWatch(max_consecutive_skips, self._buffers.broken)
         nothing = tuple(part.report for part in self._roster.parts)
         self.report = StepReport(0, nothing, stepped_or_pending=False)
-        self._staged: tuple[StepReport, dict[str, State]] | None = None
+        self._staged: tuple[StepReport, dict[str, State], Tensor | bool] | None = None
+        self._left: list[Seen | None] | None = None
+        self._is_again = False  # the step under way: it has raised before, with the same gradients
         self._loss_scale = LossScale()
         self._own_attributes: dict[str, Tensor] = {}
         self._canary = other_clips.Canary(next((p for p in self.parameters if p.requires_grad), None))
-        self._hooks = hooks.Hooks(optimizer, self, self._begin, self._evaluate, self._finish)
+        self._hooks = hooks.Hooks(optimizer, self, self._begin, self._evaluate, self._fail, self._finish)
 
     # ---- what is guarded ---------------------------------------------------------------------------------------
 
@@ -149,7 +152,9 @@ class Guard:
         return self._scalars
 
     def _begin(self) -> None:
-        self._staged = None
+        self._is_again = self._left is not None and self._is_called_again(self._left)
+        if not self._is_again:
+            self._staged = None
         try:
             self._skips.look()
         except Exception:
@@ -166,7 +171,9 @@ class Guard:
 
         Returns whether the step is to be made, as far as the host knows.
         """
-        roster, scaled = self._roster, self._loss_scale.present
+        roster = self._roster
+        if self._is_again:
+            return True
         if hooks.only_creates_state(self.optimizer, roster.parameters, alone=roster.exchange is None):
             return True
         with torch.no_grad():
@@ -187,8 +194,8 @@ class Guard:
             self._scalars |= measured.agreed_scalars
             reports, after = decide_all(roster, measured, self._states)
             row = StepReport(self._step + 1, tuple(reports), measured.prescale, dict(self._scalars))
-            # Under a loss scale an overflow is normal, and skipped whatever was asked for.
-            tolerant = self.nonfinite == "keep" and not scaled
+            # An overflow of the loss scale is skipped whatever was asked for.
+            tolerant = self.nonfinite == "keep" and not self._is_overflow(measured.found_inf)
             finite, may_step = judge(reports, measured.found_inf, self.window, tolerant=tolerant)
             if not measured.has_gradients:
                 commit: Tensor | bool = self._abandon(row, SkipReason.NO_GRADIENT)
@@ -200,9 +207,13 @@ class Guard:
                 self._carry_out(row)
                 commit = not tolerant or bool(finite)
             else:
-                why = self._reason_to_skip(is_finite=bool(finite), tolerant=tolerant)
+                why = SkipReason.NONFINITE
+                if bool(finite) or tolerant:  # who tolerates would have made the step
+                    why = SkipReason.POLICY
+                elif self._is_overflow(measured.found_inf):
+                    why = SkipReason.LOSS_SCALE
                 commit = self._abandon(row, why) and bool(finite)
-            self._staged = row, committed(roster.parts, reports, after, self._states, commit)
+            self._staged = row, committed(roster.parts, reports, after, self._states, commit), commit
         hooks.tell(self.recorders, "before_step", row)
         return row.stepped_or_pending is not False
 
@@ -229,10 +240,14 @@ class Guard:
         set_attribute(self.optimizer, name, value)
         self._own_attributes[name] = value
 
-    def _reason_to_skip(self, *, is_finite: bool, tolerant: bool) -> SkipReason:
-        if is_finite or tolerant:  # who tolerates would have made the step
-            return SkipReason.POLICY
-        return SkipReason.LOSS_SCALE if self._loss_scale.present else SkipReason.NONFINITE
+    def _is_overflow(self, found_inf: Tensor | None) -> bool:
+        """Whether the loss scaler saw an inf, and lowering its scale may help."""
+        if not self._loss_scale.present or found_inf is None or not bool(found_inf > 0):
+            return False
+        scaler, scale = stack.scaler(), self._loss_scale.scale
+        if scaler is not None:
+            return self._skips.expects_overflow(scaler.get_scale())
+        return self._skips.expects_overflow(None if scale is None else float(scale))
 
     def _abandon(self, row: StepReport, why: SkipReason) -> bool:
         """Skip this step, as the host knows that it must; returns whether the policies' statistics go on."""
@@ -245,6 +260,10 @@ class Guard:
             self._buffers.put_back()
         if why is SkipReason.NONFINITE:
             self._refuse(row)
+        elif why is SkipReason.LOSS_SCALE:
+            self._skips.overflowed()
+        elif why is SkipReason.NO_GRADIENT:
+            self._skips.without_gradient(self.parameters, self.model)
         if why is not SkipReason.LOSS_SCALE:  # these are the scaler's to judge
             clear_gradients(self._roster.parameters)
         return why is SkipReason.POLICY
@@ -258,8 +277,23 @@ class Guard:
     def _refuse(self, row: StepReport) -> None:
         """Raise, or count and warn of, a non-finite gradient; nothing has been modified yet."""
         if self.nonfinite == "raise":
-            raise NonFiniteGradientError(f"{row.reason}; nothing has been modified")
+            raise NonFiniteGradientError(
+                f"{self._skips.explained(row.reason or '')}; nothing has been modified"
+            )
         self._skips.skipped(row.reason or "")
+
+    def _fail(self) -> None:
+        """The optimizer's own step has raised; what is applied to gradients by then is applied no second time."""
+        if self._staged is not None and "grad_scale" not in self._own_attributes:
+            self._left = [None if p.grad is None else Seen(p.grad) for p in self.parameters]
+
+    def _is_called_again(self, left: list[Seen | None]) -> bool:
+        """Whether the gradients are as a step has left them that raised."""
+        self._left = None
+        return all(
+            p.grad is None if seen is None else seen.is_tensor(p.grad) and seen.unchanged() is not None
+            for p, seen in zip(self.parameters, left, strict=True)
+        )
 
     def _finish(self) -> None:
         """After the optimizer's step: commit, leave no attribute behind, tell the recorders."""
@@ -268,16 +302,15 @@ class Guard:
         if self._staged is None:
             return
         was_skipped = self._step > 0 and self.report.stepped_or_pending is False
-        (self.report, self._states), self._staged = self._staged, None
+        (self.report, self._states, is_sound), self._staged = self._staged, None
         self._step += 1
         self._scalars = {}
         stepped = self.report.stepped_or_pending
         if was_skipped or stepped is False:
             other_clips.tell_accelerate(stepped=stepped is not False)
         if isinstance(stepped, Tensor):
-            if not self._loss_scale.present:
-                self._skips.watch(self.report, stepped)
-        elif stepped:
+            self._skips.watch(self.report, stepped, self._loss_scale)
+        elif stepped and is_sound:
             self._skips.made()
         if self._buffers.kept and not isinstance(stepped, Tensor):
             self._buffers.note(self.parameters)

@@ -65,6 +65,7 @@ class Hooks:
         begin: called first in each step.
         evaluate: called once the gradients of the step are there: at once, or after each evaluation of the closure;
             returns whether the step is to be made. Where it is not, the optimizer's own step is not run.
+        fail: called where the optimizer's own step raises.
         finish: called after the step.
     """
 
@@ -74,11 +75,13 @@ class Hooks:
         guard: object,
         begin: Callable[[], None],
         evaluate: Callable[[], bool],
+        fail: Callable[[], None],
         finish: Callable[[], None],
     ) -> None:
         self._optimizer = optimizer
         self._begin = begin
         self._evaluate = evaluate
+        self._fail = fail
         self._finish = finish
         self._is_inside = False  # of a step; stays True after one that raised
         self._has_nested = False
@@ -138,18 +141,25 @@ class Hooks:
         """Run the optimizer's own step, between the hooks, unless it is to be skipped."""
         if not self._is_made:
             return None
-        closure = self._closure
-        if closure is None or self._has_nested:
+        if self._has_nested:
             return own(*args, **kwargs)
+        closure = self._closure
         try:
             result = own(*args, **kwargs)
-            closure.ended()
+            if closure is not None:
+                closure.ended()
         except AbandonedStepError:
+            assert closure is not None
             result = closure.loss
+        except BaseException:
+            self._is_inside = False
+            if closure is None:
+                self._fail()
+            raise
         finally:
-            self._closure = None
-            self._moves = closure.moves
-            closure.put_back()
+            if closure is not None:
+                self._closure, self._moves = None, closure.moves
+                closure.put_back()
         return result
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
