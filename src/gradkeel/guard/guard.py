@@ -1,6 +1,6 @@
 """The guard: holds what outlives a step, and runs the pipeline around one optimizer's step."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,11 +12,11 @@ from gradkeel.apply.skip import Buffers, clear_gradients
 from gradkeel.errors import NonFiniteGradientError
 from gradkeel.guard import hooks, other_clips, stack
 from gradkeel.guard.checkpoint import check_state
-from gradkeel.guard.prescale import LossScale, put_back, set_attribute, take_loss_scale
 from gradkeel.guard.report import Recorder, SkipReason, StepReport
 from gradkeel.guard.roster import Roster
 from gradkeel.guard.skips import SkipWatch
 from gradkeel.guard.step import carry_out, committed, decide_all, judge, measure_all
+from gradkeel.guard.turns import Turns
 from gradkeel.norms import Decision, State, Window
 from gradkeel.policies import Policy
 from gradkeel.ranks.declared import Sharing
@@ -28,10 +28,10 @@ _VERSION = 1
 
 
 class Guard:
-    """Measures, clips and guards every step of one optimizer; made by `gradkeel.attach`.
+    """Measures, clips and guards every step of one optimizer, or of several as one; made by `gradkeel.attach`.
 
     Attributes:
-        optimizer: the torch optimizer.
+        optimizers: the torch optimizers.
         policy: the main policy, or None where gradients are only measured.
         nonfinite: what happens to a step with a NaN or inf gradient: "skip", "raise" or "keep".
         report: the last step's `StepReport`; before the first step one with ``step == 0``.
@@ -41,7 +41,7 @@ class Guard:
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizers: Sequence[Optimizer],
         policy: Policy | None,
         *,
         model: nn.Module | None,
@@ -51,7 +51,7 @@ class Guard:
         sharing: Sharing,
         summarize: Callable[["Guard"], str],
     ) -> None:
-        self.optimizer = optimizer
+        self.optimizers = tuple(optimizers)
         self.policy = policy
         self.nonfinite: NonFinite = nonfinite
         self.recorders: list[Recorder] = []
@@ -61,7 +61,7 @@ class Guard:
         self._scalars: dict[str, Tensor | float] = {}
         self._step = 0
         self._folding = Folding()
-        self._roster = Roster(optimizer, policy, model=model, exclude=exclude, sharing=sharing)
+        self._roster = Roster(self.optimizers, policy, model=model, exclude=exclude, sharing=sharing)
         self._buffers = Buffers(model, self.parameters)
         self._skips = SkipWatch(max_consecutive_skips, self._buffers.broken)
         nothing = tuple(part.report for part in self._roster.parts)
@@ -69,21 +69,29 @@ class Guard:
         self._staged: tuple[StepReport, dict[str, State], Tensor | bool] | None = None
         self._left: list[Seen | None] | None = None
         self._is_again = False  # the step under way: it has raised before, with the same gradients
-        self._loss_scale = LossScale()
-        self._own_attributes: dict[str, Tensor] = {}
         self._canary = other_clips.Canary(next((p for p in self.parameters if p.requires_grad), None))
-        self._hooks = hooks.Hooks(optimizer, self, self._begin, self._evaluate, self._fail, self._finish)
+        calls = self._begin, self._evaluate, self._fail, self._finish
+        if len(self.optimizers) == 1:
+            self._hooks = [hooks.Hooks(self.optimizers[0], self, *calls)]
+        else:
+            self._hooks = Turns(self.optimizers, self, *calls, lambda: self._staged is not None).hooks
+        self._first = self._hooks[0]  # of the optimizer that has decided on the step under way
 
     # ---- what is guarded ---------------------------------------------------------------------------------------
 
     @property
+    def optimizer(self) -> Optimizer:
+        """The torch optimizer; the first of several."""
+        return self.optimizers[0]
+
+    @property
     def names(self) -> tuple[str, ...]:
-        """Names of all parameters of the optimizer, in the order of ``report.selections``."""
+        """Names of all parameters of the optimizers, in the order of ``report.selections``."""
         return self._roster.names
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
-        """All parameters of the optimizer, in the order of ``names``."""
+        """All parameters of the optimizers, in the order of ``names``."""
         return self._roster.parameters
 
     @property
@@ -132,7 +140,8 @@ class Guard:
 
     def __repr__(self) -> str:
         """What is guarded by what, and what is excluded."""
-        head = f"Guard({type(self.optimizer).__name__}, step {self._step}, nonfinite={self.nonfinite!r})"
+        kinds = " + ".join(type(optimizer).__name__ for optimizer in self.optimizers)
+        head = f"Guard({kinds}, step {self._step}, nonfinite={self.nonfinite!r})"
         return "\n".join([head, *self._roster.lines()])
 
     # ---- one step ----------------------------------------------------------------------------------------------
@@ -151,7 +160,8 @@ class Guard:
         """What `log` was told for the coming step; what is taken out of it counts as never told."""
         return self._scalars
 
-    def _begin(self) -> None:
+    def _begin(self, first: int = 0) -> None:
+        self._first = self._hooks[first]
         self._is_again = self._left is not None and self._is_called_again(self._left)
         if not self._is_again:
             self._staged = None
@@ -163,8 +173,6 @@ class Guard:
         self.connect()
         if self._buffers.kept:
             self._buffers.look(self.parameters)
-        self._loss_scale = take_loss_scale(self.optimizer, self._own_attributes)
-        self._own_attributes = {}
 
     def _evaluate(self) -> bool:
         """From the gradients to the optimizer's own step: read, exchange, decide, judge, apply, and note the row.
@@ -174,7 +182,7 @@ class Guard:
         roster = self._roster
         if self._is_again:
             return True
-        if hooks.only_creates_state(self.optimizer, roster.parameters, alone=roster.exchange is None):
+        if hooks.only_creates_state(self._first.optimizer, roster.parameters, alone=roster.exchange is None):
             return True
         with torch.no_grad():
             try:
@@ -187,7 +195,7 @@ class Guard:
                 roster,
                 found,
                 window=self.window,
-                loss_scale=self._loss_scale,
+                loss_scale=self._first.loss_scale,
                 step=self._step + 1,
                 loss=self._scalars.get("loss"),
             )
@@ -201,7 +209,7 @@ class Guard:
                 commit: Tensor | bool = self._abandon(row, SkipReason.NO_GRADIENT)
             elif isinstance(may_step, Tensor) and self._can_skip_on_device():
                 self._carry_out(row)
-                self._set_attribute("found_inf", (~may_step).float())
+                self._first.give("found_inf", (~may_step).float())
                 row.stepped_or_pending, commit = may_step, finite
             elif may_step:
                 self._carry_out(row)
@@ -226,25 +234,26 @@ class Guard:
 
     def _can_skip_on_device(self) -> bool:
         """Whether the optimizer's kernel may be left to skip by itself, so that the host need not know."""
-        return self.nonfinite == "skip" and can_skip_on_device(
-            self.optimizer, self.device, self._roster.parameters
+        return (
+            self.nonfinite == "skip"
+            and len(self.optimizers) == 1
+            and can_skip_on_device(self.optimizer, self.device, self._roster.parameters)
         )
 
     def _carry_out(self, row: StepReport) -> None:
-        folded = carry_out(self.optimizer, self._roster, row.selections, row.prescale, self._folding)
+        alone = self.optimizer if len(self.optimizers) == 1 else None
+        folded = carry_out(alone, self._roster, row.selections, row.prescale, self._folding)
         if folded is not None:
-            self._set_attribute("grad_scale", folded)
-
-    def _set_attribute(self, name: str, value: Tensor) -> None:
-        """Set what a fused kernel reads, and remember it: a step that raises leaves it behind."""
-        set_attribute(self.optimizer, name, value)
-        self._own_attributes[name] = value
+            self._first.give("grad_scale", folded)
 
     def _is_overflow(self, found_inf: Tensor | None) -> bool:
         """Whether the loss scaler saw an inf, and lowering its scale may help."""
-        if not self._loss_scale.present or found_inf is None or not bool(found_inf > 0):
+        loss_scale = self._first.loss_scale
+        # The scaler looks at the other optimizers' gradients when they step.
+        knows = len(self.optimizers) == 1
+        if not loss_scale.present or (knows and (found_inf is None or not bool(found_inf > 0))):
             return False
-        scaler, scale = stack.scaler(), self._loss_scale.scale
+        scaler, scale = stack.scaler(), loss_scale.scale
         if scaler is not None:
             return self._skips.expects_overflow(scaler.get_scale())
         return self._skips.expects_overflow(None if scale is None else float(scale))
@@ -284,7 +293,7 @@ class Guard:
 
     def _fail(self) -> None:
         """The optimizer's own step has raised; what is applied to gradients by then is applied no second time."""
-        if self._staged is not None and "grad_scale" not in self._own_attributes:
+        if self._staged is not None and "grad_scale" not in self._first.own:
             self._left = [None if p.grad is None else Seen(p.grad) for p in self.parameters]
 
     def _is_called_again(self, left: list[Seen | None]) -> bool:
@@ -296,9 +305,7 @@ class Guard:
         )
 
     def _finish(self) -> None:
-        """After the optimizer's step: commit, leave no attribute behind, tell the recorders."""
-        put_back(self.optimizer, self._loss_scale)
-        self._own_attributes = {}
+        """After the optimizer's step, or the last one's: commit, and tell the recorders."""
         if self._staged is None:
             return
         was_skipped = self._step > 0 and self.report.stepped_or_pending is False
@@ -309,7 +316,7 @@ class Guard:
         if was_skipped or stepped is False:
             other_clips.tell_accelerate(stepped=stepped is not False)
         if isinstance(stepped, Tensor):
-            self._skips.watch(self.report, stepped, self._loss_scale)
+            self._skips.watch(self.report, stepped, self._first.loss_scale)
         elif stepped and is_sound:
             self._skips.made()
         if self._buffers.kept and not isinstance(stepped, Tensor):
@@ -326,7 +333,8 @@ class Guard:
 
     def detach(self) -> None:
         """Take the guard off the optimizer, leaving no hook and no attribute, and close the recorders."""
-        self._hooks.remove()
+        for hooked in self._hooks:
+            hooked.remove()
         self._canary.remove()
         for recorder in self.recorders:
             recorder.close()

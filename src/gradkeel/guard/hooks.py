@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from gradkeel.errors import AttachError, RecordWarning, UnguardedCopyWarning
 from gradkeel.guard import gate, stack
 from gradkeel.guard.closure import AbandonedStepError, Closure
+from gradkeel.guard.prescale import LossScale, put_back, set_attribute, take_loss_scale
 from gradkeel.guard.report import Recorder, StepReport
 from gradkeel.tensors import entries_to_read
 
@@ -67,6 +68,10 @@ class Hooks:
             returns whether the step is to be made. Where it is not, the optimizer's own step is not run.
         fail: called where the optimizer's own step raises.
         finish: called after the step.
+
+    Attributes:
+        loss_scale: what a GradScaler set on the optimizer for the step under way.
+        own: the attributes that gradkeel itself has set for the optimizer's kernel; a step that raises leaves them.
     """
 
     def __init__(
@@ -78,7 +83,7 @@ class Hooks:
         fail: Callable[[], None],
         finish: Callable[[], None],
     ) -> None:
-        self._optimizer = optimizer
+        self.optimizer = optimizer
         self._begin = begin
         self._evaluate = evaluate
         self._fail = fail
@@ -86,6 +91,8 @@ class Hooks:
         self._is_inside = False  # of a step; stays True after one that raised
         self._has_nested = False
         self._is_made = True
+        self.loss_scale = LossScale()
+        self.own: dict[str, Tensor] = {}
         self._closure: Closure | None = None
         self._moves: bool | None = (
             None  # parameters, before an evaluation of the closure; None while not known
@@ -109,13 +116,13 @@ class Hooks:
         """Leave no hook and no attribute behind."""
         for handle in self._handles:
             handle.remove()
-        gate.remove(self._optimizer)
+        gate.remove(self.optimizer)
         for name in (MARK, "__getstate__", *self._refusing):
-            vars(self._optimizer).pop(name, None)
+            vars(self.optimizer).pop(name, None)
         if self._kept_flag is None:
-            vars(self._optimizer).pop(_AMP_FLAG, None)
+            vars(self.optimizer).pop(_AMP_FLAG, None)
         else:
-            setattr(self._optimizer, _AMP_FLAG, self._kept_flag)
+            setattr(self.optimizer, _AMP_FLAG, self._kept_flag)
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch._C._current_graph_task_id() != -1:
@@ -128,6 +135,7 @@ class Hooks:
             return None
         self._is_inside = self._is_made = True
         self._begin()
+        self.loss_scale, self.own = take_loss_scale(optimizer, self.own), {}
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._is_made = self._evaluate()
@@ -136,6 +144,11 @@ class Hooks:
         if len(args) > 1:
             return (args[0], self._closure, *args[2:]), kwargs
         return args, {**kwargs, "closure": self._closure}
+
+    def give(self, name: str, value: Tensor) -> None:
+        """Set what the optimizer's fused kernel reads."""
+        set_attribute(self.optimizer, name, value)
+        self.own[name] = value
 
     def run(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the optimizer's own step, between the hooks, unless it is to be skipped."""
@@ -166,12 +179,14 @@ class Hooks:
         if self._has_nested and _is_called_by_own_step(optimizer):
             return
         self._is_inside = self._has_nested = False
+        put_back(optimizer, self.loss_scale)
+        self.own = {}
         self._finish()
 
     def _inside_of_steps(self, name: str) -> Callable[..., Any]:
         """The half of a step that this name stands for, refused where no ``optimizer.step()`` is under way."""
-        half = getattr(self._optimizer, name)
-        kind = type(self._optimizer).__name__
+        half = getattr(self.optimizer, name)
+        kind = type(self.optimizer).__name__
 
         @functools.wraps(half)
         def refusing(*args: Any, **kwargs: Any) -> Any:
@@ -191,7 +206,7 @@ class Hooks:
             UnguardedCopyWarning,
             stacklevel=3,
         )
-        return type(self._optimizer).__getstate__(self._optimizer)
+        return type(self.optimizer).__getstate__(self.optimizer)
 
 
 def _is_called_by_own_step(optimizer: Optimizer) -> bool:

@@ -162,13 +162,16 @@ def _both(one: Tensor | bool, other: Tensor | bool) -> Tensor | bool:
 
 
 def carry_out(
-    optimizer: Optimizer,
+    optimizer: Optimizer | None,
     roster: Roster,
     reports: Sequence[SelectionReport],
     prescale: Tensor | float,
     folding: Folding,
 ) -> Tensor | None:
-    """Apply the decisions; returns the scale where one was folded into the optimizer's kernel, to be set on it."""
+    """Apply the decisions; returns the scale where one was folded into the optimizer's kernel, to be set on it.
+
+    Nothing is folded where ``optimizer`` is None.
+    """
     for i in roster.here:
         part, report = roster.parts[i], reports[i]
         parameters, decision, measured = part.selection.parameters, report.decision, report.measured
@@ -180,7 +183,7 @@ def carry_out(
             if isinstance(factor, float) and factor == 1.0:
                 continue
             is_one = len(roster.here) == 1 and (isinstance(factor, float) or factor.dim() == 0)
-            if is_one and can_fold(optimizer, parameters) and folding.pays(factor):
+            if is_one and optimizer is not None and can_fold(optimizer, parameters) and folding.pays(factor):
                 return kernel_scale(factor, roster.device)
             scale(parameters, factor)
             continue
