@@ -2,13 +2,14 @@
 
 import functools
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from gradkeel.errors import AttachError, RecordWarning, UnguardedCopyWarning
 from gradkeel.guard import gate, stack
@@ -25,12 +26,13 @@ def unwrap(optimizer: Any) -> Optimizer:
     """The optimizer to be guarded: itself, or the one inside a wrapper such as Accelerate's or Lightning's.
 
     A wrapper with step hooks of its own is an optimizer that changes gradients or parameters itself, as Lookahead
-    does, and is guarded as a whole.
+    does, and is guarded as a whole; one that has a state of its own, but no hooks, cannot be.
     """
     outer = optimizer
     while not (isinstance(optimizer, Optimizer) and gate.has_hooks(optimizer)):
         inner = getattr(optimizer, "optimizer", None)
-        if not isinstance(inner, Optimizer):
+        own = vars(optimizer).get("state") if hasattr(optimizer, "__dict__") else None
+        if not isinstance(inner, Optimizer) or (own is not None and own is not getattr(inner, "state", None)):
             raise _no_optimizer(outer)
         optimizer = inner
     return optimizer
@@ -39,7 +41,11 @@ def unwrap(optimizer: Any) -> Optimizer:
 def _no_optimizer(outer: Any) -> Exception:
     own = vars(outer) if hasattr(outer, "__dict__") else {}
     inner = next((name for name, value in own.items() if isinstance(value, Optimizer)), None)
-    fix = "" if inner is None else f"; attach to its .{inner}, if that is what steps"
+    fix = (
+        ""
+        if inner is None
+        else f"; attach to its .{inner}, which guards all but what the wrapper itself does in a step"
+    )
     words = f"attach(optimizer={type(outer).__name__}): "
     if isinstance(outer, Optimizer):
         return AttachError(
@@ -94,9 +100,10 @@ class Hooks:
         self.loss_scale = LossScale()
         self.own: dict[str, Tensor] = {}
         self._closure: Closure | None = None
-        self._moves: bool | None = (
-            None  # parameters, before an evaluation of the closure; None while not known
-        )
+        # Before how many steps by closure parameters and state are copied, until it is known that they need not be.
+        # Torch's optimizers evaluate before they move, all but LBFGS.
+        is_known = type(optimizer).__module__.startswith("torch.optim") and not isinstance(optimizer, LBFGS)
+        self._copies = 0.0 if is_known else 10.0
         gate.close(optimizer, self)
         self._kept_flag = vars(optimizer).get(_AMP_FLAG)
         self._handles = [
@@ -140,7 +147,7 @@ class Hooks:
         if closure is None:
             self._is_made = self._evaluate()
             return None
-        self._closure = Closure(optimizer, closure, self._evaluate, moves=self._moves)
+        self._closure = Closure(optimizer, closure, self._evaluate, copies=self._copies > 0)
         if len(args) > 1:
             return (args[0], self._closure, *args[2:]), kwargs
         return args, {**kwargs, "closure": self._closure}
@@ -159,8 +166,8 @@ class Hooks:
         closure = self._closure
         try:
             result = own(*args, **kwargs)
-            if closure is not None:
-                closure.ended()
+            if closure is not None and closure.moves_last():
+                self._copies -= 1
         except AbandonedStepError:
             assert closure is not None
             result = closure.loss
@@ -171,7 +178,9 @@ class Hooks:
             raise
         finally:
             if closure is not None:
-                self._closure, self._moves = None, closure.moves
+                self._closure = None
+                if closure.has_moved:
+                    self._copies = math.inf
                 closure.put_back()
         return result
 

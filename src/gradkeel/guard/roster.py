@@ -89,6 +89,8 @@ class Roster:
     ) -> None:
         self.model = model
         self._optimizers = optimizers
+        # Some optimizers have a setting "clip" of their own.
+        self._own_clip = ["clip" in getattr(optimizer, "defaults", ()) for optimizer in optimizers]
         self._policy = policy
         self._exclude = tuple(exclude)
         self._sharing = sharing
@@ -100,9 +102,13 @@ class Roster:
         self.read(None)
 
     def _groups(self) -> Groups:
-        if len(self._optimizers) == 1:
+        if len(self._optimizers) == 1 and not self._own_clip[0]:
             return self._optimizers[0].param_groups
-        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        return [
+            {key: value for key, value in group.items() if key != "clip"} if is_own else group
+            for optimizer, is_own in zip(self._optimizers, self._own_clip, strict=True)
+            for group in optimizer.param_groups
+        ]
 
     def is_current(self, window: Window | None) -> bool:
         """Whether neither the optimizer's groups nor the ranks of the window have changed."""
