@@ -10,6 +10,7 @@
 PYTHON  ?= python3
 VENV    ?= .venv
 PEERS   ?= .venv-peers
+OUTSIDE ?= .venv-optimizers
 WORKERS ?= 2
 TRITON  ?= 3.9.0
 TORCH   ?= 2.6.0
@@ -48,11 +49,16 @@ test: $(VENV)/dev.stamp ## the tests
 
 .PHONY: test-full
 test-full: $(VENV)/dev.stamp ## the tests, those that take minutes included
-	$(pytest) -m "not peers" --hypothesis-profile=full $(ARGS)
+	$(pytest) -m "not peers and not optimizers" --hypothesis-profile=full $(ARGS)
 
 .PHONY: test-peers
 test-peers: $(PEERS)/peers.stamp ## the same gradients through optax, Keras and Paddle, in an environment of their own
 	$(PEERS)/bin/python -m pytest -m peers tests/peers $(ARGS)
+
+.PHONY: test-optimizers
+test-optimizers: $(OUTSIDE)/optimizers.stamp ## 180 optimizers of a dozen packages under the guard; ARGS=--write writes docs/optimizers.md first
+	$(if $(findstring --write,$(ARGS)),$(OUTSIDE)/bin/python -m benchmarks.optimizers --write)
+	$(OUTSIDE)/bin/python -m pytest -m optimizers tests/peers/test_optimizers.py $(filter-out --write,$(ARGS))
 
 .PHONY: test-triton
 test-triton: $(VENV)/triton-$(TRITON).stamp ## the GPU kernels, in Triton's interpreter; needs no GPU, but 1 GB for Triton
@@ -86,7 +92,7 @@ sanitize: ## the native kernels on random tensors under the address, undefined-b
 
 .PHONY: clean
 clean: ## remove the environments, caches and builds
-	rm -rf $(VENV) $(PEERS) .venv-torch-* build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) $(OUTSIDE) .venv-torch-* build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # -- environments ------------------------------------------------------------------------------------------
@@ -99,7 +105,7 @@ define new-venv
 	$(PYTHON) -m venv $(@D)/..
 endef
 
-$(VENV)/bin/python $(PEERS)/bin/python $(other)/bin/python:
+$(VENV)/bin/python $(PEERS)/bin/python $(OUTSIDE)/bin/python $(other)/bin/python:
 	$(new-venv)
 
 # numpy: torch warns on import without it.
@@ -130,4 +136,14 @@ $(VENV)/mutants.stamp: constraints-mutants.txt $(VENV)/dev.stamp
 $(PEERS)/peers.stamp: pyproject.toml constraints.txt constraints-peers.txt $(native) | $(PEERS)/bin/python
 	$(PEERS)/bin/python -m pip install --quiet -c constraints.txt -c constraints-peers.txt -e . \
 	    accelerate hypothesis matplotlib numpy pytest pytest-timeout jax keras optax paddlepaddle
+	touch $@
+
+# einops is what adam-atan2-pytorch imports; colorama and tabulate, adabelief-pytorch. The others ask for torchvision or
+# less than they need, so that each is named here.
+outside := pytorch_optimizer torch-optimizer pytorch_ranger schedulefree dadaptation torch-optimi adam-atan2-pytorch \
+    lion-pytorch prodigyopt adabelief-pytorch adan-pytorch came-pytorch einops colorama tabulate
+
+$(OUTSIDE)/optimizers.stamp: pyproject.toml constraints.txt constraints-optimizers.txt $(native) | $(OUTSIDE)/bin/python
+	$(OUTSIDE)/bin/python -m pip install --quiet -c constraints.txt -e . hypothesis numpy pytest pytest-timeout transformers
+	$(OUTSIDE)/bin/python -m pip install --quiet --no-deps -c constraints.txt -c constraints-optimizers.txt $(outside)
 	touch $@

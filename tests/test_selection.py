@@ -443,3 +443,20 @@ def test_a_tied_parameter_is_one_parameter(model):
     model.embed.weight = model.head.weight
     guard = gk.attach(torch.optim.SGD(model.parameters(), lr=0.1), None, model=model)
     assert guard.names == ("embed.weight", "norm.weight", "norm.bias", "head.bias")
+
+
+def test_a_setting_of_the_optimizers_own_that_is_called_clip_is_none_of_ours():
+    class Clipping(torch.optim.SGD):
+        def __init__(self, parameters, lr=0.1, clip=1.0):
+            super().__init__(parameters, lr)
+            self.defaults["clip"] = clip
+            for group in self.param_groups:
+                group["clip"] = clip
+
+    optimizer = Clipping([torch.nn.Parameter(torch.ones(2))])
+    guard = gk.attach(optimizer, "norm:0.5")
+    optimizer.param_groups[0]["params"][0].grad = torch.tensor([3.0, 4.0])
+    optimizer.step()
+    assert guard.report.selections[0].norm == 5.0
+    assert guard.report.clipped
+    assert optimizer.param_groups[0]["clip"] == 1.0

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ RECORD_VARIABLE = "GRADKEEL_RECORD"
 
 
 def attach(
-    optimizer: Optimizer,
+    optimizer: Optimizer | Sequence[Optimizer],
     policy: Policy | str | None,
     *,
     model: nn.Module | None = None,
@@ -41,8 +41,10 @@ def attach(
     GradScaler, Lightning, the HF Trainer and Accelerate included.
 
     Args:
-        optimizer: any ``torch.optim.Optimizer``, or Accelerate's or Lightning's wrapper of one. A parameter group's
-            key ``"clip"`` overrides the policy for the group: another policy, a spec string, or None.
+        optimizer: any ``torch.optim.Optimizer``, or Accelerate's or Lightning's wrapper of one; or a list of several
+            that step on the gradients of one backward pass, such as Muon and AdamW: they have one norm, one verdict
+            and one record, each steps once a round, and the first to step decides. A parameter group's key
+            ``"clip"`` overrides the policy for the group: another policy, a spec string, or None.
         policy: what to do to large gradients; a spec string such as ``"global-norm:1.0"`` is read with
             ``gradkeel.policies.spec.parse``; None measures and reports only.
         model: gives the parameters the names of ``model.named_parameters()``. Not needed where the optimizer was
@@ -81,8 +83,8 @@ def attach(
     Example:
         >>> guard = gk.attach(optimizer, gk.ClipByGlobalNorm(1.0), model=model)
     """
-    inner = unwrap(optimizer)
-    _check(inner, nonfinite, max_consecutive_skips)
+    optimizers = [unwrap(one) for one in (optimizer if isinstance(optimizer, list | tuple) else [optimizer])]
+    _check(optimizers, nonfinite, max_consecutive_skips)
     if isinstance(policy, str):
         spec = parse(policy)
         if spec.exclude and exclude is not None:
@@ -104,9 +106,9 @@ def attach(
     elif isinstance(exclude, str | nn.Module | Tensor) or callable(exclude):
         exclude = (exclude,)
     if model is not None:
-        _warn_of_strangers(inner, model)
+        _warn_of_strangers(optimizers, model)
     guard = Guard(
-        inner,
+        optimizers,
         policy,
         model=model,
         exclude=exclude,
@@ -147,8 +149,10 @@ def _record(guard: Guard, record: Recorder | str | os.PathLike[str]) -> None:
     guard.recorders.append(recorder)
 
 
-def _check(optimizer: Optimizer, nonfinite: str, max_consecutive_skips: int) -> None:
-    if hasattr(optimizer, MARK):
+def _check(optimizers: Sequence[Optimizer], nonfinite: str, max_consecutive_skips: int) -> None:
+    if not optimizers:
+        raise ValueError("attach(optimizer=[]): give at least one optimizer")
+    if any(hasattr(optimizer, MARK) for optimizer in optimizers):
         raise AttachError(
             "attach(optimizer=...): this optimizer is guarded already; call detach() on its guard first, or give "
             "parameter groups their own policy with the key 'clip'"
@@ -161,18 +165,26 @@ def _check(optimizer: Optimizer, nonfinite: str, max_consecutive_skips: int) -> 
         )
     if max_consecutive_skips < 1:
         raise ValueError(f"attach(max_consecutive_skips={max_consecutive_skips!r}): must be at least 1")
-    if any(
-        hasattr(p, "_in_backward_optimizers") for group in optimizer.param_groups for p in group["params"]
-    ):
+    owners = [{id(p) for group in one.param_groups for p in group["params"]} for one in optimizers]
+    if len(set().union(*owners)) < sum(map(len, owners)):
+        raise AttachError(
+            "attach(optimizer=[...]): some parameter is in more than one of the optimizers, or an optimizer is given "
+            "twice; each parameter must be stepped by one"
+        )
+    if any(hasattr(p, "_in_backward_optimizers") for p in _parameters(optimizers)):
         raise AttachError(
             "attach(optimizer=...): its parameters are stepped inside backward() (optimizer-in-backward), where no "
             "whole gradient ever exists to be measured; build the optimizer without it"
         )
 
 
-def _warn_of_strangers(optimizer: Optimizer, model: nn.Module) -> None:
+def _parameters(optimizers: Sequence[Optimizer]) -> list[Tensor]:
+    return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+
+
+def _warn_of_strangers(optimizers: Sequence[Optimizer], model: nn.Module) -> None:
     known = {id(parameter) for parameter in model.parameters()}
-    strangers = sum(id(p) not in known for group in optimizer.param_groups for p in group["params"])
+    strangers = sum(id(p) not in known for p in _parameters(optimizers))
     if strangers:
         warnings.warn(
             f"{strangers} of the optimizer's parameters are not in model; if the model was sharded or changed after "

@@ -62,8 +62,10 @@ def clip_grad_norm_(
         if entry is None:
             return _clipped(checked, bound, float(norm_type), error_if_nonfinite)
         if entry.captured is None and not (entry.is_rehearsed and _capture(entry, checked, float(norm_type))):
-            with entry.rehearsal():
-                return _clipped(checked, bound, float(norm_type), error_if_nonfinite)
+            with entry.slots.active():
+                total = _clipped(checked, bound, float(norm_type), error_if_nonfinite)
+            entry.is_rehearsed = not entry.slots.missed
+            return total
         assert entry.captured is not None, "it was captured now, or before"
         return entry.captured.replay(checked, bound)
 

@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from gradkeel.errors import SelectionError
 from gradkeel.policies import Policy, parse
@@ -17,6 +16,9 @@ Exclude = str | nn.Module | Tensor | Callable[[str, Tensor], bool]
 """A name pattern (``*.bias``), a module, a parameter, or a predicate of name and parameter."""
 
 MAIN, EXCLUDED = "main", "excluded"
+
+Groups = Sequence[dict[str, Any]]
+"""Parameter groups as an optimizer holds them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +58,7 @@ class Selection:
         return counts, tuple(size // max(1, count) for size, count in zip(self.sizes, counts, strict=True))
 
 
-def name_parameters(optimizer: Optimizer, model: nn.Module | None) -> dict[int, str]:
+def name_parameters(groups: Groups, model: nn.Module | None) -> dict[int, str]:
     """Name of each of the optimizer's parameters, by ``id``.
 
     From the optimizer's own ``param_names`` where it was built from named parameters, else from ``model``, else its
@@ -65,7 +67,7 @@ def name_parameters(optimizer: Optimizer, model: nn.Module | None) -> dict[int, 
     known = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
     names: dict[int, str] = {}
     position = 0
-    for group in optimizer.param_groups:
+    for group in groups:
         own = group.get("param_names") or [None] * len(group["params"])
         for parameter, own_name in zip(group["params"], own, strict=True):
             names.setdefault(id(parameter), own_name or known.get(id(parameter)) or str(position))
@@ -74,7 +76,7 @@ def name_parameters(optimizer: Optimizer, model: nn.Module | None) -> dict[int, 
 
 
 def select(
-    optimizer: Optimizer,
+    groups: Groups,
     names: Mapping[int, str],
     exclude: Iterable[Exclude] = (),
     model: nn.Module | None = None,
@@ -84,7 +86,8 @@ def select(
     The main and the excluded selection are always there, empty or not.
 
     Args:
-        optimizer: a parameter group's key ``"clip"`` takes the group out of the main selection: None excludes it.
+        groups: the optimizer's. A parameter group's key ``"clip"`` takes the group out of the main
+            selection: None excludes it.
         names: see `name_parameters`.
         exclude: what the main policy leaves alone; see `Exclude`.
         model: tells names of parameters that are not in the optimizer, which a pattern may match without error.
@@ -92,12 +95,12 @@ def select(
     Raises:
         SelectionError: for an entry that selects nothing, listing near names.
     """
-    entries = _entries(optimizer)
+    entries = _entries(groups)
     left_out = _excluded(entries, names, tuple(exclude), model)
     chosen: dict[str, list[tuple[Tensor, int]]] = {MAIN: []}
     excluded: list[tuple[Tensor, int]] = []
     for parameter, index in entries:
-        group = optimizer.param_groups[index]
+        group = groups[index]
         if id(parameter) in left_out or ("clip" in group and group["clip"] is None):
             excluded.append((parameter, index))
         else:
@@ -114,10 +117,10 @@ def select(
     )
 
 
-def _entries(optimizer: Optimizer) -> list[tuple[Tensor, int]]:
+def _entries(groups: Groups) -> list[tuple[Tensor, int]]:
     """Each parameter once, with the index of its group; a tied parameter is one parameter."""
     seen: dict[int, tuple[Tensor, int]] = {}
-    for index, group in enumerate(optimizer.param_groups):
+    for index, group in enumerate(groups):
         for parameter in group["params"]:
             seen.setdefault(id(parameter), (parameter, index))
     return list(seen.values())
@@ -198,13 +201,13 @@ def group_policy(group: dict[str, Any], index: int) -> Policy | None:
     )
 
 
-def restore_clips(optimizer: Optimizer, before: Iterable[tuple[int, Any]]) -> None:
+def restore_clips(groups: Groups, before: Iterable[tuple[int, Any]]) -> None:
     """Give groups back the ``"clip"`` that loading a checkpoint without one took away; ``before``: their signature."""
-    for group, (_, clip) in zip(optimizer.param_groups, before, strict=False):
+    for group, (_, clip) in zip(groups, before, strict=False):
         if clip != MAIN:
             group.setdefault("clip", clip)
 
 
-def signature(optimizer: Optimizer) -> tuple[tuple[int, Any], ...]:
+def signature(groups: Groups) -> tuple[tuple[int, Any], ...]:
     """What must stay the same for a selection to stay valid; cheap enough to compare at each step."""
-    return tuple((len(group["params"]), group.get("clip", MAIN)) for group in optimizer.param_groups)
+    return tuple((len(group["params"]), group.get("clip", MAIN)) for group in groups)

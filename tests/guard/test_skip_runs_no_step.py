@@ -193,7 +193,7 @@ def test_an_optimizer_that_moves_for_the_first_time_late_is_not_passed_off_as_un
 
         def step(self, closure=None):
             self.calls += 1
-            if self.calls < 3:
+            if self.calls < 12:
                 with torch.enable_grad():
                     loss = closure()
                 self.base.step()
@@ -209,7 +209,7 @@ def test_an_optimizer_that_moves_for_the_first_time_late_is_not_passed_off_as_un
     model = problem()
     optimizer = Rarely(model.parameters())
     gk.attach(optimizer, gk.ClipByGlobalNorm(1.0), model=model)
-    for step in range(2):
+    for step in range(11):
         optimizer.step(closure_of(model, optimizer, step))
     with pytest.raises(gk.NonFiniteGradientError, match="had moved parameters before the closure"):
         optimizer.step(closure_of(model, optimizer, 2, spoiled_at=0))
@@ -541,3 +541,15 @@ def test_buffers_that_are_not_put_back_are_named():
     model(torch.full((5, 3), math.nan)).square().mean().backward()
     with pytest.warns(gk.SkippedStepWarning, match=r"buffers '1.running_mean' and '1.running_var' .* NaN"):
         optimizer.step()
+
+
+def test_a_wrapper_with_a_state_of_its_own_and_no_hooks_is_refused():
+    class Bare(Lookahead):
+        def __init__(self, optimizer):
+            self.optimizer, self.state = optimizer, {}
+            self.param_groups = optimizer.param_groups
+
+    inner = SGD(problem().parameters(), lr=0.1)
+    with pytest.raises(gk.AttachError, match=r"attach\(optimizer=Bare\).*attach to its .optimizer"):
+        gk.attach(Bare(inner), None)
+    gk.attach(inner, None)

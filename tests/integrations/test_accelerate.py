@@ -106,3 +106,39 @@ def test_an_overflow_of_the_loss_scale_is_a_skip_to_accelerate(accelerator, fuse
         said.append((optimizer.step_was_skipped, guard.report.stepped))
         optimizer.zero_grad()
     assert said == [(False, True), (True, False), (False, True), (False, True)]
+
+
+@pytest.mark.filterwarnings("ignore::gradkeel.errors.SkippedStepWarning")
+@pytest.mark.parametrize("setting", ["accelerator", "accumulating"])
+@pytest.mark.parametrize("spoil_at", [None, 3])
+def test_several_optimizers_under_one_guard(setting, spoil_at, request):
+    accelerator = request.getfixturevalue(setting)
+    results = []
+    for guarded in (True, False):
+        model, _, data = parts()
+        pair = [
+            torch.optim.SGD(model[0].parameters(), lr=0.1),
+            torch.optim.AdamW(model[2].parameters(), lr=0.01),
+        ]
+        model, *pair = accelerator.prepare(model, *pair)
+        guard = gk.attach(pair, gk.ClipByGlobalNorm(BOUND, eps=1e-6), model=model) if guarded else None
+        skipped = []
+        for step, batch in enumerate(data):
+            with accelerator.accumulate(model):
+                spoiled = math.nan if step == spoil_at else 1.0
+                accelerator.backward(model(batch).square().mean() * spoiled)
+                is_skipped = False
+                if not guarded and accelerator.sync_gradients:
+                    is_skipped = not accelerator.clip_grad_norm_(model.parameters(), BOUND).isfinite()
+                for optimizer in () if is_skipped else pair:
+                    optimizer.step()
+                if accelerator.sync_gradients:
+                    skipped.append([optimizer.step_was_skipped for optimizer in pair])
+                for optimizer in pair:
+                    optimizer.zero_grad()
+        if guarded:
+            assert guard.step == (6 if setting == "accelerator" else 3)
+            assert [all(one) for one in skipped if any(one)] == [True] * (spoil_at is not None)
+        results.append(list(model.parameters()))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

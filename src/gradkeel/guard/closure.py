@@ -23,12 +23,12 @@ class Closure:
         optimizer: whose step it is.
         closure: the user's.
         evaluate: looks at the gradients; returns whether the step is to be made.
-        moves: whether the optimizer is known to change parameters before an evaluation; None where it is not known,
-            and True where it is: parameters and state are copied then.
+        copies: whether parameters and state are copied first, because the optimizer changes them before an
+            evaluation, or may.
 
     Attributes:
         loss: what the first evaluation gave, which is what optimizers return.
-        moves: as above, with what this step has shown.
+        has_moved: whether parameters were changed before an evaluation.
     """
 
     def __init__(
@@ -37,29 +37,26 @@ class Closure:
         closure: Callable[[], Any],
         evaluate: Callable[[], bool],
         *,
-        moves: bool | None,
+        copies: bool,
     ) -> None:
         self.loss: Any = None
-        self.moves = moves
+        self.has_moved = False
         self._optimizer = optimizer
         self._closure = closure
         self._evaluate = evaluate
+        self._copies = copies
         self._evaluations = 0
         self._is_refused = False
-        self._is_lost = False
-        self._snapshot = Snapshot(optimizer, values=moves is not False)
-        self._versions = self._seen() if moves is False else None
+        self._snapshot = Snapshot(optimizer, values=copies)
+        self._versions = self._seen()
 
     def _seen(self) -> list[int]:
         return [p._version for group in self._optimizer.param_groups for p in group["params"]]
 
     def __call__(self) -> Any:
         """Evaluate, look, and leave the optimizer's step at once where it is not to be made."""
-        if self._versions is not None:
-            self._is_lost = self._seen() != self._versions
-            self.moves = self._is_lost
-        elif self.moves is None and self._snapshot.has_moved():
-            self.moves = True
+        if not self.has_moved:
+            self.has_moved = self._snapshot.has_moved() if self._copies else self._seen() != self._versions
         loss = self._closure()
         if not self._evaluations:
             self.loss = loss
@@ -70,10 +67,9 @@ class Closure:
         self._is_refused = False
         return loss
 
-    def ended(self) -> None:
-        """The step was made: if it moved only after its one evaluation, nothing need be copied for the next."""
-        if self.moves is None and self._evaluations == 1 and self._snapshot.has_moved():
-            self.moves = False
+    def moves_last(self) -> bool:
+        """Whether the step that was made, with its copies, has moved only after its one evaluation."""
+        return self._copies and self._evaluations == 1 and not self.has_moved and self._snapshot.has_moved()
 
     def put_back(self) -> None:
         """Undo what the step has done, if it was the guard that ended it.
@@ -85,7 +81,7 @@ class Closure:
         if not self._is_refused:
             return
         self._snapshot.restore()
-        if self._is_lost:
+        if self.has_moved and not self._copies:
             raise NonFiniteGradientError(
                 f"{type(self._optimizer).__name__} had moved parameters before the closure was evaluated, which it had "
                 "not done in earlier steps, and the gradient there is one to skip: the parameters cannot be put back; "

@@ -1,7 +1,6 @@
 """The guard: holds what outlives a step, and runs the pipeline around one optimizer's step."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -11,30 +10,34 @@ from torch.optim import Optimizer
 from gradkeel.apply.fused import Folding, can_skip_on_device
 from gradkeel.apply.skip import Buffers, clear_gradients
 from gradkeel.errors import NonFiniteGradientError
-from gradkeel.guard import hooks, other_clips
+from gradkeel.guard import hooks, other_clips, stack
 from gradkeel.guard.checkpoint import check_state
-from gradkeel.guard.prescale import LossScale, prescale, put_back, set_attribute, take_loss_scale
-from gradkeel.guard.replay import Captured, Given, Replays
+from gradkeel.guard.prescale import prescale
+from gradkeel.guard.replay import Captured, Given, Replays, rehearsing
 from gradkeel.guard.report import Recorder, SkipReason, StepReport
 from gradkeel.guard.roster import Roster
 from gradkeel.guard.skips import SkipWatch
 from gradkeel.guard.step import carry_out, committed, decide_all, judge, measure_all
+from gradkeel.guard.turns import Turns
 from gradkeel.kernels.graph import Entry
 from gradkeel.measure import Readings
 from gradkeel.norms import Decision, State, Window
 from gradkeel.policies import Policy
 from gradkeel.ranks.declared import Sharing
 from gradkeel.selection import Exclude
+from gradkeel.tensors import Seen
 
 NonFinite = Literal["skip", "raise", "keep"]
+Staged = tuple[StepReport, dict[str, State], Tensor | bool]
+"""The row of a step under way, the policies' states after it, and whether its gradients are sound."""
 _VERSION = 1
 
 
 class Guard:
-    """Measures, clips and guards every step of one optimizer; made by `gradkeel.attach`.
+    """Measures, clips and guards every step of one optimizer, or of several as one; made by `gradkeel.attach`.
 
     Attributes:
-        optimizer: the torch optimizer.
+        optimizers: the torch optimizers.
         policy: the main policy, or None where gradients are only measured.
         nonfinite: what happens to a step with a NaN or inf gradient: "skip", "raise" or "keep".
         report: the last step's `StepReport`; before the first step one with ``step == 0``.
@@ -44,7 +47,7 @@ class Guard:
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizers: Sequence[Optimizer],
         policy: Policy | None,
         *,
         model: nn.Module | None,
@@ -54,7 +57,7 @@ class Guard:
         sharing: Sharing,
         summarize: Callable[["Guard"], str],
     ) -> None:
-        self.optimizer = optimizer
+        self.optimizers = tuple(optimizers)
         self.policy = policy
         self.nonfinite: NonFinite = nonfinite
         self.recorders: list[Recorder] = []
@@ -65,27 +68,37 @@ class Guard:
         self._step = 0
         self._folding = Folding()
         self._replays = Replays()
-        self._roster = Roster(optimizer, policy, model=model, exclude=exclude, sharing=sharing)
+        self._roster = Roster(self.optimizers, policy, model=model, exclude=exclude, sharing=sharing)
         self._buffers = Buffers(model, self.parameters)
         self._skips = SkipWatch(max_consecutive_skips, self._buffers.broken)
         nothing = tuple(part.report for part in self._roster.parts)
         self.report = StepReport(0, nothing, stepped_or_pending=False)
-        self._staged: tuple[StepReport, dict[str, State]] | None = None
-        self._loss_scale = LossScale()
-        self._own_attributes: dict[str, Tensor] = {}
+        self._staged: Staged | None = None
+        self._left: list[Seen | None] | None = None
+        self._is_again = False  # the step under way: it has raised before, with the same gradients
         self._canary = other_clips.Canary(next((p for p in self.parameters if p.requires_grad), None))
-        self._hooks = hooks.Hooks(optimizer, self, self._begin, self._evaluate, self._finish)
+        calls = self._begin, self._evaluate, self._fail, self._finish
+        if len(self.optimizers) == 1:
+            self._hooks = [hooks.Hooks(self.optimizers[0], self, *calls)]
+        else:
+            self._hooks = Turns(self.optimizers, self, *calls, lambda: self._staged is not None).hooks
+        self._first = self._hooks[0]  # of the optimizer that has decided on the step under way
 
     # ---- what is guarded ---------------------------------------------------------------------------------------
 
     @property
+    def optimizer(self) -> Optimizer:
+        """The torch optimizer; the first of several."""
+        return self.optimizers[0]
+
+    @property
     def names(self) -> tuple[str, ...]:
-        """Names of all parameters of the optimizer, in the order of ``report.selections``."""
+        """Names of all parameters of the optimizers, in the order of ``report.selections``."""
         return self._roster.names
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
-        """All parameters of the optimizer, in the order of ``names``."""
+        """All parameters of the optimizers, in the order of ``names``."""
         return self._roster.parameters
 
     @property
@@ -134,7 +147,8 @@ class Guard:
 
     def __repr__(self) -> str:
         """What is guarded by what, and what is excluded."""
-        head = f"Guard({type(self.optimizer).__name__}, step {self._step}, nonfinite={self.nonfinite!r})"
+        kinds = " + ".join(type(optimizer).__name__ for optimizer in self.optimizers)
+        head = f"Guard({kinds}, step {self._step}, nonfinite={self.nonfinite!r})"
         return "\n".join([head, *self._roster.lines()])
 
     # ---- one step ----------------------------------------------------------------------------------------------
@@ -153,8 +167,11 @@ class Guard:
         """What `log` was told for the coming step; what is taken out of it counts as never told."""
         return self._scalars
 
-    def _begin(self) -> None:
-        self._staged = None
+    def _begin(self, first: int = 0) -> None:
+        self._first = self._hooks[first]
+        self._is_again = self._left is not None and self._is_called_again(self._left)
+        if not self._is_again:
+            self._staged = None
         try:
             self._skips.look()
         except Exception:
@@ -163,106 +180,106 @@ class Guard:
         self.connect()
         if self._buffers.kept:
             self._buffers.look(self.parameters)
-        self._loss_scale = take_loss_scale(self.optimizer, self._own_attributes)
-        self._own_attributes = {}
 
     def _evaluate(self) -> bool:
         """From the gradients to the optimizer's own step: read, exchange, decide, judge, apply, and note the row.
 
         Returns whether the step is to be made, as far as the host knows.
         """
-        roster, scaled = self._roster, self._loss_scale.present
-        if hooks.only_creates_state(self.optimizer, roster.parameters, alone=roster.exchange is None):
+        roster = self._roster
+        if self._is_again:
+            return True
+        if hooks.only_creates_state(self._first.optimizer, roster.parameters, alone=roster.exchange is None):
             return True
         with torch.no_grad():
             try:
                 self._check()
-                # Under a loss scale an overflow is normal, and skipped whatever was asked for.
-                tolerant = self.nonfinite == "keep" and not scaled
-                given = self._given(tolerant=tolerant)
-                entry = None if given is None else self._replays.entry(roster, given)
-                captured = None
-                if entry is not None and given is not None:
-                    captured = self._replays.captured(entry, self.optimizer, roster, self._states, given)
-                found = [] if captured is not None else self._read(entry)
+                given = self._given()
+                entry, captured = None, None
+                if given is not None:
+                    entry, captured = self._replays.find(self._alone, roster, self._states, given)
+                with rehearsing(entry):
+                    found = [] if captured is not None else roster.readings()
             except Exception:
                 roster.fail()
                 raise
             if captured is not None and given is not None:
                 self._staged = self._replayed(captured, given)
             else:
-                self._staged = self._launched(found, entry, tolerant=tolerant)
+                self._staged = self._launched(found, entry)
         row = self._staged[0]
         hooks.tell(self.recorders, "before_step", row)
         return row.stepped_or_pending is not False
 
-    def _given(self, *, tolerant: bool) -> Given | None:
+    def _given(self) -> Given | None:
         """What this step is given besides its gradients; None where it is launched in any case."""
-        if self.device.type != "cuda" or self._roster.exchange is not None:
+        window, loss_scale = self.window, self._first.loss_scale
+        if self.device.type != "cuda" or (window is not None and window.is_empty() is not False):
             return None
-        window = self.window
-        if window is not None and window.is_empty() is not False:
-            return None
-        loss_scale = self._loss_scale
         factor = prescale(loss_scale, 1.0 if window is None else window.factor(), self.device)
+        tolerant = self._is_tolerant(loss_scale.found_inf)
         return Given(self._step + 1, factor, self._scalars.get("loss"), loss_scale.found_inf, tolerant)
 
-    def _read(self, entry: Entry[Captured] | None) -> list[Readings]:
-        with nullcontext() if entry is None else entry.slots.active():
-            return self._roster.readings()
-
-    def _launched(
-        self, found: Sequence[Readings], entry: Entry[Captured] | None, *, tolerant: bool
-    ) -> tuple[StepReport, dict[str, State]]:
-        """The row of this step, and the policies' states after it, from what was read; operation after operation."""
+    def _launched(self, found: Sequence[Readings], entry: Entry[Captured] | None) -> Staged:
+        """The row of this step from what was read, and the policies' states after it; operation after operation."""
         roster = self._roster
         measured = measure_all(
             roster,
             found,
             window=self.window,
-            loss_scale=self._loss_scale,
+            loss_scale=self._first.loss_scale,
             step=self._step + 1,
             loss=self._scalars.get("loss"),
         )
         self._scalars |= measured.agreed_scalars
         reports, after = decide_all(roster, measured, self._states)
         row = StepReport(self._step + 1, tuple(reports), measured.prescale, dict(self._scalars))
+        tolerant = self._is_tolerant(measured.found_inf)
         finite, may_step = judge(reports, measured.found_inf, self.window, tolerant=tolerant)
         if not measured.has_gradients:
             commit: Tensor | bool = self._abandon(row, SkipReason.NO_GRADIENT)
         elif isinstance(may_step, Tensor) and self._can_skip_on_device():
             self._carry_out(row, entry)
-            self._set_attribute("found_inf", (~may_step).float())
+            self._first.give("found_inf", (~may_step).float())
             row.stepped_or_pending, commit = may_step, finite
         elif may_step:
             self._carry_out(row, entry)
             commit = not tolerant or bool(finite)
         else:
-            why = self._reason_to_skip(is_finite=bool(finite), tolerant=tolerant)
+            why = self._why(measured.found_inf, is_finite=bool(finite), tolerant=tolerant)
             commit = self._abandon(row, why) and bool(finite)
-        return row, committed(roster.parts, reports, after, self._states, commit)
+        return row, committed(roster.parts, reports, after, self._states, commit), commit
 
-    def _replayed(self, captured: Captured, given: Given) -> tuple[StepReport, dict[str, State]]:
+    def _replayed(self, captured: Captured, given: Given) -> Staged:
         """The same by two graphs."""
         row = captured.replay(given, self._states)
         report = StepReport(given.step, row.reports, given.prescale, dict(self._scalars))
         if self._can_skip_on_device():
-            folds = captured.folds and self._folding.is_worth(self.device)
-            if folds and row.kernel_scale is not None:
-                self._set_attribute("grad_scale", row.kernel_scale)
+            if row.kernel_scale is not None and captured.folds and self._folding.is_worth(self.device):
+                self._first.give("grad_scale", row.kernel_scale)
             else:
                 captured.apply(row)
             if captured.folds:
                 self._folding.note(row.is_scaled)
-            self._set_attribute("found_inf", row.found_inf)
+            self._first.give("found_inf", row.found_inf)
             report.stepped_or_pending = row.may_step
-            return report, row.states
+            return report, row.states, row.may_step
         may_step, is_finite, is_scaled = row.flags()
         if not may_step:
-            self._abandon(report, self._reason_to_skip(is_finite=is_finite, tolerant=given.tolerant))
+            why = self._why(given.found_inf, is_finite=is_finite, tolerant=given.tolerant)
+            self._abandon(report, why)
         elif is_scaled:
             captured.apply(row)
-        return report, row.states
+        return report, row.states, is_finite
+
+    def _is_tolerant(self, found_inf: Tensor | None) -> bool:
+        """Whether a step may be made on non-finite gradients; an overflow of the loss scale is skipped in any case."""
+        return self.nonfinite == "keep" and not self._is_overflow(found_inf)
+
+    def _why(self, found_inf: Tensor | None, *, is_finite: bool, tolerant: bool) -> SkipReason:
+        if is_finite or tolerant:  # who tolerates would have made the step
+            return SkipReason.POLICY
+        return SkipReason.LOSS_SCALE if self._is_overflow(found_inf) else SkipReason.NONFINITE
 
     def _check(self) -> None:
         """Is this the moment to step, and does nobody else clip?"""
@@ -273,27 +290,37 @@ class Guard:
 
     def _can_skip_on_device(self) -> bool:
         """Whether the optimizer's kernel may be left to skip by itself, so that the host need not know."""
-        return self.nonfinite == "skip" and can_skip_on_device(
-            self.optimizer, self.device, self._roster.parameters
+        return (
+            self.nonfinite == "skip"
+            and len(self.optimizers) == 1
+            and can_skip_on_device(self.optimizer, self.device, self._roster.parameters)
         )
+
+    @property
+    def _alone(self) -> Optimizer | None:
+        return self.optimizers[0] if len(self.optimizers) == 1 else None
 
     def _carry_out(self, row: StepReport, entry: Entry[Captured] | None) -> None:
         """Apply what was decided; with an ``entry`` as the rehearsal of the graphs that will do it."""
-        folding = self._folding if entry is None else None
-        with nullcontext() if entry is None else entry.rehearsal():
-            folded = carry_out(self.optimizer, self._roster, row.selections, row.prescale, folding)
+        with rehearsing(entry):
+            optimizer = self._alone if entry is None else None
+            folded = carry_out(optimizer, self._roster, row.selections, row.prescale, self._folding)
+        if entry is not None:
+            entry.is_rehearsed = not entry.slots.missed
         if folded is not None:
-            self._set_attribute("grad_scale", folded)
+            self._first.give("grad_scale", folded)
 
-    def _set_attribute(self, name: str, value: Tensor) -> None:
-        """Set what a fused kernel reads, and remember it: a step that raises leaves it behind."""
-        set_attribute(self.optimizer, name, value)
-        self._own_attributes[name] = value
-
-    def _reason_to_skip(self, *, is_finite: bool, tolerant: bool) -> SkipReason:
-        if is_finite or tolerant:  # who tolerates would have made the step
-            return SkipReason.POLICY
-        return SkipReason.LOSS_SCALE if self._loss_scale.present else SkipReason.NONFINITE
+    def _is_overflow(self, found_inf: Tensor | None) -> bool:
+        """Whether the loss scaler saw an inf, and lowering its scale may help."""
+        loss_scale = self._first.loss_scale
+        # The scaler looks at the other optimizers' gradients when they step.
+        knows = len(self.optimizers) == 1
+        if not loss_scale.present or (knows and (found_inf is None or not bool(found_inf > 0))):
+            return False
+        scaler, scale = stack.scaler(), loss_scale.scale
+        if scaler is not None:
+            return self._skips.expects_overflow(scaler.get_scale())
+        return self._skips.expects_overflow(None if scale is None else float(scale))
 
     def _abandon(self, row: StepReport, why: SkipReason) -> bool:
         """Skip this step, as the host knows that it must; returns whether the policies' statistics go on."""
@@ -306,6 +333,10 @@ class Guard:
             self._buffers.put_back()
         if why is SkipReason.NONFINITE:
             self._refuse(row)
+        elif why is SkipReason.LOSS_SCALE:
+            self._skips.overflowed()
+        elif why is SkipReason.NO_GRADIENT:
+            self._skips.without_gradient(self.parameters, self.model)
         if why is not SkipReason.LOSS_SCALE:  # these are the scaler's to judge
             clear_gradients(self._roster.parameters)
         return why is SkipReason.POLICY
@@ -319,26 +350,38 @@ class Guard:
     def _refuse(self, row: StepReport) -> None:
         """Raise, or count and warn of, a non-finite gradient; nothing has been modified yet."""
         if self.nonfinite == "raise":
-            raise NonFiniteGradientError(f"{row.reason}; nothing has been modified")
+            raise NonFiniteGradientError(
+                f"{self._skips.explained(row.reason or '')}; nothing has been modified"
+            )
         self._skips.skipped(row.reason or "")
 
+    def _fail(self) -> None:
+        """The optimizer's own step has raised; what is applied to gradients by then is applied no second time."""
+        if self._staged is not None and "grad_scale" not in self._first.own:
+            self._left = [None if p.grad is None else Seen(p.grad) for p in self.parameters]
+
+    def _is_called_again(self, left: list[Seen | None]) -> bool:
+        """Whether the gradients are as a step has left them that raised."""
+        self._left = None
+        return all(
+            p.grad is None if seen is None else seen.is_tensor(p.grad) and seen.unchanged() is not None
+            for p, seen in zip(self.parameters, left, strict=True)
+        )
+
     def _finish(self) -> None:
-        """After the optimizer's step: commit, leave no attribute behind, tell the recorders."""
-        put_back(self.optimizer, self._loss_scale)
-        self._own_attributes = {}
+        """After the optimizer's step, or the last one's: commit, and tell the recorders."""
         if self._staged is None:
             return
         was_skipped = self._step > 0 and self.report.stepped_or_pending is False
-        (self.report, self._states), self._staged = self._staged, None
+        (self.report, self._states, is_sound), self._staged = self._staged, None
         self._step += 1
         self._scalars = {}
         stepped = self.report.stepped_or_pending
         if was_skipped or stepped is False:
             other_clips.tell_accelerate(stepped=stepped is not False)
         if isinstance(stepped, Tensor):
-            if not self._loss_scale.present:
-                self._skips.watch(self.report, stepped)
-        elif stepped:
+            self._skips.watch(self.report, stepped, self._first.loss_scale)
+        elif stepped and is_sound:
             self._skips.made()
         if self._buffers.kept and not isinstance(stepped, Tensor):
             self._buffers.note(self.parameters)
@@ -354,7 +397,8 @@ class Guard:
 
     def detach(self) -> None:
         """Take the guard off the optimizer, leaving no hook and no attribute, and close the recorders."""
-        self._hooks.remove()
+        for hooked in self._hooks:
+            hooked.remove()
         self._canary.remove()
         for recorder in self.recorders:
             recorder.close()

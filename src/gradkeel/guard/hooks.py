@@ -2,17 +2,19 @@
 
 import functools
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from gradkeel.errors import AttachError, RecordWarning, UnguardedCopyWarning
 from gradkeel.guard import gate, stack
 from gradkeel.guard.closure import AbandonedStepError, Closure
+from gradkeel.guard.prescale import LossScale, put_back, set_attribute, take_loss_scale
 from gradkeel.guard.report import Recorder, StepReport
 from gradkeel.tensors import entries_to_read
 
@@ -24,12 +26,13 @@ def unwrap(optimizer: Any) -> Optimizer:
     """The optimizer to be guarded: itself, or the one inside a wrapper such as Accelerate's or Lightning's.
 
     A wrapper with step hooks of its own is an optimizer that changes gradients or parameters itself, as Lookahead
-    does, and is guarded as a whole.
+    does, and is guarded as a whole; one that has a state of its own, but no hooks, cannot be.
     """
     outer = optimizer
     while not (isinstance(optimizer, Optimizer) and gate.has_hooks(optimizer)):
         inner = getattr(optimizer, "optimizer", None)
-        if not isinstance(inner, Optimizer):
+        own = vars(optimizer).get("state") if hasattr(optimizer, "__dict__") else None
+        if not isinstance(inner, Optimizer) or (own is not None and own is not getattr(inner, "state", None)):
             raise _no_optimizer(outer)
         optimizer = inner
     return optimizer
@@ -38,7 +41,11 @@ def unwrap(optimizer: Any) -> Optimizer:
 def _no_optimizer(outer: Any) -> Exception:
     own = vars(outer) if hasattr(outer, "__dict__") else {}
     inner = next((name for name, value in own.items() if isinstance(value, Optimizer)), None)
-    fix = "" if inner is None else f"; attach to its .{inner}, if that is what steps"
+    fix = (
+        ""
+        if inner is None
+        else f"; attach to its .{inner}, which guards all but what the wrapper itself does in a step"
+    )
     words = f"attach(optimizer={type(outer).__name__}): "
     if isinstance(outer, Optimizer):
         return AttachError(
@@ -65,7 +72,12 @@ class Hooks:
         begin: called first in each step.
         evaluate: called once the gradients of the step are there: at once, or after each evaluation of the closure;
             returns whether the step is to be made. Where it is not, the optimizer's own step is not run.
+        fail: called where the optimizer's own step raises.
         finish: called after the step.
+
+    Attributes:
+        loss_scale: what a GradScaler set on the optimizer for the step under way.
+        own: the attributes that gradkeel itself has set for the optimizer's kernel; a step that raises leaves them.
     """
 
     def __init__(
@@ -74,19 +86,24 @@ class Hooks:
         guard: object,
         begin: Callable[[], None],
         evaluate: Callable[[], bool],
+        fail: Callable[[], None],
         finish: Callable[[], None],
     ) -> None:
-        self._optimizer = optimizer
+        self.optimizer = optimizer
         self._begin = begin
         self._evaluate = evaluate
+        self._fail = fail
         self._finish = finish
         self._is_inside = False  # of a step; stays True after one that raised
         self._has_nested = False
         self._is_made = True
+        self.loss_scale = LossScale()
+        self.own: dict[str, Tensor] = {}
         self._closure: Closure | None = None
-        self._moves: bool | None = (
-            None  # parameters, before an evaluation of the closure; None while not known
-        )
+        # Before how many steps by closure parameters and state are copied, until it is known that they need not be.
+        # Torch's optimizers evaluate before they move, all but LBFGS.
+        is_known = type(optimizer).__module__.startswith("torch.optim") and not isinstance(optimizer, LBFGS)
+        self._copies = 0.0 if is_known else 10.0
         gate.close(optimizer, self)
         self._kept_flag = vars(optimizer).get(_AMP_FLAG)
         self._handles = [
@@ -106,13 +123,13 @@ class Hooks:
         """Leave no hook and no attribute behind."""
         for handle in self._handles:
             handle.remove()
-        gate.remove(self._optimizer)
+        gate.remove(self.optimizer)
         for name in (MARK, "__getstate__", *self._refusing):
-            vars(self._optimizer).pop(name, None)
+            vars(self.optimizer).pop(name, None)
         if self._kept_flag is None:
-            vars(self._optimizer).pop(_AMP_FLAG, None)
+            vars(self.optimizer).pop(_AMP_FLAG, None)
         else:
-            setattr(self._optimizer, _AMP_FLAG, self._kept_flag)
+            setattr(self.optimizer, _AMP_FLAG, self._kept_flag)
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch._C._current_graph_task_id() != -1:
@@ -125,43 +142,60 @@ class Hooks:
             return None
         self._is_inside = self._is_made = True
         self._begin()
+        self.loss_scale, self.own = take_loss_scale(optimizer, self.own), {}
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._is_made = self._evaluate()
             return None
-        self._closure = Closure(optimizer, closure, self._evaluate, moves=self._moves)
+        self._closure = Closure(optimizer, closure, self._evaluate, copies=self._copies > 0)
         if len(args) > 1:
             return (args[0], self._closure, *args[2:]), kwargs
         return args, {**kwargs, "closure": self._closure}
+
+    def give(self, name: str, value: Tensor) -> None:
+        """Set what the optimizer's fused kernel reads."""
+        set_attribute(self.optimizer, name, value)
+        self.own[name] = value
 
     def run(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the optimizer's own step, between the hooks, unless it is to be skipped."""
         if not self._is_made:
             return None
-        closure = self._closure
-        if closure is None or self._has_nested:
+        if self._has_nested:
             return own(*args, **kwargs)
+        closure = self._closure
         try:
             result = own(*args, **kwargs)
-            closure.ended()
+            if closure is not None and closure.moves_last():
+                self._copies -= 1
         except AbandonedStepError:
+            assert closure is not None
             result = closure.loss
+        except BaseException:
+            self._is_inside = False
+            if closure is None:
+                self._fail()
+            raise
         finally:
-            self._closure = None
-            self._moves = closure.moves
-            closure.put_back()
+            if closure is not None:
+                self._closure = None
+                if closure.has_moved:
+                    self._copies = math.inf
+                closure.put_back()
         return result
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._has_nested and _is_called_by_own_step(optimizer):
             return
         self._is_inside = self._has_nested = False
+        put_back(optimizer, self.loss_scale)
+        self.own = {}
         self._finish()
 
     def _inside_of_steps(self, name: str) -> Callable[..., Any]:
         """The half of a step that this name stands for, refused where no ``optimizer.step()`` is under way."""
-        half = getattr(self._optimizer, name)
-        kind = type(self._optimizer).__name__
+        half = getattr(self.optimizer, name)
+        kind = type(self.optimizer).__name__
 
         @functools.wraps(half)
         def refusing(*args: Any, **kwargs: Any) -> Any:
@@ -181,7 +215,7 @@ class Hooks:
             UnguardedCopyWarning,
             stacklevel=3,
         )
-        return type(self._optimizer).__getstate__(self._optimizer)
+        return type(self.optimizer).__getstate__(self.optimizer)
 
 
 def _is_called_by_own_step(optimizer: Optimizer) -> bool:

@@ -8,6 +8,7 @@ nothing that only the host knows, such as the number of the step. Everything els
 import dataclasses
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradkeel.apply import factors
-from gradkeel.apply.fused import can_fold, kernel_scale
+from gradkeel.apply.fused import Folding, can_fold, kernel_scale
 from gradkeel.guard.report import SelectionReport
 from gradkeel.guard.roster import Roster
 from gradkeel.guard.step import Measured, carry_out, committed, decide_all, judge, norm_while_unchanged
@@ -200,7 +201,7 @@ class Captured:
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizer: Optimizer | None,
         roster: Roster,
         states: Mapping[str, State],
         given: Given,
@@ -216,9 +217,13 @@ class Captured:
         self._apply = None
         if decided.may_scale:  # torch warns of an empty graph
             self._apply = capture(
-                lambda: carry_out(optimizer, roster, decided.reports, self._given.prescale, None)
+                lambda: carry_out(None, roster, decided.reports, self._given.prescale, Folding())
             )
-        self.folds = decided.kernel_scale is not None and can_fold(optimizer, roster.parameters)
+        self.folds = (
+            optimizer is not None
+            and decided.kernel_scale is not None
+            and can_fold(optimizer, roster.parameters)
+        )
 
     def _decided(self) -> "_Decided":
         """From the gradients to the row; nothing is applied."""
@@ -357,38 +362,36 @@ class Replays:
         self._parts: object = None
         self._with_weights = False
 
-    def entry(self, roster: Roster, given: Given) -> Entry[Captured] | None:
-        """The entry of the gradients that there are; None where they are to be launched."""
+    def find(
+        self, optimizer: Optimizer | None, roster: Roster, states: Mapping[str, State], given: Given
+    ) -> tuple[Entry[Captured] | None, Captured | None]:
+        """The entry of the gradients that there are, and what is to be replayed for it.
+
+        Without the first the step is launched; without the second too, as a rehearsal.
+        """
         if roster.parts is not self._parts:
             self._parts = roster.parts
             self._graphs = Graphs(roster.device) if can_replay(roster) else None
             self._with_weights = any(part.needs.weights for part in roster.parts)
-        if self._graphs is None:
-            return None
         tensors = [parameter.grad for parameter in roster.parameters]
-        if not any(tensor is not None for tensor in tensors):
-            return None
-        return self._graphs.of(
-            given.kind(), [*tensors, *roster.parameters] if self._with_weights else tensors
-        )
-
-    def captured(
-        self,
-        entry: Entry[Captured] | None,
-        optimizer: Optimizer,
-        roster: Roster,
-        states: Mapping[str, State],
-        given: Given,
-    ) -> Captured | None:
-        """What is replayed for an entry, captured now if it was rehearsed; None where it is to be launched."""
-        if entry is None or self._graphs is None:
-            return None
+        if self._graphs is None or not any(tensor is not None for tensor in tensors):
+            return None, None
+        if self._with_weights:
+            tensors += roster.parameters
+        entry = self._graphs.of(given.kind(), tensors)
+        if entry is None:
+            return None, None
         if entry.captured is not None and not entry.captured.holds(given):
             entry.captured, entry.is_rehearsed = None, False
         if entry.captured is None and entry.is_rehearsed:
             held = {label: state for label, state in roster.filled(states).items() if state}
             self._graphs.capture(entry, lambda capture: Captured(optimizer, roster, held, given, capture))
-        return entry.captured
+        return entry, entry.captured
+
+
+def rehearsing(entry: Entry[Captured] | None) -> AbstractContextManager[None]:
+    """Meanwhile kernels find the entry's gradients as they will when they are replayed."""
+    return nullcontext() if entry is None else entry.slots.active()
 
 
 def can_replay(roster: Roster) -> bool:

@@ -23,6 +23,7 @@ from gradkeel.selection import (
     EXCLUDED,
     MAIN,
     Exclude,
+    Groups,
     Selection,
     group_policy,
     name_parameters,
@@ -62,7 +63,7 @@ class Roster:
     """The optimizer's parameters under their policies, read again whenever the optimizer's groups change.
 
     Args:
-        optimizer: the torch optimizer.
+        optimizers: the torch optimizers, whose groups are taken together.
         policy: the main policy, or None.
         model: tells the parameters' names.
         exclude: what the main policy leaves alone.
@@ -79,7 +80,7 @@ class Roster:
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizers: Sequence[Optimizer],
         policy: Policy | None,
         *,
         model: nn.Module | None,
@@ -87,7 +88,9 @@ class Roster:
         sharing: Sharing,
     ) -> None:
         self.model = model
-        self._optimizer = optimizer
+        self._optimizers = optimizers
+        # Some optimizers have a setting "clip" of their own.
+        self._own_clip = ["clip" in getattr(optimizer, "defaults", ()) for optimizer in optimizers]
         self._policy = policy
         self._exclude = tuple(exclude)
         self._sharing = sharing
@@ -98,9 +101,18 @@ class Roster:
         self.exchange: Exchange | None = None
         self.read(None)
 
+    def _groups(self) -> Groups:
+        if len(self._optimizers) == 1 and not self._own_clip[0]:
+            return self._optimizers[0].param_groups
+        return [
+            {key: value for key, value in group.items() if key != "clip"} if is_own else group
+            for optimizer, is_own in zip(self._optimizers, self._own_clip, strict=True)
+            for group in optimizer.param_groups
+        ]
+
     def is_current(self, window: Window | None) -> bool:
         """Whether neither the optimizer's groups nor the ranks of the window have changed."""
-        groups = self._optimizer.param_groups
+        groups = self._groups()
         if (None if window is None else window.ranks) is not self._data_parallel or len(groups) != len(
             self._held
         ):
@@ -125,7 +137,7 @@ class Roster:
         try:
             selections, policies = self._selections()
         except Exception:
-            everything = [p for group in self._optimizer.param_groups for p in group["params"]]
+            everything = [p for group in self._groups() for p in group["params"]]
             self._sharing.fail(everything, _device_of(everything), data_parallel)
             raise
         self.names = tuple(name for selection in selections for name in selection.names)
@@ -146,12 +158,12 @@ class Roster:
         return Part(selection.label, selection, policy, needs, blank, nothing, report, shown)
 
     def _selections(self) -> tuple[tuple[Selection, ...], list[Policy | None]]:
-        optimizer = self._optimizer
-        restore_clips(optimizer, self._signature)
-        by_group = [group_policy(group, index) for index, group in enumerate(optimizer.param_groups)]
-        self._signature = signature(optimizer)
-        self._held = [list(group["params"]) for group in optimizer.param_groups]
-        selections = select(optimizer, name_parameters(optimizer, self.model), self._exclude, self.model)
+        groups = self._groups()
+        restore_clips(groups, self._signature)
+        by_group = [group_policy(group, index) for index, group in enumerate(groups)]
+        self._signature = signature(groups)
+        self._held = [list(group["params"]) for group in groups]
+        selections = select(groups, name_parameters(groups, self.model), self._exclude, self.model)
         known = {MAIN: self._policy, EXCLUDED: None}
         return selections, [known[s.label] if s.label in known else by_group[s.groups[0]] for s in selections]
 

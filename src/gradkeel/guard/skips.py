@@ -1,13 +1,19 @@
 """Counts skipped steps: warns at the first, gives up after too many in a row."""
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from gradkeel.errors import SkippedStepWarning, TooManySkipsError
+from gradkeel.guard.prescale import LossScale
 from gradkeel.guard.report import StepReport
 from gradkeel.kernels.arrival import Arrival, is_capturing, to_host
+
+LONGEST_RUN = 30  # of overflows: a loss scale of 2**30 is halved to 1 in as many steps
+LONGEST_RUN_BELOW_1 = 3  # there the gradients themselves leave float16's range
 
 
 class SkipWatch:
@@ -26,6 +32,8 @@ class SkipWatch:
         self._limit = limit
         self._broken: Callable[[], Sequence[str]] = broken
         self._warned = False
+        self._overflows = 0  # of the loss scale, in a row
+        self._empty = 0  # steps in a row without a gradient
         self._history: list[str] = []
         self._arriving: list[tuple[StepReport, Tensor, Arrival]] = []
 
@@ -37,6 +45,31 @@ class SkipWatch:
     def made(self) -> None:
         """A step was made: forget the skips before it."""
         self._history.clear()
+        self._overflows = self._empty = 0
+
+    def expects_overflow(self, scale: float | None) -> bool:
+        """Whether a non-finite gradient may be the loss scale's fault: it is not too small, nor has it fallen too long.
+
+        Args:
+            scale: the loss scale; None where it is not known.
+        """
+        return self._overflows < (LONGEST_RUN if scale is None or scale >= 1.0 else LONGEST_RUN_BELOW_1)
+
+    def overflowed(self) -> None:
+        """The loss scale was too large, and a scaler will lower it: neither warned of nor counted as a skip."""
+        self._overflows += 1
+
+    def without_gradient(self, parameters: Sequence[Tensor], model: nn.Module | None) -> None:
+        """A step was skipped because there was no gradient; warn at the third in a row, once."""
+        self._empty += 1
+        if self._empty == 3:
+            warnings.warn(
+                f"3 steps in a row were skipped because no parameter of the optimizer has a gradient: "
+                f"{_why_no_gradient(parameters, model)} (later "
+                "ones are silent: see guard.report.reason)",
+                SkippedStepWarning,
+                stacklevel=2,
+            )
 
     def resume(self, count: int) -> None:
         """Take up the count of a checkpoint."""
@@ -44,6 +77,7 @@ class SkipWatch:
 
     def skipped(self, reason: str) -> None:
         """A step was skipped for ``reason``; warn once, raise if it is one too many."""
+        reason = self.explained(reason)
         self._history.append(reason)
         if len(self._history) > self._limit:
             history = "\n  ".join(self._history)
@@ -73,22 +107,47 @@ class SkipWatch:
             f"{words} (later skips are silent: see guard.report.reason)", SkippedStepWarning, stacklevel=2
         )
 
-    def watch(self, report: StepReport, stepped: Tensor) -> None:
-        """Take note of a verdict that only the device knows yet.
+    def explained(self, reason: str) -> str:
+        """The reason, and why it is not taken for the loss scale's fault, where it has been."""
+        if not self._overflows:
+            return reason
+        return f"{reason}, and the loss scale, which has overflowed {self._overflows} times in a row, is not to blame"
+
+    def watch(self, report: StepReport, stepped: Tensor, loss_scale: LossScale) -> None:
+        """Take note of a verdict that only the device knows yet, with what the loss scaler says of it.
 
         A step that is being captured has none: it is not made now.
         """
         if not is_capturing(stepped.device):
-            flag = to_host(stepped)
-            self._arriving.append((report, flag, Arrival(stepped.device)))
+            told = [stepped]
+            if loss_scale.found_inf is not None:
+                unknown = torch.full_like(loss_scale.found_inf, math.nan)
+                told += [loss_scale.found_inf, unknown if loss_scale.scale is None else loss_scale.scale]
+            there = to_host(torch.stack([one.to(stepped.device, torch.float32) for one in told]))
+            self._arriving.append((report, there, Arrival(stepped.device)))
 
     def look(self) -> None:
         """Judge the verdicts that have arrived, without waiting for any."""
         if not self._arriving or is_capturing(self._arriving[0][0].stepped_tensor().device):
             return  # asking would break the capture
         while self._arriving and self._arriving[0][2].is_there():
-            report, flag, _ = self._arriving.pop(0)
-            if bool(flag):
+            report, told, _ = self._arriving.pop(0)
+            stepped, found_inf, scale = (*told.tolist(), 0.0, math.nan)[:3]
+            if stepped:
                 self.made()
+            elif found_inf and self.expects_overflow(None if math.isnan(scale) else scale):
+                self.overflowed()
             else:
                 self.skipped(report.reason or "a gradient was not finite")
+
+
+def _why_no_gradient(parameters: Sequence[Tensor], model: nn.Module | None) -> str:
+    if not any(parameter.requires_grad for parameter in parameters):
+        return "all of them are frozen (requires_grad=False)"
+    own = set(map(id, parameters))
+    if model is not None and any(p.grad is not None and id(p) not in own for p in model.parameters()):
+        return (
+            "the model's parameters are others by now (load_state_dict(assign=True) and some wrappers replace them); "
+            "build the optimizer, and attach, after that"
+        )
+    return "backward() reaches none of them (were they replaced after the optimizer was built?)"

@@ -19,6 +19,12 @@ def is_inside(function: str) -> bool:
     return any(frame.f_code.co_name == function for frame in frames())
 
 
+def scaler() -> Any:
+    """The GradScaler that is making a step; None where there is none."""
+    inside = (frame for frame in frames() if frame.f_globals.get("__name__") == "torch.amp.grad_scaler")
+    return next((frame.f_locals["self"] for frame in inside if "self" in frame.f_code.co_varnames), None)
+
+
 def callers(*packages: str) -> Iterator[Any]:
     """The objects whose methods, defined in one of these packages, are on the call stack, outermost first.
 

@@ -162,15 +162,15 @@ def _both(one: Tensor | bool, other: Tensor | bool) -> Tensor | bool:
 
 
 def carry_out(
-    optimizer: Optimizer,
+    optimizer: Optimizer | None,
     roster: Roster,
     reports: Sequence[SelectionReport],
     prescale: Tensor | float,
-    folding: Folding | None,
+    folding: Folding,
 ) -> Tensor | None:
     """Apply the decisions; returns the scale where one was folded into the optimizer's kernel, to be set on it.
 
-    Without ``folding`` the gradients themselves are scaled.
+    Nothing is folded where ``optimizer`` is None.
     """
     for i in roster.here:
         part, report = roster.parts[i], reports[i]
@@ -183,7 +183,7 @@ def carry_out(
             if isinstance(factor, float) and factor == 1.0:
                 continue
             is_one = len(roster.here) == 1 and (isinstance(factor, float) or factor.dim() == 0)
-            if is_one and folding is not None and can_fold(optimizer, parameters) and folding.pays(factor):
+            if is_one and optimizer is not None and can_fold(optimizer, parameters) and folding.pays(factor):
                 return kernel_scale(factor, roster.device)
             scale(parameters, factor)
             continue

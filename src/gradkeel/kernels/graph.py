@@ -9,8 +9,7 @@ rehearsal, which is an ordinary run.
 import gc
 import os
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -81,13 +80,6 @@ class Entry(Generic[T]):
         self.captured: T | None = None
         self.is_rehearsed = False
         self.failures = 0
-
-    @contextmanager
-    def rehearsal(self) -> Iterator[None]:
-        """The first run of the body, launched."""
-        with self.slots.active():
-            yield
-        self.is_rehearsed = not self.slots.missed
 
 
 class Graphs(Generic[T]):

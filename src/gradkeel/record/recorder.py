@@ -26,6 +26,7 @@ class Guarded(Protocol):
     """What a recorder reads of the guard that it is bound to."""
 
     optimizer: Optimizer
+    optimizers: tuple[Optimizer, ...]
 
     @property
     def model(self) -> nn.Module | None:
@@ -197,7 +198,7 @@ class Recorder:
             names=tuple(order),
             shapes=shapes,
             policy=guard.policy_spec,
-            optimizer=type(guard.optimizer).__name__,
+            optimizer=" + ".join(type(optimizer).__name__ for optimizer in guard.optimizers),
             nonfinite=getattr(guard, "nonfinite", ""),
             rank=self.rank if self._per_rank else 0,
             ranks=self._ranks if self._per_rank else 1,

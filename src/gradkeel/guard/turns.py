@@ -1,0 +1,134 @@
+"""Several optimizers of one model: the step that comes first decides for all of them, the others follow it."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradkeel.errors import AttachError
+from gradkeel.guard import other_clips
+from gradkeel.guard.hooks import Hooks
+
+
+class Turns:
+    """One round of steps, one of each optimizer, in any order, as one step of the guard.
+
+    Args:
+        optimizers: they must step once each, on gradients that are all there before the first of them steps.
+        guard: see `Hooks`, as for ``fail``.
+        begin: begins the guard's step, with the index of the optimizer that comes first.
+        evaluate: from the gradients to the verdict; returns whether the steps are to be made.
+        fail: called where an optimizer's own step raises.
+        finish: ends the guard's step.
+        is_staged: whether there is a verdict; there is none where a step only creates state.
+
+    Attributes:
+        hooks: each optimizer's.
+    """
+
+    def __init__(
+        self,
+        optimizers: Sequence[Optimizer],
+        guard: object,
+        begin: Callable[[int], None],
+        evaluate: Callable[[], bool],
+        fail: Callable[[], None],
+        finish: Callable[[], None],
+        is_staged: Callable[[], bool],
+    ) -> None:
+        self._optimizers = optimizers
+        self._begin = begin
+        self._evaluate = evaluate
+        self._finish = finish
+        self._is_staged = is_staged
+        self._stepped: list[int] = []
+        self._is_evaluated = False
+        self._is_made = True
+        self._seen: list[list[tuple[Tensor | None, int]]] = []
+        self.hooks = [
+            Hooks(
+                optimizer,
+                guard,
+                partial(self._begun, i),
+                partial(self._evaluated, i),
+                fail,
+                partial(self._ended, i),
+            )
+            for i, optimizer in enumerate(optimizers)
+        ]
+
+    def _begun(self, index: int) -> None:
+        """An optimizer begins its step.
+
+        Raises:
+            AttachError: if it has stepped in this round, and another has not.
+        """
+        self._is_evaluated = False
+        if index in self._stepped:
+            waiting = " and ".join(
+                self._name(i) for i in range(len(self._optimizers)) if i not in self._stepped
+            )
+            self._stepped.clear()
+            raise AttachError(
+                f"{self._name(index)} steps again, and {waiting} has not stepped yet: optimizers under one guard step "
+                "once each, one after the other; for steps of their own attach a guard to each"
+            )
+        if not self._stepped:
+            self._begin(index)
+
+    def _evaluated(self, index: int) -> bool:
+        """The gradients are there: decide, or see that they are as the first step left them.
+
+        Raises:
+            AttachError: if they are others than those on which the first step decided, or a loss scale was taken out of
+                some and not of others.
+        """
+        if self._stepped or self._is_evaluated:
+            if self._is_evaluated or not self._is_as_seen(index):
+                self._stepped.clear()
+                raise AttachError(
+                    f"the gradients of {self._name(index)} have changed since the optimizers' common step was decided: "
+                    "under one guard all gradients must be there before the first of them steps, and zero_grad() comes "
+                    "after the last; for a backward() or a closure of their own attach a guard to each"
+                )
+            scales = [self.hooks[i].loss_scale.scale for i in (index, self._stepped[0])]
+            if (scales[0] is None) != (scales[1] is None):
+                self._stepped.clear()
+                raise AttachError(
+                    "scaler.unscale_() was called for some of the optimizers under one guard, and not for the others: "
+                    "call it for all, or for none"
+                )
+            return self._is_made
+        self._is_made = self._evaluate()
+        self._is_evaluated = True
+        self._seen = [self._look(i) for i in range(len(self._optimizers))]
+        return self._is_made
+
+    def _ended(self, index: int) -> None:
+        """An optimizer has stepped, or been kept from it."""
+        if self._stepped or self._is_staged():
+            self._stepped.append(index)
+        if len(self._stepped) == len(self._optimizers):
+            self._stepped.clear()
+            self._seen = []
+        if self._stepped:
+            other_clips.tell_accelerate(stepped=self._is_made)
+        else:
+            self._finish()
+
+    def _look(self, index: int) -> list[tuple[Tensor | None, int]]:
+        """Each gradient, with the version that torch counts up when somebody writes to it."""
+        gradients = [p.grad for group in self._optimizers[index].param_groups for p in group["params"]]
+        return [(g, 0 if g is None else g._version) for g in gradients]
+
+    def _is_as_seen(self, index: int) -> bool:
+        return all(
+            one is other and version == before
+            for (one, version), (other, before) in zip(self._look(index), self._seen[index], strict=True)
+        )
+
+    def _name(self, index: int) -> str:
+        """The optimizer's class, with its number where there are several of this class."""
+        kinds = [type(optimizer).__name__ for optimizer in self._optimizers]
+        return kinds[index] if kinds.count(kinds[index]) == 1 else f"{kinds[index]} (number {index})"
