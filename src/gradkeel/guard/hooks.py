@@ -18,19 +18,6 @@ MARK = "_gradkeel_guard"
 _AMP_FLAG = "_step_supports_amp_scaling"
 
 
-def unwrap(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside Accelerate's or Lightning's wrapper, or the optimizer itself."""
-    inner = getattr(optimizer, "optimizer", None)
-    while isinstance(inner, Optimizer):
-        optimizer, inner = inner, getattr(inner, "optimizer", None)
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"attach(optimizer={type(optimizer).__name__}): optimizer must be a torch.optim.Optimizer or a wrapper "
-            "that holds one as .optimizer"
-        )
-    return optimizer
-
-
 def _outside_of_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
     why = {"reason": "gradkeel measures and decides outside of the graph; compile without fullgraph=True"}
     takes_it = "reason" in inspect.signature(torch.compiler.disable).parameters  # from torch 2.7 on

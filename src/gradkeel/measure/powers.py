@@ -207,10 +207,8 @@ def _units(tensors: Sequence[Tensor], norms: Tensor, norm_type: float, dim: int)
 def unit_norms(tensor: Tensor, units: int, dim: int, norm_type: float) -> Tensor:
     """[units] float64 norm of each slice along ``dim`` of a CPU tensor; ``units == 1`` takes it as one unit."""
     rows = tensor.reshape(1, -1) if units == 1 else tensor.movedim(dim, 0).flatten(1)
-    if rows.numel() == 0:  # some norms of nothing are undefined in torch
-        return torch.zeros(units, dtype=torch.float64, device="cpu")
-    if tensor.dtype == torch.float64 or rows.shape[1] > BLOCK:
-        return torch.linalg.vector_norm(rows, norm_type, dim=1, dtype=torch.float64)
+    if tensor.dtype == torch.float64 or rows.shape[1] > BLOCK or not rows.numel():
+        return foreach.row_norms(rows, norm_type, torch.float64)
     norms = torch.linalg.vector_norm(rows, norm_type, dim=1, dtype=torch.float32)
     low, high = _SAFE_FLOAT32
     if ((norms > low) & (norms < high)).all():
