@@ -235,6 +235,8 @@ def test_a_finite_gradient_has_a_finite_norm(gradient, true):
         # The harmonic sum of two of the smallest numbers is half of one, which float32 does not have.
         ([torch.full((2,), 2.0**-149)], -1.0, 2.0**-150, torch.float64),
         ([torch.full((100,), 3e38)], 2.0, 3e39, torch.float64),
+        ([torch.full((4,), 2e200, dtype=torch.float64)] * 4, -2.0, 5e199, torch.float64),
+        ([torch.full((4,), 2e-200, dtype=torch.float64), torch.ones(2)], -2.0, 1e-200, torch.float64),
         ([torch.zeros(3)], 2.0, 0.0, torch.float32),
     ],
 )

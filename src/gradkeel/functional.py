@@ -19,6 +19,7 @@ _TORCH_EPS = 1e-6
 """What torch.nn.utils.clip_grads_with_norm_ adds to the norm."""
 
 
+@torch.no_grad()
 def clip_grad_norm_(
     parameters: Tensor | Iterable[Tensor],
     max_norm: float,
@@ -55,12 +56,11 @@ def clip_grad_norm_(
     """
     checked = _parameters("clip_grad_norm_", parameters)
     bound = _bound("clip_grad_norm_", "max_norm", max_norm)
-    with torch.no_grad():
-        gradients = settle(checked)
-        total = _total(gradients, float(norm_type), error_if_nonfinite, among=checked)
-        _scale(checked, bound, total)
-        # A rank without gradients must return what the others do.
-        return _narrowed(total, gradients or [p for p in checked if is_distributed(p)])
+    gradients = settle(checked)
+    total = _total(gradients, float(norm_type), error_if_nonfinite, among=checked)
+    _scale(checked, bound, total)
+    # A rank without gradients must return what the others do.
+    return _narrowed(total, gradients or [p for p in checked if is_distributed(p)])
 
 
 @torch.no_grad()

@@ -170,20 +170,24 @@ def _storage_order(tensor: Tensor) -> Tensor:
 
 
 def _redone(norms: Tensor, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-    """Norms with those outside the safe range of their sums computed again in float64, relative to max |g|."""
-    if norm_type <= 0 or math.isinf(norm_type):
+    """Norms with those outside the safe range of their sums computed again in float64, relative to what counts most.
+
+    That is max |g|, and min |g| for a negative order.
+    """
+    if norm_type == 0 or math.isinf(norm_type):
         return norms
     # Powers above 2 leave the range sooner.
-    power = max(norm_type, 2.0) / 2.0
+    power = max(abs(norm_type), 2.0) / 2.0
     for i, norm in enumerate(norms.tolist()):
         low, high = _SAFE.get(tensors[i].dtype, _SAFE_FLOAT32)
         if low ** (1 / power) <= norm <= high ** (1 / power) or not tensors[i].numel():
             continue
-        largest = tensors[i].abs().amax().double()
-        if largest == 0 or not torch.isfinite(largest):
-            norms[i] = largest  # zero, inf, or NaN, which amax passes on
+        magnitudes = tensors[i].abs()
+        most = (magnitudes.amax() if norm_type > 0 else magnitudes.amin()).double()
+        if most == 0 or not torch.isfinite(most):
+            norms[i] = most  # zero, inf, or NaN, which both pass on
         else:
-            norms[i] = torch.linalg.vector_norm(tensors[i].double() / largest, norm_type) * largest
+            norms[i] = torch.linalg.vector_norm(tensors[i].double() / most, norm_type) * most
     return norms
 
 
