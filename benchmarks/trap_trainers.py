@@ -117,6 +117,28 @@ def with_accelerate(batches: list[Batch], steps: int, bound: float | None) -> Te
     return nn.utils.parameters_to_vector(model.parameters()).detach()
 
 
+def with_accelerate_by_items(batches: list[Batch], steps: int, bound: float | None) -> Tensor:
+    """The same guide on samples of variable size: the window's items are counted before its first backward."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(gradient_accumulation_steps=steps, cpu=True)
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, _loader(batches))
+    iterator = iter(loader)
+    for start in range(0, len(batches), steps):
+        window = [next(iterator) for _ in range(min(steps, len(batches) - start))]
+        items = accelerator.gather(torch.tensor(sum(len(batch[0]) for batch in window))).sum().item()
+        for batch in window:
+            loss = nn.functional.mse_loss(model(batch[0]), batch[1], reduction="sum")
+            accelerator.backward(loss * steps * accelerator.num_processes / items)
+        if bound is not None:
+            accelerator.clip_grad_norm_(model.parameters(), bound)
+        optimizer.step()
+        optimizer.zero_grad()
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
 def with_lightning(batches: list[Batch], steps: int, bound: float | None) -> Tensor:
     """Lightning's automatic optimization with accumulate_grad_batches."""
     import lightning
@@ -211,6 +233,7 @@ TRAINERS: dict[str, Train] = {
     "gradkeel": with_gradkeel,
     "torch idiom": with_torch,
     "Accelerate": with_accelerate,
+    "Accelerate, samples of variable size": with_accelerate_by_items,
     "Lightning": with_lightning,
     "Transformers": with_transformers,
     "Transformers, loss by num_items_in_batch": with_transformers_items,

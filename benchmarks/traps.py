@@ -165,12 +165,50 @@ def function_traps() -> dict[str, tuple[Cell, Cell]]:
         "23 inputs: a negative bound": _negative,
         "25 sparse: duplicate indices": _sparse,
     }
+    tests |= {
+        "12 one entry of 2e19, clipped by norm 1": lambda c: _clipped_norm(c, [torch.tensor([2e19])], 2e19),
+        "43 conjugate_gradients: the gradient of w.conj() * x": _conjugate,
+        "59 gradients in one place: those of p + q": _in_one_place,
+        "59 a tiny factor: entries of 1e38, bound 1e-8": _tiny_factor,
+    }
     table = {name: (test(gk.clip_grad_norm_), test(nn.utils.clip_grad_norm_)) for name, test in tests.items()}
     table["37 complex: clipped by value"] = (
         _complex_value(gk.clip_grad_value_),
         _complex_value(nn.utils.clip_grad_value_),
     )
     return table
+
+
+def _conjugate(clip: Callable[..., Tensor]) -> Cell:
+    parameter = nn.Parameter(torch.tensor([1.0 + 1.0j, 2.0]))
+    (parameter.conj() * torch.tensor([3.0j, 4.0])).real.sum().backward()
+    try:
+        norm = float(clip([parameter], 1.0))
+    except RuntimeError as error:
+        return Cell(is_right=False, words=type(error).__name__)
+    after = float(torch.linalg.vector_norm(parameter.grad))
+    is_right = math.isclose(norm, 5.0, rel_tol=1e-6) and math.isclose(after, 1.0, rel_tol=1e-5)
+    return Cell(is_right=is_right, words="" if is_right else f"norm {norm:.4g}, after clipping {after:.4g}")
+
+
+def _in_one_place(clip: Callable[..., Tensor]) -> Cell:
+    """``torch.autograd.grad`` gives one tensor for both."""
+    parameters = [nn.Parameter(torch.tensor([3.0, 4.0])) for _ in range(2)]
+    found = torch.autograd.grad((parameters[0] + parameters[1]).square().sum(), parameters)
+    for parameter, gradient in zip(parameters, found, strict=True):
+        parameter.grad = gradient
+    clip(parameters, 1.0)
+    after = math.sqrt(sum(float(p.grad.double().square().sum()) for p in parameters))
+    is_right = math.isclose(after, 1.0, rel_tol=1e-5)
+    return Cell(is_right=is_right, words="" if is_right else f"clipped to 1 they have the norm {after:.3g}")
+
+
+def _tiny_factor(clip: Callable[..., Tensor]) -> Cell:
+    parameter = _leaf(torch.full((4,), 1e38))
+    clip([parameter], 1e-8)
+    after = float(parameter.grad.double().norm())
+    is_right = math.isclose(after, 1e-8, rel_tol=1e-5)
+    return Cell(is_right=is_right, words="" if is_right else f"after clipping {after:.3g}")
 
 
 def _underflow(clip: Callable[..., Tensor]) -> Cell:
@@ -182,19 +220,19 @@ def _underflow(clip: Callable[..., Tensor]) -> Cell:
 
 
 def loss_scale_traps() -> dict[str, tuple[Cell, Cell]]:
-    """The loss scale: the idiom with its one line forgotten against the guard, where there is no such line."""
+    """The loss scale: torch's idiom, with its one line and without, against the guard, where there is no such line."""
 
-    def run(*, guarded: bool) -> float:
+    def run(*, guarded: bool, unscales: bool = False) -> float:
         weight = nn.Parameter(torch.zeros(2))
         optimizer = torch.optim.SGD([weight], lr=1.0)
         if guarded:
             gk.attach(optimizer, gk.ClipByGlobalNorm(1.0))
         scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
         scaler.scale((weight * torch.tensor([30.0, 40.0])).sum()).backward()
+        if unscales:
+            scaler.unscale_(optimizer)
         if not guarded:
-            nn.utils.clip_grad_norm_(
-                [weight], 1.0
-            )  # before scaler.unscale_: the line that most people forget
+            nn.utils.clip_grad_norm_([weight], 1.0)
         scaler.step(optimizer)
         return float(weight.detach().norm())
 
@@ -217,12 +255,21 @@ def loss_scale_traps() -> dict[str, tuple[Cell, Cell]]:
                 (weight.sum() * part).backward()
             optimizer.step()
         total = -float(weight.detach())
-        return Cell(is_right=math.isclose(total, 1.768, rel_tol=2**-8), words=f"sum {total:.4g}")
+        asked = ", with accumulate_dtype=torch.float32" if dtype is not None else ""
+        return Cell(is_right=math.isclose(total, 1.768, rel_tol=2**-8), words=f"sum {total:.4g}{asked}")
 
     return {
-        "6 unscale_order: loss scale 65536, bound 1": (cell(run(guarded=True)), cell(run(guarded=False))),
+        "6 unscale_order: loss scale 65536, bound 1, scaler.unscale_ as torch's documentation shows it": (
+            cell(run(guarded=True, unscales=True)),
+            cell(run(guarded=False, unscales=True)),
+        ),
+        "6 the same, and that line forgotten": (cell(run(guarded=True)), cell(run(guarded=False))),
         "14 low_precision_accumulation: 1 + 256 x 0.003 in bfloat16": (
             low_precision(torch.float32, guarded=True),
+            low_precision(None, guarded=False),
+        ),
+        "14 the same, nothing asked for": (
+            low_precision(None, guarded=True),
             low_precision(None, guarded=False),
         ),
     }
@@ -231,11 +278,11 @@ def loss_scale_traps() -> dict[str, tuple[Cell, Cell]]:
 # ---- the table ------------------------------------------------------------------------------------------------
 
 
-def optax_cells(python: Path) -> dict[str, Cell]:
-    """What optax does, run in the environment of the peers; empty where there is none."""
+def peer_cells(python: Path, peer: str) -> dict[str, Cell]:
+    """What optax or Paddle does, run in the environment of the peers; empty where there is none."""
     if not python.exists():
         return {}
-    script = Path(__file__).with_name("traps_optax.py")
+    script = Path(__file__).with_name(f"traps_{peer}.py")
     found = json.loads(subprocess.run([python, script], capture_output=True, text=True, check=True).stdout)
     cells = {name: Cell(is_right=right, words=words) for name, (right, words) in found["cells"].items()}
     return {**cells, "version": Cell(is_right=None, words=found["version"])}
@@ -256,15 +303,19 @@ def training_table() -> list[str]:
     return lines
 
 
-def function_table(optax: dict[str, Cell]) -> list[str]:
-    """The traps of single calls, where every peer but optax calls torch's function."""
-    lines = ["| trap | gradkeel | torch (and whoever calls it) | optax |", "|---|---|---|---|"]
+def function_table(optax: dict[str, Cell], paddle: dict[str, Cell]) -> list[str]:
+    """The traps of single calls, where every other peer calls torch's function."""
+    lines = ["| trap | gradkeel | torch (and whoever calls it) | optax | Paddle |", "|---|---|---|---|---|"]
     for name, (mine, theirs) in {**function_traps(), **loss_scale_traps()}.items():
-        other = next((str(cell) for start, cell in optax.items() if name.startswith(start)), "-")
-        lines.append(f"| {name} | {mine} | {theirs} | {other} |")
+        others = [
+            next((str(cell) for start, cell in peer.items() if name.startswith(start)), "-")
+            for peer in (optax, paddle)
+        ]
+        lines.append(f"| {name} | {mine} | {theirs} | {' | '.join(others)} |")
     if "partition" in optax:
         lines.append(
-            f"| 1 partition_invariance: means of 3 and 50 items | right (above) | (above) | {optax['partition']} |"
+            "| 1 partition_invariance: means of 3 and 50 items | right (above) | (above) | "
+            f"{optax['partition']} | - |"
         )
     return lines
 
@@ -299,13 +350,17 @@ def main() -> None:
     chosen = arguments.parse_args()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")  # peers warn of much that is not the trap
-    optax = optax_cells(chosen.peers_python)
-    with_optax = f", optax {optax['version'].words}" if optax else ""
+    optax, paddle = (peer_cells(chosen.peers_python, peer) for peer in ("optax", "paddle"))
+    others = "".join(
+        f", {name} {cells['version'].words}"
+        for name, cells in (("optax", optax), ("paddlepaddle", paddle))
+        if cells
+    )
     lines = [
         "## Who falls into which trap",
         "",
         f"Written by `python -m benchmarks.traps --write` on {datetime.now(UTC).date().isoformat()}",
-        f"with {versions()}{with_optax}.",
+        f"with {versions()}{others}.",
         "Each cell is a run; the oracle is float64, one process, the window's items as one batch.",
         "",
         "### Training loops, each as its own documentation shows it",
@@ -314,7 +369,7 @@ def main() -> None:
         "",
         "### Single calls",
         "",
-        *function_table(optax),
+        *function_table(optax, paddle),
     ]
     text = "\n".join(lines)
     sys.stdout.write(text + "\n")

@@ -26,7 +26,9 @@ def optimizer(net):
 
 
 class Wrapper(torch.optim.Optimizer):
-    """As Accelerate and Lightning wrap: an Optimizer that holds another one."""
+    """As Accelerate and Lightning wrap: an Optimizer that holds another one, and passes gradients on as they are."""
+
+    __module__ = "accelerate.optimizer"
 
     def __init__(self, optimizer):
         self.optimizer = optimizer
@@ -119,6 +121,46 @@ def test_a_wrapper_around_a_guarded_optimizer_is_refused(optimizer):
     gk.attach(optimizer, None)
     with pytest.raises(gk.AttachError, match="guarded already; call detach"):
         gk.attach(Wrapper(optimizer), None)
+
+
+class Noisy(torch.optim.Optimizer):
+    """An optimizer of its own that holds another one, and changes gradients before that one's step."""
+
+    def __init__(self, optimizer, key="optimizer", *, is_whole=True):
+        if is_whole:
+            super().__init__(optimizer.param_groups, {})
+        setattr(self, key, optimizer)
+        self.inner = key
+        self.param_groups = optimizer.param_groups
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.add_(1000.0)
+        return getattr(self, self.inner).step(closure)
+
+
+@pytest.mark.parametrize("key", ["optimizer", "base_optimizer"])
+def test_a_wrapper_that_changes_gradients_is_guarded_itself(net, optimizer, key):
+    outer = Noisy(optimizer, key)
+    guard = gk.attach(outer, gk.ClipByGlobalNorm(0.1), model=net)
+    assert guard.optimizer is outer
+    net(torch.ones(1, 2)).sum().backward()
+    outer.step()
+    assert guard.report.norm == pytest.approx(3.0**0.5, rel=1e-6)  # without the noise
+    with pytest.raises(gk.AttachError, match="guarded already"):
+        gk.attach(Noisy(outer, key), None)
+
+
+@pytest.mark.parametrize("key", ["optimizer", "original_optimizer"])
+def test_an_optimizer_that_never_called_its_parents_init_is_refused_and_the_inner_one_named(
+    net, optimizer, key
+):
+    outer = Noisy(optimizer, key, is_whole=False)
+    with pytest.raises(gk.AttachError, match=f"attach to the SGD that it holds as .{key}, whose gradients"):
+        gk.attach(outer, None)
+    assert not optimizer._optimizer_step_pre_hooks
 
 
 # -- what cannot be guarded -----------------------------------------------------------------------------------

@@ -6,12 +6,14 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from gradkeel.errors import AttachError, GradkeelWarning
 from gradkeel.guard.guard import Guard, NonFinite
-from gradkeel.guard.hooks import MARK, unwrap
+from gradkeel.guard.hooks import MARK
 from gradkeel.guard.report import Recorder
+from gradkeel.guard.wrappers import unwrap
 from gradkeel.policies import Policy, parse
 from gradkeel.ranks.declared import ShardOver, Sharing
 from gradkeel.selection import Exclude
@@ -41,10 +43,11 @@ def attach(
     GradScaler, Lightning, the HF Trainer and Accelerate included.
 
     Args:
-        optimizer: any ``torch.optim.Optimizer``, or Accelerate's or Lightning's wrapper of one; or a list of several
-            that step on the gradients of one backward pass, such as Muon and AdamW: they have one norm, one verdict
-            and one record, each steps once a round, and the first to step decides. A parameter group's key
-            ``"clip"`` overrides the policy for the group: another policy, a spec string, or None.
+        optimizer: any ``torch.optim.Optimizer``, or Accelerate's or Lightning's wrapper of one (of others that wrap an
+            optimizer the outer one is guarded); or a list of several that step on the gradients of one backward pass,
+            such as Muon and AdamW: they have one norm, one verdict and one record, each steps once a round, and the
+            first to step decides. A parameter group's key ``"clip"`` overrides the policy for the group: another
+            policy, a spec string, or None.
         policy: what to do to large gradients; a spec string such as ``"global-norm:1.0"`` is read with
             ``gradkeel.policies.spec.parse``; None measures and reports only.
         model: gives the parameters the names of ``model.named_parameters()``. Not needed where the optimizer was
@@ -68,7 +71,8 @@ def attach(
         The `Guard`: ``guard.report`` tells what the last step came to.
 
     Raises:
-        AttachError: if the optimizer is guarded already, or steps inside backward.
+        AttachError: if the optimizer is guarded already, is differentiable, steps inside backward, has lazy
+            parameters without a shape, or never called ``Optimizer.__init__``.
         SelectionError: if an ``exclude`` entry selects nothing.
         RankError: if another rank could not attach, or has another policy.
         TypeError, ValueError: for arguments of another kind.
@@ -152,7 +156,8 @@ def _record(guard: Guard, record: Recorder | str | os.PathLike[str]) -> None:
 def _check(optimizers: Sequence[Optimizer], nonfinite: str, max_consecutive_skips: int) -> None:
     if not optimizers:
         raise ValueError("attach(optimizer=[]): give at least one optimizer")
-    if any(hasattr(optimizer, MARK) for optimizer in optimizers):
+    held = [own for one in optimizers for own in vars(one).values() if isinstance(own, Optimizer)]
+    if any(hasattr(own, MARK) for own in (*optimizers, *held)):
         raise AttachError(
             "attach(optimizer=...): this optimizer is guarded already; call detach() on its guard first, or give "
             "parameter groups their own policy with the key 'clip'"
@@ -171,7 +176,19 @@ def _check(optimizers: Sequence[Optimizer], nonfinite: str, max_consecutive_skip
             "attach(optimizer=[...]): some parameter is in more than one of the optimizers, or an optimizer is given "
             "twice; each parameter must be stepped by one"
         )
-    if any(hasattr(p, "_in_backward_optimizers") for p in _parameters(optimizers)):
+    if any(group.get("differentiable") for one in optimizers for group in one.param_groups):
+        raise AttachError(
+            "attach(optimizer=...): differentiable=True lets gradients flow through the step, and what the guard does "
+            "to them would be no part of that graph; scale them in the graph yourself, as in "
+            "p.grad = p.grad * (bound / norm).clamp(max=1), or pass differentiable=False"
+        )
+    parameters = _parameters(optimizers)
+    if any(map(is_lazy, parameters)):
+        raise AttachError(
+            "attach(optimizer=...): a lazy parameter has no shape yet, as of nn.LazyLinear; run one batch through the "
+            "model, then attach"
+        )
+    if any(hasattr(parameter, "_in_backward_optimizers") for parameter in parameters):
         raise AttachError(
             "attach(optimizer=...): its parameters are stepped inside backward() (optimizer-in-backward), where no "
             "whole gradient ever exists to be measured; build the optimizer without it"

@@ -5,16 +5,15 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
-from gradkeel.apply import clamp, scale
+from gradkeel.apply import clamp, scale, separate
 from gradkeel.errors import NonFiniteGradientError
 from gradkeel.kernels.graph import Entry, Graph, Graphs, can_capture, tell_autograd
 from gradkeel.ranks.total import total_norm
-from gradkeel.tensors import are_plain, is_distributed, settle
+from gradkeel.tensors import are_plain, is_distributed, on_mesh_of, settle, whole
 
 _WIDE = {torch.float64, torch.complex128}
 # Between these, zero and inf aside, a number has its like in float32; half of the smallest is rounded to zero.
@@ -23,6 +22,7 @@ _TORCH_EPS = 1e-6
 """What torch.nn.utils.clip_grads_with_norm_ adds to the norm."""
 
 
+@torch.no_grad()
 def clip_grad_norm_(
     parameters: Tensor | Iterable[Tensor],
     max_norm: float,
@@ -37,17 +37,19 @@ def clip_grad_norm_(
     at 67M float32 entries on CPU) and neither overflows nor underflows; a parameter given twice counts once; under a
     non-finite norm the gradients are left as they are (torch turns finite entries into 0 or NaN); below the bound
     they are not touched; complex and sparse gradients work, and so do DTensors of any placements and meshes, beside
-    plain ones: the norm is a plain tensor, the same on every rank, after one collective that all ranks must call.
+    plain ones: the norm is the same on every rank, after one collective that all ranks must call.
 
     Args:
         parameters: parameters whose ``.grad`` is clipped; those without are passed over.
-        max_norm: bound on the norm of all gradients together, at least 0; ``math.inf`` only measures.
+        max_norm: bound on the norm of all gradients together, at least 0; ``math.inf`` only measures. Whatever
+            ``float`` takes, as in torch.
         norm_type: the p of the p-norm; ``math.inf`` or "inf" is the largest absolute entry.
         error_if_nonfinite: raise instead of returning a NaN or inf norm.
         foreach: accepted for compatibility; the fastest path is chosen by itself.
 
     Returns:
-        [] the norm before clipping: float32, or float64 where a gradient is float64 or float32 cannot hold it.
+        [] the norm before clipping: float32, or float64 where a gradient is float64 or float32 cannot hold it. A
+        replicated DTensor where all gradients are DTensors on one mesh, as under FSDP2; a plain tensor elsewhere.
 
     Raises:
         NonFiniteGradientError: a RuntimeError, under ``error_if_nonfinite``; nothing has been modified.
@@ -57,17 +59,16 @@ def clip_grad_norm_(
     """
     checked = _parameters("clip_grad_norm_", parameters)
     bound = _bound("clip_grad_norm_", "max_norm", max_norm)
-    with torch.no_grad():
-        entry = None if error_if_nonfinite else _entry(checked, float(norm_type))
-        if entry is None:
-            return _clipped(checked, bound, float(norm_type), error_if_nonfinite)
-        if entry.captured is None and not (entry.is_rehearsed and _capture(entry, checked, float(norm_type))):
-            with entry.slots.active():
-                total = _clipped(checked, bound, float(norm_type), error_if_nonfinite)
-            entry.is_rehearsed = not entry.slots.missed
-            return total
-        assert entry.captured is not None, "it was captured now, or before"
-        return entry.captured.replay(checked, bound)
+    entry = None if error_if_nonfinite else _entry(checked, float(norm_type))
+    if entry is None:
+        return _clipped(checked, bound, float(norm_type), error_if_nonfinite)
+    if entry.captured is None and not (entry.is_rehearsed and _capture(entry, checked, float(norm_type))):
+        with entry.slots.active():
+            total = _clipped(checked, bound, float(norm_type), error_if_nonfinite)
+        entry.is_rehearsed = not entry.slots.missed
+        return total
+    assert entry.captured is not None, "it was captured now, or before"
+    return entry.captured.replay(checked, bound)
 
 
 def _clipped(
@@ -140,12 +141,13 @@ def clip_grads_with_norm_(
     """Scale all gradients by ``min(1, max_norm / (total_norm + 1e-6))``, in place.
 
     A drop-in for ``torch.nn.utils.clip_grads_with_norm_``. With a non-finite ``total_norm`` the gradients are left as
-    they are; below the bound they are not touched. Arguments as in `clip_grad_norm_`; ``total_norm`` is a [] tensor.
+    they are; below the bound they are not touched. Arguments as in `clip_grad_norm_`; ``total_norm`` is a [] tensor,
+    or a [] DTensor, which is made whole: a collective where it is ``Partial``.
     Does not sync the host on an accelerator.
     """
     checked = _parameters("clip_grads_with_norm_", parameters)
     bound = _bound("clip_grads_with_norm_", "max_norm", max_norm)
-    _scale(checked, bound, torch.as_tensor(total_norm).detach().double())
+    _scale(checked, bound, whole(torch.as_tensor(total_norm)).detach().double())
 
 
 @torch.no_grad()
@@ -188,7 +190,8 @@ def get_total_norm(
         foreach: accepted for compatibility.
 
     Returns:
-        [] the norm: float32, or float64 where a tensor is float64 or float32 cannot hold it; 0 for no tensors.
+        [] the norm: float32, or float64 where a tensor is float64 or float32 cannot hold it; 0 for no tensors. A
+        replicated DTensor where all tensors are DTensors on one mesh; a plain tensor elsewhere.
 
     Does not sync the host on an accelerator, except for ``error_if_nonfinite``.
     """
@@ -210,8 +213,7 @@ def _parameters(function: str, parameters: Tensor | Iterable[Tensor]) -> list[Te
         given = list(parameters)
         if not given and isinstance(parameters, Iterator):
             warnings.warn(
-                "`parameters` is an empty generator, no gradient clipping will occur. A generator can be used once; "
-                "call model.parameters() again",
+                "`parameters` is an empty generator, no gradient clipping will occur.",  # torch's words
                 stacklevel=4,
             )
     _check_tensors(function, "parameters", given)
@@ -236,20 +238,19 @@ def _check_tensors(function: str, argument: str, given: list[Tensor]) -> None:
 
 
 def _bound(function: str, argument: str, value: float) -> float:
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(
-        value, Real
-    ):  # NumPy's numbers are Real, as in torch's functions
-        raise TypeError(
+    try:
+        bound = float(value)  # as torch does: strings, bools and NumPy's numbers are taken
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = ValueError if isinstance(value, str) else TypeError
+        raise kind(
             f"{function}({argument}={value!r}): {argument} must be a number, not {type(value).__name__}"
-        )
-    if not value >= 0:
+        ) from error
+    if not bound >= 0:
         raise ValueError(
             f"{function}({argument}={value!r}): {argument} must be at least 0 (a negative one would turn every "
             "gradient around); to turn clipping off do not call the function"
         )
-    return float(value)
+    return bound
 
 
 def _total(
@@ -273,16 +274,24 @@ def _total(
 def _scale(parameters: list[Tensor], bound: float | Tensor, total: Tensor | float) -> None:
     if isinstance(total, float):
         assert isinstance(bound, float), "both are known on the host"
-        scale(parameters, min(1.0, bound / (total + _TORCH_EPS)) if math.isfinite(total) else 1.0)
+        factor = min(1.0, bound / (total + _TORCH_EPS)) if math.isfinite(total) else 1.0
+        if factor != 1.0:
+            separate(parameters)
+            scale(parameters, factor)
         return
+    separate(parameters)
     coefficient = (bound / (total + _TORCH_EPS)).clamp(max=1.0)
     scale(parameters, torch.where(torch.isfinite(total), coefficient, torch.ones_like(coefficient)))
 
 
 def _narrowed(total: Tensor | float, gradients: list[Tensor]) -> Tensor:
-    """The norm in float32, or in float64 where a gradient is float64 or, as the host can see, float32 is too narrow."""
+    """The norm in float32, or in float64 where a gradient is float64 or, as the host can see, float32 is too narrow.
+
+    Of DTensors on one mesh it is one too, the same on each of its ranks, as code that is written for torch expects.
+    """
     is_wide = not _WIDE.isdisjoint([gradient.dtype for gradient in gradients])
     if isinstance(total, Tensor):
-        return total if is_wide else total.float()
+        return on_mesh_of(gradients, total if is_wide else total.float())
     fits = total == 0 or not math.isfinite(total) or _LEAST_FLOAT32 <= total <= _LARGEST_FLOAT32
-    return torch.tensor(total, dtype=torch.float64 if is_wide or not fits else torch.float32)
+    dtype = torch.float64 if is_wide or not fits else torch.float32
+    return on_mesh_of(gradients, torch.tensor(total, dtype=dtype))

@@ -28,10 +28,10 @@ def is_on_host(tensor: Tensor) -> bool:
 
 
 def combine(norms: Tensor, norm_type: float) -> Tensor:
-    """Norm of a whole from the norms of its parts: ``(sum n_i^p)^(1/p)``, computed relative to the largest part.
+    """Norm of a whole from the norms of its parts: ``(sum n_i^p)^(1/p)``, relative to the part that counts most.
 
-    ``norms`` has shape [..., k]; the result has shape [...] and the same dtype. Scaling by the largest part keeps
-    finite parts from ever giving a non-finite or zero whole. No host sync.
+    ``norms`` has shape [..., k]; the result has shape [...] and the same dtype. Scaling by the largest part, of a
+    negative order by the smallest, keeps finite parts from ever giving a non-finite or zero whole. No host sync.
     """
     if norms.numel() == 0:
         return norms.new_zeros(norms.shape[:-1])
@@ -41,14 +41,12 @@ def combine(norms: Tensor, norm_type: float) -> Tensor:
         return norms.amin(-1)
     if norm_type == 0:  # the number of entries that are not zero: counts add up
         return norms.sum(-1)
-    if norm_type < 0:  # a zero part makes the whole zero, so there is nothing to scale by
-        return _vector_norm(norms, norm_type)
     if norms.dim() == 1 and norm_type in (1.0, 2.0) and is_on_host(norms):
         whole = _vector_norm(norms, norm_type)
         if 1e-140 < whole.item() < 1e150 and norms.dtype == torch.float64:  # no power has left the range
             return whole
-    largest = norms.amax(-1)
-    scale = torch.where((largest > 0) & (largest < math.inf), largest, torch.ones_like(largest))
+    most = norms.amax(-1) if norm_type > 0 else norms.amin(-1)
+    scale = torch.where((most > 0) & (most < math.inf), most, torch.ones_like(most))
     return _vector_norm(norms / scale.unsqueeze(-1), norm_type) * scale
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import fnmatch
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -59,19 +60,36 @@ class Selection:
 
 
 def name_parameters(groups: Groups, model: nn.Module | None) -> dict[int, str]:
-    """Name of each of the optimizer's parameters, by ``id``.
+    """Name of each of the optimizer's parameters, by ``id``; each another one.
 
     From the optimizer's own ``param_names`` where it was built from named parameters, else from ``model``, else its
-    position in the optimizer as a string.
+    position in the optimizer as a string. Equal ones, as of two networks, are numbered: ``0.weight``, ``1.weight``.
     """
-    known = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
+    known = {} if model is None else {id(p): plain(name) for name, p in model.named_parameters()}
     names: dict[int, str] = {}
     position = 0
     for group in groups:
-        own = group.get("param_names") or [None] * len(group["params"])
+        own = group.get("param_names") or [""] * len(group["params"])
         for parameter, own_name in zip(group["params"], own, strict=True):
-            names.setdefault(id(parameter), own_name or known.get(id(parameter)) or str(position))
+            names.setdefault(id(parameter), plain(own_name) or known.get(id(parameter)) or str(position))
             position += 1
+    return _told_apart(names)
+
+
+def plain(name: str) -> str:
+    """A parameter's name, or a pattern of names, without what ``torch.compile(model)`` puts before it."""
+    return name.replace("_orig_mod.", "")
+
+
+def _told_apart(names: dict[int, str]) -> dict[int, str]:
+    counts = Counter(names.values())
+    taken, number = set(counts), Counter[str]()
+    for key, name in names.items():
+        if counts[name] > 1:
+            while (numbered := f"{number[name]}.{name}") in taken:
+                number[name] += 1
+            names[key] = numbered
+            taken.add(numbered)
     return names
 
 
@@ -133,11 +151,11 @@ def _excluded(
     model: nn.Module | None,
 ) -> set[int]:
     known = [names[id(parameter)] for parameter, _ in entries]
-    elsewhere = [name for name, _ in model.named_parameters()] if model is not None else []
+    elsewhere = [plain(name) for name, _ in model.named_parameters()] if model is not None else []
     result: set[int] = set()
     for entry in exclude:
         found = {id(parameter) for parameter, _ in entries if matches(entry, names[id(parameter)], parameter)}
-        if not found and not (isinstance(entry, str) and fnmatch.filter(elsewhere, entry)):
+        if not found and not (isinstance(entry, str) and fnmatch.filter(elsewhere, plain(entry))):
             raise SelectionError(_nothing_matches(entry, known))
         result |= found
     return result
@@ -150,7 +168,7 @@ def matches(entry: Exclude, name: str, parameter: Tensor, argument: str = "exclu
         SelectionError: for an entry of another kind.
     """
     if isinstance(entry, str):
-        return fnmatch.fnmatchcase(name, entry)
+        return fnmatch.fnmatchcase(name, plain(entry))
     if isinstance(entry, nn.Module):
         return any(parameter is own for own in entry.parameters())
     if isinstance(entry, Tensor):

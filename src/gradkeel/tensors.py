@@ -15,20 +15,28 @@ _PLAIN = {Tensor, nn.Parameter}
 def entries_to_read(gradient: Tensor) -> Tensor:
     """The gradient's entries on this rank as a real strided tensor; the sum over duplicate indices where sparse.
 
-    Shares memory with the gradient except where an uncoalesced sparse gradient must be summed first.
+    Shares memory with the gradient except where an uncoalesced sparse gradient must be summed first, and where a
+    conjugate view's imaginary parts are stored with the other sign.
     """
     local = local_part(gradient)
     if local.layout != torch.strided:
         local = local.coalesce().values() if local.layout == torch.sparse_coo else local.values()
-    return _real(local)
+    return torch.view_as_real(local.resolve_conj()) if local.is_complex() else local
 
 
 def entries_to_scale(gradient: Tensor) -> Tensor:
-    """The entries as they are stored, to be multiplied in place: real, strided, sharing the gradient's memory."""
+    """The entries as they are stored, to be multiplied in place: real, strided, sharing the gradient's memory.
+
+    Those of conjugate and negative views are the memory behind them, in which signs differ.
+    """
     local = local_part(gradient)
     if local.layout != torch.strided:
         local = local._values() if local.layout == torch.sparse_coo else local.values()
-    return _real(local)
+    if local.is_conj():
+        local = local.conj()
+    if local.is_neg():
+        local = torch._neg_view(local)
+    return torch.view_as_real(local) if local.is_complex() else local
 
 
 def entries_by_position(tensor: Tensor) -> Tensor:
@@ -187,6 +195,26 @@ def mesh_of(tensor: Tensor) -> Any:
     return given.device_mesh if is_distributed(tensor) else None
 
 
+def on_mesh_of(tensors: Sequence[Tensor], number: Tensor) -> Tensor:
+    """A [] number that all ranks know, as a replicated DTensor where all the tensors lie on one mesh."""
+    meshes = {mesh_of(tensor) for tensor in tensors} if not are_plain(tensors) else {None}
+    mesh = meshes.pop()
+    if mesh is None or meshes:
+        return number
+    module: Any = sys.modules["torch.distributed.tensor"]
+    placed: Tensor = module.DTensor.from_local(
+        number, mesh, [module.Replicate()] * mesh.ndim, run_check=False
+    )
+    return placed
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A distributed tensor with the entries of all ranks, a collective unless it is replicated; others as they are."""
+    given: Any = tensor
+    full: Tensor = given.full_tensor() if is_distributed(tensor) else tensor
+    return full
+
+
 def shard_groups(tensor: Tensor) -> list[Any]:
     """The process group of each mesh axis over which a distributed tensor is split; none for a plain tensor."""
     if not is_distributed(tensor):
@@ -242,9 +270,14 @@ def _chunks(indices: Sequence[int], count: int) -> list[Sequence[int]]:
     return [_chunk(indices, count, which) for which in range(count)]
 
 
-def shares_memory(gradient: Tensor) -> bool:
-    """Whether several entries lie in one place, as after ``expand``, so that the gradient cannot be written to."""
-    return gradient.layout == torch.strided and 0 in gradient.stride() and gradient.numel() > 1
+def is_only_a_view(gradient: Tensor) -> bool:
+    """Whether entries cannot be written to where they lie.
+
+    Several lie in one place, as after ``expand``, or what is stored has other signs, as in conjugate views.
+    """
+    if gradient.layout != torch.strided:
+        return False
+    return (0 in gradient.stride() and gradient.numel() > 1) or gradient.is_conj() or gradient.is_neg()
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -257,9 +290,3 @@ def is_dense(tensor: Tensor) -> bool:
             return False
         width *= size
     return True
-
-
-def _real(tensor: Tensor) -> Tensor:
-    if not tensor.is_complex():
-        return tensor
-    return torch.view_as_real(tensor.resolve_conj())

@@ -284,12 +284,16 @@ def two_bad(rank, where):
         ({"main": [0, 1]}, "'main' is not finite (inf) on rank 0"),
         ({"own": [1]}, "'own' is not finite (inf) on rank 1"),
         ({"excluded": [0]}, "'excluded' is not finite (inf) on rank 0"),
-        ({"good": [1], "main": [0]}, "'good' is not finite (inf) on rank 1"),
-        ({"main": [1], "own": [0], "excluded": [0]}, "'main' is not finite (inf) on rank 1"),
+        ({"good": [1], "main": [0]}, "'main' is not finite (inf) on rank 0"),
+        ({"main": [1], "own": [0], "excluded": [0]}, "'own' is not finite (inf) on rank 0"),
+        (
+            {"good": [0], "main": [0], "own": [0], "excluded": [0]},
+            "all 4 gradients are not finite (inf) on rank 0: it",
+        ),
         ({"own": [1], "excluded": [0]}, "'own' is not finite (inf) on rank 1"),
     ],
 )
-def test_the_first_bad_parameter_and_the_first_rank_that_has_it_are_named(ranks, where, words):
+def test_where_it_begins_and_the_first_rank_that_has_it_are_named(ranks, where, words):
     for reason in ranks(2, two_bad, where):
         assert words in reason
 

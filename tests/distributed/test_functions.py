@@ -262,3 +262,62 @@ def tensor_parallel_alone(rank):
 def test_tensor_parallel(ranks):
     for mine, wanted in ranks(2, tensor_parallel_alone):
         assert mine == pytest.approx(wanted, rel=1e-9)
+
+
+# ---- as torch's own tests of FSDP2 ask ------------------------------------------------------------------------------
+
+
+def beside_torchs(rank, count, wrap, norm_type):
+    """What code that was written for torch's clip under FSDP2 gets from the drop-ins."""
+    made = []
+    for clip, total, halve in (
+        (nn.utils.clip_grad_norm_, nn.utils.get_total_norm, nn.utils.clip_grads_with_norm_),
+        (gk.clip_grad_norm_, gk.get_total_norm, gk.clip_grads_with_norm_),
+    ):
+        model = wrap(model_of(8), rank, count)
+        parameters = list(model.parameters())
+        found = []
+        for in_halves in (False, True):
+            model.zero_grad()
+            (10.0 * model(torch.arange(12.0, dtype=torch.float64).reshape(4, 3)).square().sum()).backward()
+            before = [p.grad.to_local().clone() for p in parameters]
+            if in_halves:
+                # torch's own total, which is Partial, must do for both.
+                norm = nn.utils.get_total_norm([p.grad for p in parameters], norm_type)
+                halve(parameters, 0.5, norm)
+                norm = total([p.grad for p in parameters], norm_type)
+            else:
+                norm = clip(parameters, 0.5, norm_type, foreach=True)
+            changed = [
+                not torch.equal(p.grad.to_local(), one) or not one.any()
+                for p, one in zip(parameters, before, strict=True)
+            ]
+            found.append(
+                (float(norm.full_tensor()), tuple(norm.device_mesh.shape), len(norm.placements), changed)
+            )
+        made.append((found, [local(p.grad).flatten().tolist() for p in parameters]))
+    return made
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, math.inf])
+@pytest.mark.parametrize(("count", "wrap"), [(2, fsdp), (2, offloaded)])
+def test_beside_torchs_clip(ranks, count, wrap, norm_type):
+    for (wanted, right), (got, gradients_here) in ranks(count, beside_torchs, count, wrap, norm_type):
+        for (norm, *rest), (true, *expected) in zip(got, wanted, strict=True):
+            assert norm == pytest.approx(true, rel=1e-9)
+            assert rest == expected
+            assert all(rest[-1])
+        for one, other in zip(gradients_here, right, strict=True):
+            assert one == pytest.approx(other, rel=1e-9)
+
+
+def mixed_norms(rank, make_layout):
+    """The norms of DTensors beside others: what is no DTensor in torch, which refuses, is none here."""
+    parameters, _ = placed(make_layout(rank, 4 if make_layout is layouts.two_meshes else 2))
+    norm = gk.clip_grad_norm_(parameters.values(), 0.5)
+    return type(norm).__name__, float(norm)
+
+
+@pytest.mark.parametrize(("count", "layout"), [(2, layouts.mixed_with_plain), (4, layouts.two_meshes)])
+def test_a_norm_on_no_one_mesh_is_plain(ranks, count, layout):
+    assert {name for name, _ in ranks(count, mixed_norms, layout)} == {"Tensor"}

@@ -70,7 +70,7 @@ def test_gradients_that_are_not_finite_come_first_from_the_last_one_back(tmp_pat
     assert explosion.evidence == (
         "At step 101 the gradient was not finite; its norm had been 2.24, the median of the steps before.",
         "4 of 5 parameters were reached at step 101.",
-        "1 step was skipped; the first: step 101: the gradient of 'b' is not finite (inf).",
+        "1 step was skipped; the first: step 101: the gradient of 'd' is not finite (NaN).",
         "After step 101 the norm was back.",
     )
 

@@ -93,12 +93,13 @@ def test_the_device_does_what_the_host_would(name, policy, scale, request):
     assert not {"grad_scale", "found_inf"} & vars(fused).keys()
 
 
-def test_the_warning_comes_with_the_next_step_and_names_the_parameter(on_device):
+def test_the_warning_comes_with_the_next_step_and_says_where_it_began(on_device):
     with pytest.warns(
-        gk.errors.SkippedStepWarning, match=r"step 2: the gradient of 'weight' is not finite \(NaN\)"
+        gk.errors.SkippedStepWarning,
+        match=r"step 2: all 2 gradients are not finite \(NaN\): it came with the loss",
     ):
         _, _, guard, reports = train("AdamW-fused", "none", 3, bad_steps=[1])
-    assert reports[1].reason == "step 2: the gradient of 'weight' is not finite (NaN)"
+    assert reports[1].reason == "step 2: all 2 gradients are not finite (NaN): it came with the loss"
     assert guard.report.reason is None
 
 

@@ -250,7 +250,7 @@ def test_the_words_of_every_reason(why, without_place, with_place):
 
 
 @pytest.mark.parametrize(("value", "kind"), [(math.nan, "NaN"), (math.inf, "inf"), (-math.inf, "inf")])
-def test_the_first_gradient_that_is_not_finite_is_named_with_its_kind(value, kind):
-    guard = guarded("global-norm:1.0", [1.0], [value], [math.nan], nonfinite="keep")
+def test_the_gradient_where_non_finite_begins_is_named_with_its_kind(value, kind):
+    guard = guarded("global-norm:1.0", [math.nan], [value], [1.0], nonfinite="keep")
     assert guard.report.skip_reason is None  # the step was made
     assert guard.report.nonfinite_reason() == f"step 1: the gradient of '1' is not finite ({kind})"

@@ -118,9 +118,7 @@ def test_their_clip_is_warned_of_by_the_arguments_name():
 
 @pytest.mark.parametrize("kind", [Module, Manual])
 def test_a_skipped_step_changes_nothing(kind):
-    with pytest.warns(
-        gk.errors.SkippedStepWarning, match=r"step 3: the gradient of 'net\.0\.weight' is not finite"
-    ):
+    with pytest.warns(gk.errors.SkippedStepWarning, match="step 3: all 4 gradients are not finite"):
         module = fit(kind(guarded=True, spoil_at=2))
     assert module.guard.step == 6
     assert all(parameter.isfinite().all() for parameter in module.parameters())

@@ -28,7 +28,7 @@ parse = gp.parse
         ("agc:0.02,unit_dim=1", gp.AdaptiveGradientClip(0.02, unit_dim=1)),
         ("smoothness-step:16,1", gp.SmoothnessStep(16.0, 1.0)),
         (
-            "zclip:scope=tensor, patience=none , reference=true",
+            "zclip:scope=tensor, patience=None , reference=True",
             gp.ZClip(scope="tensor", patience=None, reference=True),
         ),
         ("skip-step+zclip+value:1", gp.Chain(gp.SkipStep(), gp.ZClip(), gp.ClipByValue(1.0))),

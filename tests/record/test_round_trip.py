@@ -134,7 +134,7 @@ def test_skipped_steps_are_recorded_with_their_reason(tmp_path):
         assert run.stepped().tolist() == [step != 3 for step in range(1, 9)]
         assert run.nonfinite().tolist() == [step == 3 for step in range(1, 9)]
         assert [step for step, _ in run.skips()] == [3]
-        assert "'0.weight' is not finite (NaN)" in run.skips()[0][1]
+        assert "all 4 gradients are not finite (NaN)" in run.skips()[0][1]
         assert run.coefficients()[2] == 1
         assert math.isnan(run.totals()[2])
 

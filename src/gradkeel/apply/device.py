@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gradkeel.kernels import foreach, triton_host
 from gradkeel.kernels.addresses import miss
-from gradkeel.tensors import entries_to_scale, shares_memory
+from gradkeel.tensors import are_plain, entries_to_scale, is_only_a_view
 
 
 def scale(parameters: Sequence[Tensor], factor: Tensor) -> None:
@@ -89,11 +89,37 @@ def clamp(parameters: Sequence[Tensor], limits: tuple[float, float], peaks: Tens
 
 
 def own(parameter: Tensor) -> Tensor | None:
-    """The gradient, copied first if its entries share memory, as those of an expanded gradient do."""
+    """The gradient, copied first if it cannot be written to, as an expanded one or a conjugate view."""
     gradient = parameter.grad
-    if gradient is not None and shares_memory(gradient):
+    if gradient is not None and is_only_a_view(gradient):
         parameter.grad = gradient = gradient.clone(memory_format=torch.contiguous_format)
     return gradient
+
+
+def separate(parameters: Sequence[Tensor]) -> None:
+    """Copy gradients that lie where another parameter's does, so that none is multiplied twice.
+
+    ``torch.autograd.grad`` may give one tensor for several parameters, and views of one tensor.
+    """
+    held = [gradient for parameter in parameters if (gradient := parameter.grad) is not None]
+    try:
+        if are_plain(held) and len(set(map(Tensor.data_ptr, held))) == len(held):
+            return
+    except RuntimeError:  # a tensor without an address of its own, such as a sparse one
+        pass
+    seen = set[int]()
+    for parameter in parameters:
+        if (gradient := parameter.grad) is not None:
+            place = _place(gradient)
+            if place in seen:
+                parameter.grad = gradient.clone()
+            seen.add(place)
+
+
+def _place(gradient: Tensor) -> int:
+    """Where the entries begin in memory; the tensor's own identity where it has none, or nothing in it."""
+    entries = entries_to_scale(gradient)
+    return entries.data_ptr() or id(gradient) if are_plain([entries]) else id(gradient)
 
 
 def over_units(factors: Tensor, gradient: Tensor, dims: int, dim: int) -> Tensor:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
+from gradkeel.apply.host import LEAST
 from gradkeel.kernels import triton_host
 from gradkeel.kernels.arrival import Arrival, is_capturing, to_host
-from gradkeel.tensors import shares_memory
+from gradkeel.tensors import is_only_a_view
 
 # RMSprop and the rest ignore or refuse grad_scale; each optimizer of torch.optim has its line in the tests.
 FOLDING: tuple[type[Optimizer], ...] = (SGD, Adam, AdamW, Adagrad)
@@ -33,7 +34,7 @@ def can_fold(optimizer: Optimizer, parameters: Sequence[Tensor]) -> bool:
     """Whether one coefficient for all these parameters may go into the optimizer's kernel."""
     return reads_grad_scale(optimizer) and all(
         p.grad is None
-        or (p.grad.dtype == torch.float32 and p.grad.layout == torch.strided and not shares_memory(p.grad))
+        or (p.grad.dtype == torch.float32 and p.grad.layout == torch.strided and not is_only_a_view(p.grad))
         for p in parameters
     )
 
@@ -53,7 +54,7 @@ class Folding:
     def pays(self, factor: Tensor | float) -> bool:
         """Whether to fold this step's factor, a number of the host's or []; takes note of it."""
         if isinstance(factor, float):
-            return True  # nothing is asked of the host that it does not know
+            return factor >= LEAST  # nothing is asked of the host that it does not know
         pays = self.is_worth(factor.device)
         self.note(factor != 1)
         return pays

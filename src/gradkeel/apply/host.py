@@ -9,6 +9,11 @@ from gradkeel.apply.device import over_units, own
 from gradkeel.kernels import native
 from gradkeel.tensors import entries_to_scale
 
+LEAST = torch.finfo(torch.float32).tiny
+"""Below this a float32 factor loses digits, and at last becomes 0."""
+# A power of two rounds nothing that is not 0 in the end.
+_FIRST = 2.0**-100
+
 
 def scale(parameters: Sequence[Tensor], factor: Tensor | float) -> None:
     """Multiply each gradient whose factor is not 1.
@@ -20,12 +25,20 @@ def scale(parameters: Sequence[Tensor], factor: Tensor | float) -> None:
     if isinstance(factor, float):
         if factor == 1.0:
             return
+        if 0.0 < factor < LEAST:
+            scale(parameters, _FIRST)
+            scale(parameters, factor / _FIRST)
+            return
         gradients = [p.grad for p in parameters if p.grad is not None]
         numbers: Tensor | float = factor
     else:
-        rows = [
-            i for i, value in enumerate(factor.tolist()) if value != 1.0 and parameters[i].grad is not None
-        ]
+        values = factor.tolist()
+        if any(0.0 < value < LEAST for value in values):
+            first = _first(factor)
+            scale(parameters, first)
+            scale(parameters, factor / first)
+            return
+        rows = [i for i, value in enumerate(values) if value != 1.0 and parameters[i].grad is not None]
         parameters = [parameters[i] for i in rows]
         gradients = [p.grad for p in parameters if p.grad is not None]
         numbers = factor[torch.tensor(rows, dtype=torch.int64, device="cpu")]
@@ -53,6 +66,10 @@ def scale_units(parameters: Sequence[Tensor], coefficients: Tensor, counts: Sequ
         counts: how many units each parameter has.
         dim: the dimension that counts units.
     """
+    if bool(((coefficients > 0) & (coefficients < LEAST)).any()):
+        first = _first(coefficients)
+        scale_units(parameters, first, counts, dim)
+        coefficients = coefficients / first
     split = coefficients.split(list(counts))
     parts = [(own(parameters[i]), split[i]) for i in _touched(coefficients, counts)]
     held = [(gradient, part) for gradient, part in parts if gradient is not None]
@@ -64,6 +81,11 @@ def scale_units(parameters: Sequence[Tensor], coefficients: Tensor, counts: Sequ
         entries = entries_to_scale(gradient)
         wide = torch.promote_types(entries.dtype, torch.float32)
         entries.mul_(over_units(part.to(entries.device, wide), gradient, entries.dim(), dim))
+
+
+def _first(factors: Tensor) -> Tensor:
+    """The first of two factors, of those that are too small to be one in float32; 1 of the others."""
+    return torch.where((factors > 0) & (factors < LEAST), _FIRST, 1.0).to(factors)
 
 
 def _touched(coefficients: Tensor, counts: Sequence[int]) -> list[int]:

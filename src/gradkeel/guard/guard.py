@@ -286,7 +286,7 @@ class Guard:
         if self.window is not None:
             self.window.check_step()
         else:
-            other_clips.warn_of_other_clips(self._canary)
+            other_clips.warn_of_other_clips(self._canary, clips=self._roster.clips)
 
     def _can_skip_on_device(self) -> bool:
         """Whether the optimizer's kernel may be left to skip by itself, so that the host need not know."""

@@ -4,11 +4,25 @@ import warnings
 
 import torch
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef
 
 from gradkeel.errors import DoubleClippingWarning
 from gradkeel.guard.stack import callers
 from gradkeel.tensors import Seen
+
+
+class _Note:
+    """The gradient as backward left it.
+
+    What hangs on a parameter's hooks must not hold the parameter: torch's list of them is out of the garbage
+    collector's sight.
+    """
+
+    def __init__(self) -> None:
+        self.seen: Seen | None = None
+
+    def take(self, parameter: Tensor) -> None:
+        if parameter.grad is not None and parameter.grad.layout == torch.strided:
+            self.seen = Seen(parameter.grad)
 
 
 class Canary:
@@ -25,24 +39,19 @@ class Canary:
     def __init__(self, parameter: Tensor | None) -> None:
         self.is_new = True
         self.is_settled = False
-        self._seen: Seen | None = None
-        # Weakly: torch's list of a parameter's hooks is out of the garbage collector's sight.
-        self._parameter = None if parameter is None else TensorWeakRef(parameter)
+        self._note = _Note()
+        # Not weakly: torch does not move a parameter that has a weak reference, where moving means swapping.
+        self._parameter = parameter
         self._handle = None
         if parameter is not None and parameter.requires_grad and parameter.is_leaf and not _is_distributed():
-            self._handle = parameter.register_post_accumulate_grad_hook(self._note)
-
-    def _note(self, parameter: Tensor) -> None:
-        if parameter.grad is not None and parameter.grad.layout == torch.strided:
-            self._seen = Seen(parameter.grad)
+            self._handle = parameter.register_post_accumulate_grad_hook(self._note.take)
 
     def was_touched(self) -> bool:
         """Whether the gradient that backward left has been modified in place since; forgets it."""
-        seen, self._seen = self._seen, None
-        if seen is None or _is_distributed():
+        seen, self._note.seen = self._note.seen, None
+        if seen is None or self._parameter is None or _is_distributed():
             return False
-        parameter = None if self._parameter is None else self._parameter()
-        return parameter is not None and seen.is_tensor(parameter.grad) and seen.unchanged() is None
+        return seen.is_tensor(self._parameter.grad) and seen.unchanged() is None
 
     def remove(self) -> None:
         """Stop watching."""
@@ -54,8 +63,13 @@ def _is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def warn_of_other_clips(canary: Canary) -> None:
-    """Warn, once, if somebody else clips as well; trainers are looked for on the first step, or after a touch."""
+def warn_of_other_clips(canary: Canary, *, clips: bool) -> None:
+    """Warn, once, if somebody else clips as well; trainers are looked for on the first step, or after a touch.
+
+    Args:
+        canary: what watches.
+        clips: whether the guard clips anything; one that only measures has no advice to give.
+    """
     touched = canary.was_touched()
     if canary.is_settled or not (touched or canary.is_new):
         return
@@ -63,30 +77,33 @@ def warn_of_other_clips(canary: Canary) -> None:
     culprit, canary.is_settled = _trainer_that_clips()
     if touched and not canary.is_settled:
         culprit = (
-            "gradients were modified between backward() and step(), by another clip or by your own code; if it is a "
-            "clip (clip_grad_norm_, accelerator.clip_grad_norm_, max_norm=...), remove it"
+            "gradients were modified between backward() and step(), by a clip or by your own code",
+            "if it is a clip (clip_grad_norm_, accelerator.clip_grad_norm_, max_norm=...), remove it",
         )
-    if culprit is not None:
-        canary.is_settled = True
-        warnings.warn(
-            f"{culprit}; the guard clips already, and measures what the other has left",
-            DoubleClippingWarning,
-            stacklevel=2,
-        )
+    if culprit is None:
+        return
+    canary.is_settled = True
+    who, fix = culprit
+    rest = (
+        f"; {fix}; the guard clips already, and measures what the other has left"
+        if clips
+        else "; this guard clips nothing, and its norms are of what that has left"
+    )
+    warnings.warn(who + rest, DoubleClippingWarning, stacklevel=2)
 
 
-def _trainer_that_clips() -> tuple[str | None, bool]:
-    """Which trainer on the call stack is set to clip too, in words, and whether its setting settles the question.
+def _trainer_that_clips() -> tuple[tuple[str, str] | None, bool]:
+    """Which trainer on the call stack clips, and how not to let it; and whether its setting settles the question.
 
     The Transformers Trainer multiplies every gradient by 1 where it is set not to clip.
     """
     for owner in callers("transformers", "lightning", "pytorch_lightning"):
         limit = getattr(getattr(owner, "args", None), "max_grad_norm", None)
         if limit is not None:
-            words = "the Transformers Trainer clips too; set TrainingArguments(max_grad_norm=0)"
+            words = ("the Transformers Trainer clips too", "set TrainingArguments(max_grad_norm=0)")
             return (words if limit > 0 else None), True
         if hasattr(owner, "gradient_clip_val"):
-            words = "the Lightning Trainer clips too; leave Trainer(gradient_clip_val=None)"
+            words = ("the Lightning Trainer clips too", "leave Trainer(gradient_clip_val=None)")
             return (words, True) if owner.gradient_clip_val else (None, False)
     return None, False
 

@@ -1,7 +1,7 @@
 """What one optimizer step came to: lazy over device tensors, so that making a report costs nothing until it is read."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
@@ -50,11 +50,31 @@ _WORDS = {
 }
 
 
-def nonfinite_words(step: int, name: str, norm: float, where: str = "") -> str:
-    """Which gradient is not finite, in words."""
-    return (
-        f"step {step}: the gradient of {name!r} is not finite ({'NaN' if math.isnan(norm) else 'inf'}){where}"
-    )
+def nonfinite_words(step: int, selections: "Sequence[SelectionReport]", norms: Sequence[float]) -> str | None:
+    """Where non-finite gradients begin, in words; None where all are finite.
+
+    Backward runs from the model's end to its beginning, and what is not finite makes everything after it so. So it
+    began at the last parameter of the model's order that is hit; where all are, it came with the loss, or the batch.
+
+    Args:
+        step: number of the step.
+        selections: all of the step's.
+        norms: the norms of their parameters' gradients, selection after selection.
+    """
+    columns = [(one, i) for one in selections for i in range(len(one.measured.names))]
+    held = [
+        (one.order[i] if one.order else i, norm, one, one.measured.names[i])
+        for (one, i), norm in zip(columns, norms, strict=True)
+        if one.present[i] or norm != 0
+    ]
+    hit = [row for row in held if not math.isfinite(row[1])]
+    if not hit:
+        return None
+    _, norm, one, name = max(hit, key=lambda row: row[0])
+    kind, where = "NaN" if math.isnan(norm) else "inf", one.place_of(name)
+    if len(hit) == len(held) > 1:
+        return f"step {step}: all {len(hit)} gradients are not finite ({kind}){where}: it came with the loss"
+    return f"step {step}: the gradient of {name!r} is not finite ({kind}){where}"
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -69,6 +89,7 @@ class SelectionReport:
         present: which of the parameters had a gradient.
         remeasure: measures the norm after a clamp; None from it once the gradients are gone or changed.
         locate: on which rank the gradient of the parameter of an index is not finite, in words.
+        order: the parameters' places in the model, or in the optimizer where there is no model; () as they stand.
     """
 
     label: str
@@ -78,10 +99,20 @@ class SelectionReport:
     present: tuple[bool, ...]
     remeasure: Callable[[], Tensor | None] | None = None
     locate: Callable[[int], str] | None = None
+    order: tuple[int, ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles hold what was measured, and cannot measure again."""
-        return type(self), (self.label, self.policy, self.measured, self.decision, self.present)
+        return type(self), (
+            self.label,
+            self.policy,
+            self.measured,
+            self.decision,
+            self.present,
+            None,
+            None,
+            self.order,
+        )
 
     @property
     def outcome(self) -> Outcome:
@@ -231,12 +262,9 @@ class StepReport:
         return None if why is None else why.words(self.step, self.nonfinite_reason())
 
     def nonfinite_reason(self) -> str | None:
-        """The first parameter whose gradient is not finite, in words; None where all are finite."""
-        for selection in self.selections:
-            for name, norm in selection.norms.items():
-                if not math.isfinite(norm):
-                    return nonfinite_words(self.step, name, norm, selection.place_of(name))
-        return None
+        """Where non-finite gradients begin, in words; None where all are finite."""
+        norms = [norm for selection in self.selections for norm in selection.measured.norms.tolist()]
+        return nonfinite_words(self.step, self.selections, norms)
 
     def stepped_tensor(self) -> Tensor:
         """[] bool: whether the optimizer made its step, without syncing the host."""

@@ -27,6 +27,7 @@ from gradkeel.selection import (
     Selection,
     group_policy,
     name_parameters,
+    plain,
     restore_clips,
     select,
     signature,
@@ -44,6 +45,7 @@ class Part:
         policy: what decides on them; None where they are only measured.
         needs: what is measured of them.
         blank: norms of the whole selection, over all ranks, on which nothing has been measured.
+        order: each parameter's place in the model, or in the optimizer where there is no model.
         nothing: what is read where there are no parameters here; None where there are.
         report: what is said of it where there are none on any rank, or before the first step.
         shown: the policy's repr.
@@ -54,6 +56,7 @@ class Part:
     policy: Policy | None
     needs: Needs
     blank: GradientNorms
+    order: tuple[int, ...]
     nothing: Readings | None
     report: SelectionReport
     shown: str
@@ -151,11 +154,18 @@ class Roster:
         self.parts = tuple(map(self._part, selections, policies, needs, members))
         self.here = [i for i, part in enumerate(self.parts) if part.selection.parameters]
 
+    @property
+    def clips(self) -> bool:
+        """Whether there is a policy, and not only something to measure."""
+        return any(part.policy is not None for part in self.parts)
+
     def _part(self, selection: Selection, policy: Policy | None, needs: Needs, whole: Members) -> Part:
         blank, shown = blank_norms(whole, needs, self.device), repr(policy)
         nothing = None if selection.parameters else readings(selection, needs, self.device)
-        report = SelectionReport(selection.label, shown, blank, Decision(), (False,) * len(blank.names))
-        return Part(selection.label, selection, policy, needs, blank, nothing, report, shown)
+        order = tuple(self._order.get(name, len(self._order) + i) for i, name in enumerate(blank.names))
+        absent = (False,) * len(blank.names)
+        report = SelectionReport(selection.label, shown, blank, Decision(), absent, order=order)
+        return Part(selection.label, selection, policy, needs, blank, order, nothing, report, shown)
 
     def _selections(self) -> tuple[tuple[Selection, ...], list[Policy | None]]:
         groups = self._groups()
@@ -163,7 +173,10 @@ class Roster:
         by_group = [group_policy(group, index) for index, group in enumerate(groups)]
         self._signature = signature(groups)
         self._held = [list(group["params"]) for group in groups]
-        selections = select(groups, name_parameters(groups, self.model), self._exclude, self.model)
+        names = name_parameters(groups, self.model)
+        model = () if self.model is None else (plain(name) for name, _ in self.model.named_parameters())
+        self._order = {name: i for i, name in enumerate(dict.fromkeys((*model, *names.values())))}
+        selections = select(groups, names, self._exclude, self.model)
         known = {MAIN: self._policy, EXCLUDED: None}
         return selections, [known[s.label] if s.label in known else by_group[s.groups[0]] for s in selections]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradkeel.apply import apply, factors, scale
+from gradkeel.apply import apply, factors, scale, separate
 from gradkeel.apply.fused import Folding, can_fold, kernel_scale
 from gradkeel.guard.prescale import LossScale, prescale
 from gradkeel.guard.report import SelectionReport
@@ -99,7 +99,9 @@ def decide_all(
             decision, state = part.policy.decide(norms, part.policy.init(norms) if before is None else before)
         place_of = None if measured.agreed is None else partial(_place_of, roster, measured.agreed, i)
         reports.append(
-            SelectionReport(part.label, part.shown, norms, decision, measured.present[i], None, place_of)
+            SelectionReport(
+                part.label, part.shown, norms, decision, measured.present[i], None, place_of, part.order
+            )
         )
         after.append(state)
     return reports, after
@@ -172,16 +174,20 @@ def carry_out(
 
     Nothing is folded where ``optimizer`` is None.
     """
+    todo = []
     for i in roster.here:
-        part, report = roster.parts[i], reports[i]
-        parameters, decision, measured = part.selection.parameters, report.decision, report.measured
-        local = roster.local(i)
+        decision, measured, local = reports[i].decision, reports[i].measured, roster.local(i)
         if local is not None:
             decision, measured = local.decision(decision), local.measured(measured)
-        if decision.unit_coefficients is None and decision.clamp is None:
-            factor = factors(decision, prescale)
-            if isinstance(factor, float) and factor == 1.0:
-                continue
+        is_one_pass = decision.unit_coefficients is None and decision.clamp is None
+        factor = factors(decision, prescale) if is_one_pass else None
+        if not _is_one(factor):
+            todo.append((roster.parts[i], reports[i], decision, measured, factor, local is None))
+    if todo:
+        separate(roster.parameters)
+    for part, report, decision, measured, factor, is_whole in todo:
+        parameters = part.selection.parameters
+        if factor is not None:
             is_one = len(roster.here) == 1 and (isinstance(factor, float) or factor.dim() == 0)
             if is_one and optimizer is not None and can_fold(optimizer, parameters) and folding.pays(factor):
                 return kernel_scale(factor, roster.device)
@@ -189,9 +195,16 @@ def carry_out(
             continue
         unit_dim = None if part.policy is None else part.needs.unit_dim
         apply(parameters, decision, measured, prescale=prescale, unit_dim=unit_dim)
-        if decision.clamp is not None and local is None:  # elsewhere it would be another collective
+        if decision.clamp is not None and is_whole:  # elsewhere it would be another collective
             report.remeasure = norm_while_unchanged(parameters, measured)
     return None
+
+
+def _is_one(factor: Tensor | float | None) -> bool:
+    """Whether the host knows that nothing is to be multiplied."""
+    if isinstance(factor, Tensor):
+        return factor.is_cpu and bool((factor == 1).all())
+    return factor == 1.0
 
 
 def committed(

@@ -62,13 +62,14 @@ def unit_norms(tensors: Sequence[Tensor], norm_type: float, wide: torch.dtype, d
         for start, end in buckets([moved[i] for i in members]):
             part = members[start:end]
             rows = moved[part[0]] if len(part) == 1 else torch.cat([moved[i] for i in part])
-            values = _row_norms(rows, norm_type, wide)
+            values = row_norms(rows, norm_type, wide)
             for i, own in zip(part, values.split([len(moved[i]) for i in part]), strict=True):
                 found[i] = own
     return torch.cat(found)
 
 
-def _row_norms(rows: Tensor, norm_type: float, wide: torch.dtype) -> Tensor:
+def row_norms(rows: Tensor, norm_type: float, wide: torch.dtype) -> Tensor:
+    """Norm of each slice along the first dimension, summed in ``wide``; does not sync the host."""
     dims = list(range(1, rows.dim()))
     if rows.numel() == 0:  # some norms of nothing are undefined in torch
         return torch.zeros(len(rows), dtype=wide, device=rows.device)

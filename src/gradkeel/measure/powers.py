@@ -219,30 +219,32 @@ def _storage_order(tensor: Tensor) -> Tensor:
 
 
 def _redone(norms: Tensor, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-    """Norms with those outside the safe range of their sums computed again in float64, relative to max |g|."""
-    if norm_type <= 0 or math.isinf(norm_type):
+    """Norms with those outside the safe range of their sums computed again in float64, relative to what counts most.
+
+    That is max |g|, and min |g| for a negative order.
+    """
+    if norm_type == 0 or math.isinf(norm_type):
         return norms
     # Powers above 2 leave the range sooner.
-    power = max(norm_type, 2.0) / 2.0
+    power = max(abs(norm_type), 2.0) / 2.0
     for i, norm in enumerate(norms.tolist()):
         low, high = _SAFE.get(tensors[i].dtype, _SAFE_FLOAT32)
         if low ** (1 / power) <= norm <= high ** (1 / power) or not tensors[i].numel():
             continue
-        largest = tensors[i].abs().amax().double()
-        if largest == 0 or not torch.isfinite(largest):
-            norms[i] = largest  # zero, inf, or NaN, which amax passes on
+        magnitudes = tensors[i].abs()
+        most = (magnitudes.amax() if norm_type > 0 else magnitudes.amin()).double()
+        if most == 0 or not torch.isfinite(most):
+            norms[i] = most  # zero, inf, or NaN, which both pass on
         else:
-            norms[i] = torch.linalg.vector_norm(tensors[i].double() / largest, norm_type) * largest
+            norms[i] = torch.linalg.vector_norm(tensors[i].double() / most, norm_type) * most
     return norms
 
 
 def unit_norms(tensor: Tensor, units: int, dim: int, norm_type: float) -> Tensor:
     """[units] float64 norm of each slice along ``dim`` of a CPU tensor; ``units == 1`` takes it as one unit."""
     rows = tensor.reshape(1, -1) if units == 1 else tensor.movedim(dim, 0).flatten(1)
-    if rows.numel() == 0:  # some norms of nothing are undefined in torch
-        return torch.zeros(units, dtype=torch.float64, device="cpu")
-    if tensor.dtype == torch.float64 or rows.shape[1] > BLOCK:
-        return torch.linalg.vector_norm(rows, norm_type, dim=1, dtype=torch.float64)
+    if tensor.dtype == torch.float64 or rows.shape[1] > BLOCK or not rows.numel():
+        return foreach.row_norms(rows, norm_type, torch.float64)
     norms = torch.linalg.vector_norm(rows, norm_type, dim=1, dtype=torch.float32)
     low, high = _SAFE_FLOAT32
     if ((norms > low) & (norms < high)).all():

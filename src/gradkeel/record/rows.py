@@ -280,10 +280,6 @@ def _derive(series: dict[str, Tensor], main: SelectionReport) -> None:
 
 def _skip(report: StepReport, norms: Tensor) -> tuple[int, SkipReason, str]:
     """A skipped step's number, reason and words, from norms that are on the host already."""
-    place, columns = None, [(s, name) for s in report.selections for name in s.measured.names]
-    for (selection, name), norm in zip(columns, norms.tolist(), strict=True):
-        if not math.isfinite(norm):
-            place = nonfinite_words(report.step, name, norm, selection.place_of(name))
-            break
+    place = nonfinite_words(report.step, report.selections, norms.tolist())
     why = report.why or (SkipReason.POLICY if place is None else SkipReason.NONFINITE)
     return report.step, why, why.words(report.step, place)

@@ -200,10 +200,13 @@ def _value(spec: str, key: str, text: str, hint: Any) -> Any:
     kinds = get_args(hint) or (hint,)
     if text in kinds:  # one of a Literal's words
         return text
-    if text == "none" and type(None) in kinds:
+    word = (
+        text.lower()
+    )  # None and True, as they are written in Python and in this project's own documentation
+    if word == "none" and type(None) in kinds:
         return None
-    if bool in kinds and text in {"true", "false"}:
-        return text == "true"
+    if bool in kinds and word in {"true", "false"}:
+        return word == "true"
     for kind in (int, float):
         if kind in kinds:
             try:

@@ -1,0 +1,43 @@
+"""Which of several nested optimizers is guarded: the one whose gradients are those that backward left."""
+
+from typing import Any
+
+from torch.optim import Optimizer
+
+from gradkeel.errors import AttachError
+from gradkeel.guard import gate
+
+
+def unwrap(optimizer: Any) -> Optimizer:
+    """The optimizer to be guarded: itself, or the one inside a wrapper such as Accelerate's or Lightning's.
+
+    A wrapper with step hooks of its own is an optimizer that changes gradients or parameters itself, as Lookahead
+    does, and is guarded as a whole; one that has a state of its own, but no hooks, cannot be.
+    """
+    outer = optimizer
+    while not (isinstance(optimizer, Optimizer) and gate.has_hooks(optimizer)):
+        inner = getattr(optimizer, "optimizer", None)
+        own = vars(optimizer).get("state") if hasattr(optimizer, "__dict__") else None
+        if not isinstance(inner, Optimizer) or (own is not None and own is not getattr(inner, "state", None)):
+            raise _no_optimizer(outer)
+        optimizer = inner
+    return optimizer
+
+
+def _no_optimizer(outer: Any) -> Exception:
+    own = vars(outer) if hasattr(outer, "__dict__") else {}
+    inner = next((name for name, value in own.items() if isinstance(value, Optimizer)), None)
+    fix = (
+        ""
+        if inner is None
+        else f"; attach to its .{inner}, which guards all but what the wrapper itself does in a step"
+    )
+    words = f"attach(optimizer={type(outer).__name__}): "
+    if isinstance(outer, Optimizer):
+        return AttachError(
+            f"{words}torch calls no hooks around its step (it never called torch.optim.Optimizer.__init__, or its step "
+            f"is no method of its class){fix}"
+        )
+    return TypeError(
+        f"{words}optimizer must be a torch.optim.Optimizer or a wrapper that holds one as .optimizer{fix}"
+    )
