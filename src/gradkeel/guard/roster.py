@@ -124,9 +124,9 @@ class Roster:
         self._data_parallel = data_parallel = None if window is None else window.ranks
         try:
             selections, policies = self._selections()
-        except Exception:
+        except Exception as error:
             everything = [p for group in self._optimizer.param_groups for p in group["params"]]
-            self._sharing.fail(everything, _device_of(everything), data_parallel)
+            self._sharing.fail(everything, data_parallel, error)
             raise
         self.names = tuple(name for selection in selections for name in selection.names)
         self.parameters = tuple(parameter for selection in selections for parameter in selection.parameters)
