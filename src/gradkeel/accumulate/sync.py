@@ -5,12 +5,22 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gradkeel.ranks.group import Ranks, ranks_of
 
 if TYPE_CHECKING:
     from gradkeel.ranks.group import Group
+
+_TORCH = "torch.distributed.algorithms.ddp_comm_hooks."
+_AVERAGES = (
+    "allreduce_hook",
+    "fp16_compress_hook",
+    "bf16_compress_hook",
+    "powerSGD_hook",
+    "batched_powerSGD_hook",
+    "_reducer_allreduce_and_upcast_hook",
+)
 
 
 class GradientSync:
@@ -22,13 +32,16 @@ class GradientSync:
             nothing.
         process_group: the data-parallel ranks, between which the window's weights are added up; those of the model
             unless given.
+        divides: by what a communication hook of DistributedDataParallel divides the sum over ranks.
 
     Raises:
-        ValueError: if parts of the model divide their gradients by different numbers.
+        ValueError: if parts of the model divide their gradients by different numbers, or by one that nobody knows.
         TypeError, AttachError: for something that is no group, or a group without this rank.
     """
 
-    def __init__(self, model: nn.Module | None, process_group: "Group | None") -> None:
+    def __init__(
+        self, model: nn.Module | None, process_group: "Group | None", divides: float | None = None
+    ) -> None:
         self._parts: list[Any] = list(_outermost(model)) if model is not None else []
         self._fsdp = [part for part in self._parts if hasattr(part, "set_requires_gradient_sync")]
         self._ddp = [part for part in self._parts if not hasattr(part, "set_requires_gradient_sync")]
@@ -37,7 +50,11 @@ class GradientSync:
         found = [ranks_of(group, "Accumulator(process_group=...)") for group in given]
         ranks = max(found, key=lambda one: len(one.members)) if found else None
         self.ranks: Ranks | None = None if ranks is None or len(ranks.members) == 1 else ranks
+        if divides is not None and not divides > 0:
+            raise ValueError(f"Accumulator(divides={divides!r}): divides must be a number above 0")
+        self._divides = divides
         self.divisor = self._read_divisor()
+        self._hooks = self._count_hooks()
 
     @property
     def is_needed(self) -> bool:
@@ -49,8 +66,15 @@ class GradientSync:
         """Whether ranks wait for each other in every backward, so that none may leave one out."""
         return bool(self._fsdp)
 
+    @property
+    def exchanges_once(self) -> bool:
+        """Whether only the first backward after a forward is exchanged, so that terms must run in one backward."""
+        return bool(self._ddp)
+
     def around(self, *, last: bool) -> AbstractContextManager[Any]:
-        """The context for forward and backward of one micro-batch."""
+        """The context for forward and backward of one micro-batch, which exchanges gradients if it is the last."""
+        if last and self._hooks != (found := self._count_hooks()):  # one was registered later
+            self.divisor, self._hooks = self._read_divisor(), found
         context = ExitStack()
         for part in self._fsdp:
             part.set_requires_gradient_sync(last)
@@ -58,6 +82,10 @@ class GradientSync:
             if not last:
                 context.enter_context(part.no_sync())
         return context
+
+    def added(self, weights: Tensor) -> Tensor:
+        """[k] the sum of all ranks' weights [k]."""
+        return weights if self.ranks is None else self.ranks.added(weights.clone())
 
     def largest(self, weight: float, device: torch.device) -> float:
         """The largest such weight of all ranks, on all of them; syncs the host."""
@@ -68,7 +96,7 @@ class GradientSync:
 
     def _read_divisor(self) -> float:
         """By what the sum of the ranks' gradients has been divided when it arrives: their number, as a rule."""
-        found = {float(part.process_group.size()) for part in self._ddp}
+        found = {self._divided_by(part) for part in self._ddp}
         found |= {float(mesh.size()) if factor is None else factor for mesh, factor in _meshes(self._fsdp)}
         if len(found) > 1:
             raise ValueError(
@@ -77,6 +105,29 @@ class GradientSync:
                 "modules so that all of them divide by the same"
             )
         return found.pop() if found else 1.0
+
+    def _count_hooks(self) -> int:
+        return sum(len(_hooks(part)) for part in self._ddp)
+
+    def _divided_by(self, part: Any) -> float:
+        strange = [hook for hook in _hooks(part) if not _is_average(hook)]
+        if strange and self._divides is None:
+            shown = getattr(strange[0], "__qualname__", repr(strange[0]))
+            raise ValueError(
+                f"Accumulator(model=...): the model has the communication hook {shown}(), and nobody can tell what it "
+                "does; say by what it divides the sum over ranks: divides=1 if it only sums, divides=dist."
+                "get_world_size() if it averages"
+            )
+        return float(self._divides) if strange and self._divides else float(part.process_group.size())
+
+
+def _hooks(part: Any) -> list[Any]:
+    return [hook for hook, _ in getattr(part, "_comm_hooks", ())]
+
+
+def _is_average(hook: Any) -> bool:
+    """Whether this is one of torch's hooks that average, as DistributedDataParallel itself does."""
+    return getattr(hook, "__module__", "").startswith(_TORCH) and getattr(hook, "__name__", "") in _AVERAGES
 
 
 def _outermost(model: nn.Module) -> Iterator[nn.Module]:

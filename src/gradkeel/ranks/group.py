@@ -84,9 +84,7 @@ class Ranks:
         try:
             store.wait([f"{room}/verdict"], patience)
         except (RuntimeError, distributed.DistError):
-            absent = [
-                rank for place, rank in enumerate(self.members) if not store.check([f"{room}/{place}"])
-            ]
+            absent = [rank for place, rank in enumerate(self.members) if not store.check([f"{room}/{place}"])]
             store.compare_set(
                 f"{room}/verdict",
                 "",
