@@ -183,6 +183,7 @@ class Accumulator:
     def drop(self) -> None:
         """Discard the open window: its gradients are cleared, and the next micro-batch opens a new one."""
         clear_gradients(self.guard.parameters)
+        self._sync.drop()
         for one in self._sums.values():
             one.sums.clear()
         if self._noise is not None:

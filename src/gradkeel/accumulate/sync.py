@@ -87,6 +87,13 @@ class GradientSync:
         """[k] the sum of all ranks' weights [k]."""
         return weights if self.ranks is None else self.ranks.added(weights.clone())
 
+    def drop(self) -> None:
+        """Clear what FSDP2 keeps of a window that it has not exchanged."""
+        for parameter in (p for group in _param_groups(self._fsdp) for p in group.fsdp_params):
+            parameter.unsharded_accumulated_grad = None
+            if hasattr(parameter, "_unsharded_param"):  # made in the first forward
+                parameter._unsharded_param.grad = None
+
     def largest(self, weight: float, device: torch.device) -> float:
         """The largest such weight of all ranks, on all of them; syncs the host."""
         if self.ranks is None:
@@ -139,17 +146,21 @@ def _outermost(model: nn.Module) -> Iterator[nn.Module]:
         yield from _outermost(child)
 
 
+def _param_groups(parts: list[Any]) -> Iterator[Any]:
+    """The groups of parameters that FSDP2 exchanges together."""
+    for state in (
+        m._get_fsdp_state() for part in parts for m in part.modules() if hasattr(m, "_get_fsdp_state")
+    ):
+        several = getattr(state, "_fsdp_param_groups", None)  # older torch has one for each module
+        found = [state._fsdp_param_group] if several is None else several
+        yield from (group for group in found if group is not None)
+
+
 def _meshes(parts: list[Any]) -> list[tuple[Any, float | None]]:
     """For each group of FSDP parameters: its data-parallel ranks, and the divisor where one was set."""
-    states = [m._get_fsdp_state() for part in parts for m in part.modules() if hasattr(m, "_get_fsdp_state")]
-    groups: list[Any] = []
-    for state in states:
-        several = getattr(state, "_fsdp_param_groups", None)  # older torch has one for each module
-        groups += [state._fsdp_param_group] if several is None else several
     return [
         (_data_parallel(group.mesh_info), getattr(group, "gradient_divide_factor", None))
-        for group in groups
-        if group is not None
+        for group in _param_groups(parts)
     ]
 
 

@@ -130,6 +130,8 @@ class OpenWindow:
         for one, factor in zip(self.per.values(), factors, strict=True):
             if one.loss is not None:
                 merged.lose(one.loss * factor.to(one.loss.device))
+        if ranks > 1 and merged.loss is None:
+            merged.loss = torch.zeros_like(factors[0])  # a rank without items has its share in the mean
         self.per = dict.fromkeys(list(self.per)[:1], merged)
         return factors
 
