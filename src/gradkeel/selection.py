@@ -2,7 +2,7 @@
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -62,7 +62,7 @@ def name_parameters(optimizer: Optimizer, model: nn.Module | None) -> dict[int, 
     From the optimizer's own ``param_names`` where it was built from named parameters, else from ``model``, else its
     position in the optimizer as a string.
     """
-    known = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
+    known = {id(p): name for name, p in _named(model)}
     names: dict[int, str] = {}
     position = 0
     for group in optimizer.param_groups:
@@ -71,6 +71,12 @@ def name_parameters(optimizer: Optimizer, model: nn.Module | None) -> dict[int, 
             names.setdefault(id(parameter), own_name or known.get(id(parameter)) or str(position))
             position += 1
     return names
+
+
+def _named(model: nn.Module | None) -> Iterator[tuple[str, Tensor]]:
+    """The model's parameters, under the names that they had before FSDP1 wrapped its modules."""
+    for name, parameter in () if model is None else model.named_parameters():
+        yield name.replace("_fsdp_wrapped_module.", ""), parameter
 
 
 def select(
@@ -130,7 +136,7 @@ def _excluded(
     model: nn.Module | None,
 ) -> set[int]:
     known = [names[id(parameter)] for parameter, _ in entries]
-    elsewhere = [name for name, _ in model.named_parameters()] if model is not None else []
+    elsewhere = [name for name, _ in _named(model)]
     result: set[int] = set()
     for entry in exclude:
         found = {id(parameter) for parameter, _ in entries if matches(entry, names[id(parameter)], parameter)}

@@ -92,9 +92,7 @@ class Accumulator:
         if accumulate_dtype is not None and not accumulate_dtype.is_floating_point:
             raise ValueError(f"Accumulator(accumulate_dtype={accumulate_dtype}): must be floating, or None")
         if isinstance(per, str) or not per or len(set(per)) < len(per):
-            raise ValueError(
-                f"Accumulator(per={per!r}): per must be different names, such as ('token', 'sequence')"
-            )
+            raise ValueError(f"Accumulator(per={per!r}): must be different names, as ('token', 'sequence')")
         if noise_scale and len(per) > 1:
             raise ValueError("Accumulator(noise_scale=True, per=...): the noise scale needs one denominator")
         if guard.window is not None:
@@ -108,8 +106,13 @@ class Accumulator:
             raise ValueError("Accumulator(noise_scale=True): needs one process; ranks exchange windows only")
         self._watch = GradientWatch(lambda: guard.parameters)
         # What is kept apart from .grad until the window closes.
-        dtype = torch.float32 if accumulate_dtype is None and len(self.per) > 1 else accumulate_dtype
-        self._sums = {} if dtype is None else {name: WideSums(dtype) for name in self.per}
+        apart = accumulate_dtype is not None or len(self.per) > 1
+        self._sums = {name: WideSums(accumulate_dtype or torch.float32) for name in self.per if apart}
+        if self._sums and self._sync.keeps_sums:
+            raise ValueError(
+                "Accumulator(per=..., accumulate_dtype=...): FullyShardedDataParallel (FSDP1) keeps a window's sums "
+                "itself; use FSDP2 (fully_shard)"
+            )
         self._noise = NoiseMeter(guard) if noise_scale else None
         self._divisor: float | None = None
         self._resumed = False
@@ -333,10 +336,7 @@ class Accumulator:
         self._last_loss = self._last_loss if loss is None else loss
 
     def factor(self) -> Tensor | float:
-        """[] what the accumulated gradients are multiplied by: 1 / total weight; 0 for an empty window.
-
-        Undoes the power of two that float16 losses are divided by, and the backend's average over ranks.
-        """
+        """[] what sums are multiplied by: 1 / total weight, float16's divisor and the average over ranks undone."""
         return self._open.factor((self._divisor or 1.0) * self._sync.divisor, self.guard.device)
 
     def is_empty(self) -> bool | Tensor:

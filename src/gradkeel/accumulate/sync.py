@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from gradkeel.ranks.flat import data_parallel, is_fsdp1
 from gradkeel.ranks.group import Ranks, ranks_of
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class GradientSync:
     """Puts a distributed model's gradient exchange off to a window's last micro-batch.
 
     Args:
-        model: DistributedDataParallel (``no_sync`` must go around forward and backward) or FSDP2
+        model: DistributedDataParallel or FSDP1 (``no_sync`` must go around forward and backward) or FSDP2
             (``set_requires_gradient_sync``), or a module that has such parts; any other module, or None, exchanges
             nothing.
         process_group: the data-parallel ranks, between which the window's weights are added up; those of the model
@@ -45,7 +46,9 @@ class GradientSync:
         self._parts: list[Any] = list(_outermost(model)) if model is not None else []
         self._fsdp = [part for part in self._parts if hasattr(part, "set_requires_gradient_sync")]
         self._ddp = [part for part in self._parts if not hasattr(part, "set_requires_gradient_sync")]
-        groups = [part.process_group for part in self._ddp] + [mesh for mesh, _ in _meshes(self._fsdp)]
+        groups = [data_parallel(part) for part in self._ddp if process_group is None] + [
+            mesh for mesh, _ in _meshes(self._fsdp)
+        ]
         given = groups if process_group is None else [process_group]
         found = [ranks_of(group, "Accumulator(process_group=...)") for group in given]
         ranks = max(found, key=lambda one: len(one.members)) if found else None
@@ -70,6 +73,11 @@ class GradientSync:
     def exchanges_once(self) -> bool:
         """Whether only the first backward after a forward is exchanged, so that terms must run in one backward."""
         return bool(self._ddp)
+
+    @property
+    def keeps_sums(self) -> bool:
+        """Whether the model keeps a window's sums where nobody else can add to them."""
+        return any(map(is_fsdp1, self._ddp))
 
     def around(self, *, last: bool) -> AbstractContextManager[Any]:
         """The context for forward and backward of one micro-batch, which exchanges gradients if it is the last."""
@@ -125,6 +133,8 @@ class GradientSync:
                 "does; say by what it divides the sum over ranks: divides=1 if it only sums, divides=dist."
                 "get_world_size() if it averages"
             )
+        if is_fsdp1(part):  # which divides twice, before it adds and afterwards
+            return float(part._gradient_predivide_factor * part._gradient_postdivide_factor)
         return float(self._divides) if strange and self._divides else float(part.process_group.size())
 
 

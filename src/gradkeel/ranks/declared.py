@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from gradkeel.errors import AttachError, RankError, SelectionError
 from gradkeel.norms import Needs
 from gradkeel.ranks.exchange import Exchange
+from gradkeel.ranks.flat import flat_shards
 from gradkeel.ranks.group import ALONE, Ranks, covering, is_running, ranks_of, spans, world
 from gradkeel.ranks.layout import Census, Layout, Parameter
 from gradkeel.ranks.powers import WIDE
@@ -78,6 +80,21 @@ class Sharing:
         self._nonfinite = nonfinite
         self._given = None if process_group is None else ranks_of(process_group, "process_group")
         self._declared = [(entry, _read(entry, where)) for entry, where in (shard_over or {}).items()]
+        self._entries = self._declared
+        self._flat: frozenset[int] = frozenset()
+        self._copies: list[Ranks] = []
+
+    def look_at(self, parameters: Sequence[Tensor], model: nn.Module | None) -> None:
+        """Find out which of the parameters FSDP1 has made flat shards; what the user has declared comes after that.
+
+        Raises:
+            AttachError: if the model does not tell how they lie.
+        """
+        found = flat_shards(parameters, model)
+        self._flat = frozenset().union(*(ids for ids, _, _ in found))
+        self._copies = [copies for _, _, copies in found]
+        self._entries = [(partial(_is_one_of, ids), Split(ranks, None)) for ids, ranks, _ in found]
+        self._entries += self._declared
 
     def connect(
         self,
@@ -101,6 +118,7 @@ class Sharing:
         if ranks is None:
             return None
         try:
+            self._check_units(selections, needs)
             own = self._manifest(selections, policies)
         except Exception as error:
             ranks.meet(error)
@@ -129,13 +147,21 @@ class Sharing:
         Copies have the same gradients on all ranks, as DDP leaves them, and so the same decisions: unless policies
         look at the loss, which each rank has of its own share of the batch.
         """
-        known = [where.ranks for _, where in self._declared if isinstance(where, Split)]
+        known = [where.ranks for _, where in self._entries if isinstance(where, Split)] + self._copies
         known += [] if data_parallel is None else [data_parallel]
         ranks = participants(parameters, known, self._given)
         if ranks is not None or not is_running():
             return ranks, False
         everyone = world()
         return (None, False) if len(everyone.members) == 1 else (everyone, not needs_loss)
+
+    def _check_units(self, selections: Sequence[Selection], needs: Sequence[Needs]) -> None:
+        for selection, need in zip(selections, needs, strict=True):
+            if need.unit_dim is not None and not self._flat.isdisjoint(map(id, selection.parameters)):
+                raise SelectionError(
+                    "a policy that clips unit by unit cannot be used under FullyShardedDataParallel (FSDP1), which "
+                    "cuts through rows; use a policy of whole tensors, or FSDP2 (fully_shard)"
+                )
 
     def _manifest(self, selections: Sequence[Selection], policies: Sequence[str]) -> Manifest:
         declared, unmatched = self._chosen(selections)
@@ -155,7 +181,7 @@ class Sharing:
     def _parameter(
         self, name: str, parameter: Tensor, group: int, entry: int | None, meshes: dict[Any, int]
     ) -> Parameter:
-        where = None if entry is None else self._declared[entry][1]
+        where = None if entry is None else self._entries[entry][1]
         return Parameter(
             name=where if isinstance(where, str) else name,
             group=group,
@@ -173,7 +199,7 @@ class Sharing:
         """Which entry was declared for each parameter, by ``id``, a later one before an earlier; which match none."""
         result: dict[int, int] = {}
         unmatched = []
-        for i, (entry, _) in enumerate(self._declared):
+        for i, (entry, _) in enumerate(self._entries):
             found = {
                 id(parameter): i
                 for selection in selections
@@ -194,7 +220,7 @@ class Sharing:
         told = _tell(ranks, int.from_bytes(digest[:7], "big"), device)
         firsts = {number: place for place, number in reversed(list(enumerate(told)))}
         places = sorted(firsts.values())
-        if self._given is None and not self._declared:
+        if self._given is None and not self._entries:
             others = [rank for rank, number in zip(ranks.members, told, strict=True) if number != told[0]]
             if others:
                 raise RankError(
@@ -219,7 +245,7 @@ class Sharing:
 
     def _indices(self, ranks: Ranks, device: torch.device) -> Tensor:
         """[ranks, entries] which piece each rank has of what its entries of ``shard_over`` declare."""
-        own = [where.ranks.here if isinstance(where, Split) else 0 for _, where in self._declared]
+        own = [where.ranks.here if isinstance(where, Split) else 0 for _, where in self._entries]
         width = max(_tell(ranks, len(own), device))  # each rank has its own shard_over
         row = torch.tensor(own + [0] * (width - len(own)), dtype=torch.int64, device=device)
         return ranks.gather(row).cpu() if width else torch.zeros(len(ranks.members), 0, dtype=torch.int64)
@@ -254,6 +280,10 @@ def participants(parameters: Iterable[Tensor], known: Sequence[Ranks], given: Ra
             f"{sorted(missing)}, over which parameters or batches are split; pass a group that has all of them"
         )
     return given
+
+
+def _is_one_of(ids: frozenset[int], name: str, parameter: Tensor) -> bool:
+    return id(parameter) in ids
 
 
 def _read(entry: Exclude, where: "Where") -> Split | str | None:
