@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.trap_trainers import with_gradkeel
-from benchmarks.traps import TRAINING_TRAPS, function_traps, loss_scale_traps
+from benchmarks.traps import TRAINING_TRAPS, accumulation_traps, function_traps, loss_scale_traps
 
 
 @pytest.mark.parametrize("name", TRAINING_TRAPS)
@@ -14,6 +14,6 @@ def test_gradkeel_is_right_in_training(name):
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
 def test_gradkeel_is_right_in_single_calls_and_torch_is_not():
-    for name, (mine, theirs) in {**function_traps(), **loss_scale_traps()}.items():
+    for name, (mine, theirs) in {**function_traps(), **loss_scale_traps(), **accumulation_traps()}.items():
         assert mine.is_right, name
         assert not theirs.is_right, name

@@ -6,6 +6,7 @@ from datetime import timedelta
 import pytest
 import torch
 from torch import distributed, nn
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 import gradkeel as gk
@@ -104,11 +105,15 @@ def on_its_own(rank):
     for _ in range(1 + rank):
         model(torch.ones(1, 2 + rank)).sum().backward()
         optimizer.step()
-    return guard.step
+        optimizer.zero_grad()
+    with CommDebugMode() as mode:
+        model(torch.ones(1, 2 + rank)).sum().backward()
+        optimizer.step()
+    return guard.step, mode.get_total_counts()
 
 
 def test_ranks_may_train_models_of_their_own(ranks):
-    assert ranks(2, on_its_own) == [1, 2]
+    assert ranks(2, on_its_own) == [(2, 0), (3, 0)]
 
 
 def rank_local_losses(rank, policy):

@@ -150,6 +150,8 @@ class Sharing:
         known = [where.ranks for _, where in self._entries if isinstance(where, Split)] + self._copies
         known += [] if data_parallel is None else [data_parallel]
         ranks = participants(parameters, known, self._given)
+        if ranks is not None and ranks is self._given and len(ranks.members) == 1:
+            return None, False
         if ranks is not None or not is_running():
             return ranks, False
         everyone = world()

@@ -68,6 +68,8 @@ class Ranks:
         if len(self.members) == 1 or distributed.get_backend(self.group) == "fake":
             return
         store = distributed.distributed_c10d._get_default_store()
+        if store is None:  # under MPI
+            return
         room = f"gradkeel/{self.group.group_name}"
         room += f"/{store.add(f'{room}/visits/{self.here}', 1)}"
         store.set(f"{room}/{self.here}", "here")
