@@ -106,8 +106,8 @@ def on_its_own(rank):
         model(torch.ones(1, 2 + rank)).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
+    model(torch.ones(1, 2 + rank)).sum().backward()
     with CommDebugMode() as mode:
-        model(torch.ones(1, 2 + rank)).sum().backward()
         optimizer.step()
     return guard.step, mode.get_total_counts()
 
