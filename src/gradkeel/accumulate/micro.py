@@ -227,7 +227,7 @@ class MicroBatch(Generic[Batch]):
             raise
         finally:
             owner._is_inside = False
-            self._context.__exit__(kind, None, None)
+            self._context.__exit__(None, None, None)
             if kind is None:
                 self._close()
             elif owner._open.broken is None and (self._weights or owner._watch.change() is not None):

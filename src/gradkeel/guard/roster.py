@@ -131,6 +131,7 @@ class Roster:
             self._flat = _count_flat(parameters)
             self._sharing.look_at(parameters, self.model)
         except Exception as error:
+            self._held = []  # to be read again
             everything = [p for group in self._optimizer.param_groups for p in group["params"]]
             self._sharing.fail(everything, data_parallel, error)
             raise
@@ -140,7 +141,11 @@ class Roster:
         self._distributed = [parameter for parameter in self.parameters if is_distributed(parameter)]
         needs = [self._needs(policy) for policy in policies]
         words = [in_words(policy) for policy in policies]
-        self.exchange = self._sharing.connect(selections, needs, words, self.device, data_parallel)
+        try:
+            self.exchange = self._sharing.connect(selections, needs, words, self.device, data_parallel)
+        except Exception:
+            self._held = []
+            raise
         members: Sequence[Any] = selections if self.exchange is None else self.exchange.members
         self.parts = tuple(map(self._part, selections, policies, needs, members))
         self.here = [i for i, part in enumerate(self.parts) if part.selection.parameters]
