@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -275,6 +276,75 @@ def loss_scale_traps() -> dict[str, tuple[Cell, Cell]]:
     }
 
 
+# ---- accumulation by hand --------------------------------------------------------------------------------------
+
+
+class _OutOfMemory(torch.autograd.Function):
+    """A backward that finds no memory at its first node, before any gradient has changed."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError
+
+
+def accumulation_traps() -> dict[str, tuple[Cell, Cell]]:
+    """What the idiom ``(loss / steps).backward()`` makes of windows that it has no words for."""
+
+    def failed(*, guarded: bool) -> Cell:
+        weight = nn.Parameter(torch.zeros(1))
+        optimizer = torch.optim.SGD([weight], lr=1.0)
+        losses = [
+            lambda: 4.0 * weight.sum(),
+            lambda: _OutOfMemory.apply(4.0 * weight.sum()),
+            lambda: 4.0 * weight.sum(),
+        ]
+        if guarded:
+            for micro in gk.Accumulator(gk.attach(optimizer, None), len(losses))(losses):
+                with contextlib.suppress(torch.OutOfMemoryError), micro:
+                    micro.backward(micro.batch(), weight=2)
+        else:
+            for loss in losses:
+                with contextlib.suppress(torch.OutOfMemoryError):
+                    (loss() / 2 / len(losses)).backward()
+        optimizer.step()
+        moved = -float(weight.detach())
+        return Cell(is_right=math.isclose(moved, 2.0, rel_tol=1e-6), words=f"the update is {moved:.4g}")
+
+    def two_denominators(*, guarded: bool) -> Cell:
+        counts = [(3, 1), (50, 2)]  # tokens and sequences
+        weight = nn.Parameter(torch.zeros(2))
+        optimizer = torch.optim.SGD([weight], lr=1.0)
+        if guarded:
+            accumulate = gk.Accumulator(gk.attach(optimizer, None), len(counts), per=("token", "sequence"))
+            for micro in accumulate(counts):
+                tokens, sequences = micro.batch
+                with micro:
+                    micro.backward(weight[0] * tokens * sequences, weight=tokens, per="token")
+                    micro.backward(weight[1] * sequences * tokens, weight=sequences, per="sequence")
+        else:
+            for tokens, sequences in counts:  # each term's mean, and the mean of these
+                ((weight[0] * sequences + weight[1] * tokens) / len(counts)).backward()
+        optimizer.step()
+        want = torch.tensor([103 / 53, 103 / 3])  # sums over the window's tokens, and over its sequences
+        error = float((-weight.detach() - want).norm() / want.norm())
+        return Cell(is_right=error < 1e-6, words="" if error < 1e-6 else f"off by {error:.2g}")
+
+    return {
+        "44 failed_micro_batch_is_not_counted: the second of 3 finds no memory": (
+            failed(guarded=True),
+            failed(guarded=False),
+        ),
+        "45 two denominators in one window: per token and per sequence": (
+            two_denominators(guarded=True),
+            two_denominators(guarded=False),
+        ),
+    }
+
+
 # ---- the table ------------------------------------------------------------------------------------------------
 
 
@@ -306,7 +376,7 @@ def training_table() -> list[str]:
 def function_table(optax: dict[str, Cell], paddle: dict[str, Cell]) -> list[str]:
     """The traps of single calls, where every other peer calls torch's function."""
     lines = ["| trap | gradkeel | torch (and whoever calls it) | optax | Paddle |", "|---|---|---|---|---|"]
-    for name, (mine, theirs) in {**function_traps(), **loss_scale_traps()}.items():
+    for name, (mine, theirs) in {**function_traps(), **loss_scale_traps(), **accumulation_traps()}.items():
         others = [
             next((str(cell) for start, cell in peer.items() if name.startswith(start)), "-")
             for peer in (optax, paddle)

@@ -59,8 +59,10 @@ def attach(
         max_consecutive_skips: more skips than this in a row raise, with their reasons; at least 1.
         record: where to record every step: a path, or a `Recorder`.
         process_group: the ranks that decide together, as a process group or a device mesh. None takes those of
-            the meshes on which DTensors are sharded (FSDP2, HSDP, tensor parallel), and none under DDP, whose
-            gradients are alike on all ranks. A plain parameter counts once, however many ranks have it by its name.
+            the meshes on which DTensors are sharded (FSDP2, HSDP, tensor parallel). Plain parameters, alike on all
+            ranks of the job as DDP has them, need no exchange, unless the policy looks at the loss: then all ranks
+            decide on the mean of theirs. A rank that trains on its own passes a group of its own. A plain parameter
+            counts once, however many ranks have it by its name.
         shard_over: what plain parameters cannot tell themselves: for name patterns, modules, parameters or
             predicates, as in ``exclude``, the group over whose ranks each is split (expert parallel, pipeline
             stages), or ``(group, dim)``. Parameters of one name are pieces of one tensor. The name of another
@@ -74,13 +76,13 @@ def attach(
         AttachError: if the optimizer is guarded already, is differentiable, steps inside backward, has lazy
             parameters without a shape, or never called ``Optimizer.__init__``.
         SelectionError: if an ``exclude`` entry selects nothing.
-        RankError: if another rank could not attach, or has another policy.
+        RankError: if another rank could not attach, has another policy, or has not called it within two minutes.
         TypeError, ValueError: for arguments of another kind.
 
     The environment variable ``GRADKEEL_POLICY`` (a spec string) overrides ``policy`` and ``exclude``, and
     ``GRADKEEL_RECORD`` (a path) ``record``: so does ``gradkeel compare --run`` with a script that it must not change.
 
-    Where ranks share parameters all of them must call it: it is a collective, in which they compare what they have.
+    All ranks of a distributed job must call it, or those of ``process_group``: they compare what they have.
 
     On CPU the host decides; with a fused optimizer on an accelerator no step syncs the host.
 
@@ -88,7 +90,35 @@ def attach(
         >>> guard = gk.attach(optimizer, gk.ClipByGlobalNorm(1.0), model=model)
     """
     optimizers = [unwrap(one) for one in (optimizer if isinstance(optimizer, list | tuple) else [optimizer])]
-    _check(optimizers, nonfinite, max_consecutive_skips)
+    sharing = Sharing(process_group, shard_over, nonfinite)
+    try:
+        _check(optimizers, nonfinite, max_consecutive_skips)
+        policy, exclude, nonfinite = _read(policy, exclude, nonfinite)
+    except Exception as error:
+        sharing.fail(_parameters(optimizers), None, error)
+        raise
+    if model is not None:
+        _warn_of_strangers(optimizers, model)
+    guard = Guard(
+        optimizers,
+        policy,
+        model=model,
+        exclude=exclude,
+        nonfinite=nonfinite,
+        max_consecutive_skips=max_consecutive_skips,
+        sharing=sharing,
+        summarize=_summary,
+    )
+    record = os.environ.get(RECORD_VARIABLE, record)
+    if record is not None:
+        _record(guard, record)
+    return guard
+
+
+def _read(
+    policy: Policy | str | None, exclude: Iterable[Exclude] | Exclude | None, nonfinite: NonFinite
+) -> tuple[Policy | None, Iterable[Exclude], NonFinite]:
+    """The policy that a spec string, or the environment, names, with what it leaves alone."""
     if isinstance(policy, str):
         spec = parse(policy)
         if spec.exclude and exclude is not None:
@@ -109,22 +139,7 @@ def attach(
         exclude = ()
     elif isinstance(exclude, str | nn.Module | Tensor) or callable(exclude):
         exclude = (exclude,)
-    if model is not None:
-        _warn_of_strangers(optimizers, model)
-    guard = Guard(
-        optimizers,
-        policy,
-        model=model,
-        exclude=exclude,
-        nonfinite=nonfinite,
-        max_consecutive_skips=max_consecutive_skips,
-        sharing=Sharing(process_group, shard_over),
-        summarize=_summary,
-    )
-    record = os.environ.get(RECORD_VARIABLE, record)
-    if record is not None:
-        _record(guard, record)
-    return guard
+    return policy, exclude, nonfinite
 
 
 def _summary(guard: Guard) -> str:

@@ -122,13 +122,15 @@ class Needs:
     """What a policy wants measured; the guard measures it once.
 
     ``unit_dim`` is the dimension that counts the units, where the policy looks at units: a tensor with more than one
-    dimension is measured over all its other dimensions, any other tensor is one unit.
+    dimension is measured over all its other dimensions, any other tensor is one unit. A policy that looks at the loss
+    says so, for each data-parallel rank has a loss of its own, and they must agree on one.
     """
 
     norm_type: float = 2.0
     weights: bool = False
     unit_dim: int | None = None
     peaks: bool = False
+    loss: bool = False
 
 
 class Window(Protocol):

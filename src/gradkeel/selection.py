@@ -77,8 +77,8 @@ def name_parameters(groups: Groups, model: nn.Module | None) -> dict[int, str]:
 
 
 def plain(name: str) -> str:
-    """A parameter's name, or a pattern of names, without what ``torch.compile(model)`` puts before it."""
-    return name.replace("_orig_mod.", "")
+    """A parameter's name, or a pattern of names, without what ``torch.compile(model)`` and FSDP1 put into it."""
+    return name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
 
 
 def _told_apart(names: dict[int, str]) -> dict[int, str]:

@@ -1,14 +1,15 @@
 """Exact gradient accumulation: sums with their weights, divided once, by the weight of the whole window."""
 
+import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from gradkeel.accumulate.checkpoint import by_names, check
-from gradkeel.accumulate.loader import Batch, ahead
+from gradkeel.accumulate.checkpoint import by_names, check, saved_sums
+from gradkeel.accumulate.loader import Batch, Lookahead, ahead
 from gradkeel.accumulate.micro import MicroBatch
 from gradkeel.accumulate.noise import NoiseMeter
 from gradkeel.accumulate.sync import GradientSync
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from gradkeel.ranks.group import Group, Ranks
 
 Reduction = Literal["sum", "mean"]
+ITEM = "item"
 _VERSION = 1
 
 
@@ -43,6 +45,12 @@ class Accumulator:
         process_group: the data-parallel ranks, as a process group or a device mesh, where the model does not tell.
         reduction: what the losses are: "sum" over the micro-batch's items, or their "mean" (torch's criteria default
             to it), which is multiplied by the weight first.
+        per: names of the denominators, where terms of the loss are divided by different counts, such as
+            ``("token", "sequence")``: ``micro.backward(loss, weight=n, per="sequence")``. The window's gradient is
+            the sum over them of ``sum_k grad(loss_sum_k) / sum_k weight_k``. The sums of each are kept apart, which
+            costs a buffer, in float32 or wider, for every parameter and name.
+        divides: by what the model's own communication hook divides the sum over ranks; needed where
+            ``register_comm_hook`` was given another hook than torch's averaging ones. 1 for a hook that only sums.
         accumulate_dtype: sum in this dtype, such as ``torch.float32`` for bfloat16 gradients, which stall otherwise
             (1 + 256 x 0.003 stays 1). Costs a buffer of that dtype for every parameter during the window.
         noise_scale: measure the gradients after each micro-batch and estimate the gradient noise scale.
@@ -70,6 +78,8 @@ class Accumulator:
         model: nn.Module | None = None,
         process_group: "Group | None" = None,
         reduction: Reduction = "sum",
+        per: Sequence[str] = (ITEM,),
+        divides: float | None = None,
         accumulate_dtype: torch.dtype | None = None,
         noise_scale: bool = False,
     ) -> None:
@@ -81,21 +91,33 @@ class Accumulator:
             raise ValueError(f"Accumulator(reduction={reduction!r}): reduction must be 'sum' or 'mean'")
         if accumulate_dtype is not None and not accumulate_dtype.is_floating_point:
             raise ValueError(f"Accumulator(accumulate_dtype={accumulate_dtype}): must be floating, or None")
+        if isinstance(per, str) or not per or len(set(per)) < len(per):
+            raise ValueError(f"Accumulator(per={per!r}): must be different names, as ('token', 'sequence')")
+        if noise_scale and len(per) > 1:
+            raise ValueError("Accumulator(noise_scale=True, per=...): the noise scale needs one denominator")
         if guard.window is not None:
             raise WindowError("Accumulator(guard=...): this guard has an accumulator already; use that one")
         self.guard = guard
         self.steps = steps
         self.reduction: Reduction = reduction
-        self._sync = GradientSync(model, process_group)
+        self.per = tuple(per)
+        self._sync = GradientSync(model, process_group, divides)
         if noise_scale and self._sync.is_needed:
             raise ValueError("Accumulator(noise_scale=True): needs one process; ranks exchange windows only")
         self._watch = GradientWatch(lambda: guard.parameters)
-        self._wide = None if accumulate_dtype is None else WideSums(accumulate_dtype)
+        # What is kept apart from .grad until the window closes.
+        apart = accumulate_dtype is not None or len(self.per) > 1
+        self._sums = {name: WideSums(accumulate_dtype or torch.float32) for name in self.per if apart}
+        if self._sums and self._sync.keeps_sums:
+            raise ValueError(
+                "Accumulator(per=..., accumulate_dtype=...): FullyShardedDataParallel (FSDP1) keeps a window's sums "
+                "itself; use FSDP2 (fully_shard)"
+            )
         self._noise = NoiseMeter(guard) if noise_scale else None
         self._divisor: float | None = None
         self._resumed = False
         self._last_loss: Tensor | None = None
-        self._open = OpenWindow()
+        self._open = OpenWindow.empty(self.per)
         self._is_inside = False  # of a micro-batch's context
         guard.window = self
         guard.connect()
@@ -123,6 +145,14 @@ class Accumulator:
             )
         self._resumed = False
         return self._windows(loader)
+
+    def micro(self) -> "MicroBatch[None]":
+        """The next micro-batch of a loop that draws its batches by calls: ``with accumulate.micro() as micro:``.
+
+        Windows have ``steps`` of them; `finish` closes one early. Data-parallel ranks must make equally many.
+        """
+        self._resumed = False
+        return MicroBatch(self, None, Lookahead(itertools.repeat(None), by_length=False))
 
     def _windows(self, loader: Iterable[Batch]) -> "Iterator[MicroBatch[Batch]]":
         source = ahead(loader, self._sync, self.guard.device, opens_window=lambda: self._open.count == 0)
@@ -156,14 +186,15 @@ class Accumulator:
     def drop(self) -> None:
         """Discard the open window: its gradients are cleared, and the next micro-batch opens a new one."""
         clear_gradients(self.guard.parameters)
-        if self._wide is not None:
-            self._wide.sums.clear()
+        self._sync.drop()
+        for one in self._sums.values():
+            one.sums.clear()
         if self._noise is not None:
             self._noise.drop()
         if self._open.has_logged:
             self.guard.logged.pop("loss", None)
         self._watch.forget()
-        self._open = OpenWindow()
+        self._open = OpenWindow.empty(self.per)
 
     @property
     def loss(self) -> Tensor | None:
@@ -187,6 +218,7 @@ class Accumulator:
         if self._is_inside:
             raise WindowError("`with micro:` inside of another micro-batch's; end that one first")
         self._check_unbroken()
+        self.guard.connect()  # to the parameters of a group that was added after the last window
         if self._open.is_open:
             if self._open.is_complete:
                 raise WindowError(
@@ -198,8 +230,6 @@ class Accumulator:
             raise WindowError(
                 "a new window would add to the last one's gradients: call optimizer.zero_grad() after optimizer.step()"
             )
-        else:
-            self.guard.connect()  # to the parameters of a group that was added after the last window
 
     def _check_unbroken(self) -> None:
         if self._open.broken is not None:
@@ -226,17 +256,42 @@ class Accumulator:
         self._open.count += 1
         if self._noise is not None:
             self._noise.note(self._open.weight, self._divisor or 1.0)
-        if self._wide is not None:
-            self._wide.take(self.guard.parameters)
+        if len(self.per) == 1:
+            self._take(self.per[0])
         if last:
             self._complete()
         self._watch.note()
 
+    def _take(self, name: str) -> None:
+        """Keep what has come into ``.grad`` apart, where it must be."""
+        if name in self._sums:
+            self._sums[name].take(self.guard.parameters)
+
+    def _pour(self) -> None:
+        """Put what is kept apart into ``.grad``, for this backward's exchange is of that."""
+        for one in self._sums.values() if len(self.per) == 1 else ():
+            one.pour()
+
+    def _merge(self) -> dict[str, Tensor]:
+        """Divide what is kept apart by its denominator over all ranks, and put it into ``.grad``; a collective.
+
+        Returns what terms to come must be multiplied by. The window's weight is that of float16's divisor from then on.
+        """
+        totals = self._sync.added(self._open.weights(self.guard.device))
+        ranks = 1 if self.ranks is None else len(self.ranks.members)
+        factors = self._open.merge(totals, self._divisor or 1.0, ranks)
+        first, *others = self._sums.values()
+        first.absorb(others, list(factors))
+        first.pour()
+        return dict(zip(self.per, factors, strict=True))
+
     def _complete(self) -> None:
         if self._noise is not None:
-            self._noise.close(None if self._wide is None else self._wide.sums.values(), self._divisor or 1.0)
-        if self._wide is not None:
-            self._wide.pour()
+            sums = self._sums.get(self.per[0])
+            self._noise.close(None if sums is None else sums.sums.values(), self._divisor or 1.0)
+        if len(self._open.per) > 1:
+            self._merge()
+        self._pour()
         self._open.is_complete = True
         self._open.total = self._open.weight
         self._watch.note()
@@ -281,10 +336,7 @@ class Accumulator:
         self._last_loss = self._last_loss if loss is None else loss
 
     def factor(self) -> Tensor | float:
-        """[] what the accumulated gradients are multiplied by: 1 / total weight; 0 for an empty window.
-
-        Undoes the power of two that float16 losses are divided by, and the backend's average over ranks.
-        """
+        """[] what sums are multiplied by: 1 / total weight, float16's divisor and the average over ranks undone."""
         return self._open.factor((self._divisor or 1.0) * self._sync.divisor, self.guard.device)
 
     def is_empty(self) -> bool | Tensor:
@@ -293,7 +345,7 @@ class Accumulator:
 
     def closed(self, *, stepped: bool | Tensor) -> None:
         """Open the next window."""
-        self._open = OpenWindow()
+        self._open = OpenWindow.empty(self.per)
         self._watch.note()
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
@@ -315,10 +367,11 @@ class Accumulator:
             "version": _VERSION,
             "steps": self.steps,
             "reduction": self.reduction,
+            "per": list(self.per),
             **self._open.saved(),
             "divisor": self._divisor,
             "gradients": by_names(self.guard, gradients),
-            "sums": by_names(self.guard, {} if self._wide is None else self._wide.sums),
+            **saved_sums(self.guard, {name: one.sums for name, one in self._sums.items()}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -327,22 +380,19 @@ class Accumulator:
         Raises:
             CheckpointError: for another window size, reduction, version, or other parameters.
         """
-        check(
-            state,
-            {"version": _VERSION, "steps": self.steps, "reduction": self.reduction},
-            names=self.guard.names,
-            has_wide_sums=self._wide is not None,
-        )
+        state = {"per": [ITEM], "apart": {}, **state}
+        mine = {"version": _VERSION, "steps": self.steps, "reduction": self.reduction, "per": list(self.per)}
+        check(state, mine, names=self.guard.names, has_wide_sums=bool(self._sums))
         by_name = dict(zip(self.guard.names, self.guard.parameters, strict=True))
         self.drop()
-        self._open = OpenWindow.loaded(state)
+        self._open = OpenWindow.loaded(state, self.per)
         self._resumed = self._open.is_open
         self._divisor = state["divisor"]
         for name, gradient in state["gradients"].items():
             by_name[name].grad = gradient.to(by_name[name].device).clone()
-        for name, total in state["sums"].items():
-            assert self._wide is not None
-            self._wide.sums[by_name[name]] = total.to(by_name[name].device).clone()
+        for per, sums in {self.per[0]: state["sums"], **state["apart"]}.items():
+            for name, total in sums.items():
+                self._sums[per].sums[by_name[name]] = total.to(by_name[name].device).clone()
         if self._noise is not None:
             self._noise.note(self._open.weight, self._divisor or 1.0, state["sums"].values())
         self._watch.note()

@@ -15,6 +15,13 @@ def by_names(guard: Guard, held: Mapping[Tensor, Tensor]) -> dict[str, Tensor]:
     return {name: held[parameter].detach().clone() for name, parameter in pairs if parameter in held}
 
 
+def saved_sums(guard: Guard, sums: Mapping[str, Mapping[Tensor, Tensor]]) -> dict[str, Any]:
+    """What is kept apart from ``.grad``; by denominator, where there are several."""
+    named = {per: by_names(guard, held) for per, held in sums.items()}
+    is_one = len(named) <= 1
+    return {"sums": next(iter(named.values()), {}) if is_one else {}, "apart": {} if is_one else named}
+
+
 def check(
     state: Mapping[str, Any], mine: Mapping[str, Any], *, names: Sequence[str], has_wide_sums: bool
 ) -> None:
@@ -25,7 +32,8 @@ def check(
                 f"accumulator state has {key}={state.get(key)!r}, but this Accumulator {key}={value!r}; resume with "
                 "the same, or start at a window's beginning without loading it"
             )
-    unknown = [name for part in ("gradients", "sums") for name in state[part] if name not in set(names)]
+    parts = [state["gradients"], state["sums"], *state["apart"].values()]
+    unknown = [name for part in parts for name in part if name not in set(names)]
     if unknown:
         raise CheckpointError(f"accumulator state knows parameters that are not here: {', '.join(unknown)}")
     if state["sums"] and not has_wide_sums:

@@ -5,39 +5,59 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from gradkeel.ranks.flat import data_parallel, is_fsdp1
 from gradkeel.ranks.group import Ranks, ranks_of
 
 if TYPE_CHECKING:
     from gradkeel.ranks.group import Group
+
+_TORCH = "torch.distributed.algorithms.ddp_comm_hooks."
+_AVERAGES = (
+    "allreduce_hook",
+    "fp16_compress_hook",
+    "bf16_compress_hook",
+    "powerSGD_hook",
+    "batched_powerSGD_hook",
+    "_reducer_allreduce_and_upcast_hook",
+)
 
 
 class GradientSync:
     """Puts a distributed model's gradient exchange off to a window's last micro-batch.
 
     Args:
-        model: DistributedDataParallel (``no_sync`` must go around forward and backward) or FSDP2
+        model: DistributedDataParallel or FSDP1 (``no_sync`` must go around forward and backward) or FSDP2
             (``set_requires_gradient_sync``), or a module that has such parts; any other module, or None, exchanges
             nothing.
         process_group: the data-parallel ranks, between which the window's weights are added up; those of the model
             unless given.
+        divides: by what a communication hook of DistributedDataParallel divides the sum over ranks.
 
     Raises:
-        ValueError: if parts of the model divide their gradients by different numbers.
+        ValueError: if parts of the model divide their gradients by different numbers, or by one that nobody knows.
         TypeError, AttachError: for something that is no group, or a group without this rank.
     """
 
-    def __init__(self, model: nn.Module | None, process_group: "Group | None") -> None:
+    def __init__(
+        self, model: nn.Module | None, process_group: "Group | None", divides: float | None = None
+    ) -> None:
         self._parts: list[Any] = list(_outermost(model)) if model is not None else []
         self._fsdp = [part for part in self._parts if hasattr(part, "set_requires_gradient_sync")]
         self._ddp = [part for part in self._parts if not hasattr(part, "set_requires_gradient_sync")]
-        groups = [part.process_group for part in self._ddp] + [mesh for mesh, _ in _meshes(self._fsdp)]
+        groups = [data_parallel(part) for part in self._ddp if process_group is None] + [
+            mesh for mesh, _ in _meshes(self._fsdp)
+        ]
         given = groups if process_group is None else [process_group]
         found = [ranks_of(group, "Accumulator(process_group=...)") for group in given]
         ranks = max(found, key=lambda one: len(one.members)) if found else None
         self.ranks: Ranks | None = None if ranks is None or len(ranks.members) == 1 else ranks
+        if divides is not None and not divides > 0:
+            raise ValueError(f"Accumulator(divides={divides!r}): divides must be a number above 0")
+        self._divides = divides
         self.divisor = self._read_divisor()
+        self._hooks = self._count_hooks()
 
     @property
     def is_needed(self) -> bool:
@@ -49,8 +69,20 @@ class GradientSync:
         """Whether ranks wait for each other in every backward, so that none may leave one out."""
         return bool(self._fsdp)
 
+    @property
+    def exchanges_once(self) -> bool:
+        """Whether only the first backward after a forward is exchanged, so that terms must run in one backward."""
+        return bool(self._ddp)
+
+    @property
+    def keeps_sums(self) -> bool:
+        """Whether the model keeps a window's sums where nobody else can add to them."""
+        return any(map(is_fsdp1, self._ddp))
+
     def around(self, *, last: bool) -> AbstractContextManager[Any]:
-        """The context for forward and backward of one micro-batch."""
+        """The context for forward and backward of one micro-batch, which exchanges gradients if it is the last."""
+        if last and self._hooks != (found := self._count_hooks()):  # one was registered later
+            self.divisor, self._hooks = self._read_divisor(), found
         context = ExitStack()
         for part in self._fsdp:
             part.set_requires_gradient_sync(last)
@@ -58,6 +90,17 @@ class GradientSync:
             if not last:
                 context.enter_context(part.no_sync())
         return context
+
+    def added(self, weights: Tensor) -> Tensor:
+        """[k] the sum of all ranks' weights [k]."""
+        return weights if self.ranks is None else self.ranks.added(weights.clone())
+
+    def drop(self) -> None:
+        """Clear what FSDP2 keeps of a window that it has not exchanged."""
+        for parameter in (p for group in _param_groups(self._fsdp) for p in group.fsdp_params):
+            parameter.unsharded_accumulated_grad = None
+            if hasattr(parameter, "_unsharded_param"):  # made in the first forward
+                parameter._unsharded_param.grad = None
 
     def largest(self, weight: float, device: torch.device) -> float:
         """The largest such weight of all ranks, on all of them; syncs the host."""
@@ -68,7 +111,7 @@ class GradientSync:
 
     def _read_divisor(self) -> float:
         """By what the sum of the ranks' gradients has been divided when it arrives: their number, as a rule."""
-        found = {float(part.process_group.size()) for part in self._ddp}
+        found = {self._divided_by(part) for part in self._ddp}
         found |= {float(mesh.size()) if factor is None else factor for mesh, factor in _meshes(self._fsdp)}
         if len(found) > 1:
             raise ValueError(
@@ -77,6 +120,31 @@ class GradientSync:
                 "modules so that all of them divide by the same"
             )
         return found.pop() if found else 1.0
+
+    def _count_hooks(self) -> int:
+        return sum(len(_hooks(part)) for part in self._ddp)
+
+    def _divided_by(self, part: Any) -> float:
+        strange = [hook for hook in _hooks(part) if not _is_average(hook)]
+        if strange and self._divides is None:
+            shown = getattr(strange[0], "__qualname__", repr(strange[0]))
+            raise ValueError(
+                f"Accumulator(model=...): the model has the communication hook {shown}(), and nobody can tell what it "
+                "does; say by what it divides the sum over ranks: divides=1 if it only sums, divides=dist."
+                "get_world_size() if it averages"
+            )
+        if is_fsdp1(part):  # which divides twice, before it adds and afterwards
+            return float(part._gradient_predivide_factor * part._gradient_postdivide_factor)
+        return float(self._divides) if strange and self._divides else float(part.process_group.size())
+
+
+def _hooks(part: Any) -> list[Any]:
+    return [hook for hook, _ in getattr(part, "_comm_hooks", ())]
+
+
+def _is_average(hook: Any) -> bool:
+    """Whether this is one of torch's hooks that average, as DistributedDataParallel itself does."""
+    return getattr(hook, "__module__", "").startswith(_TORCH) and getattr(hook, "__name__", "") in _AVERAGES
 
 
 def _outermost(model: nn.Module) -> Iterator[nn.Module]:
@@ -88,17 +156,21 @@ def _outermost(model: nn.Module) -> Iterator[nn.Module]:
         yield from _outermost(child)
 
 
+def _param_groups(parts: list[Any]) -> Iterator[Any]:
+    """The groups of parameters that FSDP2 exchanges together."""
+    for state in (
+        m._get_fsdp_state() for part in parts for m in part.modules() if hasattr(m, "_get_fsdp_state")
+    ):
+        several = getattr(state, "_fsdp_param_groups", None)  # older torch has one for each module
+        found = [state._fsdp_param_group] if several is None else several
+        yield from (group for group in found if group is not None)
+
+
 def _meshes(parts: list[Any]) -> list[tuple[Any, float | None]]:
     """For each group of FSDP parameters: its data-parallel ranks, and the divisor where one was set."""
-    states = [m._get_fsdp_state() for part in parts for m in part.modules() if hasattr(m, "_get_fsdp_state")]
-    groups: list[Any] = []
-    for state in states:
-        several = getattr(state, "_fsdp_param_groups", None)  # older torch has one for each module
-        groups += [state._fsdp_param_group] if several is None else several
     return [
         (_data_parallel(group.mesh_info), getattr(group, "gradient_divide_factor", None))
-        for group in groups
-        if group is not None
+        for group in _param_groups(parts)
     ]
 
 

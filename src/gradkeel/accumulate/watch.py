@@ -13,15 +13,15 @@ class GradientWatch:
 
     def __init__(self, parameters: Callable[[], Sequence[Tensor]]) -> None:
         self._parameters = parameters
-        self._seen: list[Seen | None] | None = None
+        self._seen: list[tuple[Tensor, Seen | None]] = []
 
     def note(self) -> None:
         """Remember the gradients as they are now."""
-        self._seen = [None if p.grad is None else Seen(p.grad) for p in self._parameters()]
+        self._seen = [(p, None if p.grad is None else Seen(p.grad)) for p in self._parameters()]
 
     def forget(self) -> None:
         """Remember nothing."""
-        self._seen = None
+        self._seen = []
 
     def change(self) -> str | None:
         """What happened to the gradients since ``note``: "cleared", "modified", or None."""
@@ -31,12 +31,15 @@ class GradientWatch:
         return "cleared" if any(gradient is None for _, gradient in changed) else "modified"
 
     def _pairs(self) -> list[tuple[Seen | None, Tensor | None]]:
-        if self._seen is None:
-            return []
-        return list(zip(self._seen, (p.grad for p in self._parameters()), strict=False))
+        return [(seen, parameter.grad) for parameter, seen in self._seen]
 
     def refuse_changes(self, when: str) -> None:
-        """Raise `WindowError` if anybody else wrote to gradients since ``note``."""
+        """Raise `WindowError` if anybody else wrote to gradients, or changed the optimizer's, since ``note``."""
+        if self._seen and {id(p) for p, _ in self._seen} != set(map(id, self._parameters())):
+            raise WindowError(
+                f"the optimizer's parameters have changed in the middle of the window, {when}; change its parameter "
+                "groups only after optimizer.step(), or call accumulate.drop() to discard the window"
+            )
         change = self.change()
         if change == "cleared":
             raise WindowError(

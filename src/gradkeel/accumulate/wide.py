@@ -1,4 +1,4 @@
-"""Sums of low-precision gradients in a wider dtype."""
+"""Sums of gradients that are kept apart from ``.grad``: in a wider dtype, or for a denominator of their own."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gradkeel.kernels import native
+from gradkeel.tensors import local_part
 
 CHUNK = 262_144
 """Entries that are widened at a time: small enough for the cache, and adding float32 to float32 is vectorised."""
@@ -48,6 +49,18 @@ class WideSums:
         for parameter, total in self.sums.items():
             parameter.grad = total.to(parameter.dtype)
         self.sums.clear()
+
+    @torch.no_grad()
+    def absorb(self, others: Sequence["WideSums"], factors: Sequence[Tensor]) -> None:
+        """Multiply these sums by the first factor, add the others times theirs, and clear those."""
+        for one, factor in zip((self, *others), factors, strict=True):
+            for total in map(local_part, one.sums.values()):
+                total.mul_(factor.to(total.device))
+        for other in others:
+            both = [parameter for parameter in other.sums if parameter in self.sums]
+            add_([self.sums[p] for p in both], [other.sums[p] for p in both])
+            self.sums = other.sums | self.sums
+            other.sums = {}
 
 
 def add_(sums: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:

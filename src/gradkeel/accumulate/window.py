@@ -1,6 +1,6 @@
 """The sums of one window: how many micro-batches, what they weigh, what they lose."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,71 +12,128 @@ from gradkeel.measure import wide_dtype
 
 
 @dataclass(slots=True, eq=False)
-class OpenWindow:
-    """What has been accumulated since the last step.
+class Denominator:
+    """One of the numbers by which a window's sums are divided, and the losses that belong to it.
 
     Attributes:
-        count: micro-batches so far.
-        is_open: between the end of the first micro-batch and the step.
-        is_complete: no micro-batch follows.
-        broken: what left it half done, in words.
-        cause: the exception behind that, where it is not raised already.
         weight: of this rank's micro-batches.
-        total: of all ranks', once the window is complete.
         loss: [] sum of the losses of this rank; None where nobody told any.
         weighs: whether the micro-batches have weights of their own; None before the first.
-        has_logged: whether the guard has been told the mean loss, for the step.
     """
 
-    count: int = 0
-    is_open: bool = False
-    is_complete: bool = False
-    broken: str | None = None
-    cause: Exception | None = None
     weight: Tensor | float = 0.0
-    total: Tensor | float = 0.0
     loss: Tensor | None = None
     weighs: bool | None = None
-    has_logged: bool = False
 
-    @classmethod
-    def loaded(cls, state: Mapping[str, Any]) -> "OpenWindow":
-        """The window that ``saved`` gave."""
-        count, weight = int(state["count"]), state["weight"]
-        return cls(
-            count=count,
-            is_open=count > 0,
-            is_complete=bool(state["is_complete"]),
-            weight=weight,
-            loss=state["loss"],
-            weighs=state["weighs"],
-        )
-
-    def saved(self) -> dict[str, Any]:
-        """What a checkpoint must hold of it."""
-        return {
-            "count": self.count,
-            "is_complete": self.is_complete,
-            "weight": self.weight,
-            "weighs": self.weighs,
-            "loss": self.loss,
-        }
-
-    def add(self, loss: Tensor | None, weight: Tensor | float | None) -> None:
-        """Take in the sum of a micro-batch's losses, and its weight; None counts each micro-batch alike."""
+    def check(self, weight: Tensor | float | None) -> None:
+        """Refuse a micro-batch that is weighed where the others count alike, or the other way round."""
         if self.weighs is not None and self.weighs != (weight is not None):
             raise WindowError(
                 "weight=None counts each micro-batch alike, and cannot be mixed with weights in one window; give every "
                 "micro-batch its number of items"
             )
+
+    def weigh(self, weight: Tensor | float | None) -> None:
+        """Take in a micro-batch's weight; None counts each micro-batch alike."""
+        self.check(weight)
         self.weighs = weight is not None
         self.weight = self.weight + (1.0 if weight is None else weight)
-        if loss is not None:
-            self.loss = loss if self.loss is None else self.loss + loss
+
+    def lose(self, loss: Tensor) -> None:
+        """Take in the sum of a term's losses."""
+        self.loss = loss if self.loss is None else self.loss + loss
+
+
+@dataclass(slots=True, eq=False)
+class OpenWindow:
+    """What has been accumulated since the last step.
+
+    Attributes:
+        per: by what its terms are divided, by name.
+        count: micro-batches so far.
+        is_open: between the end of the first micro-batch and the step.
+        is_complete: no micro-batch follows.
+        broken: what left it half done, in words.
+        cause: the exception behind that, where it is not raised already.
+        total: the weight of all ranks, once the window is complete.
+        has_logged: whether the guard has been told the mean loss, for the step.
+    """
+
+    per: dict[str, Denominator]
+    count: int = 0
+    is_open: bool = False
+    is_complete: bool = False
+    broken: str | None = None
+    cause: Exception | None = None
+    total: Tensor | float = 0.0
+    has_logged: bool = False
+
+    @classmethod
+    def empty(cls, names: Iterable[str]) -> "OpenWindow":
+        """A window in which nothing has been accumulated."""
+        return cls({name: Denominator() for name in names})
+
+    @classmethod
+    def loaded(cls, state: Mapping[str, Any], names: Iterable[str]) -> "OpenWindow":
+        """The window that ``saved`` gave."""
+        told = state.get("denominators") or [(state["weight"], state["loss"], state["weighs"])]
+        count, window = int(state["count"]), cls.empty(list(names)[: len(told)])
+        for one, (weight, loss, weighs) in zip(window.per.values(), told, strict=True):
+            one.weight, one.loss, one.weighs = weight, loss, weighs
+        window.count, window.is_open, window.is_complete = count, count > 0, bool(state["is_complete"])
+        return window
+
+    def saved(self) -> dict[str, Any]:
+        """What a checkpoint must hold of it."""
+        told = [(one.weight, one.loss, one.weighs) for one in self.per.values()]
+        weight, loss, weighs = told[0]
+        return {
+            "count": self.count,
+            "is_complete": self.is_complete,
+            "weight": weight,
+            "weighs": weighs,
+            "loss": loss,
+            "denominators": told if len(told) > 1 else [],
+        }
+
+    @property
+    def weight(self) -> Tensor | float:
+        """[] this rank's weight, of a window that is divided by one number."""
+        return next(iter(self.per.values())).weight
 
     def mean_loss(self) -> Tensor | None:
-        """[] mean loss of this rank's items; 0 without items."""
-        return None if self.loss is None else self.loss / _nonzero(self.weight)
+        """[] mean loss of this rank's items, added up over the denominators; 0 without items."""
+        means = [one.loss / _nonzero(one.weight) for one in self.per.values() if one.loss is not None]
+        return (
+            torch.stack([one.to(means[0].device) for one in means]).sum()
+            if means[1:]
+            else next(iter(means), None)
+        )
+
+    def weights(self, device: torch.device) -> Tensor:
+        """[denominators] this rank's weights."""
+        dtype = wide_dtype(device)
+        return torch.stack(
+            [torch.as_tensor(one.weight, dtype=dtype, device=device) for one in self.per.values()]
+        )
+
+    def merge(self, totals: Tensor, whole: float, ranks: int) -> Tensor:
+        """[denominators] what each one's sums are multiplied by, to be divided by one number from now on.
+
+        Args:
+            totals: [denominators] all ranks' weights.
+            whole: the one number, which stands for the weight of all ranks.
+            ranks: between how many it is shared out.
+        """
+        factors = torch.where(totals > 0, whole / _nonzero(totals), 0.0)
+        merged = Denominator(torch.where((totals > 0).any(), whole / ranks, 0.0), weighs=True)
+        for one, factor in zip(self.per.values(), factors, strict=True):
+            if one.loss is not None:
+                merged.lose(one.loss * factor.to(one.loss.device))
+        if ranks > 1 and merged.loss is None:
+            merged.loss = torch.zeros_like(factors[0])  # a rank without items has its share in the mean
+        self.per = dict.fromkeys(list(self.per)[:1], merged)
+        return factors
 
     def factor(self, scale: float, device: torch.device) -> Tensor | float:
         """[] ``scale / total``, or 0 for an empty window."""
@@ -86,7 +143,7 @@ class OpenWindow:
         return scale / self.total if self.total > 0 else 0.0
 
 
-def _nonzero(weight: Tensor | float) -> Tensor | float:
+def _nonzero(weight: Tensor | float) -> Any:
     if isinstance(weight, Tensor):
         return torch.where(weight == 0, torch.ones_like(weight), weight)
     return weight or 1.0

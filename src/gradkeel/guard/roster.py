@@ -17,7 +17,8 @@ from gradkeel.norms import Decision, GradientNorms, Needs, State, Window
 from gradkeel.policies import Policy
 from gradkeel.ranks.declared import Sharing
 from gradkeel.ranks.exchange import Exchange
-from gradkeel.ranks.group import Ranks
+from gradkeel.ranks.flat import is_flat
+from gradkeel.ranks.group import Ranks, is_running
 from gradkeel.ranks.layout import Layout
 from gradkeel.selection import (
     EXCLUDED,
@@ -99,6 +100,7 @@ class Roster:
         self._sharing = sharing
         self._signature: tuple[tuple[int, Any], ...] = ()
         self._held: list[list[Tensor]] = []
+        self._flat = 0
         self._data_parallel: Ranks | None = None
         self.parts: tuple[Part, ...] = ()
         self.exchange: Exchange | None = None
@@ -129,7 +131,8 @@ class Roster:
                 or not all(map(is_, parameters, held))
             ):
                 return False
-        return True
+        # FSDP1 may have cut the same parameters since.
+        return _count_flat(self.parameters) == self._flat
 
     def read(self, window: Window | None) -> None:
         """Read names, groups and their policies from the optimizer, and find out who shares them.
@@ -139,17 +142,25 @@ class Roster:
         self._data_parallel = data_parallel = None if window is None else window.ranks
         try:
             selections, policies = self._selections()
-        except Exception:
+            parameters = tuple(parameter for selection in selections for parameter in selection.parameters)
+            self._flat = _count_flat(parameters)
+            self._sharing.look_at(parameters, self.model)
+        except Exception as error:
+            self._held = []  # to be read again
             everything = [p for group in self._groups() for p in group["params"]]
-            self._sharing.fail(everything, _device_of(everything), data_parallel)
+            self._sharing.fail(everything, data_parallel, error)
             raise
         self.names = tuple(name for selection in selections for name in selection.names)
-        self.parameters = tuple(parameter for selection in selections for parameter in selection.parameters)
+        self.parameters = parameters
         self.device = _device_of(self.parameters)
         self._distributed = [parameter for parameter in self.parameters if is_distributed(parameter)]
         needs = [self._needs(policy) for policy in policies]
         words = [in_words(policy) for policy in policies]
-        self.exchange = self._sharing.connect(selections, needs, words, self.device, data_parallel)
+        try:
+            self.exchange = self._sharing.connect(selections, needs, words, self.device, data_parallel)
+        except Exception:
+            self._held = []
+            raise
         members: Sequence[Any] = selections if self.exchange is None else self.exchange.members
         self.parts = tuple(map(self._part, selections, policies, needs, members))
         self.here = [i for i, part in enumerate(self.parts) if part.selection.parameters]
@@ -241,6 +252,10 @@ def _device_of(parameters: Iterable[Tensor]) -> torch.device:
     """Where norms of these are put together: an accelerator, if any is on one."""
     devices = {parameter.device for parameter in parameters}
     return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+
+
+def _count_flat(parameters: Sequence[Tensor]) -> int:
+    return sum(map(is_flat, parameters)) if is_running() else 0
 
 
 def in_words(policy: Policy | None) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from gradkeel.errors import AttachError, RankError, SelectionError
 from gradkeel.norms import Needs
 from gradkeel.ranks.exchange import Exchange
-from gradkeel.ranks.group import Ranks, covering, is_running, ranks_of, spans
+from gradkeel.ranks.flat import flat_shards
+from gradkeel.ranks.group import ALONE, Ranks, covering, is_running, ranks_of, spans, world
 from gradkeel.ranks.layout import Census, Layout, Parameter
 from gradkeel.ranks.powers import WIDE
 from gradkeel.selection import Exclude, Selection, matches
@@ -34,8 +36,6 @@ if TYPE_CHECKING:
 ShardOver = Mapping[Exclude, "Where"]
 """For name patterns, modules, parameters or predicates: where the rest of each parameter is."""
 
-_FAILED = -1  # told in a fingerprint's place
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Split:
@@ -49,7 +49,7 @@ class Manifest(NamedTuple):
     """What a rank has; ranks with equal ones need to tell it only once.
 
     Attributes:
-        kinds: each selection's label and policy.
+        kinds: each selection's label and policy, and what is done to non-finite gradients.
         parameters: each selection's.
         meshes: shape and ranks of the meshes on which they lie.
         unmatched: patterns of ``shard_over`` that match nothing here.
@@ -68,14 +68,33 @@ class Sharing:
         process_group: the ranks that decide together, a group or a device mesh; None takes those over which
             parameters are split.
         shard_over: what plain parameters cannot tell themselves; see `gradkeel.attach`.
+        nonfinite: what happens to non-finite gradients, alike on all ranks.
 
     Raises:
         TypeError, AttachError: for something that is no group, or a group without this rank.
     """
 
-    def __init__(self, process_group: "Group | None", shard_over: ShardOver | None) -> None:
+    def __init__(
+        self, process_group: "Group | None", shard_over: ShardOver | None, nonfinite: str = "skip"
+    ) -> None:
+        self._nonfinite = nonfinite
         self._given = None if process_group is None else ranks_of(process_group, "process_group")
         self._declared = [(entry, _read(entry, where)) for entry, where in (shard_over or {}).items()]
+        self._entries = self._declared
+        self._flat: frozenset[int] = frozenset()
+        self._copies: list[Ranks] = []
+
+    def look_at(self, parameters: Sequence[Tensor], model: nn.Module | None) -> None:
+        """Find out which of the parameters FSDP1 has made flat shards; what the user has declared comes after that.
+
+        Raises:
+            AttachError: if the model does not tell how they lie.
+        """
+        found = flat_shards(parameters, model)
+        self._flat = frozenset().union(*(ids for ids, _, _ in found))
+        self._copies = [copies for _, _, copies in found]
+        self._entries = [(partial(_is_one_of, ids), Split(ranks, None)) for ids, ranks, _ in found]
+        self._entries += self._declared
 
     def connect(
         self,
@@ -85,41 +104,66 @@ class Sharing:
         device: torch.device,
         data_parallel: Ranks | None,
     ) -> Exchange | None:
-        """The exchange for these selections; None where no rank needs to know anything of another.
+        """The exchange for these selections; None where no rank needs to know anything of another in a step.
 
         Every rank must call it alike: they compare what they have in a collective of one number each. Only where
         ranks may have different parameters do they tell each other which, once for each distinct set.
 
         Raises:
             AttachError, SelectionError: if the declarations do not fit.
-            RankError: if another rank has raised, or has other selections or policies.
+            RankError: if another rank has raised, is missing, or has other selections or policies.
         """
-        ranks = self._ranks([p for s in selections for p in s.parameters], data_parallel)
+        everything = [p for s in selections for p in s.parameters]
+        ranks, decide_alone = self._ranks(everything, data_parallel, any(need.loss for need in needs))
         if ranks is None:
             return None
         try:
+            self._check_units(selections, needs)
             own = self._manifest(selections, policies)
-        except Exception:
-            _tell(ranks, _FAILED, device)
+        except Exception as error:
+            ranks.meet(error)
             raise
+        ranks.meet()
         census = self._census(ranks, own, device)
+        if decide_alone:
+            return None
         layouts = [
             Layout(census, i, need, selection.parameters, device)
             for i, (selection, need) in enumerate(zip(selections, needs, strict=True))
         ]
         return Exchange(ranks, layouts, device, data_parallel)
 
-    def fail(self, parameters: Iterable[Tensor], device: torch.device, data_parallel: Ranks | None) -> None:
-        """Take part in the set-up although this rank has raised, so that the others need not wait."""
-        ranks = self._ranks(parameters, data_parallel)
+    def fail(self, parameters: Iterable[Tensor], data_parallel: Ranks | None, error: BaseException) -> None:
+        """Tell the others that this rank has raised before the set-up, so that they need not wait."""
+        ranks, _ = self._ranks(parameters, data_parallel, needs_loss=False)
         if ranks is not None:
-            _tell(ranks, _FAILED, device)
+            ranks.meet(error)
 
-    def _ranks(self, parameters: Iterable[Tensor], data_parallel: Ranks | None) -> Ranks | None:
-        """Who takes part; None if nobody needs to."""
-        known = [where.ranks for _, where in self._declared if isinstance(where, Split)]
+    def _ranks(
+        self, parameters: Iterable[Tensor], data_parallel: Ranks | None, needs_loss: bool
+    ) -> tuple[Ranks | None, bool]:
+        """Who compares what they have, None if there is nobody else; and whether each decides alone afterwards.
+
+        Copies have the same gradients on all ranks, as DDP leaves them, and so the same decisions: unless policies
+        look at the loss, which each rank has of its own share of the batch.
+        """
+        known = [where.ranks for _, where in self._entries if isinstance(where, Split)] + self._copies
         known += [] if data_parallel is None else [data_parallel]
-        return participants(parameters, known, self._given)
+        ranks = participants(parameters, known, self._given)
+        if ranks is not None and ranks is self._given and len(ranks.members) == 1:
+            return None, False
+        if ranks is not None or not is_running():
+            return ranks, False
+        everyone = world()
+        return (None, False) if len(everyone.members) == 1 else (everyone, not needs_loss)
+
+    def _check_units(self, selections: Sequence[Selection], needs: Sequence[Needs]) -> None:
+        for selection, need in zip(selections, needs, strict=True):
+            if need.unit_dim is not None and not self._flat.isdisjoint(map(id, selection.parameters)):
+                raise SelectionError(
+                    "a policy that clips unit by unit cannot be used under FullyShardedDataParallel (FSDP1), which "
+                    "cuts through rows; use a policy of whole tensors, or FSDP2 (fully_shard)"
+                )
 
     def _manifest(self, selections: Sequence[Selection], policies: Sequence[str]) -> Manifest:
         declared, unmatched = self._chosen(selections)
@@ -132,13 +176,14 @@ class Sharing:
             for s in selections
         )
         kinds = tuple((s.label, policy) for s, policy in zip(selections, policies, strict=True))
+        kinds += (("nonfinite", self._nonfinite),)
         told = tuple((tuple(m.mesh.shape), tuple(m.mesh.flatten().tolist())) for m in meshes if m is not None)
         return Manifest(kinds, parameters, told, unmatched)
 
     def _parameter(
         self, name: str, parameter: Tensor, group: int, entry: int | None, meshes: dict[Any, int]
     ) -> Parameter:
-        where = None if entry is None else self._declared[entry][1]
+        where = None if entry is None else self._entries[entry][1]
         return Parameter(
             name=where if isinstance(where, str) else name,
             group=group,
@@ -156,7 +201,7 @@ class Sharing:
         """Which entry was declared for each parameter, by ``id``, a later one before an earlier; which match none."""
         result: dict[int, int] = {}
         unmatched = []
-        for i, (entry, _) in enumerate(self._declared):
+        for i, (entry, _) in enumerate(self._entries):
             found = {
                 id(parameter): i
                 for selection in selections
@@ -175,21 +220,16 @@ class Sharing:
         """Who has what, all ranks knowing the same."""
         digest = hashlib.sha256(repr(own).encode()).digest()
         told = _tell(ranks, int.from_bytes(digest[:7], "big"), device)
-        failed = [rank for rank, number in zip(ranks.members, told, strict=True) if number == _FAILED]
-        if failed:
-            raise RankError(
-                f"rank {', '.join(map(str, failed))} could not set its guard up (its own output says why), so no rank "
-                "can"
-            )
         firsts = {number: place for place, number in reversed(list(enumerate(told)))}
         places = sorted(firsts.values())
-        if self._given is None and not self._declared:
+        if self._given is None and not self._entries:
             others = [rank for rank, number in zip(ranks.members, told, strict=True) if number != told[0]]
             if others:
                 raise RankError(
                     f"rank {', '.join(map(str, others))} and rank {ranks.members[0]} have other policies or other "
                     "parameters; give every rank the same policy, exclude and parameter groups, or, if they have "
-                    "different parameters, attach with process_group= or shard_over="
+                    "different parameters, attach with process_group= or shard_over=; ranks that train models of their "
+                    f"own attach with process_group={ALONE}"
                 )
             manifests, indices = [own], torch.zeros(len(told), 0, dtype=torch.int64)
         else:
@@ -207,7 +247,7 @@ class Sharing:
 
     def _indices(self, ranks: Ranks, device: torch.device) -> Tensor:
         """[ranks, entries] which piece each rank has of what its entries of ``shard_over`` declare."""
-        own = [where.ranks.here if isinstance(where, Split) else 0 for _, where in self._declared]
+        own = [where.ranks.here if isinstance(where, Split) else 0 for _, where in self._entries]
         width = max(_tell(ranks, len(own), device))  # each rank has its own shard_over
         row = torch.tensor(own + [0] * (width - len(own)), dtype=torch.int64, device=device)
         return ranks.gather(row).cpu() if width else torch.zeros(len(ranks.members), 0, dtype=torch.int64)
@@ -242,6 +282,10 @@ def participants(parameters: Iterable[Tensor], known: Sequence[Ranks], given: Ra
             f"{sorted(missing)}, over which parameters or batches are split; pass a group that has all of them"
         )
     return given
+
+
+def _is_one_of(ids: frozenset[int], name: str, parameter: Tensor) -> bool:
+    return id(parameter) in ids
 
 
 def _read(entry: Exclude, where: "Where") -> Split | str | None:

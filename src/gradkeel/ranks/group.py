@@ -3,18 +3,23 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed
 
-from gradkeel.errors import AttachError
+from gradkeel.errors import AttachError, RankError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
     Group = ProcessGroup | DeviceMesh
+
+_PATIENCE = timedelta(minutes=2)
+_ALL_HERE = "all"
+ALONE = "torch.distributed.new_group([rank], use_local_synchronization=True)"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,6 +53,57 @@ class Ranks:
         """[k] the largest entries of all ranks' float64 rows [k], NaN above inf: one collective."""
         # What a backend makes of a NaN in a maximum is not told. Whole numbers in the order of the bits have none.
         return _in_order(self._reduced(_in_order(row), distributed.ReduceOp.MAX), back=True)
+
+    def meet(self, failure: BaseException | None = None) -> None:
+        """Wait until all ranks have come here, before the collectives of a set-up, so that none waits in vain.
+
+        They meet in the job's key-value store, with a few requests each, which no rank's absence blocks.
+
+        Args:
+            failure: why this rank cannot go on, which it tells the others without waiting for them.
+
+        Raises:
+            RankError: if another rank has failed, or has not come within two minutes (or the group's own timeout).
+        """
+        if len(self.members) == 1 or distributed.get_backend(self.group) == "fake":
+            return
+        store = distributed.distributed_c10d._get_default_store()
+        if store is None:  # under MPI
+            return
+        room = f"gradkeel/{self.group.group_name}"
+        room += f"/{store.add(f'{room}/visits/{self.here}', 1)}"
+        store.set(f"{room}/{self.here}", "here")
+        if failure is not None:
+            words = (
+                f"rank {self.members[self.here]} could not set its guard up ({type(failure).__name__}: {failure}; its "
+                "own output says more), so no rank can"
+            )
+            store.compare_set(f"{room}/verdict", "", words)
+            return
+        if store.add(f"{room}/count", 1) == len(self.members):
+            store.compare_set(f"{room}/verdict", "", _ALL_HERE)
+        patience = self._patience()
+        try:
+            store.wait([f"{room}/verdict"], patience)
+        except (RuntimeError, distributed.DistError):
+            absent = [rank for place, rank in enumerate(self.members) if not store.check([f"{room}/{place}"])]
+            store.compare_set(
+                f"{room}/verdict",
+                "",
+                f"rank {', '.join(map(str, absent))} did not set its guard up within {patience.total_seconds():g} s of "
+                f"the others: attach() and Accumulator() must be called on all of the ranks {list(self.members)}. If a "
+                "rank comes later, let all of them wait in torch.distributed.barrier() first; ranks that train without "
+                f"the others attach with process_group=, {ALONE} for one alone",
+            )
+        verdict = store.get(f"{room}/verdict").decode()
+        if verdict != _ALL_HERE:
+            raise RankError(verdict)
+
+    def _patience(self) -> timedelta:
+        """How long a set-up waits for other ranks: no longer than any collective of the group would."""
+        backends = [self.group._get_backend(kind) for kind in self.group._device_types]
+        own = [getattr(getattr(one, "options", None), "_timeout", _PATIENCE) for one in backends]
+        return min([_PATIENCE, *own])
 
     def broadcast(self, value: object, place: int) -> Any:
         """What the rank at a place tells all: a collective for set-up, which pickles and syncs."""

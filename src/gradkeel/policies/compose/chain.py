@@ -236,6 +236,7 @@ def union(owner: str, policies: Sequence[Policy | None]) -> Needs:
         weights=any(need.weights for need in needs),
         unit_dim=next(iter(dims), None),
         peaks=any(need.peaks for need in needs),
+        loss=any(need.loss for need in needs),
     )
 
 

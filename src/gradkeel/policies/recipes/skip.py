@@ -19,7 +19,7 @@ from gradkeel.policies.scopes import Cells, LossCells, plain_loss
 class SkipOnLoss(Policy):
     """Skip the step when the loss is above a bound that follows from earlier losses; without a loss, do nothing.
 
-    On several ranks the loss that is logged must be the same on all of them, or they will not skip together.
+    On several ranks the mean of their losses counts, so that they skip together.
 
     Args:
         bound: how large the loss may be; it sees losses where other bounds see norms.
@@ -29,8 +29,8 @@ class SkipOnLoss(Policy):
 
     @property
     def needs(self) -> Needs:
-        """Nothing about gradients."""
-        return Needs()
+        """The loss, and nothing of gradients."""
+        return Needs(loss=True)
 
     @property
     def spec(self) -> str:
@@ -61,8 +61,8 @@ class SkipOnLoss(Policy):
 class SkipStep(NamedPolicy):
     """Skip the optimizer step when the gradient norm, or the loss, is an outlier among the last ones.
 
-    The loss is looked at where it was passed (``guard.log(loss=loss)`` before the step); on several ranks pass the
-    same number on all. Outliers enter the window too, so a lasting rise is skipped for a few steps only; by default
+    The loss is looked at where it was passed (``guard.log(loss=loss)`` before the step): the mean over ranks, where
+    there are several. Outliers enter the window too, so a lasting rise is skipped for a few steps only; by default
     hardened, they enter as if they were twice as far out as the bound, so that one does not hide the next.
     ``reference=True`` lets them in as they are. Skips less than one in 10,000 of stationary log-normal norms whose
     logarithm varies by up to 0.25. Does not sync the host.
