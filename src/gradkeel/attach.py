@@ -3,14 +3,14 @@
 import os
 import warnings
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradkeel.errors import AttachError, GradkeelWarning
+from gradkeel.errors import AttachError, GradkeelWarning, PolicySpecError
 from gradkeel.guard.guard import Guard, NonFinite
-from gradkeel.guard.hooks import MARK, unwrap
+from gradkeel.guard.hooks import unwrap
 from gradkeel.guard.report import Recorder
 from gradkeel.policies import Policy, parse
 from gradkeel.ranks.declared import ShardOver, Sharing
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 POLICY_VARIABLE = "GRADKEEL_POLICY"
 RECORD_VARIABLE = "GRADKEEL_RECORD"
+SEED_VARIABLE = "GRADKEEL_SEED"
 
 
 def attach(
@@ -66,13 +67,18 @@ def attach(
         The `Guard`: ``guard.report`` tells what the last step came to.
 
     Raises:
-        AttachError: if the optimizer is guarded already, or steps inside backward.
+        AttachError: if the optimizer steps inside backward.
         SelectionError: if an ``exclude`` entry selects nothing.
         RankError: if another rank could not attach, or has another policy.
         TypeError, ValueError: for arguments of another kind.
 
+    An optimizer that is guarded already is taken over, as when a cell of a notebook runs again: the old guard is
+    detached, its open accumulation window is dropped, and the new one goes on from its step and, under the same
+    policies, its statistics; where it has the same ``record``, that goes on too.
+
     The environment variable ``GRADKEEL_POLICY`` (a spec string) overrides ``policy`` and ``exclude``, and
-    ``GRADKEEL_RECORD`` (a path) ``record``: so does ``gradkeel compare --run`` with a script that it must not change.
+    ``GRADKEEL_RECORD`` (a path) ``record``, which a warning says: so does ``gradkeel compare --run``, in silence, with
+    a script that it must not change.
 
     Where ranks share parameters all of them must call it: it is a collective, in which they compare what they have.
 
@@ -83,6 +89,7 @@ def attach(
     """
     inner = unwrap(optimizer)
     _check(inner, nonfinite, max_consecutive_skips)
+    record = _checked_record(_from_environment(RECORD_VARIABLE) or record)
     if isinstance(policy, str):
         spec = parse(policy)
         if spec.exclude and exclude is not None:
@@ -95,10 +102,12 @@ def attach(
             f"attach(policy={policy!r}): policy must be a policy such as ClipByGlobalNorm(1.0), a spec string such as "
             f"'global-norm:1.0', or None to measure only, not {type(policy).__name__}"
         )
-    if POLICY_VARIABLE in os.environ:
-        given = parse(os.environ[POLICY_VARIABLE])
+    if words := _from_environment(POLICY_VARIABLE):
+        try:
+            given = parse(words)
+        except PolicySpecError as error:
+            raise PolicySpecError(f"{POLICY_VARIABLE}={words}, in the environment: {error}") from None
         policy, exclude = given.policy, given.exclude
-        nonfinite = "keep" if policy is None else nonfinite
     if exclude is None:
         exclude = ()
     elif isinstance(exclude, str | nn.Module | Tensor) or callable(exclude):
@@ -115,10 +124,35 @@ def attach(
         sharing=Sharing(process_group, shard_over),
         summarize=_summary,
     )
-    record = os.environ.get(RECORD_VARIABLE, record)
-    if record is not None:
-        _record(guard, record)
+    try:
+        if record is not None:
+            _record(guard, record)
+    except BaseException:
+        guard.detach()
+        raise
     return guard
+
+
+def _from_environment(variable: str) -> str | None:
+    """The variable's value, said in a warning unless ``gradkeel compare`` has set it; None where it is empty."""
+    value = os.environ.get(variable)
+    if value and not {POLICY_VARIABLE, RECORD_VARIABLE, SEED_VARIABLE} <= os.environ.keys():
+        warnings.warn(
+            f"the environment has {variable}={value}, which takes the place of what the script says; "
+            f"if that is not wanted: unset {variable}",
+            GradkeelWarning,
+            stacklevel=3,
+        )
+    return value or None
+
+
+def _checked_record(record: object) -> Any:
+    """The record as it was given, if it is a path or a recorder; else an error, before anything is guarded."""
+    if record is None or (callable(getattr(record, "record", None)) and not isinstance(record, type)):
+        return record
+    from gradkeel.record.recorder import check_path
+
+    return check_path(record, "attach(record=...)")
 
 
 def _summary(guard: Guard) -> str:
@@ -148,11 +182,6 @@ def _record(guard: Guard, record: Recorder | str | os.PathLike[str]) -> None:
 
 
 def _check(optimizer: Optimizer, nonfinite: str, max_consecutive_skips: int) -> None:
-    if hasattr(optimizer, MARK):
-        raise AttachError(
-            "attach(optimizer=...): this optimizer is guarded already; call detach() on its guard first, or give "
-            "parameter groups their own policy with the key 'clip'"
-        )
     if nonfinite not in ("skip", "raise", "keep"):
         raise ValueError(f"attach(nonfinite={nonfinite!r}): nonfinite must be 'skip', 'raise' or 'keep'")
     if isinstance(max_consecutive_skips, bool) or not isinstance(max_consecutive_skips, int):

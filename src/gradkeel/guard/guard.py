@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from gradkeel.apply.fused import Folding, can_skip_on_device
 from gradkeel.apply.skip import Snapshot, clear_gradients, moves_between_closures
-from gradkeel.errors import NonFiniteGradientError
+from gradkeel.errors import AttachError, CheckpointError, NonFiniteGradientError
 from gradkeel.guard import hooks, other_clips
 from gradkeel.guard.checkpoint import check_state
 from gradkeel.guard.prescale import LossScale, put_back, set_attribute, take_loss_scale
@@ -68,6 +68,11 @@ class Guard:
         self._loss_scale = LossScale()
         self._own_attributes: dict[str, Tensor] = {}
         self._snapshot: Snapshot | None = None
+        self._is_detached = False
+        # Only now, when nothing can fail any more, for an optimizer must not be left without a guard.
+        old: Guard | None = getattr(optimizer, hooks.MARK, None)
+        if old is not None:
+            self._follow(old)
         self._canary = other_clips.Canary(next((p for p in self.parameters if p.requires_grad), None))
         self._hooks = hooks.Hooks(optimizer, self, self._begin, self._evaluate, self._finish)
 
@@ -117,7 +122,16 @@ class Guard:
             return repr(self.policy)
 
     def connect(self) -> None:
-        """Read the optimizer's groups and who shares them again, if they have changed; its ranks must do so alike."""
+        """Read the optimizer's groups and who shares them again, if they have changed; its ranks must do so alike.
+
+        Raises:
+            AttachError: the guard is detached, so that nobody would divide what an accumulator sums up.
+        """
+        if self._is_detached:
+            raise AttachError(
+                "this guard was detached, perhaps by another attach() to its optimizer; make an Accumulator for the "
+                "new guard"
+            )
         if self._roster.is_current(self.window):
             return
         # Statistics of other tensors, or another policy's, do not fit any more.
@@ -288,8 +302,21 @@ class Guard:
         """Print what the record tells so far, as ``gradkeel explain`` does; needs ``attach(..., record=path)``."""
         print(self._summarize(self))  # noqa: T201  # what the caller asked for
 
+    def _follow(self, old: "Guard") -> None:
+        """Take over from another guard of this optimizer: its step and, under the same policies, its statistics."""
+        if old.window is not None:
+            old.window.drop()
+        try:
+            self.load_state_dict(old.state_dict())
+        except CheckpointError:
+            self._step = old.step
+        old.detach()
+
     def detach(self) -> None:
         """Take the guard off the optimizer, leaving no hook and no attribute, and close the recorders."""
+        if self._is_detached:
+            return
+        self._is_detached = True
         self._hooks.remove()
         self._canary.remove()
         for recorder in self.recorders:

@@ -1,6 +1,8 @@
 """Who else clips, and who else must hear of a skip: other libraries' trainers, found on the call stack."""
 
 import warnings
+import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -28,9 +30,12 @@ class Canary:
         self._seen: Seen | None = None
         # Weakly: torch's list of a parameter's hooks is out of the garbage collector's sight.
         self._parameter = None if parameter is None else TensorWeakRef(parameter)
-        self._handle = None
+        self._remove: weakref.finalize[[], Canary] | None = None
         if parameter is not None and parameter.requires_grad and parameter.is_leaf and not _is_distributed():
-            self._handle = parameter.register_post_accumulate_grad_hook(self._note)
+            # The parameter may outlive the guard, and then has to be rid of its hook.
+            handle = parameter.register_post_accumulate_grad_hook(_weakly(self))
+            self._remove = weakref.finalize(self, handle.remove)
+            self._remove.atexit = False
 
     def _note(self, parameter: Tensor) -> None:
         if parameter.grad is not None and parameter.grad.layout == torch.strided:
@@ -46,8 +51,19 @@ class Canary:
 
     def remove(self) -> None:
         """Stop watching."""
-        if self._handle is not None:
-            self._handle.remove()
+        if self._remove is not None:
+            self._remove()
+
+
+def _weakly(canary: Canary) -> Callable[[Tensor], None]:
+    reference = weakref.ref(canary)
+
+    def note(parameter: Tensor) -> None:
+        canary = reference()
+        if canary is not None:
+            canary._note(parameter)
+
+    return note
 
 
 def _is_distributed() -> bool:
