@@ -47,6 +47,8 @@ def _craft(connection: sqlite3.Connection, kind: str, chance: random.Random) -> 
     tables = ("meta", "sessions", "parameters", "blocks", "weight_samples", "skips", "series")
     table = chance.choice(tables)
     columns = [column[1] for column in connection.execute(f"PRAGMA table_info({table})")]
+    if not columns:
+        return  # dropped before
     column, value = chance.choice(columns), chance.choice(HOSTILE)
     if kind == "values":
         one = " WHERE rowid IN (SELECT rowid FROM {0} ORDER BY random() LIMIT 1)".format(table)
@@ -79,9 +81,9 @@ def _craft(connection: sqlite3.Connection, kind: str, chance: random.Random) -> 
         elif chosen == "many":
             connection.execute(
                 "INSERT OR IGNORE INTO blocks SELECT i, i, i + 63, 64, 1, 1, 0 FROM "
-                f"({endless} LIMIT 20000) WHERE i > 10"
+                f"({endless} LIMIT 2000) WHERE i > 10"
             )
         else:
             connection.execute(
-                f"INSERT OR IGNORE INTO parameters SELECT i, 'p' || i, '[1]', 1, 'main', '', 0, 0 FROM ({endless} LIMIT 20000)"
+                f"INSERT OR IGNORE INTO parameters SELECT i, 'p' || i, '[1]', 1, 'main', '', 0, 0 FROM ({endless} LIMIT 2000)"
             )

@@ -128,7 +128,7 @@ class Recorder:
                     other._hand_over(path)
                 self._file = RecordFile(path, self._problems.append)
                 opened.insert(0, self._file)
-            except (OSError, RuntimeError, sqlite3.Error, RecordError) as error:
+            except (OSError, RuntimeError, ValueError, sqlite3.Error) as error:
                 _warn(f"cannot record to {os.fspath(path)}: {error}; training goes on without a record")
         if opened:
             self._outbox = Outbox(opened, self._flush_seconds, self._problems)

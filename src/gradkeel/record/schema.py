@@ -251,11 +251,9 @@ def is_empty(connection: sqlite3.Connection, path: Path) -> bool:
     try:
         tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         return not tables and _pragma(connection, "application_id") in {0, APPLICATION_ID}
-    except sqlite3.OperationalError as error:
-        if "locked" in str(error) or "disk" in str(error):
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+        if "locked" in str(error) or "disk is full" in str(error) or "disk I/O" in str(error):
             raise
-        raise RecordError(f"{path} is not a gradkeel record: {error}") from None
-    except sqlite3.DatabaseError as error:
         raise RecordError(f"{path} is not a gradkeel record, or a damaged one: {error}") from None
 
 

@@ -77,10 +77,14 @@ class Store:
         query, where = self._connection.execute, self._where
         query("BEGIN")  # all that follows sees the record as it is now
         self.meta: dict[str, str] = dict(query("SELECT key, value FROM meta"))
-        self.rank, self.ranks = int(self.meta.get("rank", 0)), int(self.meta.get("ranks", 1))
-        self.pieces_since = int(self.meta.get("pieces_since", 0))
+        self.rank, self.ranks = self._fact("rank", 0), self._fact("ranks", 1)
+        self.pieces_since = self._fact("pieces_since", 0)
         self._pieces: dict[str, list[int]] | None = json.loads(self.meta.get("pieces", "null"))
-        found = [Block(*row) for row in query("SELECT * FROM blocks WHERE " + where)]
+        found = [
+            Block(*row)
+            for row in query("SELECT * FROM blocks WHERE " + where)
+            if all(isinstance(number, int) for number in row)
+        ]
         self._number_of_blocks = len(found)
         sets = query("SELECT DISTINCT superseded_by FROM parameters WHERE superseded_by > 0 ORDER BY 1")
         self._sets = [number for (number,) in sets]
@@ -93,6 +97,12 @@ class Store:
         writers = {block.session for block in self.blocks}
         self.sessions = [s for s in everybody if s.number in writers] or everybody[: len(writers)]
         self.rollbacks = self._read_rollbacks({s.number: s for s in everybody})
+
+    def _fact(self, key: str, default: int) -> int:
+        try:
+            return int(self.meta.get(key, default))
+        except (TypeError, ValueError):
+            return default
 
     def _set_of(self, block: Block) -> int:
         """Under which number a block's parameters stand: a run from scratch may be of others than the one before."""
@@ -141,9 +151,6 @@ class Store:
 
     def _steps_of(self, block: Block) -> Tensor | None:
         """[k] the steps of a block, or None where it makes no sense."""
-        numbers = (block.block, block.first_step, block.last_step, block.rows, block.width)
-        if not all(isinstance(number, int) for number in numbers):
-            return None
         if not (1 <= block.rows <= ROWS_PER_BLOCK and 0 <= block.width <= len(self._columns_of(block))):
             return None
         blob = self._blob("step", block)
