@@ -96,7 +96,11 @@ def test_the_environment_overrides_the_policy_and_says_so(optimizer, net, monkey
     monkeypatch.setenv("GRADKEEL_POLICY", "norm:0.5,exclude=*.bias")
     with pytest.warns(gk.GradkeelWarning, match=r"environment has GRADKEEL_POLICY=norm:0\.5") as warned:
         guard = gk.attach(
-            optimizer, gk.ClipByGlobalNorm(1.0), model=nn.Sequential(net), exclude="*.weight", nonfinite="raise"
+            optimizer,
+            gk.ClipByGlobalNorm(1.0),
+            model=nn.Sequential(net),
+            exclude="*.weight",
+            nonfinite="raise",
         )
     assert len(warned) == 1
     assert guard.policy == gk.ClipByNorm(0.5)
@@ -169,7 +173,9 @@ def test_what_is_no_path_is_refused_before_anything_is_guarded(optimizer, record
     assert not optimizer._optimizer_step_pre_hooks
 
 
-@pytest.mark.parametrize("record", [".", "folder", "file/run.keel", "loop", "x" * 300, "/proc/run.keel", "/dev/full"])
+@pytest.mark.parametrize(
+    "record", [".", "folder", "file/run.keel", "loop", "x" * 300, "/proc/run.keel", "/dev/full"]
+)
 def test_a_path_that_cannot_be_written_is_said_once_and_training_goes_on(
     optimizer, net, tmp_path, monkeypatch, record
 ):
@@ -273,9 +279,7 @@ def test_an_accumulator_of_the_old_guard_is_refused(net, optimizer):
     guard = gk.attach(optimizer, None, model=net)
     assert net.weight.grad is None
     with pytest.raises(gk.AttachError, match="make an Accumulator for the new guard"):
-        for micro in old([torch.ones(1, 2)] * 2):
-            with micro:
-                pass
+        next(old([torch.ones(1, 2)] * 2)).__enter__()
     new = gk.Accumulator(guard, 2)
     for micro in new([torch.ones(1, 2)] * 2):
         with micro:

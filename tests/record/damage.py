@@ -30,7 +30,10 @@ def damage(whole: bytes, path: Path, kind: str, seed: int) -> None:
         del data[chance.randrange(len(data)) :]
     elif kind == "swapped":
         one, other = chance.randrange(pages) * size, chance.randrange(pages) * size
-        data[one : one + size], data[other : other + size] = data[other : other + size], data[one : one + size]
+        data[one : one + size], data[other : other + size] = (
+            data[other : other + size],
+            data[one : one + size],
+        )
     path.write_bytes(data)
     if kind == "log":
         log = chance.randbytes(chance.choice([0, 10, 32, 4096, 20_000]))
@@ -51,7 +54,7 @@ def _craft(connection: sqlite3.Connection, kind: str, chance: random.Random) -> 
         return  # dropped before
     column, value = chance.choice(columns), chance.choice(HOSTILE)
     if kind == "values":
-        one = " WHERE rowid IN (SELECT rowid FROM {0} ORDER BY random() LIMIT 1)".format(table)
+        one = f" WHERE rowid IN (SELECT rowid FROM {table} ORDER BY random() LIMIT 1)"
         connection.execute(f"UPDATE {table} SET {column} = ?{chance.choice(['', one])}", (value,))
     elif kind == "rows":
         if chance.random() < 0.5:
@@ -64,7 +67,14 @@ def _craft(connection: sqlite3.Connection, kind: str, chance: random.Random) -> 
     elif kind == "blobs":
         where = "rowid IN (SELECT rowid FROM series ORDER BY random() LIMIT 3)"
         chosen = chance.choice(
-            ["zeroblob(8)", "zeroblob(512)", "randomblob(length(data))", "randomblob(512)", "substr(data, 2)", "'x'"]
+            [
+                "zeroblob(8)",
+                "zeroblob(512)",
+                "randomblob(length(data))",
+                "randomblob(512)",
+                "substr(data, 2)",
+                "'x'",
+            ]
         )
         connection.execute(f"UPDATE series SET data = {chosen} WHERE {where}")
     else:
@@ -85,5 +95,6 @@ def _craft(connection: sqlite3.Connection, kind: str, chance: random.Random) -> 
             )
         else:
             connection.execute(
-                f"INSERT OR IGNORE INTO parameters SELECT i, 'p' || i, '[1]', 1, 'main', '', 0, 0 FROM ({endless} LIMIT 2000)"
+                "INSERT OR IGNORE INTO parameters SELECT i, 'p' || i, '[1]', 1, 'main', '', 0, 0 "
+                f"FROM ({endless} LIMIT 2000)"
             )

@@ -1,7 +1,6 @@
 """Damaged and crafted records: each command ends in one line and exit 2, or in what could still be read, said so."""
 
 import contextlib
-import random
 import resource
 import shutil
 import sqlite3
@@ -20,10 +19,14 @@ from typer.testing import CliRunner
 import gradkeel as gk
 from gradkeel.cli.app import app
 from gradkeel.errors import RecordError, RecordWarning
-from gradkeel.record import Reader, Recorder
+from gradkeel.record import Reader
+
 from tests.record.damage import KINDS, damage
 
-SECONDS, BYTES = 30.0, 600 * 2**20  # of one command, and of all together; the slowest has been seen to take 3 s
+SECONDS, BYTES = (
+    30.0,
+    600 * 2**20,
+)  # of one command, and of all together; the slowest has been seen to take 3 s
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +130,9 @@ def test_a_crafted_number_of_rows_is_not_allocated(whole, tmp_path):
     path = tmp_path / "run.keel"
     path.write_bytes(whole)
     with contextlib.closing(sqlite3.connect(path)) as connection:
-        connection.execute("UPDATE blocks SET rows = 1 << 40, last_step = first_step + (1 << 40) - 1 WHERE block = 1")
+        connection.execute(
+            "UPDATE blocks SET rows = 1 << 40, last_step = first_step + (1 << 40) - 1 WHERE block = 1"
+        )
         connection.commit()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with Reader(path) as run:

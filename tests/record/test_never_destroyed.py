@@ -13,6 +13,7 @@ from torch import nn
 import gradkeel as gk
 from gradkeel.errors import RecordError, RecordWarning
 from gradkeel.record import Reader, Recorder, bucket_norms, export
+
 from tests.record.test_robustness import check_rows, record, weights_run
 
 
@@ -43,7 +44,12 @@ def test_steps_that_are_recorded_again_stay_readable(tmp_path, make_report, resu
     with Reader(path) as run:
         assert run.norms()[resumed_at - 1 :, 0].tolist() == norms_of(range(resumed_at, resumed_at + 40), 1000)
         (rollback,) = run.rollbacks
-        assert (rollback.session, rollback.step, rollback.last_step, rollback.rows) == (2, resumed_at, 130, len(old))
+        assert (rollback.session, rollback.step, rollback.last_step, rollback.rows) == (
+            2,
+            resumed_at,
+            130,
+            len(old),
+        )
         with run.before(rollback) as before:
             assert before.steps().tolist() == list(range(1, 131))
             assert before.norms()[:, 0].tolist() == norms_of(range(1, 131))
@@ -135,7 +141,11 @@ def test_the_lock_is_on_the_file_whatever_its_name(tmp_path, make_report, link, 
             print(*[w.message for w in caught])
         """
         done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True, timeout=120
+            [sys.executable, "-c", textwrap.dedent(script)],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
         )
         assert "being written by another process or recorder" in done.stdout
         first.record(make_report(2))
@@ -254,7 +264,10 @@ def test_an_export_onto_a_record_is_refused(tmp_path, make_report, name):
     record(path, make_report, [1])
     record(tmp_path / "other.csv", make_report, [1])
     (tmp_path / "link.keel").symlink_to(path)
-    with Reader(path) as run, pytest.raises((RecordError, ValueError), match=r"that is a record|must end in \.csv"):
+    with (
+        Reader(path) as run,
+        pytest.raises((RecordError, ValueError), match=r"that is a record|must end in \.csv"),
+    ):
         export(run, tmp_path / name)
     check_rows(path, [1])
     check_rows(tmp_path / "other.csv", [1])

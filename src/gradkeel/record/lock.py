@@ -36,7 +36,7 @@ class FileLock:
             f"{path} is being written by another process or recorder; give each run a record of its own"
         )
         # Asked before it is opened: whoever closes a file ends all locks that his process has on it.
-        if path.exists() and _identity(os.stat(path)) in _held:
+        if path.exists() and _identity(path.stat()) in _held:
             raise held
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
         try:
@@ -53,7 +53,7 @@ class FileLock:
     def is_at(self, path: Path) -> bool:
         """Whether ``path`` still leads to the file."""
         try:
-            return _identity(os.stat(path)) == self._identity
+            return _identity(path.stat()) == self._identity
         except OSError:
             return False
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradkeel.errors import RecordError, RecordWarning
+from gradkeel.errors import RecordWarning
 from gradkeel.guard.report import StepReport
 from gradkeel.kernels.arrival import is_capturing
 from gradkeel.record.outbox import Outbox, Sink
@@ -137,7 +137,12 @@ class Recorder:
 
     def _hand_over(self, path: Path) -> None:
         """Write what waits and let go, if ``path`` is what this recorder writes to."""
-        if self._file is not None and self._outbox is not None and self._outbox.is_open and self._file.is_at(path):
+        if (
+            self._file is not None
+            and self._outbox is not None
+            and self._outbox.is_open
+            and self._file.is_at(path)
+        ):
             self.close()
             self._taken_over = True
 

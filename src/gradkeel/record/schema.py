@@ -58,17 +58,14 @@ CREATE TABLE skips (
 _NAMES = ("meta", "sessions", "parameters", "blocks", "series", "weight_samples", "skips")
 
 # What tables of older versions are as tables of this one. Their sessions wrote what follows their first step.
-_SESSION = """
-coalesce((SELECT max(session) FROM main.sessions WHERE first_step <= t.{step}), 1) AS session, 0 AS superseded_by
-"""
 _AS_NOW = {
-    "parameters": (
-        "SELECT position, name, shape, size, selection, policy, optimizer_group, 0 AS superseded_by FROM {table} AS t"
-    ),
-    "blocks": f"SELECT block, first_step, last_step, rows, width, {_SESSION.format(step='first_step')} FROM {{table}} AS t",
-    "weight_samples": f"SELECT step, weights, updates, {_SESSION.format(step='step')} FROM {{table}} AS t",
-    "skips": f"SELECT step, reason, {{kind}} AS kind, {_SESSION.format(step='step')} FROM {{table}} AS t",
+    "parameters": "position, name, shape, size, selection, policy, optimizer_group, 0 AS superseded_by",
+    "blocks": "block, first_step, last_step, rows, width, {session} <= t.first_step), 1) {own}",
+    "weight_samples": "step, weights, updates, {session} <= t.step), 1) {own}",
+    "skips": "step, reason, {kind} AS kind, {session} <= t.step), 1) {own}",
 }
+_SESSION = "coalesce((SELECT max(session) FROM main.sessions WHERE first_step"
+_OWN = "AS session, 0 AS superseded_by"
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,10 +196,10 @@ def create(connection: sqlite3.Connection) -> None:
     version = _pragma(connection, "user_version")
     statements = {s.split()[2]: s for s in TABLES.split(";\n") if s.strip()}
     if 0 < version < SCHEMA_VERSION:
-        for name, select in _AS_NOW.items():
+        for name, columns in _AS_NOW.items():
             connection.execute(f"ALTER TABLE {name} RENAME TO old")
             connection.execute(statements[name])
-            connection.execute(f"INSERT INTO {name} {_as_now(select, 'old', version)}")
+            connection.execute(f"INSERT INTO {name} {_as_now(columns, 'old', version)}")
             connection.execute("DROP TABLE old")
         connection.execute("UPDATE meta SET value = ? WHERE key = 'schema_version'", (str(SCHEMA_VERSION),))
     elif not version:
@@ -234,12 +231,13 @@ def show_as_now(connection: sqlite3.Connection) -> None:
     """Let a reader see a record of an older version as one of this, without writing to it."""
     version = _pragma(connection, "user_version")
     if version < SCHEMA_VERSION:
-        for name, select in _AS_NOW.items():
-            connection.execute(f"CREATE TEMP VIEW {name} AS {_as_now(select, f'main.{name}', version)}")
+        for name, columns in _AS_NOW.items():
+            connection.execute(f"CREATE TEMP VIEW {name} AS {_as_now(columns, f'main.{name}', version)}")
 
 
-def _as_now(select: str, table: str, version: int) -> str:
-    return select.format(table=table, kind="kind" if version > 1 else "''")
+def _as_now(columns: str, table: str, version: int) -> str:
+    chosen = columns.format(kind="kind" if version > 1 else "''", session=_SESSION, own=_OWN)
+    return f"SELECT {chosen} FROM {table} AS t"  # noqa: S608  # our own words
 
 
 def is_empty(connection: sqlite3.Connection, path: Path) -> bool:

@@ -1,10 +1,8 @@
 """Finds and decodes the blobs of a record; what is damaged is left out, or stands as not known."""
 
 import bisect
-import contextlib
 import json
 import math
-import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,15 +14,8 @@ from torch import Tensor
 from gradkeel.errors import RecordError
 from gradkeel.guard import SkipReason
 from gradkeel.record.described import Block, Parameter, Rollback, Session
-from gradkeel.record.schema import (
-    ROWS_PER_BLOCK,
-    SCALAR_PREFIX,
-    check,
-    from_blobs,
-    series_of,
-    show_as_now,
-    to_blob,
-)
+from gradkeel.record.opening import in_words, open_record, size_of
+from gradkeel.record.schema import ROWS_PER_BLOCK, SCALAR_PREFIX, from_blobs, series_of, to_blob
 
 LIVE, SUPERSEDED = "superseded_by = 0", "superseded_by > 0"
 """Which rows are read, as a condition in SQL: those that hold, or those that were recorded again later."""
@@ -65,8 +56,8 @@ class Store:
     def __init__(self, path: Path, where: str = LIVE) -> None:
         self.path, self._where = path, where
         self._bad: set[int] = set()
-        with _in_words(path):
-            self._connection = _open(path)
+        with in_words(path):
+            self._connection = open_record(path)
             try:
                 self._load()
             except BaseException:
@@ -82,7 +73,7 @@ class Store:
         self._pieces: dict[str, list[int]] | None = json.loads(self.meta.get("pieces", "null"))
         found = [
             Block(*row)
-            for row in query("SELECT * FROM blocks WHERE " + where)
+            for row in query("SELECT * FROM blocks WHERE " + where)  # noqa: S608  # our own words
             if all(isinstance(number, int) for number in row)
         ]
         self._number_of_blocks = len(found)
@@ -91,8 +82,21 @@ class Store:
         self._read_parameters({self._set_of(block) for block in found} or {0})
         self._read_blocks(found)
         everybody = [
-            Session(str(started), int(first), str(policy), float(norm), *map(str, others), number)
-            for number, started, first, policy, norm, *others in query("SELECT * FROM sessions ORDER BY session")
+            Session(
+                str(started),
+                int(first),
+                str(policy),
+                float(norm),
+                str(made),
+                str(kept),
+                str(own),
+                str(its),
+                number,
+            )
+            for number, started, first, policy, norm, made, kept, own, its in query(
+                "SELECT session, started, first_step, policy, norm_type, optimizer, nonfinite, gradkeel, torch "
+                "FROM sessions ORDER BY session"
+            )
         ]
         writers = {block.session for block in self.blocks}
         self.sessions = [s for s in everybody if s.number in writers] or everybody[: len(writers)]
@@ -131,7 +135,9 @@ class Store:
         self.blocks: list[Block] = []
         parts: list[Tensor] = []
         self._offsets = [0]
-        for block in sorted(found, key=lambda b: (b.superseded_by * (self._where == SUPERSEDED), b.first_step)):
+        for block in sorted(
+            found, key=lambda b: (b.superseded_by * (self._where == SUPERSEDED), b.first_step)
+        ):
             steps = self._steps_of(block)
             last = self.blocks[-1] if self.blocks and self._where != SUPERSEDED else None
             if steps is None or (last is not None and block.first_step <= last.last_step):
@@ -143,7 +149,7 @@ class Store:
         self.steps = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
         if found and not parts:
             raise RecordError(f"{self.path} is damaged: none of its {len(found)} blocks of steps can be read")
-        if self.rows * self.width > _ALWAYS_ALLOWED + _MOST_PER_BYTE * _size(self.path):
+        if self.rows * self.width > _ALWAYS_ALLOWED + _MOST_PER_BYTE * size_of(self.path):
             raise RecordError(
                 f"{self.path} is damaged: it claims {self.rows} steps of {self.width} parameters, more than so small "
                 "a file can hold"
@@ -191,7 +197,7 @@ class Store:
 
     def query(self, statement: str, *arguments: str | int) -> list[tuple[Any, ...]]:
         """All rows of a SQL query."""
-        with _in_words(self.path):
+        with in_words(self.path):
             return self._connection.execute(statement, arguments).fetchall()
 
     def scalar_names(self) -> list[str]:
@@ -206,12 +212,15 @@ class Store:
     def skips(self) -> list[tuple[int, str, SkipReason]]:
         """Number, words and reason of each step that was skipped."""
         rows = self.query(
-            "SELECT step, reason, kind FROM skips WHERE typeof(step) = 'integer' AND "
+            "SELECT step, reason, kind FROM skips WHERE typeof(step) = 'integer' AND "  # noqa: S608
             + self._where
             + " ORDER BY superseded_by, step"
         )
         kinds = {reason.value: reason for reason in SkipReason}
-        return [(step, str(words), kinds.get(kind) or SkipReason.of_words(str(words))) for step, words, kind in rows]
+        return [
+            (step, str(words), kinds.get(kind) or SkipReason.of_words(str(words)))
+            for step, words, kind in rows
+        ]
 
     def piece(self, name: str) -> tuple[int, ...] | None:
         """Which piece of a parameter this file's rank held; None for a parameter that counts for another rank."""
@@ -222,7 +231,7 @@ class Store:
     def weight_samples(self) -> tuple[Tensor, Tensor, Tensor]:
         """Steps [s], and what was measured of the weights [s, n] and of their updates [s, n]; else NaN."""
         rows = self.query(
-            "SELECT step, weights, updates FROM weight_samples WHERE typeof(step) = 'integer' AND "
+            "SELECT step, weights, updates FROM weight_samples WHERE typeof(step) = 'integer' AND "  # noqa: S608
             + self._where
             + " ORDER BY superseded_by, step"
         )
@@ -380,52 +389,3 @@ class Store:
         result = torch.full((len(rows), self.width, *rows.shape[2:]), fill, dtype=rows.dtype)
         result[:, columns] = rows
         return result
-
-
-@contextlib.contextmanager
-def _in_words(path: Path) -> Iterator[None]:
-    """Whatever a damaged file makes SQLite, or the reading of its numbers, raise: a `RecordError`."""
-    try:
-        yield
-    except RecordError:
-        raise
-    except (sqlite3.Error, ValueError, TypeError, OverflowError, RuntimeError, MemoryError) as error:
-        raise RecordError(f"{path} cannot be read: {error or type(error).__name__}") from None
-
-
-def _open(path: Path) -> sqlite3.Connection:
-    try:
-        if path.is_dir():
-            raise RecordError(f"{path} is a directory; give the record in it, such as {path / 'run.keel'}")
-        if not path.exists():
-            raise RecordError(f"there is no record at {path}")
-    except ValueError as error:  # a path with a NUL
-        raise RecordError(f"there is no record at {str(path)!r}: {error}") from None
-    # Writable, though nothing is written: whoever reads last takes away the files that SQLite keeps beside it.
-    modes = ["mode=rw"] if os.access(path, os.W_OK) and os.access(path.parent, os.W_OK) else []
-    # immutable: on a read-only disk SQLite cannot make the files it shares with a writer, and there is no writer.
-    for mode in (*modes, "mode=ro", "immutable=1"):
-        connection = sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True, isolation_level=None)
-        try:
-            connection.text_factory = lambda data: data.decode(errors="replace")
-            connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, max(1_000_000, _size(path)))
-            connection.execute("PRAGMA trusted_schema=OFF")
-            check(connection, path)
-            show_as_now(connection)
-            connection.execute("PRAGMA query_only=ON")
-        except sqlite3.OperationalError:
-            connection.close()
-            if mode == "immutable=1":
-                raise
-        except BaseException:
-            connection.close()
-            raise
-        else:
-            return connection
-    raise AssertionError
-
-
-def _size(path: Path) -> int:
-    """Bytes of the file and of its write-ahead log, which no value in it exceeds."""
-    files = (path, path.with_name(path.name + "-wal"))
-    return sum(file.stat().st_size for file in files if file.exists())

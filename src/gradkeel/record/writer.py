@@ -46,9 +46,7 @@ class RecordFile:
         OSError, sqlite3.Error: it cannot be written.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], say: Callable[[str], None] = lambda words: None
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str], say: Callable[[str], None] = lambda words: None) -> None:
         self.path, self._say = Path(path), say
         self._open()
 
@@ -119,7 +117,9 @@ class RecordFile:
                 rescued = self._real.with_name(f"{self._real.name}-rescued")
                 with contextlib.closing(sqlite3.connect(rescued)) as copy:
                     self._connection.backup(copy)
-            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # closing leaves it out of a moved file
+            self._connection.execute(
+                "PRAGMA wal_checkpoint(TRUNCATE)"
+            )  # closing leaves it out of a moved file
         finally:
             self.close()
         if is_free:
@@ -258,7 +258,9 @@ class RecordFile:
         }
         rows = sum(counts)
         for first in range(0, rows, ROWS_PER_BLOCK):
-            self._open_rows = {name: values[first : first + ROWS_PER_BLOCK] for name, values in merged.items()}
+            self._open_rows = {
+                name: values[first : first + ROWS_PER_BLOCK] for name, values in merged.items()
+            }
             self._write_block()
             if first + ROWS_PER_BLOCK <= rows:
                 self._block += 1
@@ -296,10 +298,13 @@ class RecordFile:
             (step, step),
         ).fetchone()
         if split is not None:
-            self._split(*split, step)
+            block, width, session = split
+            self._split(block, width, session, step)
         execute("UPDATE blocks SET superseded_by = ? WHERE superseded_by = 0 AND first_step >= ?", (by, step))
         execute("UPDATE skips SET superseded_by = ? WHERE superseded_by = 0 AND step >= ?", (by, step))
-        execute("UPDATE weight_samples SET superseded_by = ? WHERE superseded_by = 0 AND step >= ?", (by, step))
+        execute(
+            "UPDATE weight_samples SET superseded_by = ? WHERE superseded_by = 0 AND step >= ?", (by, step)
+        )
         if not self._scalar("SELECT count(*) FROM blocks WHERE superseded_by = 0"):
             # A run from scratch, perhaps of another model.
             execute("UPDATE parameters SET superseded_by = ? WHERE superseded_by = 0", (by,))
