@@ -1,5 +1,7 @@
 """A spike that was rolled back is named, though the steps that hold show nothing of it."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -8,22 +10,24 @@ import gradkeel as gk
 from gradkeel.explain import explain
 
 
-def train(path, steps, state=None, spike=None, model=None):
-    """Steps of a small network, with a batch a thousand times too large at ``spike``; the guard's state at the end."""
-    torch.manual_seed(steps[0])
-    model = model or nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+def train(path, steps, checkpoint=None, spike=None):
+    """Steps of a small network, with a batch a thousand times too large at ``spike``; a checkpoint of the end."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    guard = gk.attach(optimizer, None, model=model, record=path)
-    if state is not None:
-        guard.load_state_dict(state)
+    guard = gk.attach(optimizer, "global-norm:100", model=model, record=path)
+    if checkpoint is not None:
+        model.load_state_dict(checkpoint["model"])
+        guard.load_state_dict(checkpoint["guard"])
     for step in steps:
+        torch.manual_seed(step)
         loss = (model(torch.randn(16, 4)) - 1).square().mean() * (1000 if step == spike else 1)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    state = guard.state_dict()
+    checkpoint = copy.deepcopy({"guard": guard.state_dict(), "model": model.state_dict()})
     guard.detach()
-    return state
+    return checkpoint
 
 
 @pytest.mark.parametrize("back_to", [101, 1])

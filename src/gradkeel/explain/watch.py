@@ -56,7 +56,8 @@ class RunPage:
                 if len(reader):
                     return run_page(reader)
         except RecordError as error:
-            words = f"Nothing to show: {error}"
+            if self._path.exists():
+                words = f"Nothing to show: {error}"
         return (
             f"<!doctype html><html><head><meta charset='utf-8'><title>gradkeel</title></head><body>{escape(words)}"
             "</body></html>"

@@ -202,11 +202,9 @@ class Store:
 
     def scalar_names(self) -> list[str]:
         """Names of the series that the user logged, without their prefix."""
-        rows = self.query(
-            "SELECT DISTINCT name FROM series WHERE name >= ? AND name < 'scalar;' AND block IN "
-            "(SELECT block FROM blocks WHERE " + self._where + ") ORDER BY name",
-            SCALAR_PREFIX,
-        )
+        blocks = "SELECT block FROM blocks WHERE " + self._where  # noqa: S608
+        chosen = f"name >= ? AND name < 'scalar;' AND block IN ({blocks})"
+        rows = self.query(f"SELECT DISTINCT name FROM series WHERE {chosen} ORDER BY 1", SCALAR_PREFIX)  # noqa: S608
         return [name.removeprefix(SCALAR_PREFIX) for (name,) in rows]
 
     def skips(self) -> list[tuple[int, str, SkipReason]]:
