@@ -111,6 +111,12 @@ def test_skips_and_samples_of_the_weights_stay_too(tmp_path):
         steps, weights, _ = run.weight_samples()
         assert steps.tolist() == list(range(21, 41))
         assert weights.squeeze(1).tolist() == [3.0] * 20
+    weights_run(path, range(1, 3), 7.0)
+    with Reader(path) as run, run.before(run.rollbacks[0]) as before:
+        steps, weights, _ = before.weight_samples()
+        assert steps.tolist() == list(range(1, 41))  # in their order, though superseded at different times
+        assert weights.squeeze(1).tolist() == [2.0] * 20 + [3.0] * 20
+        assert [step for step, _ in before.skips()] == [10, 20, 21, 25, 40]
 
 
 @pytest.mark.parametrize("link", ["symlink", "hard link", "folder", "spelling"])
@@ -290,3 +296,86 @@ def test_restarts_in_one_process_keep_every_step(tmp_path):
         assert len(run) == 20
         assert len(run) + len(old) == trained
         assert len(run.rollbacks) == 19
+
+
+KILLED = """
+    import os, random, signal, sys, time
+    import torch
+    from gradkeel.norms import Decision, GradientNorms
+    from gradkeel.record import Recorder
+    from gradkeel.guard.report import SelectionReport, StepReport
+
+    torch.set_num_threads(1)
+    path, times = sys.argv[1], int(sys.argv[2])
+
+    def train(attempt, first, out):
+        recorder = Recorder(path, flush_seconds=0.003)
+        for step in range(first, 1_000_000):
+            norms = torch.full((3,), attempt * 1e6 + step, dtype=torch.float64)
+            measured = GradientNorms(("a", "b", "c"), norms, norms[0], 2.0, (0,) * 3, step, (1,) * 3)
+            selection = SelectionReport("main", "None", measured, Decision(), (True,) * 3)
+            recorder.record(StepReport(step, (selection,), 1.0, {}))
+            if step % 20 == 0:
+                recorder.flush()
+                os.write(out, step.to_bytes(8, "little"))
+
+    random.seed(1)
+    last = 0
+    for attempt in range(1, times + 1):
+        first = random.choice([1, last + 1, random.randint(1, last + 1), max(1, last - 3)])
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            train(attempt, first, write)
+        os.close(write)
+        time.sleep(random.uniform(0, 0.2))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        flushed = b""
+        while part := os.read(read, 1 << 16):
+            flushed += part
+        os.close(read)
+        if flushed:
+            last = int.from_bytes(flushed[-8:], "little")
+            print(attempt, first, last)
+"""
+
+
+def kill_and_restart(path, times):
+    """Runs of one record, each killed and begun again somewhere; what each had told to be on disk is there."""
+    command = [
+        sys.executable,
+        "-W",
+        "ignore::DeprecationWarning",
+        "-c",
+        textwrap.dedent(KILLED),
+        path,
+        str(times),
+    ]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=280).stdout
+    expected = {
+        attempt * 1e6 + step
+        for attempt, first, last in (map(int, line.split()) for line in output.splitlines())
+        for step in range(first, last + 1)
+    }
+    with Reader(path) as run, Reader(path, superseded=True) as old:
+        live, superseded = run.norms()[:, 0].tolist(), old.norms()[:, 0].tolist()
+        assert run.steps().tolist() == sorted(set(run.steps().tolist()))
+    assert len(output.splitlines()) > times / 2
+    assert len(set(live) | set(superseded)) == len(live) + len(superseded)
+    assert expected <= {*live, *superseded}
+    return len(expected), len(superseded)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+def test_kills_and_restarts_of_one_record_lose_nothing(tmp_path):
+    flushed, superseded = kill_and_restart(tmp_path / "run.keel", 15)
+    assert flushed > 100
+    assert superseded
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+def test_200_kills_and_restarts_of_one_record_lose_nothing(tmp_path):
+    flushed, superseded = kill_and_restart(tmp_path / "run.keel", 200)
+    print(f"{flushed} flushed steps, {superseded} superseded")

@@ -97,7 +97,6 @@ def command(
     # They would take the place of every policy that is compared.
     os.environ.pop("GRADKEEL_POLICY", None)
     os.environ.pop("GRADKEEL_RECORD", None)
-    _check_writable(out)
     with _only_json_on_stdout() if as_json else contextlib.nullcontext():
         if run is None:
             plan = make_plan(
@@ -115,6 +114,7 @@ def command(
             beside = {"--lr": lr, "--steps": steps, "--batch-size": batch_size, "--accumulate": accumulate}
             _refuse_beside_run(TASK=task, **beside)
             plan = make_command_plan(run, policies=policy, seeds=seeds, sweep=sweep)
+        _check_writable(out)
         with Progress(plan, quiet=as_json) as progress:
             said = {""}
 

@@ -55,6 +55,7 @@ class Store:
 
     def __init__(self, path: Path, where: str = LIVE) -> None:
         self.path, self._where = path, where
+        self._order = " ORDER BY superseded_by, step" if where == SUPERSEDED else " ORDER BY step"
         self._bad: set[int] = set()
         with in_words(path):
             self._connection = open_record(path)
@@ -70,7 +71,8 @@ class Store:
         self.meta: dict[str, str] = dict(query("SELECT key, value FROM meta"))
         self.rank, self.ranks = self._fact("rank", 0), self._fact("ranks", 1)
         self.pieces_since = self._fact("pieces_since", 0)
-        self._pieces: dict[str, list[int]] | None = json.loads(self.meta.get("pieces", "null"))
+        pieces = json.loads(self.meta.get("pieces", "null"))
+        self._pieces: dict[str, list[int]] | None = pieces if isinstance(pieces, dict) else None
         found = [
             Block(*row)
             for row in query("SELECT * FROM blocks WHERE " + where)  # noqa: S608  # our own words
@@ -212,7 +214,7 @@ class Store:
         rows = self.query(
             "SELECT step, reason, kind FROM skips WHERE typeof(step) = 'integer' AND "  # noqa: S608
             + self._where
-            + " ORDER BY superseded_by, step"
+            + self._order
         )
         kinds = {reason.value: reason for reason in SkipReason}
         return [
@@ -224,14 +226,14 @@ class Store:
         """Which piece of a parameter this file's rank held; None for a parameter that counts for another rank."""
         if self._pieces is None:
             return ()
-        return tuple(self._pieces[name]) if name in self._pieces else None
+        return tuple(map(int, self._pieces[name])) if name in self._pieces else None
 
     def weight_samples(self) -> tuple[Tensor, Tensor, Tensor]:
         """Steps [s], and what was measured of the weights [s, n] and of their updates [s, n]; else NaN."""
         rows = self.query(
             "SELECT step, weights, updates FROM weight_samples WHERE typeof(step) = 'integer' AND "  # noqa: S608
             + self._where
-            + " ORDER BY superseded_by, step"
+            + self._order
         )
         steps = torch.tensor([step for step, _, _ in rows], dtype=torch.int64)
         return steps, self._samples([row[1] for row in rows]), self._samples([row[2] for row in rows])
