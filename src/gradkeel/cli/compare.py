@@ -131,8 +131,8 @@ def command(
 
 def _check_writable(out: Path) -> None:
     """Raise at once what would otherwise be raised after hours of training."""
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=out):
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    with tempfile.TemporaryFile(dir=there):
         pass
     for name in ("compare.json", "compare.html"):
         if (out / name).exists():
