@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import gradkeel as gk
+from gradkeel.record import Reader
 from optimizers import BY_NAME
 
 
@@ -93,17 +94,118 @@ def test_a_policy_may_be_a_spec_string(optimizer):
     assert guard.policy_spec == "global-norm:0.25"
 
 
-def test_the_environment_overrides_the_policy(optimizer, net, monkeypatch):
+def test_the_environment_overrides_the_policy_and_says_so(optimizer, net, monkeypatch):
     monkeypatch.setenv("GRADKEEL_POLICY", "norm:0.5,exclude=*.bias")
-    guard = gk.attach(optimizer, gk.ClipByGlobalNorm(1.0), model=nn.Sequential(net), exclude="*.weight")
+    with pytest.warns(gk.GradkeelWarning, match=r"environment has GRADKEEL_POLICY=norm:0\.5") as warned:
+        guard = gk.attach(
+            optimizer,
+            gk.ClipByGlobalNorm(1.0),
+            model=nn.Sequential(net),
+            exclude="*.weight",
+            nonfinite="raise",
+        )
+    assert len(warned) == 1
     assert guard.policy == gk.ClipByNorm(0.5)
+    assert guard.nonfinite == "raise"
     assert guard.report.selections[-1].measured.names == ("0.bias",)
 
 
-def test_the_environments_none_measures_and_keeps(optimizer, net, monkeypatch):
+@pytest.mark.parametrize("nonfinite", ["skip", "raise", "keep"])
+def test_the_environments_none_measures_and_never_weakens_nonfinite(optimizer, net, monkeypatch, nonfinite):
     monkeypatch.setenv("GRADKEEL_POLICY", "none")
-    guard = gk.attach(optimizer, gk.ClipByGlobalNorm(1.0))
-    assert (guard.policy, guard.nonfinite) == (None, "keep")
+    with pytest.warns(gk.GradkeelWarning, match="unset GRADKEEL_POLICY"):
+        guard = gk.attach(optimizer, gk.ClipByGlobalNorm(1.0), nonfinite=nonfinite)
+    assert (guard.policy, guard.nonfinite) == (None, nonfinite)
+
+
+def test_the_environments_record_is_said(optimizer, net, monkeypatch, tmp_path):
+    monkeypatch.setenv("GRADKEEL_RECORD", str(tmp_path / "run.keel"))
+    with pytest.warns(gk.GradkeelWarning, match="unset GRADKEEL_RECORD"):
+        guard = gk.attach(optimizer, None)
+    guard.detach()
+    assert (tmp_path / "run.keel").exists()
+
+
+def test_what_compare_sets_is_not_said(optimizer, net, monkeypatch, tmp_path):
+    monkeypatch.setenv("GRADKEEL_POLICY", "none")
+    monkeypatch.setenv("GRADKEEL_RECORD", str(tmp_path / "run.keel"))
+    monkeypatch.setenv("GRADKEEL_SEED", "0")
+    gk.attach(optimizer, "norm:1.0").detach()
+
+
+def test_an_empty_variable_is_none(optimizer, net, monkeypatch):
+    monkeypatch.setenv("GRADKEEL_POLICY", "")
+    monkeypatch.setenv("GRADKEEL_RECORD", "")
+    guard = gk.attach(optimizer, "norm:1.0")
+    assert guard.policy == gk.ClipByNorm(1.0)
+    assert guard.recorders == []
+
+
+def test_an_environment_that_cannot_be_read_is_named(optimizer, net, monkeypatch):
+    monkeypatch.setenv("GRADKEEL_POLICY", "norm:")
+    with (
+        pytest.warns(gk.GradkeelWarning),
+        pytest.raises(gk.errors.PolicySpecError, match="GRADKEEL_POLICY=norm:, in the environment"),
+    ):
+        gk.attach(optimizer, None)
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+# -- a record that cannot be -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("record", "kind", "words"),
+    [
+        ("", ValueError, r"attach\(record=\.\.\.\): '' is no path"),
+        ("  ", ValueError, "is no path"),
+        ("run\0.keel", ValueError, "is no path"),
+        (True, TypeError, "not True"),
+        (123, TypeError, "not 123"),
+        (b"run.keel", TypeError, "a record is a path such as"),
+        (gk.Recorder, TypeError, "a record is a path such as"),
+        ([], TypeError, "a record is a path such as"),
+    ],
+)
+def test_what_is_no_path_is_refused_before_anything_is_guarded(optimizer, record, kind, words):
+    before = set(vars(optimizer))
+    with pytest.raises(kind, match=words):
+        gk.attach(optimizer, None, record=record)
+    assert set(vars(optimizer)) == before
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+@pytest.mark.parametrize(
+    "record", [".", "folder", "file/run.keel", "loop", "x" * 300, "/proc/run.keel", "/dev/full"]
+)
+def test_a_path_that_cannot_be_written_is_said_once_and_training_goes_on(
+    optimizer, net, tmp_path, monkeypatch, record
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.warns(gk.errors.RecordWarning, match="training goes on without a record") as warned:
+        guard = gk.attach(optimizer, gk.ClipByNorm(0.1), record=record)
+    assert len(warned) == 1
+    net(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert guard.report.clipped
+    guard.detach()
+
+
+def test_a_recorder_that_cannot_be_bound_leaves_no_guard(optimizer):
+    class Broken:
+        def record(self, report):
+            pass
+
+        def bind(self, guard):
+            raise OSError("no")
+
+    with pytest.raises(OSError, match="no"):
+        gk.attach(optimizer, None, record=Broken())
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not hasattr(optimizer, "_gradkeel_guard")
 
 
 # -- wrappers -------------------------------------------------------------------------------------------------
@@ -117,10 +219,10 @@ def test_the_optimizer_inside_a_wrapper_is_guarded(net, optimizer):
     assert guard.report.clipped
 
 
-def test_a_wrapper_around_a_guarded_optimizer_is_refused(optimizer):
-    gk.attach(optimizer, None)
-    with pytest.raises(gk.AttachError, match="guarded already; call detach"):
-        gk.attach(Wrapper(optimizer), None)
+def test_the_optimizer_inside_a_wrapper_is_taken_over(optimizer):
+    first = gk.attach(optimizer, None)
+    second = gk.attach(Wrapper(optimizer), None)
+    assert optimizer._gradkeel_guard is second is not first
 
 
 class Noisy(torch.optim.Optimizer):
@@ -165,17 +267,70 @@ def test_an_optimizer_that_never_called_its_parents_init_is_refused_and_the_inne
     assert not optimizer._optimizer_step_pre_hooks
 
 
-# -- what cannot be guarded -----------------------------------------------------------------------------------
+# -- attaching again --------------------------------------------------------------------------------------------
 
 
-def test_a_second_guard_is_refused_and_the_first_stays(net, optimizer):
-    guard = gk.attach(optimizer, gk.ClipByNorm(0.1))
-    with pytest.raises(gk.AttachError, match="this optimizer is guarded already"):
-        gk.attach(optimizer, gk.ClipByNorm(0.2))
+def test_attaching_again_takes_over(net, optimizer, tmp_path):
+    """A cell of a notebook that runs again: the old guard is detached, and its record goes on."""
+    path = tmp_path / "run.keel"
+
+    def step():
+        net(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    first = gk.attach(optimizer, gk.ClipByNorm(0.1), model=net, record=path)
+    for _ in range(5):
+        step()
+    second = gk.attach(optimizer, gk.ClipByNorm(0.2), model=net, record=path)
+    for _ in range(3):
+        step()
+    assert (first.step, second.step) == (5, 8)
+    assert second.report.clipped_norm == pytest.approx(0.2 * 2**0.5, rel=1e-6)  # two tensors
+    second.detach()
+    with Reader(path) as run:
+        assert run.steps().tolist() == list(range(1, 9))
+        assert [(s.first_step, s.policy) for s in run.sessions] == [(1, "norm:0.1"), (6, "norm:0.2")]
+        assert run.rollbacks == []
+
+
+def test_statistics_go_on_under_the_same_policy(net, optimizer):
+    first = gk.attach(optimizer, "zclip")
+    net(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    kept = first.state_dict()
+    assert gk.attach(optimizer, "zclip").state_dict() == kept
+    assert gk.attach(optimizer, "autoclip").state_dict() != kept
+
+
+def test_a_guard_that_cannot_be_made_leaves_the_old_one(net, optimizer):
+    guard = gk.attach(optimizer, gk.ClipByNorm(0.1), model=net)
+    with pytest.raises(gk.errors.SelectionError):
+        gk.attach(optimizer, gk.ClipByNorm(0.2), model=net, exclude="nothing.of.this.name")
     net(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     assert guard.report.clipped
     assert net.weight.grad.norm().item() == pytest.approx(0.1, rel=1e-6)
+
+
+def test_an_accumulator_of_the_old_guard_is_refused(net, optimizer):
+    """It would sum up gradients that nobody divides."""
+    old = gk.Accumulator(gk.attach(optimizer, None, model=net), 2)
+    for micro in old([torch.ones(1, 2)] * 2):
+        with micro:
+            micro.backward(net(micro.batch).sum(), weight=1)
+        break  # a cell that was interrupted
+    guard = gk.attach(optimizer, None, model=net)
+    assert net.weight.grad is None
+    with pytest.raises(gk.AttachError, match="make an Accumulator for the new guard"):
+        next(old([torch.ones(1, 2)] * 2)).__enter__()
+    new = gk.Accumulator(guard, 2)
+    for micro in new([torch.ones(1, 2)] * 2):
+        with micro:
+            micro.backward(net(micro.batch).sum(), weight=1)
+        if micro.closes_window:
+            optimizer.step()
+    assert guard.report.norm == pytest.approx(3**0.5)
 
 
 # -- detach ---------------------------------------------------------------------------------------------------

@@ -146,6 +146,19 @@ def test_what_cannot_be_run_is_one_line_and_exit_code_2(gradkeel, tmp_path, argu
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("out", ["file", "file/below", "page"])
+def test_where_to_is_checked_before_the_first_run(tmp_path, out, monkeypatch):
+    """F9: hours were lost."""
+    monkeypatch.setattr("gradkeel.compare.compare", None)  # nothing may be run
+    (tmp_path / "file").touch()
+    (tmp_path / "page" / "compare.html").mkdir(parents=True)
+    result = CliRunner().invoke(app, ["compare", "exploding-linear", "--out", str(tmp_path / out)])
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("gradkeel: ")
+    assert result.stderr.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "page"]
+
+
 def test_without_plotly_everything_but_the_page(gradkeel, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
     monkeypatch.setitem(sys.modules, "plotly.offline", None)

@@ -54,7 +54,7 @@ def test_explain_as_json(run):
     data = json.loads(result.stdout)
     assert set(data) == {
         "version", "path", "steps", "first_step", "last_step", "parameters", "policy", "optimizer", "clipped",
-        "skipped", "explosion", "events", "fading", "threshold",
+        "skipped", "explosion", "events", "fading", "threshold", "rolled_back", "damage",
     }  # fmt: skip
     explosion = data["explosion"]
     assert {"found", "step", "parameter", "ended", "spread"} <= set(explosion)

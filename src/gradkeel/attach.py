@@ -3,13 +3,13 @@
 import os
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from gradkeel.errors import AttachError, GradkeelWarning
+from gradkeel.errors import AttachError, GradkeelWarning, PolicySpecError
 from gradkeel.guard.guard import Guard, NonFinite
 from gradkeel.guard.hooks import MARK
 from gradkeel.guard.report import Recorder
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 POLICY_VARIABLE = "GRADKEEL_POLICY"
 RECORD_VARIABLE = "GRADKEEL_RECORD"
+SEED_VARIABLE = "GRADKEEL_SEED"
 
 
 def attach(
@@ -73,14 +74,19 @@ def attach(
         The `Guard`: ``guard.report`` tells what the last step came to.
 
     Raises:
-        AttachError: if the optimizer is guarded already, is differentiable, steps inside backward, has lazy
-            parameters without a shape, or never called ``Optimizer.__init__``.
+        AttachError: if the optimizer is differentiable, steps inside backward, has lazy parameters without a shape,
+            never called ``Optimizer.__init__``, or holds one that is guarded.
         SelectionError: if an ``exclude`` entry selects nothing.
         RankError: if another rank could not attach, has another policy, or has not called it within two minutes.
         TypeError, ValueError: for arguments of another kind.
 
+    An optimizer that is guarded already is taken over, as when a cell of a notebook runs again: the old guard is
+    detached, its open accumulation window is dropped, and the new one goes on from its step and, under the same
+    policies, its statistics; where it has the same ``record``, that goes on too.
+
     The environment variable ``GRADKEEL_POLICY`` (a spec string) overrides ``policy`` and ``exclude``, and
-    ``GRADKEEL_RECORD`` (a path) ``record``: so does ``gradkeel compare --run`` with a script that it must not change.
+    ``GRADKEEL_RECORD`` (a path) ``record``, which a warning says: so does ``gradkeel compare --run``, in silence, with
+    a script that it must not change.
 
     All ranks of a distributed job must call it, or those of ``process_group``: they compare what they have.
 
@@ -93,7 +99,8 @@ def attach(
     sharing = Sharing(process_group, shard_over, nonfinite)
     try:
         _check(optimizers, nonfinite, max_consecutive_skips)
-        policy, exclude, nonfinite = _read(policy, exclude, nonfinite)
+        policy, exclude = _read(policy, exclude)
+        record = _checked_record(_from_environment(RECORD_VARIABLE) or record)
     except Exception as error:
         sharing.fail(_parameters(optimizers), None, error)
         raise
@@ -109,15 +116,18 @@ def attach(
         sharing=sharing,
         summarize=_summary,
     )
-    record = os.environ.get(RECORD_VARIABLE, record)
-    if record is not None:
-        _record(guard, record)
+    try:
+        if record is not None:
+            _record(guard, record)
+    except BaseException:
+        guard.detach()
+        raise
     return guard
 
 
 def _read(
-    policy: Policy | str | None, exclude: Iterable[Exclude] | Exclude | None, nonfinite: NonFinite
-) -> tuple[Policy | None, Iterable[Exclude], NonFinite]:
+    policy: Policy | str | None, exclude: Iterable[Exclude] | Exclude | None
+) -> tuple[Policy | None, Iterable[Exclude]]:
     """The policy that a spec string, or the environment, names, with what it leaves alone."""
     if isinstance(policy, str):
         spec = parse(policy)
@@ -131,15 +141,39 @@ def _read(
             f"attach(policy={policy!r}): policy must be a policy such as ClipByGlobalNorm(1.0), a spec string such as "
             f"'global-norm:1.0', or None to measure only, not {type(policy).__name__}"
         )
-    if POLICY_VARIABLE in os.environ:
-        given = parse(os.environ[POLICY_VARIABLE])
+    if words := _from_environment(POLICY_VARIABLE):
+        try:
+            given = parse(words)
+        except PolicySpecError as error:
+            raise PolicySpecError(f"{POLICY_VARIABLE}={words}, in the environment: {error}") from None
         policy, exclude = given.policy, given.exclude
-        nonfinite = "keep" if policy is None else nonfinite
     if exclude is None:
         exclude = ()
     elif isinstance(exclude, str | nn.Module | Tensor) or callable(exclude):
         exclude = (exclude,)
-    return policy, exclude, nonfinite
+    return policy, exclude
+
+
+def _from_environment(variable: str) -> str | None:
+    """The variable's value, said in a warning unless ``gradkeel compare`` has set it; None where it is empty."""
+    value = os.environ.get(variable)
+    if value and not {POLICY_VARIABLE, RECORD_VARIABLE, SEED_VARIABLE} <= os.environ.keys():
+        warnings.warn(
+            f"the environment has {variable}={value}, which takes the place of what the script says; "
+            f"if that is not wanted: unset {variable}",
+            GradkeelWarning,
+            stacklevel=3,
+        )
+    return value or None
+
+
+def _checked_record(record: object) -> Any:
+    """The record as it was given, if it is a path or a recorder; else an error, before anything is guarded."""
+    if record is None or (callable(getattr(record, "record", None)) and not isinstance(record, type)):
+        return record
+    from gradkeel.record.recorder import check_path
+
+    return check_path(record, "attach(record=...)")
 
 
 def _summary(guard: Guard) -> str:
@@ -172,10 +206,9 @@ def _check(optimizers: Sequence[Optimizer], nonfinite: str, max_consecutive_skip
     if not optimizers:
         raise ValueError("attach(optimizer=[]): give at least one optimizer")
     held = [own for one in optimizers for own in vars(one).values() if isinstance(own, Optimizer)]
-    if any(hasattr(own, MARK) for own in (*optimizers, *held)):
+    if any(hasattr(own, MARK) for own in held):
         raise AttachError(
-            "attach(optimizer=...): this optimizer is guarded already; call detach() on its guard first, or give "
-            "parameter groups their own policy with the key 'clip'"
+            "attach(optimizer=...): the optimizer inside of it is guarded already; call detach() on its guard first"
         )
     if nonfinite not in ("skip", "raise", "keep"):
         raise ValueError(f"attach(nonfinite={nonfinite!r}): nonfinite must be 'skip', 'raise' or 'keep'")

@@ -16,7 +16,7 @@ GradkeelWarning (UserWarning)
 ├── SkippedStepWarning       a step was skipped; names the parameter
 ├── DoubleClippingWarning    somebody else clips too; names the argument to turn off
 ├── UnguardedCopyWarning     a copied optimizer carries no guard
-└── RecordWarning            recording stopped; training goes on
+└── RecordWarning            recording stopped, or its file was moved or deleted; training goes on
 """
 
 
@@ -87,4 +87,4 @@ class UnguardedCopyWarning(GradkeelWarning):
 
 
 class RecordWarning(GradkeelWarning):
-    """Recording has stopped, for the reason given; training goes on."""
+    """Recording has stopped, or goes on in another file, for the reason given; training goes on."""

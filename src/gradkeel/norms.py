@@ -155,5 +155,8 @@ class Window(Protocol):
     def is_empty(self) -> bool | Tensor:
         """Whether the window's total weight is zero, so that there is nothing to step on."""
 
+    def drop(self) -> None:
+        """Discard an open window and its gradients."""
+
     def closed(self, *, stepped: bool | Tensor) -> None:
         """Called after the optimizer's step; the next micro-batch opens a new window."""

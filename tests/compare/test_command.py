@@ -8,7 +8,9 @@ from gradkeel.compare import TaskError, compare, make_command_plan
 from gradkeel.compare.command import _filled
 from gradkeel.compare.findings import findings
 from gradkeel.compare.page import compare_page
+from gradkeel.compare.run import Trial
 from gradkeel.compare.summary import summarize
+from gradkeel.record import Reader
 
 SCRIPT = """
 import os
@@ -46,8 +48,8 @@ def script(tmp_path):
     return write
 
 
-def run(command, tmp_path, **other):
-    return compare(make_command_plan(command, **other), records=tmp_path / "runs")
+def run(command, tmp_path, say=lambda words: None, **other):
+    return compare(make_command_plan(command, **other), records=tmp_path / "runs", say=say)
 
 
 def test_an_unmodified_script_is_run_under_each_policy_and_seed(script, tmp_path):
@@ -104,3 +106,96 @@ def test_losses_between_the_logged_ones_are_the_last_logged():
     kept = _filled([3.0, nan, nan], [False, False, True])
     assert kept[:2] == [3.0, 3.0]
     assert kept[2] != kept[2]
+
+
+# -- what a script of one's own does with seeds, files and the line ------------------------------------------------
+
+
+def test_policies_never_share_files():
+    """F10: `exclude=?.bias` and `exclude=*.bias` came from one run."""
+    policies = [
+        "norm:1.0",
+        "norm:1.0,exclude=?.bias",
+        "norm:1.0,exclude=*.bias",
+        "norm:1.0_exclude=_.bias",
+        "norm_1.0",
+    ]
+    policies += [
+        "norm:1.0,exclude=a*",
+        "norm:1.0,exclude=A*",
+        f"norm:1,exclude={'x' * 300}",
+        f"norm:1,exclude={'x' * 301}",
+    ]
+    trials = [
+        Trial(policy, lr, seed) for policy in policies for lr in (None, 0.1, 0.1000000001) for seed in (0, 1)
+    ]
+    names = [trial.record_name.lower() for trial in trials]
+    assert len(set(names)) == len(names)
+    assert max(map(len, names)) < 200
+    assert Trial("norm:1.0", None, 0).record_name == "norm_1.0-0.keel"
+
+
+def test_files_of_like_policies_hold_their_own_runs(script, tmp_path):
+    policies = ["global-norm:0.5,exclude=?.bias", "global-norm:0.5,exclude=*.bias,exclude=0.weight"]
+    result = run(script(SCRIPT.format(log=LOG)), tmp_path, policies=policies)
+    records = sorted((tmp_path / "runs").glob("*.keel"))
+    assert len(records) == 2
+    assert result.runs[0].norms[0] != result.runs[1].norms[0]
+
+
+def test_a_script_that_ignores_its_seed_is_found_out(script, tmp_path):
+    source = SCRIPT.format(log=LOG).replace('int(os.environ["GRADKEEL_SEED"])', "7")
+    result = run(script(source), tmp_path, policies=["none", "norm:1.0"], seeds=2)
+    words = findings(result)
+    assert words.caution.startswith("The script ignores GRADKEEL_SEED")
+    assert "2 of 2" not in words.found
+    assert "in 1 of 1 seed" in words.found
+
+
+@pytest.mark.parametrize(
+    ("seed", "expected"),
+    [
+        (
+            'int(os.environ["GRADKEEL_SEED"])',
+            "every policy of a seed began with the same loss and gradient norm",
+        ),
+        ("os.getpid()", "not known to begin from the same weights and batches"),
+    ],
+)
+def test_that_runs_began_alike_is_said_where_it_was_checked(script, tmp_path, seed, expected):
+    source = SCRIPT.format(log=LOG).replace('int(os.environ["GRADKEEL_SEED"])', seed)
+    result = run(script(source), tmp_path, policies=["norm:0.5", "norm:1.0"], seeds=1)
+    words = findings(result)
+    page = compare_page(result, summarize(result.runs), words)
+    assert expected in page
+    assert "the same initial weights" not in page
+    assert ("did not begin with the same loss" in words.caution) == ("getpid" in seed)
+
+
+def test_a_missing_line_is_said_before_the_first_run_is_over(script, tmp_path):
+    """It was said after a whole run."""
+    said = []
+    with pytest.raises(TaskError, match="guarded no step"):
+        run(script("import pathlib; assert not pathlib.Path('x').exists()"), tmp_path, said.append)
+    assert len(said) == 1
+    assert "do not speak of gradkeel" in said[0]
+
+
+def test_a_script_that_attaches_late_or_never_is_said_while_it_runs(script, tmp_path, monkeypatch):
+    monkeypatch.setattr("gradkeel.compare.command._ATTACHED_WITHIN", 0.2)
+    said = []
+    with pytest.raises(TaskError, match="guarded no step"):
+        run(script("# gradkeel some day\nimport time; time.sleep(1)"), tmp_path, said.append)
+    assert len(said) == 1
+    assert "has attached no guard in 0.2 seconds" in said[0]
+
+
+def test_records_of_an_earlier_comparison_are_set_aside(script, tmp_path):
+    command = script(SCRIPT.format(log=LOG))
+    for _ in range(3):
+        run(command, tmp_path, policies=["norm:1.0"])
+    names = sorted(path.name for path in (tmp_path / "runs").glob("*.keel"))
+    assert names == ["norm_1.0-0.before1.keel", "norm_1.0-0.before2.keel", "norm_1.0-0.keel"]
+    for name in names:
+        with Reader(tmp_path / "runs" / name) as reader:
+            assert len(reader) == 20

@@ -1,5 +1,6 @@
 """The page of a recorded run: what it says, and how a real browser shows it."""
 
+import http.client
 import math
 import re
 import urllib.error
@@ -227,6 +228,85 @@ def test_watching_a_run(tmp_path):
             server.shutdown()
             running.result()
             server.server_close()
+
+
+@pytest.fixture
+def served(tmp_path):
+    """Where a page of ``tmp_path / "run.keel"`` is served."""
+    server = make_server(tmp_path / "run.keel")
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(server.serve_forever, 0.05)
+        yield server.server_address[1]
+        server.shutdown()
+        running.result()
+        server.server_close()
+
+
+def ask(port, path="/", headers=(("Host", "localhost"),), method="GET"):
+    """Status, headers and text of an answer; the headers are sent as they are."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection.putrequest(method, path, skip_host=True)
+    for name, value in headers:
+        connection.putheader(name, value)
+    connection.endheaders()
+    answer = connection.getresponse()
+    text = answer.read().decode()
+    connection.close()
+    return answer.status, dict(answer.getheaders()), text
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:80", "127.0.0.1:4321", "127.1.2.3", "[::1]:8080"])
+def test_watching_answers_loopback_names(served, host):
+    assert ask(served, headers=[("Host", host)])[0] == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [("Host", "evil.example")],
+        [("Host", "localhost.evil.example")],
+        [("Host", "127.0.0.1.evil.example:80")],
+        [("Host", "evil.example:80@localhost")],
+        [("Host", "192.168.0.7")],
+        [("Host", "0.0.0.0")],
+        [("Host", "")],
+        [("Host", "localhost"), ("Host", "evil.example")],
+        [],
+    ],
+)
+def test_watching_answers_nobody_elses_name(served, tmp_path, headers):
+    """A page of somebody else's whose name points to this machine (DNS rebinding)."""
+    train(tmp_path / "run.keel", steps=5)
+    for path in ("/", "/version", "/favicon.ico"):
+        status, _, text = ask(served, path, headers)
+        assert status == 403
+        assert "steps" not in text
+
+
+def test_watching_answers_a_browser_that_wants_an_icon(served):
+    assert ask(served, "/favicon.ico")[0] == 204
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", "/../run.keel"), ("GET", "/run.keel"), ("GET", "/%2e%2e/etc/passwd"), ("GET", "/?x"), ("GET", "//evil"),
+     ("POST", "/"), ("PUT", "/version"), ("DELETE", "/")],
+)  # fmt: skip
+def test_watching_serves_two_paths_and_takes_nothing(served, method, path):
+    assert ask(served, path, method=method)[0] in (404, 501)
+
+
+def test_a_damaged_record_is_shown_as_words(served, tmp_path):
+    path = tmp_path / "run.keel"
+    train(path, steps=30)
+    assert "30 steps" in ask(served)[2]
+    data = bytearray(path.read_bytes())
+    path.write_bytes(data[:100] + bytes(len(data) - 100))
+    status, _, text = ask(served)
+    assert status == 200
+    assert "Nothing to show" in text
+    assert "damaged" in text or "cannot be read" in text
+    assert ask(served, "/version")[2] != "0"
 
 
 def fetch(url):

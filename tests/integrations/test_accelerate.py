@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import gradkeel as gk
+from gradkeel.record import Reader
 
 accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
 
@@ -142,3 +143,32 @@ def test_several_optimizers_under_one_guard(setting, spoil_at, request):
         results.append(list(model.parameters()))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_accelerates_checkpoints_hold_the_guard(accelerator, tmp_path):
+    """`register_for_checkpointing`: after load_state both guard and record go on from there."""
+    model, optimizer, data = parts()
+    model, optimizer = accelerator.prepare(model, optimizer)
+    guard = gk.attach(optimizer, "zclip", model=model, record=tmp_path / "run.keel")
+    accelerator.register_for_checkpointing(guard)
+
+    def go(batches):
+        for batch in batches:
+            accelerator.backward(model(batch).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+
+    go(data[:3])
+    accelerator.save_state(str(tmp_path / "checkpoint"))
+    go(data[3:])
+    expected = guard.state_dict()
+    accelerator.load_state(str(tmp_path / "checkpoint"))
+    assert guard.step == 3
+    go(data[3:])
+    for key, value in expected["states"]["main"].items():
+        assert torch.equal(guard.state_dict()["states"]["main"][key], value)
+    guard.detach()
+    with Reader(tmp_path / "run.keel") as run, Reader(tmp_path / "run.keel", superseded=True) as old:
+        assert run.steps().tolist() == [1, 2, 3, 4, 5, 6]
+        assert old.steps().tolist() == [4, 5, 6]
+        assert torch.equal(run.totals(start=4), old.totals())

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import gradkeel as gk
+from gradkeel.record import Reader
 
 lightning = pytest.importorskip("lightning", reason="needs lightning")
 
@@ -49,18 +50,20 @@ class Manual(Module):
         optimizer.step()
 
 
-def fit(module, **arguments):
+def fit(module, ckpt_path=None, **arguments):
     data = [torch.randn(8, 4, generator=torch.Generator().manual_seed(step)) for step in range(6)]
     trainer = lightning.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **arguments,
+        **{
+            "accelerator": "cpu",
+            "max_epochs": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            **arguments,
+        }
     )
-    trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None))
+    trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None), ckpt_path=ckpt_path)
     return module
 
 
@@ -179,3 +182,78 @@ def test_several_optimizers_under_one_guard(spoil_at, precision):
     elif spoil_at is not None:
         assert scaler.get_scale() < 65536.0
     assert all(parameter.isfinite().all() for parameter in ours.parameters())
+
+
+# -- restarts ---------------------------------------------------------------------------------------------------
+
+
+def callback_of(path, policy="zclip"):
+    from gradkeel.integrations.lightning import GuardCallback
+
+    return GuardCallback(policy, record=path)
+
+
+def saving(folder):
+    return lightning.pytorch.callbacks.ModelCheckpoint(folder, save_top_k=-1, every_n_epochs=1)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
+def test_a_fit_from_a_checkpoint_goes_on_as_if_never_stopped(tmp_path):
+    whole, first, second = (callback_of(tmp_path / name) for name in ("whole.keel", "run.keel", "run.keel"))
+    fit(Module(guarded=False), max_epochs=2, callbacks=[whole])
+    fit(
+        Module(guarded=False),
+        max_epochs=1,
+        enable_checkpointing=True,
+        callbacks=[first, saving(tmp_path / "run")],
+    )
+    (checkpoint,) = (tmp_path / "run").iterdir()
+    fit(Module(guarded=False), max_epochs=2, callbacks=[second], ckpt_path=checkpoint)
+    assert second.guard.step == 12
+    for key, value in whole.guard.state_dict()["states"]["main"].items():
+        torch.testing.assert_close(second.guard.state_dict()["states"]["main"][key], value, rtol=1e-9, atol=0)
+    with Reader(tmp_path / "run.keel") as run, Reader(tmp_path / "whole.keel") as other:
+        assert run.steps().tolist() == list(range(1, 13))
+        assert run.rollbacks == []
+        torch.testing.assert_close(run.totals(), other.totals(), rtol=1e-6, atol=0)
+
+
+def test_fitting_again_takes_over(tmp_path):
+    """F2: a module that attaches in configure_optimizers, and a trainer that is made again in the same process."""
+
+    class Recorded(Module):
+        def configure_optimizers(self):
+            optimizer = self.make(self.parameters(), lr=0.01)
+            self.guard = gk.attach(optimizer, "zclip", model=self, record=tmp_path / "run.keel")
+            return optimizer
+
+    module = Recorded(guarded=True)
+    fit(module)
+    fit(module)
+    module.guard.detach()
+    with Reader(tmp_path / "run.keel") as run, Reader(tmp_path / "run.keel", superseded=True) as old:
+        assert run.steps().tolist() == old.steps().tolist() == list(range(1, 7))
+
+
+def test_an_error_leaves_no_guard(tmp_path):
+    class Broken(Module):
+        def training_step(self, batch, batch_index):
+            if batch_index == 3:
+                raise KeyError("a batch that is not there")
+            return super().training_step(batch, batch_index)
+
+    callback = callback_of(tmp_path / "run.keel")
+    with pytest.raises(KeyError):
+        fit(Broken(guarded=False), callbacks=[callback])
+    assert not hasattr(callback.guard.optimizer, "_gradkeel_guard")
+    with Reader(tmp_path / "run.keel") as run:
+        assert len(run) == 3
+
+
+def test_several_optimizers_are_refused_with_the_fix(tmp_path):
+    class Pair(Manual):
+        def configure_optimizers(self):
+            return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.net[0], self.net[2])]
+
+    with pytest.raises(gk.AttachError, match="attach to each of them in configure_optimizers"):
+        fit(Pair(guarded=False), callbacks=[callback_of(tmp_path / "run.keel")])

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import gradkeel as gk
+from gradkeel.record import Reader
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
@@ -42,20 +43,23 @@ def data():
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
-def trainer_of(folder, *, max_grad_norm, accumulation=1, kind=None, **arguments):
+def trainer_of(folder, *, max_grad_norm, accumulation=1, kind=None, settings=None, **arguments):
     settings = transformers.TrainingArguments(
         str(folder),
-        max_steps=4,
-        per_device_train_batch_size=2,
-        learning_rate=0.01,
-        max_grad_norm=max_grad_norm,
-        report_to="none",
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=3,
-        gradient_accumulation_steps=accumulation,
+        **{
+            "max_steps": 4,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 0.01,
+            "max_grad_norm": max_grad_norm,
+            "report_to": "none",
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "seed": 3,
+            "gradient_accumulation_steps": accumulation,
+            **(settings or {}),
+        },
     )
     return (kind or transformers.Trainer)(tiny_model(), settings, train_dataset=data(), **arguments)
 
@@ -152,3 +156,95 @@ def test_a_frozen_base_with_a_trained_head(tmp_path):
     trainer.train()
     assert set(callback.guard.report.norms) == {"lm_head.weight", "lm_head.bias"}
     assert callback.guard.report.selections[-1].measured.names == ("lm_head.bias",)
+
+
+# -- restarts ---------------------------------------------------------------------------------------------------
+
+
+def saving(folder, path, policy="zclip", **settings):
+    """A trainer that takes a checkpoint every second step, and its callback."""
+    callback = callback_of(policy, record=path)
+    settings = {"save_strategy": "steps", "save_steps": 2, **settings}
+    return trainer_of(folder, max_grad_norm=0, settings=settings, callbacks=[callback]), callback
+
+
+def read(path, **options):
+    with Reader(path, **options) as run:
+        return run.steps().tolist(), run.totals(), [rollback.step for rollback in run.rollbacks]
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_resume_from_checkpoint_goes_on_as_if_never_stopped(tmp_path, moved):
+    """F1: guard and record began anew. A new process: another trainer, callback, model and optimizer."""
+    whole, kept = saving(tmp_path / "whole", tmp_path / "whole.keel", max_steps=6)
+    whole.train()
+    first, _ = saving(tmp_path / "run", tmp_path / "run.keel", max_steps=6)
+    first.train()
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    if moved:
+        checkpoint = checkpoint.rename(tmp_path / "elsewhere")
+    second, callback = saving(tmp_path / "run", tmp_path / "run.keel", max_steps=6)
+    second.train(resume_from_checkpoint=str(checkpoint))
+    assert callback.guard.step == 6
+    expected, found = kept.guard.state_dict(), callback.guard.state_dict()
+    assert expected.keys() == found.keys()
+    for key, value in expected["states"]["main"].items():
+        torch.testing.assert_close(found["states"]["main"][key], value, rtol=1e-9, atol=0)
+    steps, totals, rollbacks = read(tmp_path / "run.keel")
+    assert (steps, rollbacks) == ([1, 2, 3, 4, 5, 6], [5])
+    torch.testing.assert_close(totals, read(tmp_path / "whole.keel")[1], rtol=1e-6, atol=0)
+    assert read(tmp_path / "run.keel", superseded=True)[0] == [5, 6]
+
+
+def test_the_last_checkpoint_is_found(tmp_path):
+    saving(tmp_path / "run", tmp_path / "run.keel", max_steps=4)[0].train()
+    trainer, callback = saving(tmp_path / "run", tmp_path / "run.keel", max_steps=6)
+    trainer.train(resume_from_checkpoint=True)
+    assert callback.guard.step == 6
+    assert read(tmp_path / "run.keel")[0] == [1, 2, 3, 4, 5, 6]
+    assert read(tmp_path / "run.keel")[2] == []
+
+
+def test_a_checkpoint_without_a_guard_or_with_another_policy(tmp_path):
+    trainer, _ = saving(tmp_path / "run", tmp_path / "run.keel")
+    trainer.train()
+    other, callback = saving(tmp_path / "run", tmp_path / "run.keel", policy="autoclip", max_steps=6)
+    with pytest.warns(gk.GradkeelWarning, match="the checkpoint's guard does not fit"):
+        other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    assert callback.guard.step == 6
+    (tmp_path / "run" / "checkpoint-4" / "gradkeel_guard.pt").unlink()
+    other, callback = saving(tmp_path / "run", tmp_path / "run.keel", max_steps=6)
+    other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    assert callback.guard.step == 6
+    assert read(tmp_path / "run.keel")[0] == [1, 2, 3, 4, 5, 6]
+
+
+def test_training_twice_keeps_the_first_record(tmp_path):
+    trainer, callback = saving(tmp_path / "run", tmp_path / "run.keel", save_strategy="no")
+    trainer.train()
+    trainer.train()
+    assert callback.guard.step == 4
+    assert read(tmp_path / "run.keel")[0] == read(tmp_path / "run.keel", superseded=True)[0] == [1, 2, 3, 4]
+
+
+def test_auto_find_batch_size_tries_again(tmp_path):
+    """F2: AttachError, or no record any more."""
+
+    class Small(transformers.Trainer):
+        def training_step(self, model, inputs, *others):
+            if self.state.global_step == 2 and len(inputs["input_ids"]) > 2:
+                raise RuntimeError("CUDA out of memory. Tried to allocate 1 EiB")
+            return super().training_step(model, inputs, *others)
+
+    callback = callback_of("zclip", record=tmp_path / "run.keel")
+    trainer = trainer_of(
+        tmp_path, max_grad_norm=0, kind=Small, callbacks=[callback],
+        settings={"auto_find_batch_size": True, "per_device_train_batch_size": 4},
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", gk.GradkeelWarning)
+        trainer.train()
+    assert callback.guard.step == 4
+    assert callback.guard.report.stepped
+    assert read(tmp_path / "run.keel")[0] == [1, 2, 3, 4]
+    assert read(tmp_path / "run.keel", superseded=True)[0] == [1, 2] * 2  # with 4 and 3 items

@@ -2,7 +2,9 @@
 
 import contextlib
 import math
+import shutil
 import sqlite3
+from pathlib import Path
 
 import pytest
 import torch
@@ -153,28 +155,51 @@ def test_a_skip_has_one_of_a_few_reasons(tmp_path, policy, spoil, kind):
         assert run.skips() == [(report.step, report.reason) for report in reports if not report.stepped]
 
 
-@pytest.mark.filterwarnings("ignore::gradkeel.errors.SkippedStepWarning")
-def test_a_record_of_the_first_schema_is_read_and_continued(tmp_path):
+@pytest.fixture(params=[1, 2])
+def old_record(request, tmp_path):
+    """70 steps by version 0.1, the tenth skipped and the last five recorded twice; version 1 had no kind of skip."""
     path = tmp_path / "run.keel"
-    train(path, gk.ClipByGlobalNorm(1.0), spoil={3})
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        connection.executescript(
-            "ALTER TABLE skips DROP COLUMN kind; PRAGMA user_version = 1;"
-            "UPDATE meta SET value = '1' WHERE key = 'schema_version';"
-        )
-    with Reader(path) as run:
-        assert run.skip_reasons() == {3: SkipReason.NONFINITE}
-    model = network()
+    shutil.copy(Path(__file__).with_name("version-2.sqlite"), path)
+    if request.param == 1:
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            connection.executescript(
+                "ALTER TABLE skips DROP COLUMN kind; PRAGMA user_version = 1;"
+                "UPDATE meta SET value = '1' WHERE key = 'schema_version';"
+            )
+    return path
+
+
+def continue_from(path, step):
+    model = nn.Linear(3, 1)
     guard = gk.attach(
         torch.optim.SGD(model.parameters(), lr=0.5), "global-norm:1.0", model=model, record=path
     )
-    guard.load_state_dict({**guard.state_dict(), "step": 8})
+    guard.load_state_dict({**guard.state_dict(), "step": step})
     (model(torch.randn(6, 3)).sum() * math.inf).backward()
     guard.optimizer.step()
     guard.detach()
-    with Reader(path) as run:
-        assert run.steps().tolist() == list(range(1, 10))
-        assert run.skip_reasons() == {3: SkipReason.NONFINITE, 9: SkipReason.NONFINITE}
+
+
+@pytest.mark.filterwarnings("ignore::gradkeel.errors.SkippedStepWarning")
+@pytest.mark.parametrize("step", [70, 67])
+def test_a_record_of_an_older_schema_is_read_and_continued(old_record, step):
+    bytes_before = old_record.read_bytes()
+    with Reader(old_record) as run:
+        assert run.steps().tolist() == list(range(1, 71))
+        assert run.skip_reasons() == {10: SkipReason.NONFINITE}
+        assert [s.first_step for s in run.sessions] == [1, 66]
+        assert run.rollbacks == []
+        before = run.norms()
+    assert old_record.read_bytes() == bytes_before
+    continue_from(old_record, step)
+    with Reader(old_record) as run:
+        assert run.steps().tolist() == list(range(1, step + 2))
+        assert run.skip_reasons() == {10: SkipReason.NONFINITE, step + 1: SkipReason.NONFINITE}
+        assert torch.equal(run.norms(stop=step + 1).nan_to_num(-1), before[:step].nan_to_num(-1))
+        assert [s.first_step for s in run.sessions] == [1, 66, step + 1]
+    with Reader(old_record, superseded=True) as run:
+        assert run.steps().tolist() == list(range(step + 1, 71))
+        assert torch.equal(run.norms(), before[step:])
 
 
 @pytest.mark.parametrize("why", SkipReason)
@@ -357,7 +382,7 @@ def test_the_file_says_what_is_in_it(tmp_path):
     assert described == {*SERIES, "scalar:NAME"}
     assert {name for name in stored if not name.startswith("scalar:")} <= described
     assert tables == {line.split()[2] for line in TABLES.splitlines() if line.startswith("CREATE TABLE")}
-    assert connection.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchone() == ("2",)
+    assert connection.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchone() == ("3",)
     connection.close()
 
 

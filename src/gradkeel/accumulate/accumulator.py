@@ -120,7 +120,11 @@ class Accumulator:
         self._open = OpenWindow.empty(self.per)
         self._is_inside = False  # of a micro-batch's context
         guard.window = self
-        guard.connect()
+        try:
+            guard.connect()
+        except BaseException:
+            guard.window = None  # an accumulator that nobody has would stop every step
+            raise
 
     # ---- micro-batches -----------------------------------------------------------------------------------------
 

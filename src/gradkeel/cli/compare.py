@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -91,6 +92,7 @@ def command(
     """Train the same task under several policies, learning rates and seeds, and say what clipping changed."""
     from gradkeel.cli.progress import Progress
     from gradkeel.compare import compare, make_command_plan, make_plan
+    from gradkeel.compare.starts import in_words
 
     # They would take the place of every policy that is compared.
     os.environ.pop("GRADKEEL_POLICY", None)
@@ -112,9 +114,34 @@ def command(
             beside = {"--lr": lr, "--steps": steps, "--batch-size": batch_size, "--accumulate": accumulate}
             _refuse_beside_run(TASK=task, **beside)
             plan = make_command_plan(run, policies=policy, seeds=seeds, sweep=sweep)
+        _check_writable(out)
         with Progress(plan, quiet=as_json) as progress:
-            result = compare(plan, jobs=jobs, on_run=progress.update, records=out / "runs", ray=ray)
+            said = {""}
+
+            def on_run(so_far: "Comparison") -> None:
+                progress.update(so_far)
+                words = in_words(so_far)
+                if words not in said:
+                    said.add(words)
+                    _say(words)
+
+            result = compare(plan, jobs=jobs, on_run=on_run, records=out / "runs", ray=ray, say=_say)
     _deliver(result, out, as_json=as_json)
+
+
+def _check_writable(out: Path) -> None:
+    """Raise at once what would otherwise be raised after hours of training."""
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    with tempfile.TemporaryFile(dir=there):
+        pass
+    for name in ("compare.json", "compare.html"):
+        if (out / name).exists():
+            with (out / name).open("a"):
+                pass
+
+
+def _say(words: str) -> None:
+    print(f"gradkeel: {words}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,10 @@ import functools
 import os
 import sys
 from collections.abc import Callable
-from typing import ParamSpec
+from typing import TYPE_CHECKING, ParamSpec
+
+if TYPE_CHECKING:
+    from gradkeel.record import Reader
 
 P = ParamSpec("P")
 
@@ -27,3 +30,9 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
             sys.exit(2)
 
     return wrapped
+
+
+def note_damage(reader: "Reader") -> None:
+    """Say on stderr what of a record could not be read."""
+    if reader.damage:
+        print(f"gradkeel: {reader.damage}", file=sys.stderr)

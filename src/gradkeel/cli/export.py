@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from gradkeel.cli.errors import reported
+from gradkeel.cli.errors import note_damage, reported
 
 
 @reported
@@ -21,4 +21,5 @@ def command(
         raise typer.BadParameter(f"{out} must end in .csv or .parquet", param_hint="--out")
     with Reader(run) as reader:
         rows = export(reader, out, parameters=parameters)
+        note_damage(reader)
     print(f"Wrote {rows} steps to {out}")

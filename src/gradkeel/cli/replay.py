@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradkeel.cli.errors import reported
+from gradkeel.cli.errors import note_damage, reported
 
 if TYPE_CHECKING:
     from gradkeel.explain import Replay
@@ -29,6 +29,7 @@ def command(
     with Reader(run) as reader:
         replays = [replay(reader, spec) for spec in policy]
         live = f"{reader.policy}, over {len(reader)} steps"
+        note_damage(reader)
     if as_json:
         import json
 

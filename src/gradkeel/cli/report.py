@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from gradkeel.cli.errors import reported
+from gradkeel.cli.errors import note_damage, reported
 
 
 @reported
@@ -23,13 +23,16 @@ def command(
     """Draw a recorded run on one page that opens offline: norms, heat map, loss, bounds, and what happened in words."""
     from gradkeel.explain.run_page import run_page
     from gradkeel.record import Reader
+    from gradkeel.record.schema import refuse_record
 
     if watch:
         _serve(run, port, show=show)
         return
     out = out or run.with_suffix(".html")
+    refuse_record(out, "--out")
     with Reader(run) as reader:
         text = run_page(reader)
+        note_damage(reader)
     out.write_text(text, encoding="utf-8")
     print(f"Wrote {out}")
     if show:

@@ -4,37 +4,46 @@ import contextlib
 import itertools
 import math
 import os
-import re
 import shlex
 import statistics
 import subprocess
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from gradkeel.compare.run import Onset, Run, Trial, divergence
+from gradkeel.compare.run import Onset, Run, Trial, divergence, set_aside
 from gradkeel.compare.task import TaskError
 from gradkeel.errors import RecordError
 from gradkeel.record import Reader
 
 SEED_VARIABLE = "GRADKEEL_SEED"
+_NEEDED = (
+    "its training loop needs one line before it, guard = gradkeel.attach(optimizer, None, model=model), and must call "
+    "optimizer.step()"
+)
+_ATTACHED_WITHIN = 20.0  # seconds, after which it is said that no guard has been attached
+_MOST_FILES = 2000  # beside the script
 _LAST_WORDS = 10  # lines of a failing script's output that its error shows
 
 
 def in_subprocesses(
-    command: str, trials: Sequence[Trial], jobs: int, folder: Path
+    command: str, trials: Sequence[Trial], jobs: int, folder: Path, say: Callable[[str], None]
 ) -> Generator[tuple[int, Run]]:
     """Index and result of each trial as it finishes; records and outputs stay in ``folder``.
+
+    Whether the script guards anything is looked at when it begins, and ``say`` is told.
 
     Raises:
         TaskError: the command cannot be started, fails without having diverged, or guards no optimizer.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if words := _unguarded(command):
+        say(words)
     alive: set[subprocess.Popen[bytes]] = set()
     with ThreadPoolExecutor(jobs) as pool:
-        futures: dict[Future[Run], int] = {
-            pool.submit(_run, command, trial, folder, alive): i for i, trial in enumerate(trials)
-        }
+        futures: dict[Future[Run], int] = {}
+        for i, trial in enumerate(trials):
+            futures[pool.submit(_run, command, trial, folder, alive, _nobody if i else say)] = i
         waiting = set(futures)
         try:
             while waiting:
@@ -48,11 +57,27 @@ def in_subprocesses(
                     process.terminate()
 
 
-def _run(command: str, trial: Trial, folder: Path, alive: set[subprocess.Popen[bytes]]) -> Run:
-    stem = folder / f"{re.sub(r'[^A-Za-z0-9.=-]+', '_', trial.policy)}-{trial.seed}"
-    record, output = stem.with_name(f"{stem.name}.keel"), stem.with_name(f"{stem.name}.log")
-    for old in folder.glob(f"{record.name}*"):
-        old.unlink()
+def _nobody(words: str) -> None:
+    """Stands for whoever has been told already."""
+
+
+def _unguarded(command: str) -> str:
+    """A warning where neither the command's script nor a module beside it speaks of gradkeel; else nothing."""
+    script = next((Path(word) for word in shlex.split(command) if word.endswith(".py")), None)
+    if script is None or not script.is_file():
+        return ""
+    beside = itertools.islice(script.resolve().parent.rglob("*.py"), _MOST_FILES)
+    if any(b"gradkeel" in path.read_bytes() for path in (script, *beside) if path.is_file()):
+        return ""
+    return f"{script} and the files beside it do not speak of gradkeel: {_NEEDED}"
+
+
+def _run(
+    command: str, trial: Trial, folder: Path, alive: set[subprocess.Popen[bytes]], say: Callable[[str], None]
+) -> Run:
+    record = folder / trial.record_name
+    output = record.with_suffix(".log")
+    set_aside(record)
     environment = os.environ | {
         "GRADKEEL_POLICY": trial.policy,
         "GRADKEEL_RECORD": str(record.resolve()),
@@ -67,7 +92,12 @@ def _run(command: str, trial: Trial, folder: Path, alive: set[subprocess.Popen[b
         except OSError as error:
             raise TaskError(f"--run {command!r} cannot be started: {error}") from None
         alive.add(process)
-        code = process.wait()
+        try:
+            code = process.wait(_ATTACHED_WITHIN)
+        except subprocess.TimeoutExpired:
+            if not record.exists():
+                say(f"--run {command!r} has attached no guard in {_ATTACHED_WITHIN:g} seconds: {_NEEDED}")
+            code = process.wait()
         alive.discard(process)
     return _result(command, trial, record, output, code)
 
@@ -84,10 +114,7 @@ def _result(command: str, trial: Trial, record: Path, output: Path, code: int) -
         pass
     if code:
         raise _failed(command, trial, output, code)
-    raise TaskError(
-        f"--run {command!r} guarded no step; its training loop needs one line before it, "
-        "guard = gradkeel.attach(optimizer, None, model=model), and must call optimizer.step()"
-    )
+    raise TaskError(f"--run {command!r} guarded no step; {_NEEDED}")
 
 
 def _failed(command: str, trial: Trial, output: Path, code: int) -> TaskError:

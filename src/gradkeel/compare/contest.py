@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from gradkeel.compare.plan import Comparison
 from gradkeel.compare.run import Run
+from gradkeel.compare.starts import ignores_seed
 from gradkeel.compare.summary import Row, summarize
 from gradkeel.compare.words import is_unclipped
 
@@ -27,12 +28,17 @@ class Contest:
         """The policy's runs at this learning rate, by seed."""
         return {run.seed: run for run in self.runs if run.policy == policy and run.lr == lr}
 
+    def seeds(self, ours: dict[int, Run], theirs: dict[int, Run]) -> list[int]:
+        """The seeds that both have; one of them where a script ignores them, and so repeats itself."""
+        shared = sorted(ours.keys() & theirs.keys())
+        return shared[:1] if self.comparison.plan.is_command and ignores_seed(self.runs) else shared
+
     def wins(self) -> tuple[int, int, int]:
         """In how many seeds the winner's score is lower than the rival's, in how many higher, and of how many."""
         assert self.rival is not None
         ours = self.of(self.winner.policy, self.winner.lr)
         theirs = self.of(self.rival.policy, self.rival.lr)
-        pairs = [(ours[seed].score, theirs[seed].score) for seed in ours.keys() & theirs.keys()]
+        pairs = [(ours[seed].score, theirs[seed].score) for seed in self.seeds(ours, theirs)]
         return sum(a < b for a, b in pairs), sum(a > b for a, b in pairs), len(pairs)
 
 

@@ -25,10 +25,12 @@ def compare(
     on_run: Callable[[Comparison], None] | None = None,
     records: Path = Path("gradkeel-compare", "runs"),
     ray: str | None = None,
+    say: Callable[[str], None] = lambda words: None,
 ) -> Comparison:
     """Run a plan; Ctrl-C ends it early and keeps the runs that have finished.
 
-    Runs with the same seed start from the same weights and see the same batches, whatever the policy. Each worker
+    Runs of a task with the same seed start from the same weights and see the same batches, whatever the policy; of a
+    command's it is looked at, see ``starts``. Each worker
     process computes on one thread, so that results do not depend on how many there are.
 
     Args:
@@ -39,6 +41,7 @@ def compare(
         records: folder for records, where the plan asks for them, and for what a command's runs record and print.
         ray: None runs on this machine. Otherwise the address of a Ray cluster: ``host:port``, ``ray://host:port``,
             ``auto``, ``local``; empty for the one that ``ray.init()`` finds, or starts for as long as this takes.
+        say: is told, while a command runs, what should be known at once.
 
     Raises:
         TaskError: ``jobs`` is not above zero, the cluster cannot be reached, or is to run a command.
@@ -46,7 +49,7 @@ def compare(
     """
     done: dict[int, Run] = {}
     interrupted = False
-    with contextlib.closing(_runs(plan, jobs, records, ray)) as finished:
+    with contextlib.closing(_runs(plan, jobs, records, ray, say)) as finished:
         try:
             for i, run in finished:
                 done[i] = run
@@ -57,7 +60,9 @@ def compare(
     return _collect(plan, done, interrupted=interrupted)
 
 
-def _runs(plan: Plan, jobs: int | None, records: Path, ray: str | None) -> Generator[tuple[int, Run]]:
+def _runs(
+    plan: Plan, jobs: int | None, records: Path, ray: str | None, say: Callable[[str], None]
+) -> Generator[tuple[int, Run]]:
     """Index and result of each trial as it finishes, from whoever is to make them."""
     trials = plan.trials
     if jobs is not None and jobs < 1:
@@ -74,7 +79,7 @@ def _runs(plan: Plan, jobs: int | None, records: Path, ray: str | None) -> Gener
         return in_ray(plan, trials, jobs, folder, ray)
     jobs = min(len(trials), jobs or (1 if plan.is_command else _cores()))
     if plan.is_command:
-        return in_subprocesses(plan.target, trials, jobs, records)
+        return in_subprocesses(plan.target, trials, jobs, records, say)
     return _in_this_process(plan, trials, folder) if jobs == 1 else _in_workers(plan, trials, jobs, folder)
 
 

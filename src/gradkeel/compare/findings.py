@@ -79,7 +79,7 @@ def _rescue(contest: Contest) -> str:
     best = (0, "")
     for lr in dict.fromkeys(run.lr for run in contest.runs):
         ours, theirs = contest.of(winner.policy, lr), contest.of(rival.policy, lr)
-        seeds = ours.keys() & theirs.keys()
+        seeds = contest.seeds(ours, theirs)
         failed = sum(theirs[seed].diverged for seed in seeds)
         if failed > best[0] and not any(ours[seed].diverged for seed in seeds):
             at = "" if lr is None else f"at lr {number(lr)} "

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from gradkeel.compare.findings import Findings
 from gradkeel.compare.plan import Comparison
 from gradkeel.compare.run import Run
+from gradkeel.compare.starts import same_starts
 from gradkeel.compare.summary import Row, best_runs
 from gradkeel.compare.sweep import LOOSE, TIGHT, WORKS, SweepPoint, sweep_points
 from gradkeel.compare.words import count, number
@@ -89,9 +90,13 @@ def _subtitle(comparison: Comparison) -> str:
         count(plan.steps, "step") if plan.steps else "",
         f"each on {plan.accumulate} accumulated batches" if plan.accumulate > 1 else "",
     ]
-    text = (
-        ", ".join(word for word in words if word) + "; the same initial weights and batches for every policy."
-    )
+    text = ", ".join(word for word in words if word)
+    if not plan.is_command:
+        text += "; the same initial weights and batches for every policy."
+    elif same_starts(comparison.runs):
+        text += "; every policy of a seed began with the same loss and gradient norm."
+    else:
+        text += "; not known to begin from the same weights and batches."
     if comparison.interrupted:
         text += f" Interrupted after {len(comparison.runs)} of {len(plan.trials)} runs."
     return text

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import torch
 
 from gradkeel.compare.plan import Plan
-from gradkeel.compare.run import Run, Trial
+from gradkeel.compare.run import Run, Trial, set_aside
 from gradkeel.compare.task import Task, TaskError
 from gradkeel.errors import MissingExtraError
 
@@ -68,6 +68,7 @@ def _result(ray: Any, done: Any, path: Path | None) -> Run:
     except ray.exceptions.RayError as error:
         raise TaskError(f"Ray gave up on a run: {_words(error)}") from error
     if path is not None:
+        set_aside(path)
         path.write_bytes(record)
     return run
 

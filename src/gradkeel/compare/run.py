@@ -1,5 +1,7 @@
 """One training run of a task under one policy, learning rate and seed, and what came of it."""
 
+import hashlib
+import itertools
 import math
 import re
 import statistics
@@ -30,9 +32,31 @@ class Trial:
 
     @property
     def record_name(self) -> str:
-        """Name of the file that the run is recorded in."""
-        rate = "" if self.lr is None else f"-lr{self.lr:g}"
-        return f"{re.sub(r'[^A-Za-z0-9.=-]+', '_', self.policy)}{rate}-{self.seed}.keel"
+        """Name of the file that the run is recorded in; no other policy, learning rate or seed has the same."""
+        name = self.policy.replace(":", "_")
+        # What file systems do not take, or take for something else, is told apart by a hash.
+        if "_" in self.policy or len(name) > 100 or not re.fullmatch(r"[a-z0-9.=_-]+", name):
+            digest = hashlib.sha256(self.policy.encode()).hexdigest()[:12]
+            name = f"{re.sub(r'[^A-Za-z0-9.=-]+', '_', self.policy)[:100]}-{digest}"
+        rate = (
+            ""
+            if self.lr is None
+            else f"-lr{self.lr:g}"
+            if float(f"{self.lr:g}") == self.lr
+            else f"-lr{self.lr!r}"
+        )
+        return f"{name}{rate}-{self.seed}.keel"
+
+
+def set_aside(path: Path) -> None:
+    """Give a record of an earlier comparison another name: none is ever lost."""
+    if path.exists():
+        others = (path.with_name(f"{path.stem}.before{i}{path.suffix}") for i in itertools.count(1))
+        free = next(other for other in others if not other.exists())
+        for suffix in ("", "-wal"):  # where the run was killed, its last steps are beside it
+            old = path.with_name(path.name + suffix)
+            if old.exists():
+                old.rename(free.with_name(free.name + suffix))
 
 
 @dataclass(frozen=True)
@@ -130,12 +154,13 @@ def run_trial(
 
     ``none`` runs with non-finite gradients kept, every policy with its steps skipped, which is the guard's default.
     With ``accumulate`` above 1 each step is made on so many batches, accumulated exactly by ``task.weight``; losses
-    and norms are then the window's. With ``records`` the run is recorded in that folder, in place of an earlier record.
+    and norms are then the window's. With ``records`` the run is recorded in that folder, and an earlier record set
+    aside.
     """
     assert trial.lr is not None
     record = None if records is None else records / trial.record_name
     if record is not None:
-        record.unlink(missing_ok=True)
+        set_aside(record)
     spec = parse(trial.policy)
     torch.manual_seed(trial.seed)
     model = task.model()

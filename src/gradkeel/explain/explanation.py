@@ -11,10 +11,30 @@ from gradkeel.explain import words
 from gradkeel.explain.explosion import Explosion, find_explosions, worst
 from gradkeel.explain.fading import Fading, find_fading
 from gradkeel.explain.threshold import ThresholdAdvice, advise
-from gradkeel.record import Reader
+from gradkeel.record import Reader, Rollback
 
 VERSION = 1
+_MOST_ROLLBACKS = 8  # of which the superseded steps are explained, the last ones
 """Of the JSON form; it grows, but keys keep their names and meaning."""
+
+
+@dataclass(frozen=True, slots=True)
+class RolledBack:
+    """Steps that were recorded again later, and what had happened in them.
+
+    Attributes:
+        session: number of the session that recorded them again.
+        step: the first of them.
+        last_step: the last of them.
+        steps: how many they are.
+        events: the explosions that were in them.
+    """
+
+    session: int
+    step: int
+    last_step: int
+    steps: int
+    events: tuple[Explosion, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +53,8 @@ class Explanation:
         events: all of them, in order.
         fading: parameters that hardly learn.
         threshold: the norms' distribution and what bounds would have done; None for a record too short for it.
+        rolled_back: what was recorded again later, of the last eight times.
+        damage: what of the record could not be read, in words, or None.
     """
 
     path: str
@@ -48,6 +70,8 @@ class Explanation:
     events: tuple[Explosion, ...]
     fading: Fading
     threshold: ThresholdAdvice | None
+    rolled_back: tuple[RolledBack, ...] = ()
+    damage: str | None = None
 
     def __str__(self) -> str:
         """All of it in words."""
@@ -74,7 +98,7 @@ def explain(run: str | os.PathLike[str] | Reader, *, bounds: Sequence[float] = (
             return explain(reader, bounds=bounds)
     events = find_explosions(run) if len(run) else []
     explosion = worst(events)
-    return Explanation(
+    explanation = Explanation(
         path=str(run.path),
         steps=len(run),
         first_step=run.first_step,
@@ -88,7 +112,15 @@ def explain(run: str | os.PathLike[str] | Reader, *, bounds: Sequence[float] = (
         events=tuple(events),
         fading=find_fading(run),
         threshold=advise(run, bounds=bounds, explosion=explosion),
+        rolled_back=tuple(_rolled_back(run, rollback) for rollback in run.rollbacks[-_MOST_ROLLBACKS:]),
     )
+    return dataclasses.replace(explanation, damage=run.damage)  # what reading has come upon
+
+
+def _rolled_back(run: Reader, rollback: Rollback) -> RolledBack:
+    with run.before(rollback) as before:
+        events = [e for e in find_explosions(before) if (e.last_step or e.step or 0) >= rollback.step]
+    return RolledBack(rollback.session, rollback.step, rollback.last_step, rollback.rows, tuple(events))
 
 
 def plain(value: Any) -> Any:

@@ -72,10 +72,14 @@ def _lines(explanation: Explanation) -> list[Line]:
     if others:
         rest = f" And {len(others) - 5} more." if len(others) > 5 else ""
         lines.append(Line("ALSO", " ".join(others[:5]) + rest))
+    if old := words.rolled_back(explanation):
+        lines.append(Line("BEFORE", " ".join(old)))
     if faded := words.fading(explanation.fading):
         lines.append(
             Line("FADING", " ".join(faded[:6]) + (f" And {len(faded) - 6} more." if len(faded) > 6 else ""))
         )
+    if explanation.damage:
+        lines.append(Line("DAMAGE", f"{explanation.damage}."))
     if explanation.threshold is not None:
         lines.append(Line("NORMS", " ".join(words.distribution(explanation.threshold))))
         bound = float(f"{explanation.threshold.quantiles[0.9].value:.2g}")

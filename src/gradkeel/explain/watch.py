@@ -1,9 +1,12 @@
 """The page of a run that is still going on, served to this machine alone and renewed as the record grows."""
 
 import http.server
+import re
 import threading
+from html import escape
 from http import HTTPStatus
 from pathlib import Path
+from zlib import crc32
 
 from gradkeel.errors import RecordError
 from gradkeel.explain.run_page import run_page
@@ -15,6 +18,9 @@ setInterval(async () => {
   try { if (await (await fetch("version")).text() !== shown) location.reload(); } catch { /* training has ended */ }
 }, 2000);
 </script>"""
+
+
+_LOOPBACK = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", re.IGNORECASE)
 
 
 class RunPage:
@@ -29,9 +35,10 @@ class RunPage:
         """What changes when the record does."""
         try:
             with Reader(self._path) as reader:
-                return f"{len(reader)}-{reader.last_step}"
-        except RecordError:
-            return "0"
+                again = f"-{len(reader.rollbacks)}" if reader.rollbacks else ""
+                return f"{len(reader)}-{reader.last_step}{again}"
+        except RecordError as error:
+            return f"0-{crc32(str(error).encode())}" if self._path.exists() else "0"
 
     def html(self) -> str:
         """The page; until there is something to draw, one that says so."""
@@ -43,13 +50,18 @@ class RunPage:
             return self._page.replace("</head>", _RELOAD % version + "</head>", 1)
 
     def _draw(self) -> str:
+        words = "Nothing recorded yet."
         try:
             with Reader(self._path) as reader:
                 if len(reader):
                     return run_page(reader)
-        except RecordError:
-            pass
-        return "<!doctype html><html><head><title>gradkeel</title></head><body>Nothing recorded yet.</body></html>"
+        except RecordError as error:
+            if self._path.exists():
+                words = f"Nothing to show: {error}"
+        return (
+            f"<!doctype html><html><head><meta charset='utf-8'><title>gradkeel</title></head><body>{escape(words)}"
+            "</body></html>"
+        )
 
 
 def make_server(path: Path, *, port: int = 0) -> http.server.ThreadingHTTPServer:
@@ -63,6 +75,15 @@ def make_server(path: Path, *, port: int = 0) -> http.server.ThreadingHTTPServer
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            # Another name may lead here too: a page of somebody else's, whose name he lets point to this machine.
+            hosts = self.headers.get_all("Host") or []
+            if len(hosts) != 1 or not _LOOPBACK.fullmatch(hosts[0].strip()):
+                self.send_error(HTTPStatus.FORBIDDEN, "this page is for localhost only")
+                return
+            if self.path == "/favicon.ico":
+                self.send_response(HTTPStatus.NO_CONTENT)
+                self.end_headers()
+                return
             routes = {"/": ("text/html", shown.html), "/version": ("text/plain", shown.version)}
             kind, answer = routes.get(self.path, ("", None))
             if answer is None:

@@ -64,6 +64,18 @@ def fading(fading: Fading) -> list[str]:
     ]
 
 
+def rolled_back(explanation: "Explanation") -> list[str]:
+    """What was recorded again later, a sentence each."""
+    sentences = []
+    for old in explanation.rolled_back:
+        what = " ".join(headline(event) for event in old.events) or "No explosion was found in them."
+        sentences.append(
+            f"Steps {old.step} to {old.last_step} were recorded again from step {old.step} on (session {old.session}), "
+            f"and do not count above. {what}"
+        )
+    return sentences
+
+
 def estimate(value: Estimate, digits: str = ".3g") -> str:
     """A number and its interval."""
     return f"{value.value:{digits}} [{value.low:{digits}}, {value.high:{digits}}]"
@@ -111,6 +123,8 @@ def as_text(explanation: "Explanation") -> str:
     others = [event for event in explanation.events if event is not explanation.explosion]
     if others:
         lines += ["", "Also:", *[f"  - {headline(event)}" for event in others]]
+    if old := rolled_back(explanation):
+        lines += ["", "Rolled back:", *[f"  - {words}" for words in old]]
     faded = fading(explanation.fading)
     if faded:
         lines += ["", "Hardly learning:", *[f"  - {words}" for words in faded]]
@@ -118,6 +132,8 @@ def as_text(explanation: "Explanation") -> str:
         lines += ["", "Threshold:", *[f"  {words}" for words in distribution(explanation.threshold)], ""]
         lines += [f"  {line}" for line in table(*threshold_table(explanation.threshold))]
         lines += [f"  - {words}" for words in explanation.threshold.remarks]
+    if explanation.damage:
+        lines += ["", f"Not all could be read: {explanation.damage}."]
     return "\n".join(lines)
 
 

@@ -9,11 +9,13 @@ from torch.optim import Optimizer
 
 from gradkeel.apply.fused import Folding, can_skip_on_device
 from gradkeel.apply.skip import Buffers, clear_gradients
-from gradkeel.errors import NonFiniteGradientError
+from gradkeel.errors import AttachError, CheckpointError, NonFiniteGradientError
 from gradkeel.guard import hooks, other_clips, stack
+from gradkeel.guard.captured import Captured
 from gradkeel.guard.checkpoint import check_state
+from gradkeel.guard.given import Given
 from gradkeel.guard.prescale import prescale
-from gradkeel.guard.replay import Captured, Given, Replays, rehearsing
+from gradkeel.guard.replay import Replays, rehearsing
 from gradkeel.guard.report import Recorder, SkipReason, StepReport
 from gradkeel.guard.roster import Roster
 from gradkeel.guard.skips import SkipWatch
@@ -76,6 +78,10 @@ class Guard:
         self._staged: Staged | None = None
         self._left: list[Seen | None] | None = None
         self._is_again = False  # the step under way: it has raised before, with the same gradients
+        self._is_detached = False
+        # Only now, when nothing can fail any more, for an optimizer must not be left without a guard.
+        for old in {id(own): own for one in optimizers if (own := getattr(one, hooks.MARK, None))}.values():
+            self._follow(old)
         self._canary = other_clips.Canary(next((p for p in self.parameters if p.requires_grad), None))
         calls = self._begin, self._evaluate, self._fail, self._finish
         if len(self.optimizers) == 1:
@@ -135,7 +141,16 @@ class Guard:
             return repr(self.policy)
 
     def connect(self) -> None:
-        """Read the optimizer's groups and who shares them again, if they have changed; its ranks must do so alike."""
+        """Read the optimizer's groups and who shares them again, if they have changed; its ranks must do so alike.
+
+        Raises:
+            AttachError: the guard is detached, so that nobody would divide what an accumulator sums up.
+        """
+        if self._is_detached:
+            raise AttachError(
+                "this guard was detached, perhaps by another attach() to its optimizer; make an Accumulator for the "
+                "new guard"
+            )
         if self._roster.is_current(self.window):
             return
         # Statistics of other tensors, or another policy's, do not fit any more.
@@ -395,8 +410,21 @@ class Guard:
         """Print what the record tells so far, as ``gradkeel explain`` does; needs ``attach(..., record=path)``."""
         print(self._summarize(self))  # noqa: T201  # what the caller asked for
 
+    def _follow(self, old: "Guard") -> None:
+        """Take over from another guard of this optimizer: its step and, under the same policies, its statistics."""
+        if old.window is not None:
+            old.window.drop()
+        try:
+            self.load_state_dict(old.state_dict())
+        except CheckpointError:
+            self._step = old.step
+        old.detach()
+
     def detach(self) -> None:
         """Take the guard off the optimizer, leaving no hook and no attribute, and close the recorders."""
+        if self._is_detached:
+            return
+        self._is_detached = True
         for hooked in self._hooks:
             hooked.remove()
         self._canary.remove()

@@ -1,6 +1,7 @@
 """Who else clips, and who else must hear of a skip: other libraries' trainers, found on the call stack."""
 
 import warnings
+import weakref
 
 import torch
 from torch import Tensor
@@ -42,9 +43,12 @@ class Canary:
         self._note = _Note()
         # Not weakly: torch does not move a parameter that has a weak reference, where moving means swapping.
         self._parameter = parameter
-        self._handle = None
+        self._remove: weakref.finalize[[], Canary] | None = None
         if parameter is not None and parameter.requires_grad and parameter.is_leaf and not _is_distributed():
-            self._handle = parameter.register_post_accumulate_grad_hook(self._note.take)
+            # The parameter may outlive the guard, and then has to be rid of its hook.
+            handle = parameter.register_post_accumulate_grad_hook(self._note.take)
+            self._remove = weakref.finalize(self, handle.remove)
+            self._remove.atexit = False
 
     def was_touched(self) -> bool:
         """Whether the gradient that backward left has been modified in place since; forgets it."""
@@ -55,8 +59,8 @@ class Canary:
 
     def remove(self) -> None:
         """Stop watching."""
-        if self._handle is not None:
-            self._handle.remove()
+        if self._remove is not None:
+            self._remove()
 
 
 def _is_distributed() -> bool:

@@ -3,11 +3,16 @@
 Set ``TrainingArguments(max_grad_norm=0)`` with it, for the Trainer clips too by default.
 """
 
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from gradkeel.attach import attach
 from gradkeel.errors import MissingExtraError
+from gradkeel.guard import stack
 from gradkeel.guard.guard import Guard
+from gradkeel.integrations.resume import go_on
 from gradkeel.policies import Policy
 
 try:
@@ -16,8 +21,16 @@ except ImportError:
     raise MissingExtraError("transformers", "transformers", "gradkeel.integrations.transformers") from None
 
 
+STATE_FILE = "gradkeel_guard.pt"
+"""Where the guard's state lies, in each of the Trainer's checkpoints."""
+
+
 class GuardCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by the type checker
     """Attaches a guard to the Trainer's optimizer when training begins, and detaches it at the end.
+
+    The guard's state is saved with each checkpoint and loaded by ``train(resume_from_checkpoint=...)``, and so a record
+    goes on where the checkpoint was taken. A second ``train()``, and another attempt of ``auto_find_batch_size``, count
+    steps from 1 again, as the Trainer does; what was recorded before stays in the record.
 
     Whoever builds the optimizer himself needs no callback: ``attach`` to it, and pass it as ``optimizers=``.
 
@@ -41,10 +54,34 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
     def on_train_begin(
         self, args: Any, state: Any, control: Any, *, model: Any = None, optimizer: Any = None, **others: Any
     ) -> None:
-        """Attach to the optimizer that the Trainer has made."""
+        """Attach to the optimizer that the Trainer has made, and go on from the checkpoint that it resumes from."""
+        self.on_train_end(args, state, control)  # of an attempt that an error ended
         self.guard = attach(optimizer, self._policy, model=model, **self._arguments)
+        go_on(self.guard, _state_of(_resumed_from()), state.global_step)
+
+    def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Save the guard's state beside what the Trainer has saved."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self.guard is not None and args.should_save and folder.is_dir():
+            torch.save(self.guard.state_dict(), folder / STATE_FILE)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Detach, and close the recorders."""
         if self.guard is not None:
             self.guard.detach()
+
+
+def _resumed_from() -> Path | None:
+    """The checkpoint that ``train`` was told to resume from, which callbacks are not told of."""
+    for frame in stack.frames():
+        if frame.f_code.co_name == "train" and frame.f_globals.get("__name__", "").startswith(
+            "transformers."
+        ):
+            given = frame.f_locals.get("resume_from_checkpoint")
+            return Path(given) if isinstance(given, str) else None
+    return None
+
+
+def _state_of(checkpoint: Path | None) -> dict[str, Any] | None:
+    path = None if checkpoint is None else checkpoint / STATE_FILE
+    return None if path is None or not path.exists() else torch.load(path, weights_only=True)

@@ -202,7 +202,7 @@ def _style(figure: Any, x_title: str, y_title: str, ys: Sequence[float] = ()) ->
 def _log_ticks(values: Sequence[float]) -> str | int | None:
     """Plotly's code for ticks on a logarithmic axis: its own choice, then 1, 2, 5, then every so many decades."""
     shown = [value for value in values if 0 < value < math.inf]
-    decades = math.log10(max(shown) / min(shown)) if shown else 0
+    decades = math.log10(max(shown)) - math.log10(min(shown)) if shown else 0  # their ratio may overflow
     return None if decades < 0.8 else "D2" if decades < 3 else math.ceil(decades / 6)
 
 

@@ -3,7 +3,7 @@
 `Recorder` writes, `Reader` reads, also while training goes on; docs/record.md documents the file.
 """
 
-from gradkeel.record.described import Parameter, Session
+from gradkeel.record.described import Parameter, Rollback, Session
 from gradkeel.record.downsample import Buckets, bucket, bucket_norms
 from gradkeel.record.export import export
 from gradkeel.record.outbox import Sink
@@ -16,6 +16,7 @@ __all__ = [
     "Parameter",
     "Reader",
     "Recorder",
+    "Rollback",
     "Rows",
     "Session",
     "Sink",

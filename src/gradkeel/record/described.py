@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """One process that wrote to the record.
+    """A stretch of writing: a process that wrote to the record, or one that went back and recorded steps again.
 
     Attributes:
         started: when, in ISO 8601, UTC.
@@ -16,6 +16,7 @@ class Session:
         nonfinite: what the guard did with non-finite gradients, or "".
         gradkeel: version of gradkeel.
         torch: version of torch.
+        number: of the session, from 1.
     """
 
     started: str
@@ -26,6 +27,26 @@ class Session:
     nonfinite: str
     gradkeel: str
     torch: str
+    number: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Rollback:
+    """A session that recorded steps again: a resume from a checkpoint, a run from scratch, a rollback in a run.
+
+    Attributes:
+        session: its number.
+        started: when, in ISO 8601, UTC.
+        step: the first step that was recorded again.
+        last_step: the last step that had been recorded before.
+        rows: how many steps it superseded; they stay in the file.
+    """
+
+    session: int
+    started: str
+    step: int
+    last_step: int
+    rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +72,15 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Where a run of rows lies: ``rows`` steps from ``first_step`` to ``last_step``, the first ``width`` parameters."""
+    """Where a run of rows lies: ``rows`` steps from ``first_step`` to ``last_step``, the first ``width`` parameters.
+
+    ``session`` wrote them, and ``superseded_by`` recorded them again; 0 where nobody has.
+    """
 
     block: int
     first_step: int
     last_step: int
     rows: int
     width: int
+    session: int
+    superseded_by: int

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradkeel.errors import MissingExtraError
 from gradkeel.record.reader import Reader
-from gradkeel.record.schema import CLIPPED, NONFINITE, SCALAR_PREFIX, STEPPED, to_blob
+from gradkeel.record.schema import CLIPPED, NONFINITE, SCALAR_PREFIX, STEPPED, refuse_record, to_blob
 
 _CHUNK = 4096  # rows at a time, which bounds the memory
 
@@ -36,11 +36,13 @@ def export(reader: Reader, path: str | os.PathLike[str], *, parameters: bool = T
 
     Raises:
         ValueError: the path ends in something else.
+        RecordError: a record is there.
         MissingExtraError: pyarrow is not installed.
     """
     write = {".csv": _write_csv, ".parquet": _write_parquet}.get(Path(path).suffix)
     if write is None:
         raise ValueError(f"export(path={os.fspath(path)!r}): the path must end in .csv or .parquet")
+    refuse_record(Path(path), "export to")
     write(Path(path), _chunks(reader, parameters))
     return len(reader)
 

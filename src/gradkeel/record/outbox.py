@@ -37,12 +37,12 @@ class Outbox:
 
     Attributes:
         subject: what is recorded; put on each batch.
-        problems: what went wrong, in words, for the training thread to warn of.
+        problems: what went wrong, in sentences, for the training thread to warn of.
     """
 
-    def __init__(self, sinks: Sequence[Sink], flush_seconds: float) -> None:
+    def __init__(self, sinks: Sequence[Sink], flush_seconds: float, problems: list[str]) -> None:
         self.subject = Subject()
-        self.problems: list[str] = []
+        self.problems = problems
         self._kept: list[Kept] = []
         self._flush_seconds = flush_seconds
         self._sent_at = time.monotonic()
@@ -78,7 +78,7 @@ class Outbox:
         try:
             self._batches.put_nowait(batch)
         except queue.Full:
-            self.problems.append(f"{self._sinks[0]!r} does not keep up with {MOST_WAITING} batches waiting")
+            self._stopped(f"{self._sinks[0]!r} does not keep up with {MOST_WAITING} batches waiting")
             self._sinks.clear()
 
     def wait(self) -> None:
@@ -111,5 +111,8 @@ class Outbox:
         try:
             action()
         except Exception as error:  # noqa: BLE001 - whatever a disk or a tracker does, training goes on
-            self.problems.append(f"{sink!r}: {error}")
+            self._stopped(f"{sink!r}: {error}")
             self._sinks.remove(sink)
+
+    def _stopped(self, why: str) -> None:
+        self.problems.append(f"recording stopped: {why}; training goes on")

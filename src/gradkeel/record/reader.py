@@ -10,10 +10,10 @@ from torch import Tensor
 
 from gradkeel.errors import RecordError
 from gradkeel.guard import SkipReason
-from gradkeel.record.described import Session
+from gradkeel.record.described import Rollback, Session
 from gradkeel.record.ranks import beside, by_rank, merged_samples
 from gradkeel.record.schema import CLIPPED, NONFINITE, SCALAR_PREFIX, STEPPED
-from gradkeel.record.store import Store
+from gradkeel.record.store import LIVE, SUPERSEDED, Store, before
 
 
 class Reader:
@@ -26,31 +26,54 @@ class Reader:
 
     Files of other ranks beside it (``Recorder(..., per_rank=True)``) are read with it.
 
+    What of a file is damaged is left out, or stands as not known (NaN), and ``damage`` says so.
+
     Args:
         path: a file that `Recorder` wrote, or is writing.
+        superseded: read the steps that were recorded again later, and so do not count any more, instead of those that
+            hold: what each session superseded after what the one before it did, so that steps ascend only within
+            those. `before` reads one of them with what led to it.
 
     Attributes:
         path: the file.
         parameters: what is known of each of the n parameters, in the model's order.
         names: their names.
-        sessions: the processes that wrote to it, in order.
+        sessions: the sessions that wrote its steps, in order.
+        rollbacks: the sessions that recorded steps again, in order.
         store: the blocks that it is made of.
 
     Raises:
-        RecordError: there is no such file, it is no record, or a newer version wrote it.
+        RecordError: there is no such file, it is no record, nothing of it can be read, or a newer version wrote it.
 
     Example:
         >>> with Reader("run.keel") as run:                                        # doctest: +SKIP
         ...     run.norms(start=400, stop=500)[:, run.names.index("head.weight")]
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self.store = Store(self.path)
-        self._stores = beside(self.store, self.path)
+    def __init__(self, path: str | os.PathLike[str], *, superseded: bool = False) -> None:
+        self._read(Path(path), SUPERSEDED if superseded else LIVE)
+
+    def _read(self, path: Path, where: str) -> None:
+        self.path = path
+        self.store = Store(path, where)
+        self._is_in_order = where != SUPERSEDED
+        self._stores = beside(self.store, path) if where == LIVE else [self.store]
         self.parameters = self.store.parameters
         self.names = tuple(parameter.name for parameter in self.parameters)
         self.sessions = self.store.sessions
+        self.rollbacks = self.store.rollbacks
+
+    def before(self, rollback: Rollback) -> "Reader":
+        """A reader of the record as it was just before a session recorded steps again; close it, too."""
+        reader = Reader.__new__(Reader)
+        reader._read(self.path, before(rollback.session))
+        return reader
+
+    @property
+    def damage(self) -> str | None:
+        """What could not be read so far, in words; None where nothing is damaged."""
+        found = [store.damage for store in self._stores if store.damage]
+        return "; ".join(found) or None
 
     def __enter__(self) -> Self:
         """Itself."""
@@ -114,12 +137,7 @@ class Reader:
     @property
     def scalar_names(self) -> list[str]:
         """What was logged beside the norms, such as ``loss`` and ``lr``."""
-        rows = self.store.query(
-            "SELECT DISTINCT name FROM series WHERE name >= ? AND name < ? ORDER BY name",
-            SCALAR_PREFIX,
-            "scalar;",
-        )
-        return [name.removeprefix(SCALAR_PREFIX) for (name,) in rows]
+        return self.store.scalar_names()
 
     # ---- one number a step ---------------------------------------------------------------------------------------
 
@@ -203,22 +221,21 @@ class Reader:
 
     def skips(self) -> list[tuple[int, str]]:
         """Number and reason of each step that was skipped."""
-        return [
-            (step, reason)
-            for step, reason in self.store.query("SELECT step, reason FROM skips ORDER BY step")
-        ]
+        return [(step, words) for step, words, _ in self.store.skips()]
 
     def skip_reasons(self) -> dict[int, SkipReason]:
         """Reason of each step that was skipped, by its number."""
-        columns = {column[1] for column in self.store.query("PRAGMA table_info(skips)")}
-        if "kind" not in columns:
-            return {step: SkipReason.of_words(words) for step, words in self.skips()}
-        rows = self.store.query("SELECT step, reason, kind FROM skips ORDER BY step")
-        return {step: SkipReason(kind) if kind else SkipReason.of_words(words) for step, words, kind in rows}
+        return {step: reason for step, _, reason in self.store.skips()}
 
     def series(self, name: str, start: int | None = None, stop: int | None = None, stride: int = 1) -> Tensor:
         """[k, ...] any series by its name in the file (``scalar:loss``); see docs/record.md."""
         if stride < 1:
             raise ValueError(f"stride={stride}: it must be 1 or more")
+        if not self._is_in_order:
+            steps = self.store.steps
+            chosen = torch.ones(len(steps), dtype=torch.bool)
+            chosen &= True if start is None else steps >= start
+            chosen &= True if stop is None else steps < stop
+            return self.store.series(name, 0, len(steps))[chosen][::stride]
         first, last = self.store.row_range(start, stop)
         return self.store.series(name, first, last, stride)

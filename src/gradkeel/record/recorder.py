@@ -6,13 +6,14 @@ import time
 import warnings
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradkeel.errors import RecordError, RecordWarning
+from gradkeel.errors import RecordWarning
 from gradkeel.guard.report import StepReport
 from gradkeel.kernels.arrival import is_capturing
 from gradkeel.record.outbox import Outbox, Sink
@@ -72,8 +73,9 @@ class Recorder:
     norms of its parts of weights and updates, which the reader puts together.
 
     Args:
-        path: the record file, by convention ``*.keel``; steps recorded again replace what it holds from there on.
-            None writes no file.
+        path: the record file, by convention ``*.keel``. Steps that are recorded again take the place of those that it
+            holds, which stay in it: ``Reader(path, superseded=True)``. Where another recorder of this process has
+            the file, this one takes it over. None writes no file.
         sinks: who else is to be told, such as ``gradkeel.integrations.trackers.TensorBoard("runs/1")``.
         flush_seconds: steps wait in memory for at most so long while training goes on.
         per_rank: give each rank of a distributed run a file of its own; the same on all ranks.
@@ -83,7 +85,8 @@ class Recorder:
         rank: of this process; 0 where there is one.
 
     Raises:
-        TypeError: neither a path nor a sink is given.
+        TypeError: neither a path nor a sink is given, or the path is something else.
+        ValueError: the path is empty, or has a NUL.
 
     Example:
         >>> guard = gk.attach(optimizer, gk.ClipByGlobalNorm(1.0), model=model,
@@ -100,29 +103,55 @@ class Recorder:
     ) -> None:
         if path is None and not sinks:
             raise TypeError("Recorder(path=None): give a path, or at least one sink")
-        self.path = path
-        self._per_rank = per_rank
+        self.path = None if path is None else check_path(path, "Recorder(path=...)")
+        self._sinks, self._flush_seconds, self._per_rank = list(sinks), flush_seconds, per_rank
         self.rank, self._ranks = _place()
         self._guard: Guarded | None = None
         self._described: StepReport | None = None
         self._sampling = Sampling()
         self._before: BeforeUpdate | None = None
         self._before_step = 0
+        self._problems: list[str] = []
+        self._file: RecordFile | None = None
         self._outbox: Outbox | None = None
-        if self.rank == 0 or per_rank:
-            opened = own_sinks = list(sinks) if self.rank == 0 else []
+        self._taken_over = False
+        self._open()
+
+    def _open(self) -> None:
+        self._is_closed = False
+        if self.rank and not self._per_rank:
+            return
+        opened: list[Sink] = list(self._sinks) if self.rank == 0 else []
+        if self.path is not None:
+            path = rank_path(self.path, self.rank)
             try:
-                files = [] if path is None else [RecordFile(rank_path(path, self.rank))]
-                opened = [*files, *own_sinks]
-            except (OSError, sqlite3.Error, RecordError) as error:
-                _warn(f"cannot record to {os.fspath(path or '')}: {error}; training goes on without a record")
-            if opened:
-                self._outbox = Outbox(opened, flush_seconds)
-                self._finalizer = weakref.finalize(self, Outbox.close, self._outbox)
+                for other in list(_recorders):
+                    other._hand_over(path)
+                self._file = RecordFile(path, self._problems.append)
+                opened.insert(0, self._file)
+            except (OSError, RuntimeError, ValueError, sqlite3.Error) as error:
+                _warn(f"cannot record to {os.fspath(path)}: {error}; training goes on without a record")
+        if opened:
+            self._outbox = Outbox(opened, self._flush_seconds, self._problems)
+            self._finalizer = weakref.finalize(self, Outbox.close, self._outbox)
+            _recorders.add(self)
+
+    def _hand_over(self, path: Path) -> None:
+        """Write what waits and let go, if ``path`` is what this recorder writes to."""
+        if (
+            self._file is not None
+            and self._outbox is not None
+            and self._outbox.is_open
+            and self._file.is_at(path)
+        ):
+            self.close()
+            self._taken_over = True
 
     def bind(self, guard: Guarded) -> None:
-        """Learn from the guard what is recorded: names, shapes, policy, optimizer."""
-        self._guard = guard
+        """Learn from the guard what is recorded: names, shapes, policy, optimizer; opens what was closed."""
+        if self._is_closed:
+            self._open()
+        self._guard, self._described = guard, None
 
     def before_step(self, report: StepReport) -> None:
         """Copy the weights, at steps at which the update is to be measured."""
@@ -146,6 +175,12 @@ class Recorder:
     def record(self, report: StepReport) -> None:
         """Take note of a step; does not sync the host."""
         self._warn_of_problems()
+        if self._taken_over:
+            self._taken_over = False
+            _warn(
+                f"recording stopped: another guard of this process records to {self.path} now; give each optimizer a "
+                "record of its own; training goes on"
+            )
         sample = None if self._before is None else self._before.sample()
         self._before = None
         if self._outbox is None or not self._outbox.is_open:
@@ -171,6 +206,8 @@ class Recorder:
         if self._outbox is not None:
             self._finalizer()
             self._warn_of_problems()
+        self._file = self._outbox = None
+        self._is_closed = True
 
     def _scalars(self, report: StepReport) -> dict[str, Tensor | float]:
         """What the user logged, and what is worth knowing beside it."""
@@ -206,8 +243,22 @@ class Recorder:
         )
 
     def _warn_of_problems(self) -> None:
-        while self._outbox is not None and self._outbox.problems:
-            _warn(f"recording stopped: {self._outbox.problems.pop(0)}; training goes on")
+        while self._problems:
+            _warn(self._problems.pop(0))
+
+
+_recorders: weakref.WeakSet[Recorder] = weakref.WeakSet()
+"""All recorders of this process, so that one can take a file over from another."""
+
+
+def check_path(path: object, argument: str) -> str:
+    """A path as a string, or an error that names the argument."""
+    given = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if not isinstance(given, str):
+        raise TypeError(f"{argument}: a record is a path such as 'runs/exp1.keel', not {path!r}")
+    if not given.strip() or "\0" in given:
+        raise ValueError(f"{argument}: {given!r} is no path; give one such as 'runs/exp1.keel'")
+    return given
 
 
 def _warn(message: str) -> None:

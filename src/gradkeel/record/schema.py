@@ -12,8 +12,9 @@ from torch import Tensor
 
 from gradkeel.errors import RecordError
 
-SCHEMA_VERSION = 2
-"""2: skips have a kind. Records of version 1 are read as well, and continued in version 2."""
+SCHEMA_VERSION = 3
+"""2: skips have a kind. 3: steps that are recorded again leave the older ones in the file, marked. Older records are
+read as well, and continued in this version."""
 APPLICATION_ID = 0x6B65656C  # "keel"
 ROWS_PER_BLOCK = 64
 """How many steps a block holds: rows wait for each other in memory, and are read together."""
@@ -34,19 +35,37 @@ CREATE TABLE sessions (
     torch TEXT NOT NULL
 );
 CREATE TABLE parameters (
-    position INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, shape TEXT NOT NULL, size INTEGER NOT NULL,
-    selection TEXT NOT NULL, policy TEXT NOT NULL, optimizer_group INTEGER NOT NULL
+    position INTEGER NOT NULL, name TEXT NOT NULL, shape TEXT NOT NULL, size INTEGER NOT NULL,
+    selection TEXT NOT NULL, policy TEXT NOT NULL, optimizer_group INTEGER NOT NULL,
+    superseded_by INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (superseded_by, position), UNIQUE (superseded_by, name)
 );
 CREATE TABLE blocks (
     block INTEGER PRIMARY KEY, first_step INTEGER NOT NULL, last_step INTEGER NOT NULL, rows INTEGER NOT NULL,
-    width INTEGER NOT NULL
+    width INTEGER NOT NULL, session INTEGER NOT NULL, superseded_by INTEGER NOT NULL DEFAULT 0
 );
 CREATE TABLE series (
     name TEXT NOT NULL, block INTEGER NOT NULL, data BLOB NOT NULL, PRIMARY KEY (name, block)
 );
-CREATE TABLE weight_samples (step INTEGER PRIMARY KEY, weights BLOB NOT NULL, updates BLOB NOT NULL);
-CREATE TABLE skips (step INTEGER PRIMARY KEY, reason TEXT NOT NULL, kind TEXT NOT NULL DEFAULT '');
+CREATE TABLE weight_samples (
+    step INTEGER NOT NULL, weights BLOB NOT NULL, updates BLOB NOT NULL, session INTEGER NOT NULL,
+    superseded_by INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (step, session)
+);
+CREATE TABLE skips (
+    step INTEGER NOT NULL, reason TEXT NOT NULL, kind TEXT NOT NULL, session INTEGER NOT NULL,
+    superseded_by INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (step, session)
+);
 """
+_NAMES = ("meta", "sessions", "parameters", "blocks", "series", "weight_samples", "skips")
+
+# What tables of older versions are as tables of this one. Their sessions wrote what follows their first step.
+_AS_NOW = {
+    "parameters": "position, name, shape, size, selection, policy, optimizer_group, 0 AS superseded_by",
+    "blocks": "block, first_step, last_step, rows, width, {session} <= t.first_step), 1) {own}",
+    "weight_samples": "step, weights, updates, {session} <= t.step), 1) {own}",
+    "skips": "step, reason, {kind} AS kind, {session} <= t.step), 1) {own}",
+}
+_SESSION = "coalesce((SELECT max(session) FROM main.sessions WHERE first_step"
+_OWN = "AS session, 0 AS superseded_by"
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,14 +194,17 @@ def create(connection: sqlite3.Connection) -> None:
     """Make the tables, in one transaction, if they are not there, or bring older ones up to date."""
     connection.execute("BEGIN IMMEDIATE")
     version = _pragma(connection, "user_version")
-    if version == 1:
-        connection.execute("ALTER TABLE skips ADD COLUMN kind TEXT NOT NULL DEFAULT ''")
+    statements = {s.split()[2]: s for s in TABLES.split(";\n") if s.strip()}
+    if 0 < version < SCHEMA_VERSION:
+        for name, columns in _AS_NOW.items():
+            connection.execute(f"ALTER TABLE {name} RENAME TO old")
+            connection.execute(statements[name])
+            connection.execute(f"INSERT INTO {name} {_as_now(columns, 'old', version)}")
+            connection.execute("DROP TABLE old")
         connection.execute("UPDATE meta SET value = ? WHERE key = 'schema_version'", (str(SCHEMA_VERSION),))
-        connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
     elif not version:
-        for statement in TABLES.split(";\n"):
-            if statement.strip():
-                connection.execute(statement)
+        for statement in statements.values():
+            connection.execute(statement)
         connection.executemany(
             "INSERT INTO series_types VALUES (?, ?, ?, ?, ?)",
             [
@@ -201,8 +223,21 @@ def create(connection: sqlite3.Connection) -> None:
             "INSERT INTO meta VALUES (?, ?)",
             [("format", "gradkeel record"), ("schema_version", str(SCHEMA_VERSION)), ("created", created)],
         )
-        connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+    connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
     connection.execute("COMMIT")
+
+
+def show_as_now(connection: sqlite3.Connection) -> None:
+    """Let a reader see a record of an older version as one of this, without writing to it."""
+    version = _pragma(connection, "user_version")
+    if version < SCHEMA_VERSION:
+        for name, columns in _AS_NOW.items():
+            connection.execute(f"CREATE TEMP VIEW {name} AS {_as_now(columns, f'main.{name}', version)}")
+
+
+def _as_now(columns: str, table: str, version: int) -> str:
+    chosen = columns.format(kind="kind" if version > 1 else "''", session=_SESSION, own=_OWN)
+    return f"SELECT {chosen} FROM {table} AS t"  # noqa: S608  # our own words
 
 
 def is_empty(connection: sqlite3.Connection, path: Path) -> bool:
@@ -213,17 +248,21 @@ def is_empty(connection: sqlite3.Connection, path: Path) -> bool:
     """
     try:
         tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-    except sqlite3.DatabaseError as error:
-        raise RecordError(f"{path} is not a gradkeel record: {error}") from None
-    return not tables and _pragma(connection, "application_id") in {0, APPLICATION_ID}
+        return not tables and _pragma(connection, "application_id") in {0, APPLICATION_ID}
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+        if "locked" in str(error) or "disk is full" in str(error) or "disk I/O" in str(error):
+            raise
+        raise RecordError(f"{path} is not a gradkeel record, or a damaged one: {error}") from None
 
 
 def check(connection: sqlite3.Connection, path: Path, *, may_be_empty: bool = False) -> None:
     """Raise `RecordError` unless the database is a record that this version can read."""
     empty, version = is_empty(connection, path), _pragma(connection, "user_version")
-    if empty and not may_be_empty:
+    if empty:
+        if may_be_empty:
+            return
         raise RecordError(f"{path} is empty: no step has been recorded yet")
-    if not empty and _pragma(connection, "application_id") != APPLICATION_ID:
+    if _pragma(connection, "application_id") != APPLICATION_ID:
         raise RecordError(
             f"{path} is not a gradkeel record; one is made by attach(..., record='run.keel') or "
             "GRADKEEL_RECORD=run.keel"
@@ -233,6 +272,29 @@ def check(connection: sqlite3.Connection, path: Path, *, may_be_empty: bool = Fa
             f"{path} has schema version {version}, and this gradkeel reads up to {SCHEMA_VERSION}; "
             "run: pip install --upgrade gradkeel"
         )
+    kinds = dict(connection.execute("SELECT name, type FROM sqlite_master"))
+    missing = [name for name in _NAMES if kinds.get(name) != "table"]  # a view could compute for ever
+    if version < 1 or missing:
+        raise RecordError(f"{path} is damaged: it has no table {', '.join(missing) or 'of a known version'}")
+
+
+def is_record(path: Path) -> bool:
+    """Whether a file is a record, by its first bytes alone, or one of the files that SQLite keeps beside a record."""
+    for suffix in ("", "-wal", "-shm", "-journal"):
+        try:
+            with Path(str(path).removesuffix(suffix)).open("rb") as file:
+                head = file.read(72)
+        except (OSError, ValueError):
+            continue
+        if head[:15] == b"SQLite format 3" and head[68:72] == APPLICATION_ID.to_bytes(4, "big"):
+            return True
+    return False
+
+
+def refuse_record(path: Path, argument: str) -> None:
+    """Raise `RecordError` if writing something else to ``path`` would destroy a record."""
+    if is_record(path):
+        raise RecordError(f"{argument} {path}: that is a record, which would be lost; choose another path")
 
 
 def _pragma(connection: sqlite3.Connection, name: str) -> int:

@@ -1,10 +1,10 @@
-"""Finds and decodes the blobs of a record."""
+"""Finds and decodes the blobs of a record; what is damaged is left out, or stands as not known."""
 
 import bisect
 import json
 import math
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,20 @@ import torch
 from torch import Tensor
 
 from gradkeel.errors import RecordError
-from gradkeel.record.described import Block, Parameter, Session
-from gradkeel.record.schema import check, from_blobs, series_of, to_blob
+from gradkeel.guard import SkipReason
+from gradkeel.record.described import Block, Parameter, Rollback, Session
+from gradkeel.record.opening import in_words, open_record, size_of
+from gradkeel.record.schema import ROWS_PER_BLOCK, SCALAR_PREFIX, from_blobs, series_of, to_blob
+
+LIVE, SUPERSEDED = "superseded_by = 0", "superseded_by > 0"
+"""Which rows are read, as a condition in SQL: those that hold, or those that were recorded again later."""
+_MAY_BE_LEFT_OUT = {"coefficients", "present", "weights", "peaks"}
+_MOST_PER_BYTE, _ALWAYS_ALLOWED = 8, 1 << 25  # numbers in memory for each byte of the file
+
+
+def before(session: int) -> str:
+    """Which rows there were when a session went back, as a condition in SQL."""
+    return f"session < {session} AND (superseded_by = 0 OR superseded_by >= {session})"
 
 
 class Store:
@@ -21,72 +33,217 @@ class Store:
 
     Rows are counted from 0 over the whole record; each holds one step.
 
+    Args:
+        path: of the record.
+        where: which rows, `LIVE`, `SUPERSEDED` or `before` a session.
+
     Attributes:
+        path: of the record.
         meta: key and value, as in the table of that name.
-        sessions: the processes that wrote, in order.
+        sessions: the sessions that wrote these rows, in order.
+        rollbacks: the sessions that went back, in order.
         parameters: the n parameters, in order of their position.
         blocks: where rows lie.
+        steps: [k] int64 their steps; they ascend, but for `SUPERSEDED`.
         rank: of the process that wrote it, 0 where there was one.
         ranks: how many ranks have a file of their own.
         pieces_since: the first step of which `piece` holds.
 
     Raises:
-        RecordError: there is no such file, it is no record, or a newer version wrote it.
+        RecordError: there is no such file, it is no record, nothing of it can be read, or a newer version wrote it.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._connection = _open(path)
-        try:
-            check(self._connection, path)
-            self._load()
-        except BaseException:
-            self._connection.close()
-            raise
+    def __init__(self, path: Path, where: str = LIVE) -> None:
+        self.path, self._where = path, where
+        self._order = " ORDER BY superseded_by, step" if where == SUPERSEDED else " ORDER BY step"
+        self._bad: set[int] = set()
+        with in_words(path):
+            self._connection = open_record(path)
+            try:
+                self._load()
+            except BaseException:
+                self._connection.close()
+                raise
 
     def _load(self) -> None:
-        query = self._connection.execute
+        query, where = self._connection.execute, self._where
         query("BEGIN")  # all that follows sees the record as it is now
         self.meta: dict[str, str] = dict(query("SELECT key, value FROM meta"))
-        self.rank, self.ranks = int(self.meta.get("rank", 0)), int(self.meta.get("ranks", 1))
-        self.pieces_since = int(self.meta.get("pieces_since", 0))
-        self._pieces = json.loads(self.meta.get("pieces", "null"))
-        self.sessions = [Session(*row[1:]) for row in query("SELECT * FROM sessions ORDER BY session")]
-        self.parameters = tuple(
-            Parameter(name, tuple(json.loads(shape)), size, selection, policy, group)
-            for _, name, shape, size, selection, policy, group in query(
-                "SELECT * FROM parameters ORDER BY position"
+        self.rank, self.ranks = self._fact("rank", 0), self._fact("ranks", 1)
+        self.pieces_since = self._fact("pieces_since", 0)
+        pieces = json.loads(self.meta.get("pieces", "null"))
+        self._pieces: dict[str, list[int]] | None = pieces if isinstance(pieces, dict) else None
+        found = [
+            Block(*row)
+            for row in query("SELECT * FROM blocks WHERE " + where)  # noqa: S608  # our own words
+            if all(isinstance(number, int) for number in row)
+        ]
+        self._number_of_blocks = len(found)
+        sets = query("SELECT DISTINCT superseded_by FROM parameters WHERE superseded_by > 0 ORDER BY 1")
+        self._sets = [number for (number,) in sets]
+        self._read_parameters({self._set_of(block) for block in found} or {0})
+        self._read_blocks(found)
+        everybody = [
+            Session(
+                str(started),
+                int(first),
+                str(policy),
+                float(norm),
+                str(made),
+                str(kept),
+                str(own),
+                str(its),
+                number,
             )
-        )
-        self.blocks = [Block(*row) for row in query("SELECT * FROM blocks ORDER BY block")]
+            for number, started, first, policy, norm, made, kept, own, its in query(
+                "SELECT session, started, first_step, policy, norm_type, optimizer, nonfinite, gradkeel, torch "
+                "FROM sessions ORDER BY session"
+            )
+        ]
+        writers = {block.session for block in self.blocks}
+        self.sessions = [s for s in everybody if s.number in writers] or everybody[: len(writers)]
+        self.rollbacks = self._read_rollbacks({s.number: s for s in everybody})
+
+    def _fact(self, key: str, default: int) -> int:
+        try:
+            return int(self.meta.get(key, default))
+        except (TypeError, ValueError):
+            return default
+
+    def _set_of(self, block: Block) -> int:
+        """Under which number a block's parameters stand: a run from scratch may be of others than the one before."""
+        place = bisect.bisect_left(self._sets, block.superseded_by)
+        return self._sets[place] if block.superseded_by and place < len(self._sets) else 0
+
+    def _read_parameters(self, sets: set[int]) -> None:
+        known: dict[str, Parameter] = {}
+        names: dict[int, list[str]] = {}
+        for number in sorted(sets):
+            rows = self._connection.execute(
+                "SELECT name, shape, size, selection, policy, optimizer_group FROM parameters "
+                "WHERE superseded_by = ? ORDER BY position",
+                (number,),
+            )
+            for name, shape, size, selection, policy, group in rows:
+                sizes = tuple(map(int, json.loads(shape)))
+                known[name] = Parameter(str(name), sizes, int(size), str(selection), str(policy), int(group))
+                names.setdefault(number, []).append(name)
+        self.parameters = tuple(known.values())
+        places = {name: i for i, name in enumerate(known)}
+        self._columns = {number: [places[name] for name in own] for number, own in names.items()}
+
+    def _read_blocks(self, found: list[Block]) -> None:
+        """Keep the blocks whose steps can be read and follow each other."""
+        self.blocks: list[Block] = []
+        parts: list[Tensor] = []
         self._offsets = [0]
-        for block in self.blocks:
+        for block in sorted(
+            found, key=lambda b: (b.superseded_by * (self._where == SUPERSEDED), b.first_step)
+        ):
+            steps = self._steps_of(block)
+            last = self.blocks[-1] if self.blocks and self._where != SUPERSEDED else None
+            if steps is None or (last is not None and block.first_step <= last.last_step):
+                self._bad.add(block.block)
+                continue
+            self.blocks.append(block)
+            parts.append(steps)
             self._offsets.append(self._offsets[-1] + block.rows)
+        self.steps = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+        if found and not parts:
+            raise RecordError(f"{self.path} is damaged: none of its {len(found)} blocks of steps can be read")
+        if self.rows * self.width > _ALWAYS_ALLOWED + _MOST_PER_BYTE * size_of(self.path):
+            raise RecordError(
+                f"{self.path} is damaged: it claims {self.rows} steps of {self.width} parameters, more than so small "
+                "a file can hold"
+            )
+
+    def _steps_of(self, block: Block) -> Tensor | None:
+        """[k] the steps of a block, or None where it makes no sense."""
+        if not (1 <= block.rows <= ROWS_PER_BLOCK and 0 <= block.width <= len(self._columns_of(block))):
+            return None
+        blob = self._blob("step", block)
+        if blob is None:
+            follows = block.last_step - block.first_step + 1 == block.rows
+            return torch.arange(block.first_step, block.last_step + 1) if follows else None
+        steps = from_blobs([blob], torch.int64)
+        fits = int(steps[0]) == block.first_step and int(steps[-1]) == block.last_step
+        return steps if fits and bool((steps[1:] > steps[:-1]).all()) else None
+
+    def _columns_of(self, block: Block) -> list[int]:
+        return self._columns.get(self._set_of(block), [])
+
+    def _read_rollbacks(self, sessions: dict[int, Session]) -> list[Rollback]:
+        rows = self.query(
+            "SELECT superseded_by, max(last_step), sum(rows) FROM blocks WHERE superseded_by > 0 "
+            "GROUP BY superseded_by ORDER BY superseded_by"
+        )
+        return [
+            Rollback(number, sessions[number].started, sessions[number].first_step, int(last), int(rows))
+            for number, last, rows in rows
+            if number in sessions
+        ]
 
     def close(self) -> None:
         """Close the file."""
         self._connection.close()
 
+    @property
+    def damage(self) -> str | None:
+        """What could not be read so far, in words."""
+        if not self._bad:
+            return None
+        return (
+            f"{self.path} is damaged: {len(self._bad)} of its {self._number_of_blocks} blocks of up to "
+            f"{ROWS_PER_BLOCK} steps cannot be read as a whole; they are left out, or stand as not known"
+        )
+
     def query(self, statement: str, *arguments: str | int) -> list[tuple[Any, ...]]:
         """All rows of a SQL query."""
-        return self._connection.execute(statement, arguments).fetchall()
+        with in_words(self.path):
+            return self._connection.execute(statement, arguments).fetchall()
+
+    def scalar_names(self) -> list[str]:
+        """Names of the series that the user logged, without their prefix."""
+        blocks = "SELECT block FROM blocks WHERE " + self._where  # noqa: S608
+        chosen = f"name >= ? AND name < 'scalar;' AND block IN ({blocks})"
+        rows = self.query(f"SELECT DISTINCT name FROM series WHERE {chosen} ORDER BY 1", SCALAR_PREFIX)  # noqa: S608
+        return [name.removeprefix(SCALAR_PREFIX) for (name,) in rows]
+
+    def skips(self) -> list[tuple[int, str, SkipReason]]:
+        """Number, words and reason of each step that was skipped."""
+        rows = self.query(
+            "SELECT step, reason, kind FROM skips WHERE typeof(step) = 'integer' AND "  # noqa: S608
+            + self._where
+            + self._order
+        )
+        kinds = {reason.value: reason for reason in SkipReason}
+        return [
+            (step, str(words), kinds.get(kind) or SkipReason.of_words(str(words)))
+            for step, words, kind in rows
+        ]
 
     def piece(self, name: str) -> tuple[int, ...] | None:
         """Which piece of a parameter this file's rank held; None for a parameter that counts for another rank."""
         if self._pieces is None:
             return ()
-        return tuple(self._pieces[name]) if name in self._pieces else None
+        return tuple(map(int, self._pieces[name])) if name in self._pieces else None
 
     def weight_samples(self) -> tuple[Tensor, Tensor, Tensor]:
         """Steps [s], and what was measured of the weights [s, n] and of their updates [s, n]; else NaN."""
-        rows = self.query("SELECT step, weights, updates FROM weight_samples ORDER BY step")
+        rows = self.query(
+            "SELECT step, weights, updates FROM weight_samples WHERE typeof(step) = 'integer' AND "  # noqa: S608
+            + self._where
+            + self._order
+        )
         steps = torch.tensor([step for step, _, _ in rows], dtype=torch.int64)
         return steps, self._samples([row[1] for row in rows]), self._samples([row[2] for row in rows])
 
     def _samples(self, blobs: list[bytes]) -> Tensor:
         """[s, n] of blobs that may be shorter: parameters are added, and an empty one holds nothing."""
         result = torch.full((len(blobs), self.width), math.nan, dtype=torch.float64)
-        for size in {len(blob) for blob in blobs} - {0}:
-            rows = [i for i, blob in enumerate(blobs) if len(blob) == size]
+        sizes = [len(blob) if isinstance(blob, bytes) else 0 for blob in blobs]
+        for size in {size for size in sizes if 0 < size <= 8 * self.width and not size % 8}:
+            rows = [i for i, own in enumerate(sizes) if own == size]
             values = from_blobs([blobs[i] for i in rows], torch.float64)
             result[rows, : size // 8] = values.reshape(len(rows), -1)
         return result
@@ -119,17 +276,41 @@ class Store:
 
     def _row(self, step: int) -> int:
         """Number of the first row whose step is ``step`` or later."""
-        i = bisect.bisect_left(self.blocks, step, key=lambda block: block.last_step)
-        if i == len(self.blocks) or step <= self.blocks[i].first_step:
-            return self._offsets[i]
-        steps = from_blobs([self._blob("step", self.blocks[i]) or b""], torch.int64)
-        return self._offsets[i] + int(torch.searchsorted(steps, step))
+        return int(torch.searchsorted(self.steps, step))
 
-    def _blob(self, name: str, block: Block) -> bytes | None:
-        row = self._connection.execute(
-            "SELECT data FROM series WHERE name = ? AND block = ?", (name, block.block)
-        ).fetchone()
-        return None if row is None else row[0]
+    def _blob(self, name: str, block: Block, found: dict[int, Any] | None = None) -> bytes | None:
+        """A series of a block; None where it was left out, or is damaged."""
+        try:
+            if found is None:
+                found = dict(self._blobs(name, block.block, block.block))
+            blob = found.get(block.block)
+        except sqlite3.Error:
+            self._bad.add(block.block)
+            return None
+        series = series_of(name)
+        numbers = (3 if name == "summary" else block.rows) * (block.width if series.is_wide else 1)
+        size = numbers * (2 if name == "peaks" else 1) * series.dtype.itemsize
+        if isinstance(blob, bytes) and len(blob) == size:
+            return blob
+        may_be_left_out = name in _MAY_BE_LEFT_OUT or name.startswith(SCALAR_PREFIX)
+        if not (blob is None and may_be_left_out):
+            self._bad.add(block.block)
+        return None
+
+    def _blobs(self, name: str, first: int, last: int) -> Iterator[tuple[int, Any]]:
+        return self._connection.execute(
+            "SELECT block, data FROM series WHERE name = ? AND block BETWEEN ? AND ?", (name, first, last)
+        )
+
+    def _all_blobs(self, name: str, blocks: Sequence[Block]) -> list[bytes | None]:
+        """A series of several blocks, read at once, or one by one where that fails."""
+        numbers = [block.block for block in blocks]
+        found: dict[int, Any] | None
+        try:
+            found = dict(self._blobs(name, min(numbers), max(numbers)))
+        except sqlite3.Error:
+            found = None
+        return [self._blob(name, block, found) for block in blocks]
 
     def _touched(self, first: int, last: int) -> range:
         """Indices of the blocks that hold rows from ``first`` up to ``last``."""
@@ -144,18 +325,16 @@ class Store:
 
     def _narrow(self, name: str, first: int, last: int, stride: int) -> Tensor:
         series = series_of(name)
-        blocks = self._touched(first, last)
-        if not blocks:
+        if name == "step":
+            return self.steps[first:last:stride]
+        touched = self._touched(first, last)
+        if not touched:
             return torch.empty(0, dtype=series.dtype)
-        found = dict(
-            self._connection.execute(
-                "SELECT block, data FROM series WHERE name = ? AND block BETWEEN ? AND ?",
-                (name, self.blocks[blocks[0]].block, self.blocks[blocks[-1]].block),
-            )
-        )
+        blocks = self.blocks[touched.start : touched.stop]
         fill = to_blob(torch.full((1,), series.fill, dtype=series.dtype))
-        blobs = [found.get(b.block) or fill * b.rows for b in (self.blocks[i] for i in blocks)]
-        offset = self._offsets[blocks[0]]
+        found = self._all_blobs(name, blocks)
+        blobs = [blob or fill * block.rows for block, blob in zip(blocks, found, strict=True)]
+        offset = self._offsets[touched.start]
         return from_blobs(blobs, series.dtype)[first - offset : last - offset : stride]
 
     def _wide(self, name: str, first: int, last: int, stride: int) -> Tensor:
@@ -179,18 +358,12 @@ class Store:
             skip = max(first - offset, (first - offset) % stride if offset > first else 0)
             if skip >= min(block.rows, last - offset):
                 continue
-            blob = self._blob(name, block)
-            rows = (
-                torch.full((block.rows, *self._row_shape(name)), series.fill, dtype=series.dtype)
-                if blob is None
-                else pad(
-                    from_blobs([blob], series.dtype).reshape(
-                        block.rows, block.width, *self._row_shape(name)[1:]
-                    ),
-                    self.width,
-                    series.fill,
-                )
-            )
+            blob, shape = self._blob(name, block), self._row_shape(name)
+            if blob is None:
+                rows = torch.full((block.rows, *shape), series.fill, dtype=series.dtype)
+            else:
+                rows = from_blobs([blob], series.dtype).reshape(block.rows, block.width, *shape[1:])
+                rows = self._placed(rows, block, series.fill)
             rows = rows[skip : last - offset : stride]
             yield offset + skip, rows if stride == 1 else rows.clone()  # a view would keep the whole block
 
@@ -198,46 +371,21 @@ class Store:
         """[b, 3, n] lowest, median and highest norm of each parameter in each of the blocks ``first`` to ``last``."""
         if first >= last:
             return torch.empty(0, 3, self.width, dtype=torch.float64)
-        rows = self._connection.execute(
-            "SELECT data FROM series WHERE name = 'summary' AND block BETWEEN ? AND ? ORDER BY block",
-            (self.blocks[first].block, self.blocks[last - 1].block),
-        )
         parts: list[Tensor] = []
-        n = self.width
-        for block, (blob,) in zip(self.blocks[first:last], rows, strict=True):
-            summary = from_blobs([blob], torch.float64).reshape(3, block.width)
-            parts.append(summary if block.width == n else pad(summary.T, n, math.nan, dim=0).T)
+        blocks = self.blocks[first:last]
+        for block, blob in zip(blocks, self._all_blobs("summary", blocks), strict=True):
+            if blob is None:
+                parts.append(torch.full((3, self.width), math.nan, dtype=torch.float64))
+            else:
+                summary = from_blobs([blob], torch.float64).reshape(3, block.width)
+                parts.append(self._placed(summary, block, math.nan))
         return torch.stack(parts)
 
-
-def _open(path: Path) -> sqlite3.Connection:
-    if not path.exists():
-        raise RecordError(f"there is no record at {path}")
-    try:
-        return _connect(path, "mode=ro")
-    except sqlite3.OperationalError:
-        # A record on a read-only disk: SQLite cannot make the files it shares with a writer, and there is no writer.
-        return _connect(path, "immutable=1")
-
-
-def _connect(path: Path, query: str) -> sqlite3.Connection:
-    connection = sqlite3.connect(f"{path.resolve().as_uri()}?{query}", uri=True, isolation_level=None)
-    try:
-        connection.execute("SELECT count(*) FROM sqlite_master")
-    except sqlite3.OperationalError:
-        connection.close()
-        raise
-    except sqlite3.DatabaseError:
-        pass  # not a database: check() says so
-    return connection
-
-
-def pad(rows: Tensor, width: int, fill: float, dim: int = 1) -> Tensor:
-    """Rows with columns of ``fill`` up to ``width``: parameters that were added later."""
-    dim = min(dim, rows.dim() - 1)
-    missing = width - rows.shape[dim]
-    if missing <= 0:
-        return rows
-    shape = list(rows.shape)
-    shape[dim] = missing
-    return torch.cat([rows, torch.full(shape, fill, dtype=rows.dtype)], dim=dim)
+    def _placed(self, rows: Tensor, block: Block, fill: float) -> Tensor:
+        """Rows [k, width, ...] of a block with a column for each of the n parameters, also those added later."""
+        columns = self._columns_of(block)[: block.width]
+        if columns == list(range(self.width)):
+            return rows
+        result = torch.full((len(rows), self.width, *rows.shape[2:]), fill, dtype=rows.dtype)
+        result[:, columns] = rows
+        return result

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gradkeel.errors import RecordError
 from gradkeel.record.downsample import summarize
+from gradkeel.record.lock import FileLock
 from gradkeel.record.rows import Rows, Sample
 from gradkeel.record.schema import (
     APPLICATION_ID,
@@ -32,31 +33,39 @@ _WAIT_SECONDS = 60  # for a reader that holds the file where there is no write-a
 class RecordFile:
     """One run's record, open for writing; see docs/record.md for what is in it.
 
-    Steps that are recorded again replace the old ones from the first such step on, so that a run which resumes from
-    a checkpoint continues its record. One process writes to a file at a time; any number may read.
+    Nothing is ever taken out of it. Steps that are recorded again supersede the old ones from the first such step on:
+    these stay, marked, and a new session begins. One recorder writes to a file at a time; any number may read. A file
+    that is moved or deleted while it is open is said once, and recording goes on under the path that was given.
 
     Args:
         path: made, with its folders, if it is not there.
+        say: is told of what whoever trains should know.
 
     Raises:
-        RecordError: the file is something else, or another process is writing to it.
+        RecordError: the file is something else, or another recorder is writing to it.
         OSError, sqlite3.Error: it cannot be written.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.path)
+    def __init__(self, path: str | os.PathLike[str], say: Callable[[str], None] = lambda words: None) -> None:
+        self.path, self._say = Path(path), say
+        self._open()
+
+    def _open(self) -> None:
+        self._real = self.path.resolve()
+        self._real.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self._real)
         try:
-            self._connection = _connect(self.path)
-            self._positions = dict(self._connection.execute("SELECT name, position FROM parameters"))
-            self._last_step = self._scalar("SELECT max(last_step) FROM blocks")
+            self._connection = _connect(self._real)
+            self._positions = dict(
+                self._connection.execute("SELECT name, position FROM parameters WHERE superseded_by = 0")
+            )
+            self._last_step = self._scalar("SELECT max(last_step) FROM blocks WHERE superseded_by = 0")
         except BaseException:
-            self._unlock()
+            self._lock.release()
             raise
-        self._has_session = False
+        self._session = 0  # none yet
         self._layout: object = None
-        self._is_main = torch.empty(0, dtype=torch.bool)
+        self._is_main = self._read_main()
         self._start_block()
 
     def __repr__(self) -> str:
@@ -65,25 +74,61 @@ class RecordFile:
 
     def write(self, rows: Rows) -> None:
         """Add rows, in one transaction; a failure closes the file."""
+        if not self._lock.is_at(self._real):
+            self._follow()
         with self._transaction():
-            self._note_session(rows)
-            if rows.steps[0] <= self._last_step:
-                self._truncate(rows.steps[0])
+            first = rows.steps[0]
+            goes_back = first <= self._last_step
+            if not self._session or goes_back:
+                self._start_session(rows)
+            elif self._session != self._scalar("SELECT max(session) FROM sessions"):
+                raise RecordError("another recorder writes to it now; give each run a record of its own")
+            if goes_back:
+                self._supersede(first)
+            self._note_parameters(rows)
             self._append({name: self._in_order(name, values, rows) for name, values in rows.series.items()})
             self._connection.executemany(
-                "INSERT OR REPLACE INTO skips (step, kind, reason) VALUES (?, ?, ?)",
-                [(step, why.value, words) for step, why, words in rows.skips],
+                "INSERT INTO skips (step, kind, reason, session) VALUES (?, ?, ?, ?)",
+                [(step, why.value, words, self._session) for step, why, words in rows.skips],
             )
             self._connection.executemany(
-                "INSERT OR REPLACE INTO weight_samples VALUES (?, ?, ?)",
-                [(step, *self._sampled(sample)) for step, sample in rows.samples],
+                "INSERT INTO weight_samples (step, weights, updates, session) VALUES (?, ?, ?, ?)",
+                [(step, *self._sampled(sample), self._session) for step, sample in rows.samples],
             )
         self._last_step = rows.steps[-1]
 
     def close(self) -> None:
         """Close the file; what was written is in it, and nothing beside it."""
         self._connection.close()
-        self._unlock()
+        self._lock.release()  # after the connection, whose own locks end with any descriptor of the file
+
+    def is_at(self, path: Path) -> bool:
+        """Whether ``path``, under whatever name, is the file that this writes to."""
+        return self._lock.is_at(path)
+
+    def _follow(self) -> None:
+        """Go on under the path that was given, where the file that was open has been moved or deleted."""
+        words = "was moved; recording goes on in a new file there"
+        rescued, is_free = None, not self._real.exists()
+        try:
+            if self._lock.is_deleted() and is_free:
+                words = "was deleted; all of it is written there again, and recording goes on"
+                self._real.parent.mkdir(parents=True, exist_ok=True)
+                rescued = self._real.with_name(f"{self._real.name}-rescued")
+                with contextlib.closing(sqlite3.connect(rescued)) as copy:
+                    self._connection.backup(copy)
+            self._connection.execute(
+                "PRAGMA wal_checkpoint(TRUNCATE)"
+            )  # closing leaves it out of a moved file
+        finally:
+            self.close()
+        if is_free:
+            for suffix in ("-wal", "-shm"):  # of the file that was here
+                self._real.with_name(self._real.name + suffix).unlink(missing_ok=True)
+        if rescued is not None:
+            rescued.rename(self._real)
+        self._open()
+        self._say(f"the record {self.path} {words}")
 
     # ---- transactions --------------------------------------------------------------------------------------------
 
@@ -102,24 +147,16 @@ class RecordFile:
     def _scalar(self, query: str) -> int:
         return self._connection.execute(query).fetchone()[0] or 0
 
-    def _unlock(self) -> None:
-        with contextlib.suppress(OSError):
-            _lock_path(self.path).unlink()
-        self._lock.close()
-
     # ---- what is recorded ----------------------------------------------------------------------------------------
 
-    def _note_session(self, rows: Rows) -> None:
-        """Write down who writes, and the parameters, once and whenever these change."""
+    def _note_parameters(self, rows: Rows) -> None:
+        """Write down the parameters, once a session and whenever they change."""
         layout = tuple((s.label, s.policy, s.measured.names) for s in rows.selections)
         if layout == self._layout:
             return
         known = {s.measured.names[i]: (s, i) for s in rows.selections for i in range(len(s.measured.names))}
         ordered = [name for name in rows.subject.names if name in known]
         ordered += [name for name in known if name not in set(ordered)]
-        if rows.steps[0] <= self._scalar("SELECT min(first_step) FROM blocks"):
-            self._connection.execute("DELETE FROM parameters")  # nothing of the old run will be left
-            self._positions = {}
         for name in ordered:
             position = self._positions.setdefault(name, len(self._positions))
             selection, i = known[name]
@@ -127,7 +164,7 @@ class RecordFile:
             size = measured.sizes[i] if measured.sizes else 0
             shape = rows.subject.shapes.get(name, (size,))
             self._connection.execute(
-                "INSERT OR REPLACE INTO parameters VALUES (?, ?, ?, ?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO parameters VALUES (?, ?, ?, ?, ?, ?, ?, 0)",
                 (
                     position,
                     name,
@@ -138,14 +175,17 @@ class RecordFile:
                     measured.groups[i],
                 ),
             )
-        selections = self._connection.execute("SELECT selection FROM parameters ORDER BY position")
-        self._is_main = torch.tensor([selection == "main" for (selection,) in selections], dtype=torch.bool)
+        self._is_main = self._read_main()
         self._note_rank(rows)
-        if not self._has_session:
-            self._insert_session(rows)
         if self._width != len(self._positions):
             self._start_block()
         self._layout = layout
+
+    def _read_main(self) -> Tensor:
+        selections = self._connection.execute(
+            "SELECT selection FROM parameters WHERE superseded_by = 0 ORDER BY position"
+        )
+        return torch.tensor([selection == "main" for (selection,) in selections], dtype=torch.bool)
 
     def _note_rank(self, rows: Rows) -> None:
         """Write down whose file this is, and from which step on its samples are of which pieces."""
@@ -160,10 +200,10 @@ class RecordFile:
             told["pieces_since"] = str(rows.steps[0])
         self._connection.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", told.items())
 
-    def _insert_session(self, rows: Rows) -> None:
+    def _start_session(self, rows: Rows) -> None:
         main = rows.selections[0]
-        self._connection.execute(
-            "INSERT INTO sessions VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?)",
+        self._session = self._connection.execute(
+            "INSERT INTO sessions VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING session",
             (
                 datetime.now(UTC).isoformat(timespec="seconds"),
                 rows.steps[0],
@@ -174,16 +214,16 @@ class RecordFile:
                 __version__,
                 torch.__version__,
             ),
-        )
-        self._has_session = True
+        ).fetchone()[0]
+        self._layout = None  # written down again, for what it was before may belong to what is superseded
 
     # ---- rows ----------------------------------------------------------------------------------------------------
 
-    def _start_block(self) -> None:
+    def _start_block(self, width: int | None = None) -> None:
         """From now on rows go into a new block."""
         self._block = self._scalar("SELECT max(block) FROM blocks") + 1
-        self._width = len(self._positions)
-        self._open: dict[str, Tensor] = {}
+        self._width = len(self._positions) if width is None else width
+        self._open_rows: dict[str, Tensor] = {}
 
     def _in_order(self, name: str, values: Tensor, rows: Rows) -> Tensor:
         """The values with their columns in the file's order."""
@@ -210,7 +250,7 @@ class RecordFile:
 
     def _append(self, new: dict[str, Tensor]) -> None:
         """Add rows to the open block; write it, and as many full ones as there are."""
-        old = self._open
+        old = self._open_rows
         counts = len(old.get("step", ())), len(new["step"])
         merged = {
             name: torch.cat([_or_fill(name, old, new, counts[0]), _or_fill(name, new, old, counts[1])])
@@ -218,21 +258,23 @@ class RecordFile:
         }
         rows = sum(counts)
         for first in range(0, rows, ROWS_PER_BLOCK):
-            self._open = {name: values[first : first + ROWS_PER_BLOCK] for name, values in merged.items()}
+            self._open_rows = {
+                name: values[first : first + ROWS_PER_BLOCK] for name, values in merged.items()
+            }
             self._write_block()
             if first + ROWS_PER_BLOCK <= rows:
                 self._block += 1
-                self._open = {}
+                self._open_rows = {}
 
     def _write_block(self) -> None:
         """Write the open block, in place of what it held before."""
-        steps = self._open["step"]
+        steps = self._open_rows["step"]
         self._connection.execute(
-            "INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?, ?)",
-            (self._block, int(steps[0]), int(steps[-1]), len(steps), self._width),
+            "INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?, ?, ?, 0)",
+            (self._block, int(steps[0]), int(steps[-1]), len(steps), self._width, self._session),
         )
-        series = {name: values for name, values in self._open.items() if not self._is_implied(name)}
-        series["summary"] = summarize(self._open["norms"])
+        series = {name: values for name, values in self._open_rows.items() if not self._is_implied(name)}
+        series["summary"] = summarize(self._open_rows["norms"])
         self._connection.executemany(
             "INSERT OR REPLACE INTO series VALUES (?, ?, ?)",
             [(name, self._block, to_blob(values)) for name, values in series.items()],
@@ -240,44 +282,53 @@ class RecordFile:
 
     def _is_implied(self, name: str) -> bool:
         """Whether readers know these values without being told."""
-        values = self._open[name]
+        values = self._open_rows[name]
         if name == "present":
             return bool(values.all())
         if name == "coefficients":
             main = self._is_main[: self._width]
-            return bool((values == torch.where(main, self._open["coefficient"].unsqueeze(1), 1.0)).all())
+            return bool((values == torch.where(main, self._open_rows["coefficient"].unsqueeze(1), 1.0)).all())
         return False
 
-    def _truncate(self, step: int) -> None:
-        """Forget this step and all after it: they are recorded again."""
-        execute = self._connection.execute
+    def _supersede(self, step: int) -> None:
+        """Mark this step and all after it: this session records them again."""
+        execute, by = self._connection.execute, self._session
         split = execute(
-            "SELECT block, width FROM blocks WHERE first_step < ? AND last_step >= ?", (step, step)
+            "SELECT block, width, session FROM blocks WHERE superseded_by = 0 AND first_step < ? AND last_step >= ?",
+            (step, step),
         ).fetchone()
-        execute("DELETE FROM series WHERE block IN (SELECT block FROM blocks WHERE first_step >= ?)", (step,))
-        execute("DELETE FROM blocks WHERE first_step >= ?", (step,))
-        execute("DELETE FROM skips WHERE step >= ?", (step,))
-        execute("DELETE FROM weight_samples WHERE step >= ?", (step,))
-        if not self._scalar("SELECT count(*) FROM blocks"):
-            execute("DELETE FROM sessions WHERE session < (SELECT max(session) FROM sessions)")
         if split is not None:
-            self._cut(split[0], split[1], step)
+            block, width, session = split
+            self._split(block, width, session, step)
+        execute("UPDATE blocks SET superseded_by = ? WHERE superseded_by = 0 AND first_step >= ?", (by, step))
+        execute("UPDATE skips SET superseded_by = ? WHERE superseded_by = 0 AND step >= ?", (by, step))
+        execute(
+            "UPDATE weight_samples SET superseded_by = ? WHERE superseded_by = 0 AND step >= ?", (by, step)
+        )
+        if not self._scalar("SELECT count(*) FROM blocks WHERE superseded_by = 0"):
+            # A run from scratch, perhaps of another model.
+            execute("UPDATE parameters SET superseded_by = ? WHERE superseded_by = 0", (by,))
+            self._positions = {}
         self._start_block()
 
-    def _cut(self, block: int, width: int, step: int) -> None:
-        """Shorten a block to the rows before ``step``."""
+    def _split(self, block: int, width: int, session: int, step: int) -> None:
+        """Make two blocks of one: the rows before ``step`` and the others."""
         data = dict(self._connection.execute("SELECT name, data FROM series WHERE block = ?", (block,)))
         del data["summary"]
         steps = from_blobs([data["step"]], torch.int64)
         rows = int((steps < step).sum())
-        self._block, self._width = block, width
-        self._open = {
+        series = {
             name: from_blobs([blob], series_of(name).dtype).reshape(
                 len(steps), *((width,) if series_of(name).is_wide else ()), *((2,) if name == "peaks" else ())
-            )[:rows]
+            )
             for name, blob in data.items()
         }
-        self._write_block()
+        now, self._session, self._width = self._session, session, width
+        self._start_block(width)
+        for number, part in ((self._block, slice(rows, None)), (block, slice(0, rows))):
+            self._block, self._open_rows = number, {name: values[part] for name, values in series.items()}
+            self._write_block()
+        self._session = now
 
 
 def _or_fill(name: str, series: dict[str, Tensor], other: dict[str, Tensor], rows: int) -> Tensor:
@@ -285,26 +336,6 @@ def _or_fill(name: str, series: dict[str, Tensor], other: dict[str, Tensor], row
     if name in series:
         return series[name]
     return torch.full((rows, *other[name].shape[1:]), series_of(name).fill, dtype=other[name].dtype)
-
-
-def _lock_path(path: Path) -> Path:
-    return path.with_name(path.name + "-lock")
-
-
-def _lock(path: Path) -> sqlite3.Connection:
-    """Hold the file for this process: a lock of SQLite's on an empty file beside it, which ends with the process."""
-    lock = sqlite3.connect(_lock_path(path), timeout=0, isolation_level=None, check_same_thread=False)
-    try:
-        lock.execute("PRAGMA journal_mode=MEMORY")
-        lock.execute("BEGIN EXCLUSIVE")
-    except sqlite3.OperationalError as error:
-        lock.close()
-        if "locked" in str(error):
-            raise RecordError(
-                f"{path} is being written by another process or recorder; give each run a record of its own"
-            ) from None
-        raise
-    return lock
 
 
 def _connect(path: Path) -> sqlite3.Connection:

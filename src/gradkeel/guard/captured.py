@@ -1,0 +1,271 @@
+"""A guarded step as two CUDA graphs, one that decides and one that applies, and the row that each replay leaves."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradkeel.apply import factors
+from gradkeel.apply.fused import Folding, can_fold, kernel_scale
+from gradkeel.guard.given import Given
+from gradkeel.guard.report import SelectionReport
+from gradkeel.guard.roster import Roster
+from gradkeel.guard.step import Measured, carry_out, committed, decide_all, judge, norm_while_unchanged
+from gradkeel.kernels.graph import Graph, tell_autograd
+from gradkeel.kernels.row import Place, packed, read
+from gradkeel.measure import true_norms
+from gradkeel.norms import State
+from gradkeel.policies.states import LazyState
+
+Places = Mapping[str, Place]
+
+
+class RowState(LazyState):
+    """A policy's state as it stands in the row of a step."""
+
+    def __init__(self, words: Tensor, places: Places) -> None:
+        self.words = words
+        self._places = places
+
+    def __getitem__(self, key: str) -> Tensor:
+        """The tensor of this name."""
+        return read(self.words, self._places[key])
+
+    def __iter__(self) -> Iterator[str]:
+        """The names."""
+        return iter(self._places)
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Pattern:
+    """A selection's report, and where in a row the tensors of another step's stand."""
+
+    report: SelectionReport
+    norms: Places
+    decision: Places
+
+    def of(
+        self, words: Tensor, given: Given, remeasure: Callable[[], Tensor | None] | None
+    ) -> SelectionReport:
+        """The report of the step whose row this is."""
+        old = self.report
+        new = {"step": given.step, "loss": None if given.loss is None else torch.as_tensor(given.loss)}
+        measured = dataclasses.replace(old.measured, **_read(words, self.norms), **new)
+        decision = dataclasses.replace(old.decision, **_read(words, self.decision))
+        return dataclasses.replace(old, measured=measured, decision=decision, remeasure=remeasure)
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Row:
+    """What one replayed step came to, in its own memory.
+
+    Attributes:
+        states: the policies' states after the step.
+        verdict: [3] float64 words: whether the step may be made, all is finite, and anything is to be applied.
+        may_step: [] bool the first of them.
+        is_scaled: [] bool the last of them.
+        reports: makes the selections' reports.
+        again: for each selection what measures it once more, where a clamp was applied.
+        found_inf: [] float32 what a fused kernel skips by; written anew in the next step.
+        kernel_scale: [] float32 what a fused kernel may divide by, where one factor is for all; likewise.
+    """
+
+    states: dict[str, State]
+    verdict: Tensor
+    may_step: Tensor
+    is_scaled: Tensor
+    reports: Callable[[], tuple[SelectionReport, ...]]
+    again: list[Callable[[], Tensor | None] | None]
+    found_inf: Tensor
+    kernel_scale: Tensor | None
+
+    def flags(self) -> list[bool]:
+        """Whether the step may be made, all is finite, and anything is to be applied; waits for the device."""
+        return [word != 0 for word in self.verdict.view(torch.int64).tolist()]
+
+
+class Captured:
+    """Both graphs of one list of gradients, and the buffers that they read.
+
+    Args:
+        capture: captures a body.
+
+    Attributes:
+        folds: whether the factor may go into the optimizer's kernel.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer | None,
+        roster: Roster,
+        states: Mapping[str, State],
+        given: Given,
+        capture: Callable[[Callable[[], Any]], Graph[Any]],
+    ) -> None:
+        self._roster = roster
+        self._given = given.buffers(roster.device)
+        self._memory, self._places = _remembered(states)
+        # What a step begins with, in the form of the rows: memory of its own, which the graph reads.
+        self._words: Tensor | None = None
+        self._decide = capture(self._decided)
+        decided = self._decide.result
+        self._apply = None
+        if decided.may_scale:  # torch warns of an empty graph
+            self._apply = capture(
+                lambda: carry_out(None, roster, decided.reports, self._given.prescale, Folding())
+            )
+        self.folds = (
+            optimizer is not None
+            and decided.kernel_scale is not None
+            and can_fold(optimizer, roster.parameters)
+        )
+
+    def _decided(self) -> "_Decided":
+        """From the gradients to the row; nothing is applied."""
+        roster, given = self._roster, self._given
+        found = roster.readings()
+        norms = [
+            true_norms(part.blank, one, given.prescale, step=given.step, loss=given.loss)  # type: ignore[arg-type]
+            for part, one in zip(roster.parts, found, strict=True)
+        ]
+        present = [one.present for one in found]
+        measured = Measured(
+            given.prescale,
+            norms,
+            present,
+            has_gradients=True,
+            found_inf=given.found_inf,
+            agreed=None,
+            agreed_scalars={},
+        )
+        before = {
+            label: {key: read(self._memory, place) for key, place in places.items()}
+            for label, places in self._places.items()
+        }
+        reports, after = decide_all(roster, measured, before)
+        finite, may_step = judge(reports, given.found_inf, None, tolerant=given.tolerant)
+        states = committed(roster.parts, reports, after, before, finite)
+        return _Decided(roster, reports, states, self._places, finite, may_step, given.prescale)
+
+    def holds(self, given: Given) -> bool:
+        """Whether the policies would look at this step as they did at the captured one."""
+        return bool(self._given.step.holds(given.step))
+
+    def replay(self, given: Given, states: Mapping[str, State]) -> Row:
+        """Decide on the gradients that the slots point at; does not sync the host."""
+        self._given.send(given)
+        self._remember(states)
+        decided = self._decide.replay()
+        words = decided.words.clone()
+        self._words = words
+        again: list[Callable[[], Tensor | None] | None] = [None] * len(decided.patterns)
+
+        def reports() -> tuple[SelectionReport, ...]:
+            return tuple(one.of(words, given, own) for one, own in zip(decided.patterns, again, strict=True))
+
+        first = decided.flags[0].first
+        may_step, is_scaled = read(words, decided.flags[0]), read(words, decided.flags[2])
+        after: dict[str, State] = {label: RowState(words, places) for label, places in self._places.items()}
+        return Row(
+            after,
+            words[first : first + len(decided.flags)],
+            may_step,
+            is_scaled,
+            reports,
+            again,
+            decided.found_inf,
+            decided.kernel_scale,
+        )
+
+    def apply(self, row: Row) -> None:
+        """Carry the last decision, which is the row's, out on the gradients; does not sync the host."""
+        if self._apply is None:
+            return
+        self._apply.replay()
+        parts, reports = self._roster.parts, self._decide.result.reports
+        tell_autograd(self._roster.parameters)
+        for i in self._roster.here:
+            if reports[i].decision.clamp is not None:
+                row.again[i] = norm_while_unchanged(parts[i].selection.parameters, reports[i].measured)
+
+    def _remember(self, states: Mapping[str, State]) -> None:
+        if not len(self._memory):
+            return
+        held = next(iter(states.values()), None)
+        if isinstance(held, RowState) and held.words is self._words:
+            self._memory.copy_(held.words[: len(self._memory)])
+        else:
+            held_by = self._roster.filled(states)
+            self._memory.copy_(_remembered({label: held_by[label] for label in self._places})[0])
+
+
+class _Decided:
+    """What the first graph leaves behind: the reports of the captured step, and how a row is read like them."""
+
+    def __init__(
+        self,
+        roster: Roster,
+        reports: Sequence[SelectionReport],
+        states: Mapping[str, State],
+        order: Mapping[str, Places],
+        finite: Tensor | bool,
+        may_step: Tensor | bool,
+        prescale: Tensor | float,
+    ) -> None:
+        self.reports = reports
+        assert isinstance(finite, Tensor), "gradients are on a device"
+        assert isinstance(may_step, Tensor), "and so is the verdict on them"
+        self.found_inf = (~may_step).float()
+        own = [reports[i] for i in roster.here]
+        every: list[Tensor | float | None] = [factors(report.decision, prescale) for report in own]
+        every += [report.decision.unit_coefficients for report in own]
+        has_clamp = any(report.decision.clamp is not None for report in own)
+        self.may_scale = has_clamp or any(isinstance(factor, Tensor) for factor in every)
+        scaled = torch.zeros_like(finite)
+        for factor in every:
+            if isinstance(factor, Tensor):
+                scaled = scaled | (factor != 1).any()
+        for report in own:
+            if report.decision.clamp is not None:
+                scaled = scaled | report.outcome.is_clipped()
+        whole = every[0] if len(own) == 1 and own[0].decision.unit_coefficients is None else None
+        is_one = isinstance(whole, Tensor) and whole.dim() == 0 and own[0].decision.clamp is None
+        self.kernel_scale = kernel_scale(whole, roster.device) if is_one and whole is not None else None  # []
+        tensors = [states[label][key] for label, places in order.items() for key in places]
+        tensors += [may_step, finite, scaled]
+        remembered = len(tensors) - 3
+        fields = []
+        for report in reports:
+            held = [_tensors(report.measured), _tensors(report.decision)]
+            held[0].pop("loss", None)
+            fields.append(held)
+            tensors += [tensor for one in held for tensor in one.values()]
+        self.words, places = packed(tensors)
+        self.flags = places[remembered : remembered + 3]
+        rest = iter(places[remembered + 3 :])
+        self.patterns = [
+            _Pattern(report, *[{name: next(rest) for name in one} for one in held])
+            for report, held in zip(reports, fields, strict=True)
+        ]
+
+
+def _remembered(states: Mapping[str, State]) -> tuple[Tensor, dict[str, dict[str, Place]]]:
+    """[w] words of all states, in memory of their own, and where each tensor of theirs stands."""
+    tensors = [tensor for state in states.values() for tensor in state.values()]
+    if not tensors:
+        return torch.zeros(0, dtype=torch.float64), {label: {} for label in states}
+    words, places = packed(tensors)
+    rest = iter(places)
+    return words, {label: {key: next(rest) for key in state} for label, state in states.items()}
+
+
+def _tensors(of: Any) -> dict[str, Tensor]:
+    found = {field.name: getattr(of, field.name) for field in dataclasses.fields(of)}
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+
+def _read(words: Tensor, places: Places) -> dict[str, Any]:
+    return {name: read(words, place) for name, place in places.items()}

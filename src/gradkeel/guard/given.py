@@ -1,0 +1,105 @@
+"""What a step is given besides its gradients, and what stands for it in a step that is captured."""
+
+import dataclasses
+import operator
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Given:
+    """What one step is given besides its gradients.
+
+    Attributes:
+        step: its number.
+        prescale: [] what turns the stored gradients into the true ones.
+        loss: [] the loss, where it was logged.
+        found_inf: [] above 0 where a loss scaler saw a non-finite gradient.
+        tolerant: whether a step may be made on non-finite gradients.
+    """
+
+    step: Any
+    prescale: Tensor | float
+    loss: Tensor | float | None
+    found_inf: Tensor | None
+    tolerant: bool
+
+    def kind(self) -> tuple[bool, ...]:
+        """What a graph depends on: which of the numbers there are, and what is done."""
+        return self.has_prescale(), self.loss is not None, self.found_inf is not None, self.tolerant
+
+    def has_prescale(self) -> bool:
+        """Whether there is anything to multiply by."""
+        return isinstance(self.prescale, Tensor) or self.prescale != 1.0
+
+    def buffers(self, device: torch.device) -> "Given":
+        """[] float64 memory for the numbers that there are."""
+        new = torch.zeros(3, dtype=torch.float64, device=device).unbind()
+        return Given(
+            Watched(self.step),
+            new[0] if self.has_prescale() else 1.0,
+            None if self.loss is None else new[1],
+            None if self.found_inf is None else new[2],
+            self.tolerant,
+        )
+
+    def send(self, given: "Given") -> None:
+        """Write another step's numbers into these buffers; does not sync the host."""
+        pairs = ((self.prescale, given.prescale), (self.loss, given.loss), (self.found_inf, given.found_inf))
+        for buffer, value in pairs:
+            if isinstance(value, Tensor) and isinstance(buffer, Tensor):
+                buffer.copy_(value.reshape(()), non_blocking=True)
+            elif isinstance(buffer, Tensor) and isinstance(value, float):
+                buffer.fill_(value)
+
+
+class Watched:
+    """Stands for the number of a step that is captured: a graph holds as long as comparisons with it come out alike.
+
+    Whoever wants more of it than to compare it cannot be captured.
+    """
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+        self._found: list[tuple[Callable[[Any, Any], Any], object, object]] = []
+
+    def holds(self, step: int) -> bool:
+        """Whether all that was found of the captured step is so of this one."""
+        return all(compare(step, other) == found for compare, other, found in self._found)
+
+    def _compared(self, compare: Callable[[Any, Any], Any], other: object) -> Any:
+        found = compare(self._step, other)
+        self._found.append((compare, other, found))
+        return found
+
+    def _refuse(self, *_: object) -> NoReturn:
+        raise TypeError("a policy computes with the number of the step, which the host alone knows")
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> Any:
+        """As a number."""
+        return self._compared(operator.eq, other)
+
+    def __lt__(self, other: object) -> Any:
+        """As a number."""
+        return self._compared(operator.lt, other)
+
+    def __le__(self, other: object) -> Any:
+        """As a number."""
+        return self._compared(operator.le, other)
+
+    def __gt__(self, other: object) -> Any:
+        """As a number."""
+        return self._compared(operator.gt, other)
+
+    def __ge__(self, other: object) -> Any:
+        """As a number."""
+        return self._compared(operator.ge, other)
+
+    __bool__ = __int__ = __float__ = __index__ = __str__ = __format__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = __neg__ = _refuse

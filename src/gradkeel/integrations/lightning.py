@@ -1,0 +1,76 @@
+"""The Lightning Trainer in one line: ``Trainer(..., callbacks=[GuardCallback("global-norm:1.0")])``.
+
+Leave ``Trainer(gradient_clip_val=None)`` with it.
+"""
+
+from typing import Any
+
+from gradkeel.attach import attach
+from gradkeel.errors import AttachError, MissingExtraError
+from gradkeel.guard.guard import Guard
+from gradkeel.integrations.resume import go_on
+from gradkeel.policies import Policy
+
+try:
+    from lightning.pytorch import Callback
+except ImportError:
+    raise MissingExtraError("lightning", "lightning", "gradkeel.integrations.lightning") from None
+
+
+class GuardCallback(Callback):  # type: ignore[misc]  # lightning is not followed by the type checker
+    """Attaches a guard to the module's optimizer when training begins, and detaches it at the end.
+
+    The guard's state is part of Lightning's checkpoints, and loaded by ``fit(..., ckpt_path=...)``, so that a record
+    goes on where the checkpoint was taken. A second ``fit()`` goes on too, as Lightning's own count of steps does.
+
+    A module with several optimizers attaches to each of them itself, in ``configure_optimizers``, and saves and loads
+    its guards in ``on_save_checkpoint`` and ``on_train_start``.
+
+    Args:
+        policy: as in `gradkeel.attach`.
+        arguments: the other arguments of `gradkeel.attach`; ``model`` is the module.
+
+    Attributes:
+        guard: the guard, once training has begun; its reports stay after the end.
+
+    Raises:
+        AttachError: when training begins, if the module has several optimizers.
+
+    Example:
+        >>> lightning.Trainer(callbacks=[GuardCallback("global-norm:1.0")]).fit(module, loader)  # doctest: +SKIP
+    """
+
+    def __init__(self, policy: Policy | str | None, **arguments: Any) -> None:
+        self._policy = policy
+        self._arguments = arguments
+        self._loaded: dict[str, Any] | None = None
+        self.guard: Guard | None = None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Attach to the optimizer that the module has made, and go on from the checkpoint that was loaded."""
+        if len(trainer.optimizers) != 1:
+            raise AttachError(
+                f"GuardCallback: the module has {len(trainer.optimizers)} optimizers; attach to each of them in "
+                "configure_optimizers instead"
+            )
+        self.on_train_end(trainer, pl_module)
+        self.guard = attach(trainer.optimizers[0], self._policy, model=pl_module, **self._arguments)
+        go_on(self.guard, self._loaded, trainer.global_step)
+        self._loaded = None
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Detach, and close the recorders."""
+        if self.guard is not None:
+            self.guard.detach()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Likewise where training ends early."""
+        self.on_train_end(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What Lightning puts into its checkpoints."""
+        return {} if self.guard is None else {"guard": self.guard.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep what Lightning found in a checkpoint, until there is an optimizer."""
+        self._loaded = state_dict.get("guard")
