@@ -10,8 +10,9 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from gradkeel.errors import AttachError, GradkeelWarning, PolicySpecError
-from gradkeel.guard.guard import Guard, NonFinite
+from gradkeel.guard.guard import Guard
 from gradkeel.guard.hooks import MARK
+from gradkeel.guard.pipeline import NonFinite
 from gradkeel.guard.report import Recorder
 from gradkeel.guard.wrappers import unwrap
 from gradkeel.policies import Policy, parse
@@ -209,6 +210,12 @@ def _check(optimizers: Sequence[Optimizer], nonfinite: str, max_consecutive_skip
     if any(hasattr(own, MARK) for own in held):
         raise AttachError(
             "attach(optimizer=...): the optimizer inside of it is guarded already; call detach() on its guard first"
+        )
+    before = [guard for one in optimizers if (guard := getattr(one, MARK, None)) is not None]
+    if not {id(one) for guard in before for one in guard.optimizers} <= set(map(id, optimizers)):
+        raise AttachError(
+            "attach(optimizer=...): it is guarded together with other optimizers, which would be left without a guard; "
+            "attach to all of them again, or call detach() on their guard first"
         )
     if nonfinite not in ("skip", "raise", "keep"):
         raise ValueError(f"attach(nonfinite={nonfinite!r}): nonfinite must be 'skip', 'raise' or 'keep'")

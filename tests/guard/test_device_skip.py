@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import gradkeel as gk
-from gradkeel.guard import guard as guard_module
+from gradkeel.guard import pipeline as pipeline_module
 from gradkeel.guard import skips as skips_module
 from gradkeel.guard import step as step_module
 from optimizers import BY_NAME, FUSED, contents, is_same
@@ -45,13 +45,13 @@ class Late:
 def on_device(monkeypatch):
     """Steps may be skipped by the kernel, as on an accelerator; what each step's gradients allowed."""
     asked = []
-    real = guard_module.can_skip_on_device
+    real = pipeline_module.can_skip_on_device
 
     def can_skip(optimizer, device, parameters):
         asked.append(real(optimizer, Accelerator(), parameters))
         return asked[-1]
 
-    monkeypatch.setattr(guard_module, "can_skip_on_device", can_skip)
+    monkeypatch.setattr(pipeline_module, "can_skip_on_device", can_skip)
     monkeypatch.setattr(step_module, "known", lambda value: value)  # the host may not look
     monkeypatch.setattr(skips_module, "Arrival", Late)
     monkeypatch.setattr(Late, "sent", 0)

@@ -298,9 +298,13 @@ def test_what_cannot_be_one_step_is_refused_at_attach():
         gk.attach([optimizers[0], optimizers[0]], None)
     with pytest.raises(gk.AttachError, match="in more than one of the optimizers"):
         gk.attach([optimizers[0], optim.SGD(model.parameters(), lr=0.1)], None)
-    gk.attach(optimizers[1], None)
-    with pytest.raises(gk.AttachError, match="guarded already"):
-        gk.attach(optimizers, None)
+    alone = gk.attach(optimizers[1], None)
+    together = gk.attach(optimizers, None)  # takes over
+    assert together.optimizers == tuple(optimizers)
+    with pytest.raises(gk.AttachError, match="together with other optimizers"):
+        gk.attach(optimizers[1], None)
+    with pytest.raises(gk.AttachError, match="was detached"):
+        alone.connect()
     with pytest.raises(TypeError, match=r"attach\(optimizer=Linear\)"):
         gk.attach([optimizers[0], model.first], None)
 

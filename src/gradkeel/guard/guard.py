@@ -1,41 +1,26 @@
-"""The guard: holds what outlives a step, and runs the pipeline around one optimizer's step."""
+"""The guard: what outlives a step, and what a user asks of it."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradkeel.apply.fused import Folding, can_skip_on_device
-from gradkeel.apply.skip import Buffers, clear_gradients
-from gradkeel.errors import AttachError, CheckpointError, NonFiniteGradientError
-from gradkeel.guard import hooks, other_clips, stack
-from gradkeel.guard.captured import Captured
+from gradkeel.apply.skip import Buffers
+from gradkeel.errors import AttachError, CheckpointError
+from gradkeel.guard import hooks
 from gradkeel.guard.checkpoint import check_state
-from gradkeel.guard.given import Given
-from gradkeel.guard.prescale import prescale
-from gradkeel.guard.replay import Replays, rehearsing
-from gradkeel.guard.report import Recorder, SkipReason, StepReport
+from gradkeel.guard.pipeline import NonFinite, Pipeline
 from gradkeel.guard.roster import Roster
-from gradkeel.guard.skips import SkipWatch
-from gradkeel.guard.step import carry_out, committed, decide_all, judge, measure_all
-from gradkeel.guard.turns import Turns
-from gradkeel.kernels.graph import Entry
-from gradkeel.measure import Readings
-from gradkeel.norms import Decision, State, Window
 from gradkeel.policies import Policy
 from gradkeel.ranks.declared import Sharing
 from gradkeel.selection import Exclude
-from gradkeel.tensors import Seen
 
-NonFinite = Literal["skip", "raise", "keep"]
-Staged = tuple[StepReport, dict[str, State], Tensor | bool]
-"""The row of a step under way, the policies' states after it, and whether its gradients are sound."""
 _VERSION = 1
 
 
-class Guard:
+class Guard(Pipeline):
     """Measures, clips and guards every step of one optimizer, or of several as one; made by `gradkeel.attach`.
 
     Attributes:
@@ -59,36 +44,17 @@ class Guard:
         sharing: Sharing,
         summarize: Callable[["Guard"], str],
     ) -> None:
-        self.optimizers = tuple(optimizers)
+        roster = Roster(optimizers, policy, model=model, exclude=exclude, sharing=sharing)
+        super().__init__(
+            optimizers, roster, Buffers(model, roster.parameters), nonfinite, max_consecutive_skips
+        )
         self.policy = policy
-        self.nonfinite: NonFinite = nonfinite
-        self.recorders: list[Recorder] = []
-        self.window: Window | None = None
         self._summarize = summarize
-        self._states: dict[str, State] = {}
-        self._scalars: dict[str, Tensor | float] = {}
-        self._step = 0
-        self._folding = Folding()
-        self._replays = Replays()
-        self._roster = Roster(self.optimizers, policy, model=model, exclude=exclude, sharing=sharing)
-        self._buffers = Buffers(model, self.parameters)
-        self._skips = SkipWatch(max_consecutive_skips, self._buffers.broken)
-        nothing = tuple(part.report for part in self._roster.parts)
-        self.report = StepReport(0, nothing, stepped_or_pending=False)
-        self._staged: Staged | None = None
-        self._left: list[Seen | None] | None = None
-        self._is_again = False  # the step under way: it has raised before, with the same gradients
         self._is_detached = False
         # Only now, when nothing can fail any more, for an optimizer must not be left without a guard.
         for old in {id(own): own for one in optimizers if (own := getattr(one, hooks.MARK, None))}.values():
             self._follow(old)
-        self._canary = other_clips.Canary(next((p for p in self.parameters if p.requires_grad), None))
-        calls = self._begin, self._evaluate, self._fail, self._finish
-        if len(self.optimizers) == 1:
-            self._hooks = [hooks.Hooks(self.optimizers[0], self, *calls)]
-        else:
-            self._hooks = Turns(self.optimizers, self, *calls, lambda: self._staged is not None).hooks
-        self._first = self._hooks[0]  # of the optimizer that has decided on the step under way
+        self._connect_hooks()
 
     # ---- what is guarded ---------------------------------------------------------------------------------------
 
@@ -166,8 +132,6 @@ class Guard:
         head = f"Guard({kinds}, step {self._step}, nonfinite={self.nonfinite!r})"
         return "\n".join([head, *self._roster.lines()])
 
-    # ---- one step ----------------------------------------------------------------------------------------------
-
     def log(self, **scalars: Tensor | float) -> None:
         """Note numbers of the coming step, such as ``loss=...`` and ``lr=...``; call it before ``optimizer.step()``.
 
@@ -181,228 +145,6 @@ class Guard:
     def logged(self) -> dict[str, Tensor | float]:
         """What `log` was told for the coming step; what is taken out of it counts as never told."""
         return self._scalars
-
-    def _begin(self, first: int = 0) -> None:
-        self._first = self._hooks[first]
-        self._is_again = self._left is not None and self._is_called_again(self._left)
-        if not self._is_again:
-            self._staged = None
-        try:
-            self._skips.look()
-        except Exception:
-            self._roster.fail()
-            raise
-        self.connect()
-        if self._buffers.kept:
-            self._buffers.look(self.parameters)
-
-    def _evaluate(self) -> bool:
-        """From the gradients to the optimizer's own step: read, exchange, decide, judge, apply, and note the row.
-
-        Returns whether the step is to be made, as far as the host knows.
-        """
-        roster = self._roster
-        if self._is_again:
-            return True
-        if hooks.only_creates_state(self._first.optimizer, roster.parameters, alone=roster.exchange is None):
-            return True
-        with torch.no_grad():
-            try:
-                self._check()
-                given = self._given()
-                entry, captured = None, None
-                if given is not None:
-                    entry, captured = self._replays.find(self._alone, roster, self._states, given)
-                with rehearsing(entry):
-                    found = [] if captured is not None else roster.readings()
-            except Exception:
-                roster.fail()
-                raise
-            if captured is not None and given is not None:
-                self._staged = self._replayed(captured, given)
-            else:
-                self._staged = self._launched(found, entry)
-        row = self._staged[0]
-        hooks.tell(self.recorders, "before_step", row)
-        return row.stepped_or_pending is not False
-
-    def _given(self) -> Given | None:
-        """What this step is given besides its gradients; None where it is launched in any case."""
-        window, loss_scale = self.window, self._first.loss_scale
-        if self.device.type != "cuda" or (window is not None and window.is_empty() is not False):
-            return None
-        factor = prescale(loss_scale, 1.0 if window is None else window.factor(), self.device)
-        tolerant = self._is_tolerant(loss_scale.found_inf)
-        return Given(self._step + 1, factor, self._scalars.get("loss"), loss_scale.found_inf, tolerant)
-
-    def _launched(self, found: Sequence[Readings], entry: Entry[Captured] | None) -> Staged:
-        """The row of this step from what was read, and the policies' states after it; operation after operation."""
-        roster = self._roster
-        measured = measure_all(
-            roster,
-            found,
-            window=self.window,
-            loss_scale=self._first.loss_scale,
-            step=self._step + 1,
-            loss=self._scalars.get("loss"),
-        )
-        self._scalars |= measured.agreed_scalars
-        reports, after = decide_all(roster, measured, self._states)
-        row = StepReport(self._step + 1, tuple(reports), measured.prescale, dict(self._scalars))
-        tolerant = self._is_tolerant(measured.found_inf)
-        finite, may_step = judge(reports, measured.found_inf, self.window, tolerant=tolerant)
-        if not measured.has_gradients:
-            commit: Tensor | bool = self._abandon(row, SkipReason.NO_GRADIENT)
-        elif isinstance(may_step, Tensor) and self._can_skip_on_device():
-            self._carry_out(row, entry)
-            self._first.give("found_inf", (~may_step).float())
-            row.stepped_or_pending, commit = may_step, finite
-        elif may_step:
-            self._carry_out(row, entry)
-            commit = not tolerant or bool(finite)
-        else:
-            why = self._why(measured.found_inf, is_finite=bool(finite), tolerant=tolerant)
-            commit = self._abandon(row, why) and bool(finite)
-        return row, committed(roster.parts, reports, after, self._states, commit), commit
-
-    def _replayed(self, captured: Captured, given: Given) -> Staged:
-        """The same by two graphs."""
-        row = captured.replay(given, self._states)
-        report = StepReport(given.step, row.reports, given.prescale, dict(self._scalars))
-        if self._can_skip_on_device():
-            if row.kernel_scale is not None and captured.folds and self._folding.is_worth(self.device):
-                self._first.give("grad_scale", row.kernel_scale)
-            else:
-                captured.apply(row)
-            if captured.folds:
-                self._folding.note(row.is_scaled)
-            self._first.give("found_inf", row.found_inf)
-            report.stepped_or_pending = row.may_step
-            return report, row.states, row.may_step
-        may_step, is_finite, is_scaled = row.flags()
-        if not may_step:
-            why = self._why(given.found_inf, is_finite=is_finite, tolerant=given.tolerant)
-            self._abandon(report, why)
-        elif is_scaled:
-            captured.apply(row)
-        return report, row.states, is_finite
-
-    def _is_tolerant(self, found_inf: Tensor | None) -> bool:
-        """Whether a step may be made on non-finite gradients; an overflow of the loss scale is skipped in any case."""
-        return self.nonfinite == "keep" and not self._is_overflow(found_inf)
-
-    def _why(self, found_inf: Tensor | None, *, is_finite: bool, tolerant: bool) -> SkipReason:
-        if is_finite or tolerant:  # who tolerates would have made the step
-            return SkipReason.POLICY
-        return SkipReason.LOSS_SCALE if self._is_overflow(found_inf) else SkipReason.NONFINITE
-
-    def _check(self) -> None:
-        """Is this the moment to step, and does nobody else clip?"""
-        if self.window is not None:
-            self.window.check_step()
-        else:
-            other_clips.warn_of_other_clips(self._canary, clips=self._roster.clips)
-
-    def _can_skip_on_device(self) -> bool:
-        """Whether the optimizer's kernel may be left to skip by itself, so that the host need not know."""
-        return (
-            self.nonfinite == "skip"
-            and len(self.optimizers) == 1
-            and can_skip_on_device(self.optimizer, self.device, self._roster.parameters)
-        )
-
-    @property
-    def _alone(self) -> Optimizer | None:
-        return self.optimizers[0] if len(self.optimizers) == 1 else None
-
-    def _carry_out(self, row: StepReport, entry: Entry[Captured] | None) -> None:
-        """Apply what was decided; with an ``entry`` as the rehearsal of the graphs that will do it."""
-        with rehearsing(entry):
-            optimizer = self._alone if entry is None else None
-            folded = carry_out(optimizer, self._roster, row.selections, row.prescale, self._folding)
-        if entry is not None:
-            entry.is_rehearsed = not entry.slots.missed
-        if folded is not None:
-            self._first.give("grad_scale", folded)
-
-    def _is_overflow(self, found_inf: Tensor | None) -> bool:
-        """Whether the loss scaler saw an inf, and lowering its scale may help."""
-        loss_scale = self._first.loss_scale
-        # The scaler looks at the other optimizers' gradients when they step.
-        knows = len(self.optimizers) == 1
-        if not loss_scale.present or (knows and (found_inf is None or not bool(found_inf > 0))):
-            return False
-        scaler, scale = stack.scaler(), loss_scale.scale
-        if scaler is not None:
-            return self._skips.expects_overflow(scaler.get_scale())
-        return self._skips.expects_overflow(None if scale is None else float(scale))
-
-    def _abandon(self, row: StepReport, why: SkipReason) -> bool:
-        """Skip this step, as the host knows that it must; returns whether the policies' statistics go on."""
-        if self.window is not None and bool(self.window.is_empty()):
-            why = SkipReason.EMPTY_WINDOW
-        for selection in row.selections:  # nothing is applied; the bound stays, for the report
-            selection.decision = Decision(bound=selection.decision.bound)
-        row.stepped_or_pending, row.why = False, why
-        if self._buffers.kept and self._spoils_buffers(why):
-            self._buffers.put_back()
-        if why is SkipReason.NONFINITE:
-            self._refuse(row)
-        elif why is SkipReason.LOSS_SCALE:
-            self._skips.overflowed()
-        elif why is SkipReason.NO_GRADIENT:
-            self._skips.without_gradient(self.parameters, self.model)
-        if why is not SkipReason.LOSS_SCALE:  # these are the scaler's to judge
-            clear_gradients(self._roster.parameters)
-        return why is SkipReason.POLICY
-
-    def _spoils_buffers(self, why: SkipReason) -> bool:
-        """Whether what the forward pass put into the model's buffers is to be taken back."""
-        if why is SkipReason.LOSS_SCALE:  # the batch may be sound
-            return bool(self._buffers.broken())
-        return why is SkipReason.POLICY or (why is SkipReason.NONFINITE and self.nonfinite == "skip")
-
-    def _refuse(self, row: StepReport) -> None:
-        """Raise, or count and warn of, a non-finite gradient; nothing has been modified yet."""
-        if self.nonfinite == "raise":
-            raise NonFiniteGradientError(
-                f"{self._skips.explained(row.reason or '')}; nothing has been modified"
-            )
-        self._skips.skipped(row.reason or "")
-
-    def _fail(self) -> None:
-        """The optimizer's own step has raised; what is applied to gradients by then is applied no second time."""
-        if self._staged is not None and "grad_scale" not in self._first.own:
-            self._left = [None if p.grad is None else Seen(p.grad) for p in self.parameters]
-
-    def _is_called_again(self, left: list[Seen | None]) -> bool:
-        """Whether the gradients are as a step has left them that raised."""
-        self._left = None
-        return all(
-            p.grad is None if seen is None else seen.is_tensor(p.grad) and seen.unchanged() is not None
-            for p, seen in zip(self.parameters, left, strict=True)
-        )
-
-    def _finish(self) -> None:
-        """After the optimizer's step, or the last one's: commit, and tell the recorders."""
-        if self._staged is None:
-            return
-        was_skipped = self._step > 0 and self.report.stepped_or_pending is False
-        (self.report, self._states, is_sound), self._staged = self._staged, None
-        self._step += 1
-        self._scalars = {}
-        stepped = self.report.stepped_or_pending
-        if was_skipped or stepped is False:
-            other_clips.tell_accelerate(stepped=stepped is not False)
-        if isinstance(stepped, Tensor):
-            self._skips.watch(self.report, stepped, self._first.loss_scale)
-        elif stepped and is_sound:
-            self._skips.made()
-        if self._buffers.kept and not isinstance(stepped, Tensor):
-            self._buffers.note(self.parameters)
-        if self.window is not None:
-            self.window.closed(stepped=stepped)
-        hooks.tell(self.recorders, "record", self.report)
 
     # ---- life ----------------------------------------------------------------------------------------------------
 
