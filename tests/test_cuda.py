@@ -1,5 +1,6 @@
 """On a real GPU: right numbers by every path, no host sync, and a step that can be captured in a CUDA graph."""
 
+import gc
 import math
 
 import pytest
@@ -84,6 +85,11 @@ def test_a_gpu_clips_as_the_cpu_does(policy, fused, dtype):
         torch.testing.assert_close(one, other, rtol=rtol, atol=1e-12)
 
 
+def is_captured(guard):
+    graphs = guard._replays._graphs
+    return graphs is not None and any(entry.captured is not None for entry in graphs._entries)
+
+
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "foreach"])
 def test_a_replayed_step_gives_the_bits_of_a_launched_one(policy, fused, path, monkeypatch):
@@ -100,9 +106,7 @@ def test_a_replayed_step_gives_the_bits_of_a_launched_one(policy, fused, path, m
                 parameter.grad *= 1.5**i
             optimizer.step()
             reports.append(guard.report)
-        captured = (
-            guard._replays._graphs is not None and guard._replays._graphs._entries[0].captured is not None
-        )
+        captured = is_captured(guard)
         assert captured == (is_replayed and path == "triton")
         numbers = [(r.norm, r.norms, r.coefficient, r.clipped, r.clipped_norm, r.stepped) for r in reports]
         results.append((parameters, numbers, guard.state_dict()["states"]))
@@ -128,6 +132,89 @@ def test_a_step_whose_gradients_moved_is_replayed_on_the_new_ones(path):
         after = torch.stack([p.grad.double().norm() for p in parameters if p.grad is not None]).norm()
         # folded into the optimizer's kernel, or applied: a fused kernel writes the scaled gradients too
         assert float(after) == pytest.approx(1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        gk.policies.parse("warmup:4/global-norm:1e-3/global-norm:1e9").policy,
+        gk.policies.Clip(gk.policies.Schedule(lambda step: 1e-3 * step), "global"),
+    ],
+)
+def test_a_policy_that_looks_at_the_number_of_the_step(policy, path):
+    """Compared with, a graph holds as long as it comes out alike; computed with, the step is launched: in silence."""
+    _, optimizer, guard, backward = training(policy, "cuda")
+    for step in range(1, 10):
+        backward()
+        optimizer.step()
+        bound = (1e-3 if step <= 4 else 1e9) if "Warmup" in repr(policy) else 1e-3 * step
+        assert guard.report.clipped_norm == pytest.approx(min(bound, guard.report.norm), rel=1e-6)
+
+
+def test_a_policy_of_the_users_is_launched(path):
+    class Own(gk.policies.ClipByGlobalNorm):
+        calls = 0
+
+        def decide(self, norms, state):
+            Own.calls += 1
+            return super().decide(norms, state)
+
+    _, optimizer, guard, backward = training(Own(1.0), "cuda")
+    for _ in range(6):
+        backward()
+        optimizer.step()
+    assert Own.calls == 6
+    assert not is_captured(guard)
+
+
+@pytest.mark.parametrize("spec", ["global-norm:1.0", "zclip", "value:0.01"])
+def test_under_a_loss_scale_as_torch_does_it_by_hand(spec, path):
+    results = []
+    for is_guarded in (True, False):
+        parameters, _, guard, _ = training(None, "cuda")
+        guard.detach()
+        optimizer = torch.optim.AdamW(parameters, lr=0.01, fused=True)
+        scaler = torch.amp.GradScaler("cuda", init_scale=1024.0, growth_interval=4)
+        if is_guarded:
+            guard = gk.attach(optimizer, spec)
+        elif spec == "zclip":
+            continue
+        for step in range(10):
+            optimizer.zero_grad()
+            loss = sum((parameter * (step + 1)).square().sum() for parameter in parameters)
+            scaler.scale(loss * (math.inf if step == 5 else 1.0)).backward()
+            if not is_guarded:
+                scaler.unscale_(optimizer)
+                if spec == "value:0.01":
+                    torch.nn.utils.clip_grad_value_(parameters, 0.01)
+                else:
+                    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+        results.append([*(parameter.detach() for parameter in parameters), torch.tensor(scaler.get_scale())])
+    if spec == "zclip":
+        assert guard.step == 10
+        assert is_captured(guard) == (path == "triton")
+        return
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_windows_are_divided_in_the_graph(path):
+    parameters, optimizer, guard, _ = training(gk.ClipByGlobalNorm(1e9), "cuda")
+    accumulate = gk.Accumulator(guard, 3)
+    for _ in range(6):
+        optimizer.zero_grad()
+        drawn = [torch.randn_like(parameter) for parameter in parameters]
+        for micro in accumulate([1.0, 2.0, 3.0]):
+            with micro:
+                loss = sum((p * g).sum() for p, g in zip(parameters, drawn, strict=True)) * micro.batch
+                micro.backward(loss, weight=micro.batch)
+            if micro.closes_window:
+                optimizer.step()
+        true = torch.stack([g.double().norm() for g in drawn]).norm()  # 6 of them, divided by 6
+        assert guard.report.norm == pytest.approx(float(true), rel=1e-6)
+    assert is_captured(guard) == (path == "triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -170,6 +257,7 @@ def test_no_host_sync(policy):
 def captured(optimizer, stream):
     """A graph of one step, captured on a stream on which steps were made before."""
     stream.synchronize()
+    gc.collect()  # the end of another graph would break the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         optimizer.step()

@@ -36,7 +36,7 @@ def test_recording_does_not_sync_the_host(tmp_path):
         assert run.totals().tolist() == [report.norm for report in reports]
         assert run.coefficients().tolist() == [report.coefficient for report in reports]
         assert run.losses().tolist() == [float(report.scalars["loss"]) for report in reports]
-        assert len(run.weight_samples()[0]) >= 110
+        assert len(run.weight_samples()[0]) == 102  # the first 100 steps, and every 50th
 
 
 def test_a_run_on_a_stream_of_its_own(tmp_path):

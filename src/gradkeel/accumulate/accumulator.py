@@ -51,7 +51,7 @@ class Accumulator:
         divides: by what the model's own communication hook divides the sum over ranks; needed where
             ``register_comm_hook`` was given another hook than torch's averaging ones. 1 for a hook that only sums.
         accumulate_dtype: sum in this dtype, such as ``torch.float32`` for bfloat16 gradients, which stall otherwise
-            (1 + 256 x 0.003 stays 1). Costs a buffer of that dtype for every parameter during the window.
+            (1 + 256 x 0.003 stays 1). Costs a buffer for every parameter.
         noise_scale: measure the gradients after each micro-batch and estimate the gradient noise scale.
 
     Raises:

@@ -73,6 +73,10 @@ class Folding:
         if not is_capturing(scaled.device):
             self._arriving.append((to_host(scaled), Arrival(scaled.device)))
 
+    def heard(self, scaled: bool) -> None:
+        """Take note of a step of which the host knows by now whether it was scaled."""
+        self._scaled.append(scaled)
+
     def _look(self) -> None:
         while self._arriving and self._arriving[0][1].is_there():
             self._scaled.append(bool(self._arriving.popleft()[0]))

@@ -1,7 +1,8 @@
-"""A guarded step as two CUDA graphs, one that decides and one that applies, and the row that each replay leaves."""
+"""A guarded step as CUDA graphs, which decide and apply, and the row that each replay leaves."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.optim import Optimizer
 
 from gradkeel.apply import factors
 from gradkeel.apply.fused import Folding, can_fold, kernel_scale
-from gradkeel.guard.given import Given
+from gradkeel.guard.given import Given, Route
 from gradkeel.guard.report import SelectionReport
 from gradkeel.guard.roster import Roster
 from gradkeel.guard.step import Measured, carry_out, committed, decide_all, judge, norm_while_unchanged
@@ -64,9 +65,8 @@ class Row:
 
     Attributes:
         states: the policies' states after the step.
-        verdict: [3] float64 words: whether the step may be made, all is finite, and anything is to be applied.
+        verdict: [3] int64: whether the step may be made, all is finite, and anything is to be applied.
         may_step: [] bool the first of them.
-        is_scaled: [] bool the last of them.
         reports: makes the selections' reports.
         again: for each selection what measures it once more, where a clamp was applied.
         found_inf: [] float32 what a fused kernel skips by; written anew in the next step.
@@ -76,7 +76,6 @@ class Row:
     states: dict[str, State]
     verdict: Tensor
     may_step: Tensor
-    is_scaled: Tensor
     reports: Callable[[], tuple[SelectionReport, ...]]
     again: list[Callable[[], Tensor | None] | None]
     found_inf: Tensor
@@ -84,11 +83,11 @@ class Row:
 
     def flags(self) -> list[bool]:
         """Whether the step may be made, all is finite, and anything is to be applied; waits for the device."""
-        return [word != 0 for word in self.verdict.view(torch.int64).tolist()]
+        return [word != 0 for word in self.verdict.tolist()]
 
 
 class Captured:
-    """Both graphs of one list of gradients, and the buffers that they read.
+    """The graphs of one list of gradients, and the buffers that they read.
 
     Args:
         capture: captures a body.
@@ -110,21 +109,22 @@ class Captured:
         self._memory, self._places = _remembered(states)
         # What a step begins with, in the form of the rows: memory of its own, which the graph reads.
         self._words: Tensor | None = None
-        self._decide = capture(self._decided)
+        self._decide = capture(partial(self._decided, applies=given.route is Route.DEVICE))
         decided = self._decide.result
         self._apply = None
-        if decided.may_scale:  # torch warns of an empty graph
-            self._apply = capture(
-                lambda: carry_out(None, roster, decided.reports, self._given.prescale, Folding())
-            )
+        if given.route is not Route.DEVICE and decided.may_scale:  # torch warns of an empty graph
+            self._apply = capture(partial(self._applied, decided.reports))
         self.folds = (
             optimizer is not None
             and decided.kernel_scale is not None
             and can_fold(optimizer, roster.parameters)
         )
 
-    def _decided(self) -> "_Decided":
-        """From the gradients to the row; nothing is applied."""
+    def _applied(self, reports: Sequence[SelectionReport]) -> None:
+        carry_out(None, self._roster, reports, self._given.prescale, Folding())
+
+    def _decided(self, *, applies: bool) -> "_Decided":
+        """From the gradients to the row and, with ``applies``, back to the gradients."""
         roster, given = self._roster, self._given
         found = roster.readings()
         norms = [
@@ -148,7 +148,12 @@ class Captured:
         reports, after = decide_all(roster, measured, before)
         finite, may_step = judge(reports, given.found_inf, None, tolerant=given.tolerant)
         states = committed(roster.parts, reports, after, before, finite)
-        return _Decided(roster, reports, states, self._places, finite, may_step, given.prescale)
+        decided = _Decided(roster, reports, states, self._places, finite, may_step, given.prescale)
+        if len(self._memory):
+            self._memory.copy_(decided.words[: len(self._memory)])
+        if applies and decided.may_scale:
+            self._applied(reports)
+        return decided
 
     def holds(self, given: Given) -> bool:
         """Whether the policies would look at this step as they did at the captured one."""
@@ -161,30 +166,20 @@ class Captured:
         decided = self._decide.replay()
         words = decided.words.clone()
         self._words = words
+        may_step = read(words, decided.flags[0])
+        verdict = read(words, decided.verdict)
         again: list[Callable[[], Tensor | None] | None] = [None] * len(decided.patterns)
 
         def reports() -> tuple[SelectionReport, ...]:
             return tuple(one.of(words, given, own) for one, own in zip(decided.patterns, again, strict=True))
 
-        first = decided.flags[0].first
-        may_step, is_scaled = read(words, decided.flags[0]), read(words, decided.flags[2])
         after: dict[str, State] = {label: RowState(words, places) for label, places in self._places.items()}
-        return Row(
-            after,
-            words[first : first + len(decided.flags)],
-            may_step,
-            is_scaled,
-            reports,
-            again,
-            decided.found_inf,
-            decided.kernel_scale,
-        )
+        return Row(after, verdict, may_step, reports, again, decided.found_inf, decided.kernel_scale)
 
     def apply(self, row: Row) -> None:
-        """Carry the last decision, which is the row's, out on the gradients; does not sync the host."""
-        if self._apply is None:
-            return
-        self._apply.replay()
+        """Carry the last decision, which is the row's, out on the gradients, if it was not; does not sync the host."""
+        if self._apply is not None:
+            self._apply.replay()
         parts, reports = self._roster.parts, self._decide.result.reports
         tell_autograd(self._roster.parameters)
         for i in self._roster.here:
@@ -195,9 +190,9 @@ class Captured:
         if not len(self._memory):
             return
         held = next(iter(states.values()), None)
-        if isinstance(held, RowState) and held.words is self._words:
-            self._memory.copy_(held.words[: len(self._memory)])
-        else:
+        if (
+            not isinstance(held, RowState) or held.words is not self._words
+        ):  # else the graph has left it there
             held_by = self._roster.filled(states)
             self._memory.copy_(_remembered({label: held_by[label] for label in self._places})[0])
 
@@ -245,6 +240,7 @@ class _Decided:
             tensors += [tensor for one in held for tensor in one.values()]
         self.words, places = packed(tensors)
         self.flags = places[remembered : remembered + 3]
+        self.verdict = Place(torch.Size([3]), torch.int64, self.flags[0].first)
         rest = iter(places[remembered + 3 :])
         self.patterns = [
             _Pattern(report, *[{name: next(rest) for name in one} for one in held])

@@ -3,10 +3,24 @@
 import dataclasses
 import operator
 from collections.abc import Callable
+from enum import Enum
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+
+from gradkeel.kernels.graph import UnfitError
+
+
+class Route(Enum):
+    """Who skips a step that must not be made, and who multiplies gradients."""
+
+    HOST = "host"
+    """The host waits for the verdict, and lets gradients be multiplied where there is something to do."""
+    DEVICE = "device"
+    """The optimizer's kernel skips; gradients are multiplied before it."""
+    FOLDED = "folded"
+    """The optimizer's kernel does both, where it can."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -19,6 +33,7 @@ class Given:
         loss: [] the loss, where it was logged.
         found_inf: [] above 0 where a loss scaler saw a non-finite gradient.
         tolerant: whether a step may be made on non-finite gradients.
+        route: who skips, and who multiplies.
     """
 
     step: Any
@@ -26,10 +41,17 @@ class Given:
     loss: Tensor | float | None
     found_inf: Tensor | None
     tolerant: bool
+    route: Route
 
-    def kind(self) -> tuple[bool, ...]:
+    def kind(self) -> tuple[object, ...]:
         """What a graph depends on: which of the numbers there are, and what is done."""
-        return self.has_prescale(), self.loss is not None, self.found_inf is not None, self.tolerant
+        return (
+            self.has_prescale(),
+            self.loss is not None,
+            self.found_inf is not None,
+            self.tolerant,
+            self.route,
+        )
 
     def has_prescale(self) -> bool:
         """Whether there is anything to multiply by."""
@@ -44,6 +66,7 @@ class Given:
             None if self.loss is None else new[1],
             None if self.found_inf is None else new[2],
             self.tolerant,
+            self.route,
         )
 
     def send(self, given: "Given") -> None:
@@ -76,7 +99,7 @@ class Watched:
         return found
 
     def _refuse(self, *_: object) -> NoReturn:
-        raise TypeError("a policy computes with the number of the step, which the host alone knows")
+        raise UnfitError("a policy computes with the number of the step, which the host alone knows")
 
     __hash__ = None  # type: ignore[assignment]
 

@@ -13,7 +13,7 @@ from gradkeel.apply.skip import Buffers, clear_gradients
 from gradkeel.errors import NonFiniteGradientError
 from gradkeel.guard import hooks, other_clips, stack
 from gradkeel.guard.captured import Captured
-from gradkeel.guard.given import Given
+from gradkeel.guard.given import Given, Route
 from gradkeel.guard.prescale import prescale
 from gradkeel.guard.replay import Replays, rehearsing
 from gradkeel.guard.report import Recorder, SkipReason, StepReport
@@ -64,6 +64,7 @@ class Pipeline:
         self._scalars: dict[str, Tensor | float] = {}
         self._step = 0
         self._staged: Staged | None = None
+        self._told: Tensor | None = None  # the verdict of a replayed step, as its row has it
         self._left: list[Seen | None] | None = None
         self._is_again = False  # the step under way: it has raised before, with the same gradients
 
@@ -132,7 +133,10 @@ class Pipeline:
             return None
         factor = prescale(loss_scale, 1.0 if window is None else window.factor(), self._roster.device)
         tolerant = self._is_tolerant(loss_scale.found_inf)
-        return Given(self._step + 1, factor, self._scalars.get("loss"), loss_scale.found_inf, tolerant)
+        route = Route.HOST
+        if self._can_skip_on_device():
+            route = self._replays.route(self._roster, self._folding)
+        return Given(self._step + 1, factor, self._scalars.get("loss"), loss_scale.found_inf, tolerant, route)
 
     def _launched(self, found: Sequence[Readings], entry: Entry[Captured] | None) -> Staged:
         """The row of this step from what was read, and the policies' states after it; operation after operation."""
@@ -168,19 +172,14 @@ class Pipeline:
         """The same by two graphs."""
         row = captured.replay(given, self._states)
         report = StepReport(given.step, row.reports, given.prescale, dict(self._scalars))
-        if self._can_skip_on_device():
-            if (
-                row.kernel_scale is not None
-                and captured.folds
-                and self._folding.is_worth(self._roster.device)
-            ):
+        if given.route is not Route.HOST:
+            if given.route is Route.FOLDED and captured.folds and row.kernel_scale is not None:
                 self._first.give("grad_scale", row.kernel_scale)
             else:
                 captured.apply(row)
-            if captured.folds:
-                self._folding.note(row.is_scaled)
             self._first.give("found_inf", row.found_inf)
             report.stepped_or_pending = row.may_step
+            self._told = row.verdict
             return report, row.states, row.may_step
         may_step, is_finite, is_scaled = row.flags()
         if not may_step:
@@ -298,7 +297,8 @@ class Pipeline:
         if was_skipped or stepped is False:
             other_clips.tell_accelerate(stepped=stepped is not False)
         if isinstance(stepped, Tensor):
-            self._skips.watch(self.report, stepped, self._first.loss_scale)
+            self._skips.watch(self.report, stepped, self._first.loss_scale, self._told, self._folding.heard)
+            self._told = None
         elif stepped and is_sound:
             self._skips.made()
         if self._buffers.kept and not isinstance(stepped, Tensor):

@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
+from gradkeel.apply.fused import Folding
 from gradkeel.guard.captured import Captured
-from gradkeel.guard.given import Given
+from gradkeel.guard.given import Given, Route
 from gradkeel.guard.roster import Roster
 from gradkeel.kernels.graph import Entry, Graphs, can_capture
 from gradkeel.norms import State
@@ -25,7 +27,20 @@ class Replays:
     def __init__(self) -> None:
         self._graphs: Graphs[Captured] | None = None
         self._parts: object = None
-        self._with_weights = False
+        self._with_weights = self._may_fold = False
+
+    def route(self, roster: Roster, folding: Folding) -> Route:
+        """Who multiplies the gradients where the optimizer's kernel skips: it does both where that pays."""
+        self._look_at(roster)
+        return Route.FOLDED if self._may_fold and folding.is_worth(roster.device) else Route.DEVICE
+
+    def _look_at(self, roster: Roster) -> None:
+        if roster.parts is self._parts:
+            return
+        self._parts = roster.parts
+        self._graphs = Graphs(roster.device) if can_replay(roster) else None
+        self._with_weights = any(part.needs.weights for part in roster.parts)
+        self._may_fold = len(roster.here) == 1 and all(p.dtype == torch.float32 for p in roster.parameters)
 
     def find(
         self, optimizer: Optimizer | None, roster: Roster, states: Mapping[str, State], given: Given
@@ -34,10 +49,7 @@ class Replays:
 
         Without the first the step is launched; without the second too, as a rehearsal.
         """
-        if roster.parts is not self._parts:
-            self._parts = roster.parts
-            self._graphs = Graphs(roster.device) if can_replay(roster) else None
-            self._with_weights = any(part.needs.weights for part in roster.parts)
+        self._look_at(roster)
         tensors = [parameter.grad for parameter in roster.parameters]
         if self._graphs is None or not any(tensor is not None for tensor in tensors):
             return None, None

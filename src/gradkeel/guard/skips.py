@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,16 @@ from gradkeel.kernels.arrival import Arrival, is_capturing, to_host
 
 LONGEST_RUN = 30  # of overflows: a loss scale of 2**30 is halved to 1 in as many steps
 LONGEST_RUN_BELOW_1 = 3  # there the gradients themselves leave float16's range
+
+
+class _Pending(NamedTuple):
+    """A verdict on its way to the host, and what the loss scaler says of it."""
+
+    report: StepReport
+    there: Tensor
+    told: Tensor | None
+    heard: Callable[[bool], None] | None
+    arrival: Arrival
 
 
 class SkipWatch:
@@ -35,7 +46,7 @@ class SkipWatch:
         self._overflows = 0  # of the loss scale, in a row
         self._empty = 0  # steps in a row without a gradient
         self._history: list[str] = []
-        self._arriving: list[tuple[StepReport, Tensor, Arrival]] = []
+        self._arriving: list[_Pending] = []
 
     @property
     def consecutive(self) -> int:
@@ -113,26 +124,45 @@ class SkipWatch:
             return reason
         return f"{reason}, and the loss scale, which has overflowed {self._overflows} times in a row, is not to blame"
 
-    def watch(self, report: StepReport, stepped: Tensor, loss_scale: LossScale) -> None:
+    def watch(
+        self,
+        report: StepReport,
+        stepped: Tensor,
+        loss_scale: LossScale,
+        verdict: Tensor | None = None,
+        heard: Callable[[bool], None] | None = None,
+    ) -> None:
         """Take note of a verdict that only the device knows yet, with what the loss scaler says of it.
+
+        Args:
+            report: of the step.
+            stepped: [] bool whether it was made.
+            loss_scale: what the scaler has set.
+            verdict: [3] int64 whether it was made, all was finite, and anything was scaled, where this is known.
+            heard: is told the last of these, once it has arrived.
 
         A step that is being captured has none: it is not made now.
         """
-        if not is_capturing(stepped.device):
-            told = [stepped]
-            if loss_scale.found_inf is not None:
-                unknown = torch.full_like(loss_scale.found_inf, math.nan)
-                told += [loss_scale.found_inf, unknown if loss_scale.scale is None else loss_scale.scale]
-            there = to_host(torch.stack([one.to(stepped.device, torch.float32) for one in told]))
-            self._arriving.append((report, there, Arrival(stepped.device)))
+        if is_capturing(stepped.device):
+            return
+        told = None
+        if loss_scale.found_inf is not None:
+            unknown = torch.full_like(loss_scale.found_inf, math.nan)
+            given = (stepped, loss_scale.found_inf, unknown if loss_scale.scale is None else loss_scale.scale)
+            told = to_host(torch.stack([one.to(stepped.device, torch.float32) for one in given]))
+        there = to_host(stepped if verdict is None else verdict)
+        self._arriving.append(_Pending(report, there, told, heard, Arrival(stepped.device)))
 
     def look(self) -> None:
         """Judge the verdicts that have arrived, without waiting for any."""
-        if not self._arriving or is_capturing(self._arriving[0][0].stepped_tensor().device):
+        if not self._arriving or is_capturing(self._arriving[0].report.stepped_tensor().device):
             return  # asking would break the capture
-        while self._arriving and self._arriving[0][2].is_there():
-            report, told, _ = self._arriving.pop(0)
-            stepped, found_inf, scale = (*told.tolist(), 0.0, math.nan)[:3]
+        while self._arriving and self._arriving[0].arrival.is_there():
+            report, there, told, heard, _ = self._arriving.pop(0)
+            stepped, *_, scaled = there.tolist() if there.dim() else (bool(there), None)
+            if heard is not None and scaled is not None:
+                heard(bool(scaled))
+            _, found_inf, scale = (0.0, 0.0, math.nan) if told is None else told.tolist()
             if stepped:
                 self.made()
             elif found_inf and self.expects_overflow(None if math.isnan(scale) else scale):

@@ -31,6 +31,10 @@ _TRIED = 16
 """Lists of tensors that are given a graph in the life of one `Graphs`: who has more has another in each step."""
 
 
+class UnfitError(Exception):
+    """Raised by a body that cannot be captured, as is known beforehand: it is launched, and nobody warned."""
+
+
 class Graph(Generic[T]):
     """One capture of a body.
 
@@ -133,6 +137,8 @@ class Graphs(Generic[T]):
         try:
             with entry.slots.active():
                 entry.captured = bodies(lambda body: Graph(body, self.device, self.pool))
+        except UnfitError:
+            entry.slots.missed = True
         except Exception as error:  # noqa: BLE001  # whatever a body or a driver raises: training goes on
             entry.failures += 1
             if (
