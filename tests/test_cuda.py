@@ -138,7 +138,7 @@ def test_a_step_whose_gradients_moved_is_replayed_on_the_new_ones(path):
     "policy",
     [
         gk.policies.parse("warmup:4/global-norm:1e-3/global-norm:1e9").policy,
-        gk.policies.Clip(gk.policies.Schedule(lambda step: 1e-3 * step), "global"),
+        gk.policies.Clip("global", gk.policies.Schedule(lambda step: 1e-3 * step), gk.policies.Hard()),
     ],
 )
 def test_a_policy_that_looks_at_the_number_of_the_step(policy, path):

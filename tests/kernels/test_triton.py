@@ -44,12 +44,13 @@ def compiled(kernel, signature, target, **constants):
 for target in (GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)):
     for name, dtype in TYPES.items():
         own = {"DTYPE": dtype, "ALIGNMENT": 16, "BLOCK": 512}
+        wide = tl.float64 if name == "fp64" else tl.float32
         for squared in (False, True):
             norm = {**own, "IS_SQUARED": squared}
             for peaks in (False, True):
                 found = {"sums": "*fp64", "scales": "*fp64", "peaks": "*fp64"}
-                compiled(k.read_pieces, {**TABLE, "count": "i32", **found}, target, **norm, HAS_PEAKS=peaks, ROWS=2)
-        wide = tl.float64 if name == "fp64" else tl.float32
+                args = {**TABLE, "count": "i32", **found}
+                compiled(k.read_pieces, args, target, **norm, WIDE=wide, HAS_PEAKS=peaks, ROWS=2)
         given = {**TABLE, "count": "i32", "factors": "*fp64", "stride": "i32"}
         compiled(k.scale_pieces, given, target, **own, WIDE=wide, ROWS=8)
         if name != "fp64":

@@ -46,8 +46,7 @@ class Accumulator:
         reduction: what the losses are: "sum" over the micro-batch's items, or their "mean" (torch's criteria default
             to it), which is multiplied by the weight first.
         per: names of the denominators, where terms of the loss are divided by different counts, such as
-            ``("token", "sequence")``: ``micro.backward(loss, weight=n, per="sequence")``. The window's gradient is
-            the sum over them of ``sum_k grad(loss_sum_k) / sum_k weight_k``. Costs a buffer for each sum.
+            ``("token", "sequence")``: ``micro.backward(loss, weight=n, per="sequence")``. Costs a buffer for each.
         divides: by what the model's own communication hook divides the sum over ranks; needed where
             ``register_comm_hook`` was given another hook than torch's averaging ones. 1 for a hook that only sums.
         accumulate_dtype: sum in this dtype, such as ``torch.float32`` for bfloat16 gradients, which stall otherwise
@@ -108,9 +107,7 @@ class Accumulator:
         apart = accumulate_dtype is not None or len(self.per) > 1
         self._sums = {name: WideSums(accumulate_dtype or torch.float32) for name in self.per if apart}
         if self._sums and self._sync.keeps_sums:
-            raise ValueError(
-                "Accumulator(per=..., accumulate_dtype=...): FSDP1 keeps sums; use FSDP2 (fully_shard)"
-            )
+            raise ValueError("Accumulator(per=..., accumulate_dtype=...): FSDP1 sums itself; use FSDP2")
         self._noise = NoiseMeter(guard) if noise_scale else None
         self._divisor: float | None = None
         self._resumed = False

@@ -97,7 +97,8 @@ class TritonKernels:
         for run in layout.runs:
             self._kernels.read_pieces[(-(-run.length // rows),)](
                 layout.addresses, layout.table, run.first, run.length, sums, scales, extremes, self._types[run.dtype],
-                min(run.alignment, layout.alignment), squared, peaks, block, rows, num_warps=warps,
+                self._wide(run.dtype), min(run.alignment, layout.alignment), squared, peaks, block, rows,
+                num_warps=warps,
             )  # fmt: skip
         block = min(4096, 1 << max(4, layout.longest - 1).bit_length())
         self._kernels.join_powers[(layout.tensors,)](
@@ -136,10 +137,9 @@ class TritonKernels:
             factors = factors.clone()  # an address like any other's, so that no further kernel is compiled
         block, rows, warps = (_UNIT_BLOCK, _ROWS_SCALED, 1) if by_unit else (_BLOCK, 1, 4)
         for run in layout.runs:
-            wide = torch.float64 if run.dtype == torch.float64 else torch.float32
             self._kernels.scale_pieces[(-(-run.length // rows),)](
                 layout.addresses, layout.table, run.first, run.length, factors, stride, self._types[run.dtype],
-                self._types[wide], min(run.alignment, layout.alignment), block, rows, num_warps=warps,
+                self._wide(run.dtype), min(run.alignment, layout.alignment), block, rows, num_warps=warps,
             )  # fmt: skip
 
     def clamp(self, layout: Layout, low: float, high: float, peaks: Tensor | None = None) -> None:
@@ -156,6 +156,9 @@ class TritonKernels:
                 layout.addresses, layout.table, run.first, given, *limits, self._types[run.dtype],
                 min(run.alignment, layout.alignment), peaks is not None, _BLOCK,
             )  # fmt: skip
+
+    def _wide(self, dtype: torch.dtype) -> Any:
+        return self._types[torch.promote_types(dtype, torch.float32)]
 
     def _new(self, count: int) -> Tensor:
         return torch.empty(count, dtype=torch.float64, device=self.device)

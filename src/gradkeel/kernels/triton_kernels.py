@@ -31,7 +31,13 @@ def _largest(data, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def _read(
-    data, count, DTYPE: tl.constexpr, IS_SQUARED: tl.constexpr, HAS_PEAKS: tl.constexpr, BLOCK: tl.constexpr
+    data,
+    count,
+    DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    IS_SQUARED: tl.constexpr,
+    HAS_PEAKS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """One read of a piece: the sum of ``(|x| / scale)^p``, the scale, and the lowest and highest entry where wanted.
 
@@ -42,28 +48,32 @@ def _read(
         scale = _largest(data, count, BLOCK)
     whole = count // BLOCK * BLOCK
     total = tl.zeros([BLOCK], dtype=tl.float64)
-    low, high = tl.full([BLOCK], float("inf"), tl.float64), tl.full([BLOCK], float("-inf"), tl.float64)
+    # Compared in float32 where that holds every entry, for float64 is slow.
+    low, high = tl.full([BLOCK], float("inf"), WIDE), tl.full([BLOCK], float("-inf"), WIDE)
     strange = tl.zeros([BLOCK], dtype=tl.int32)
     for start in range(0, whole, BLOCK):
-        x = tl.load(data + start + tl.arange(0, BLOCK)).to(tl.float64)
+        entries = tl.load(data + start + tl.arange(0, BLOCK))
         if HAS_PEAKS:
-            low, high = tl.minimum(low, x), tl.maximum(high, x)
-            strange = strange | (x != x).to(tl.int32)
-        x = tl.abs(x)
+            y = entries.to(WIDE)
+            low, high = tl.minimum(low, y), tl.maximum(high, y)
+            strange = strange | (y != y).to(tl.int32)
+        x = tl.abs(entries.to(tl.float64))
         if DTYPE == tl.float64:  # noqa: SIM300
             x = x / scale
         total += x * x if IS_SQUARED else x
     at = whole + tl.arange(0, BLOCK)
-    x = tl.load(data + at, mask=at < count, other=0.0).to(tl.float64)
+    entries = tl.load(data + at, mask=at < count, other=0.0)
     if HAS_PEAKS:
-        low = tl.where(at < count, tl.minimum(low, x), low)
-        high = tl.where(at < count, tl.maximum(high, x), high)
-        strange = strange | (x != x).to(tl.int32)
-    x = tl.abs(x) / scale
+        y = entries.to(WIDE)
+        low = tl.where(at < count, tl.minimum(low, y), low)
+        high = tl.where(at < count, tl.maximum(high, y), high)
+        strange = strange | (y != y).to(tl.int32)
+    x = tl.abs(entries.to(tl.float64)) / scale
     total += x * x if IS_SQUARED else x
     is_strange = tl.max(strange, axis=0) > 0
-    lowest = tl.where(is_strange, float("nan"), tl.min(low, axis=0))
-    return tl.sum(total, axis=0), scale, lowest, tl.where(is_strange, float("nan"), tl.max(high, axis=0))
+    lowest, highest = tl.min(low, axis=0).to(tl.float64), tl.max(high, axis=0).to(tl.float64)
+    lowest = tl.where(is_strange, float("nan"), lowest)
+    return tl.sum(total, axis=0), scale, lowest, tl.where(is_strange, float("nan"), highest)
 
 
 @triton.jit(do_not_specialize=["first", "count"])
@@ -76,6 +86,7 @@ def read_pieces(
     scales,
     peaks,
     DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     IS_SQUARED: tl.constexpr,
     HAS_PEAKS: tl.constexpr,
@@ -88,7 +99,7 @@ def read_pieces(
         if own < count:
             piece = first + own
             data, size = _piece(addresses, pieces + 4 * piece, DTYPE, ALIGNMENT)
-            found, scale, low, high = _read(data, size, DTYPE, IS_SQUARED, HAS_PEAKS, BLOCK)
+            found, scale, low, high = _read(data, size, DTYPE, WIDE, IS_SQUARED, HAS_PEAKS, BLOCK)
             tl.store(sums + piece, found)
             # A piece of zeros must not keep the scale of the whole from being as small as the other pieces need it.
             tl.store(scales + piece, tl.where(found == 0, 0.0, scale))
