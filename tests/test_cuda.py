@@ -167,37 +167,46 @@ def test_a_policy_of_the_users_is_launched(path):
     assert not is_captured(guard)
 
 
-@pytest.mark.parametrize("spec", ["global-norm:1.0", "zclip", "value:0.01"])
-def test_under_a_loss_scale_as_torch_does_it_by_hand(spec, path):
+def scaled_steps(optimizer, parameters, clip=None):
+    """Ten steps under a loss scale, one of which overflows; ``clip`` is called on unscaled gradients."""
+    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0, growth_interval=4)
+    for step in range(10):
+        optimizer.zero_grad()
+        loss = sum((parameter * (step + 1)).square().sum() for parameter in parameters)
+        scaler.scale(loss * (math.inf if step == 5 else 1.0)).backward()
+        if clip is not None:
+            scaler.unscale_(optimizer)
+            clip(parameters)
+        scaler.step(optimizer)
+        scaler.update()
+    return scaler.get_scale()
+
+
+@pytest.mark.parametrize(
+    ("spec", "clip"),
+    [
+        ("global-norm:1.0", lambda parameters: torch.nn.utils.clip_grad_norm_(parameters, 1.0)),
+        ("value:0.01", lambda parameters: torch.nn.utils.clip_grad_value_(parameters, 0.01)),
+        ("zclip", None),
+    ],
+)
+def test_under_a_loss_scale_as_torch_does_it_by_hand(spec, clip, path):
     results = []
     for is_guarded in (True, False):
         parameters, _, guard, _ = training(None, "cuda")
         guard.detach()
         optimizer = torch.optim.AdamW(parameters, lr=0.01, fused=True)
-        scaler = torch.amp.GradScaler("cuda", init_scale=1024.0, growth_interval=4)
         if is_guarded:
             guard = gk.attach(optimizer, spec)
-        elif spec == "zclip":
-            continue
-        for step in range(10):
-            optimizer.zero_grad()
-            loss = sum((parameter * (step + 1)).square().sum() for parameter in parameters)
-            scaler.scale(loss * (math.inf if step == 5 else 1.0)).backward()
-            if not is_guarded:
-                scaler.unscale_(optimizer)
-                if spec == "value:0.01":
-                    torch.nn.utils.clip_grad_value_(parameters, 0.01)
-                else:
-                    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            scaler.step(optimizer)
-            scaler.update()
-        results.append([*(parameter.detach() for parameter in parameters), torch.tensor(scaler.get_scale())])
-    if spec == "zclip":
-        assert guard.step == 10
-        assert is_captured(guard) == (path == "triton")
-        return
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+            scale = scaled_steps(optimizer, parameters)
+            assert guard.step == 10
+            assert is_captured(guard) == (path == "triton")
+        elif clip is not None:
+            assert scaled_steps(optimizer, parameters, clip) == scale
+        results.append([parameter.detach() for parameter in parameters])
+    if clip is not None:
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_windows_are_divided_in_the_graph(path):

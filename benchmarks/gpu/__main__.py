@@ -44,13 +44,39 @@ def rows(title: str, table: dict[str, Any]) -> list[str]:
 
 
 def write(found: dict[str, Any]) -> None:
-    """Put the tables between the marks of docs/benchmarks.md."""
+    """Put the tables between the marks of docs/benchmarks.md: ratios of all, and all times of the first two."""
     before, _, rest = DOCS.read_text(encoding="utf-8").partition(BEGIN)
-    lines = [f"{found['where']}.", ""]
-    for title, table in found["tables"].items():
-        lines += rows(title, table)
+    lines = [f"{found['where']}; [all times](data/benchmarks-gpu.json).", ""]
+    tables = found["tables"]
+    kinds = {title.rsplit(", ", 2)[0]: None for title in tables if title.count(", ") > 2}
+    for kind in kinds:
+        lines += ratios(
+            kind, {title: table for title, table in tables.items() if title.startswith(f"{kind}, ")}
+        )
+    whole = [title for title in tables if title.startswith("training")]
+    for title in [*list(tables)[:2], *whole]:
+        lines += rows(title, tables[title])
     text = "\n".join(lines).rstrip()
     DOCS.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    data = DOCS.parent / "data" / "benchmarks-gpu.json"
+    data.parent.mkdir(exist_ok=True)
+    data.write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+def ratios(kind: str, tables: dict[str, dict[str, Any]]) -> list[str]:
+    """The wall times of one kind as multiples of torch's: a column for each dtype and side of the bound."""
+    heads = [title.removeprefix(f"{kind}, ").removesuffix(" the bound") for title in tables]
+    lines = [
+        f"**{kind}: wall time, x torch**",
+        "",
+        f"| | {' | '.join(heads)} |",
+        "|---" * (1 + len(heads)) + "|",
+    ]
+    for name in dict.fromkeys(name for table in tables.values() for name in table):
+        cells = [f"{table[name]['ratio']:.2f}" if name in table else "" for table in tables.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    baseline = [next(iter(table.values()))["wall"] for table in tables.values()]
+    return [*lines, f"| torch, ms | {' | '.join(f'{ms:.3g}' for ms in baseline)} |", ""]
 
 
 def main() -> None:
