@@ -107,7 +107,8 @@ class Accumulator:
         apart = accumulate_dtype is not None or len(self.per) > 1
         self._sums = {name: WideSums(accumulate_dtype or torch.float32) for name in self.per if apart}
         if self._sums and self._sync.keeps_sums:
-            raise ValueError("Accumulator(per=..., accumulate_dtype=...): FSDP1 sums itself; use FSDP2")
+            words = "FullyShardedDataParallel (FSDP1) sums itself; use FSDP2 (fully_shard)"
+            raise ValueError(f"Accumulator(per=..., accumulate_dtype=...): {words}")
         self._noise = NoiseMeter(guard) if noise_scale else None
         self._divisor: float | None = None
         self._resumed = False
