@@ -345,6 +345,86 @@ def accumulation_traps() -> dict[str, tuple[Cell, Cell]]:
     }
 
 
+# ---- skips ------------------------------------------------------------------------------------------------------
+
+
+class _Counting(torch.optim.SGD):
+    """An optimizer that counts its steps in its groups, and turns missing gradients into zeros, as several do."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["k"] = group.get("k", 0) + 1
+            for parameter in group["params"]:
+                parameter.mul_(1 - 0.1 / group["k"])
+                if parameter.grad is not None:
+                    parameter.sub_(parameter.grad)
+
+
+def skip_traps() -> dict[str, tuple[Cell, Cell]]:
+    """A step that must not be made, under torch's GradScaler, whose skip is the only one that torch has."""
+
+    def spoiled(*, guarded: bool) -> Cell:
+        weight = nn.Parameter(torch.ones(2))
+        optimizer = _Counting([weight], lr=1.0)
+        if guarded:
+            gk.attach(optimizer, gk.ClipByGlobalNorm(1.0))
+        (weight * torch.tensor([1.0, math.nan])).sum().backward()
+        if not guarded:
+            nn.utils.clip_grad_norm_([weight], 1.0)
+        optimizer.step()
+        is_right = bool(torch.equal(weight.detach(), torch.ones(2)))
+        return Cell(is_right=is_right, words="" if is_right else f"the weights are {weight.tolist()}")
+
+    def for_ever(*, guarded: bool) -> Cell:
+        weight = nn.Parameter(torch.ones(1))
+        optimizer = torch.optim.SGD([weight], lr=1.0)
+        if guarded:
+            gk.attach(optimizer, None)
+        scaler = torch.amp.GradScaler("cpu")
+        for step in range(300):
+            optimizer.zero_grad()
+            scaler.scale((weight * math.nan).sum()).backward()
+            try:
+                scaler.step(optimizer)
+            except gk.TooManySkipsError:
+                return Cell(is_right=True, words=f"TooManySkipsError at step {step + 1}")
+            scaler.update()
+        return Cell(is_right=False, words="300 steps skipped without a word")
+
+    def buffers(*, guarded: bool) -> Cell:
+        model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if guarded:
+            gk.attach(optimizer, None, model=model)
+        scaler = torch.amp.GradScaler("cpu")
+        for batch in (torch.randn(4, 2), torch.full((4, 2), math.inf), torch.randn(4, 2)):
+            optimizer.zero_grad()
+            scaler.scale(model(batch).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        found = model.eval()(torch.zeros(1, 2)).detach()
+        is_right = bool(found.isfinite().all())
+        return Cell(is_right=is_right, words="" if is_right else "model.eval() gives NaN from then on")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", gk.SkippedStepWarning)
+        return {
+            "47 skip_runs_no_step: NaN, an optimizer that counts its steps": (
+                spoiled(guarded=True),
+                spoiled(guarded=False),
+            ),
+            "48 scaler_is_not_an_excuse: a network that gives NaN for ever": (
+                for_ever(guarded=True),
+                for_ever(guarded=False),
+            ),
+            "56 buffers_on_skip: BatchNorm sees a batch with inf": (
+                buffers(guarded=True),
+                buffers(guarded=False),
+            ),
+        }
+
+
 # ---- the table ------------------------------------------------------------------------------------------------
 
 
@@ -373,10 +453,15 @@ def training_table() -> list[str]:
     return lines
 
 
+def single_calls() -> dict[str, tuple[Cell, Cell]]:
+    """The traps in which only torch is a peer, or what calls it."""
+    return {**function_traps(), **loss_scale_traps(), **accumulation_traps(), **skip_traps()}
+
+
 def function_table(optax: dict[str, Cell], paddle: dict[str, Cell]) -> list[str]:
     """The traps of single calls, where every other peer calls torch's function."""
     lines = ["| trap | gradkeel | torch (and whoever calls it) | optax | Paddle |", "|---|---|---|---|---|"]
-    for name, (mine, theirs) in {**function_traps(), **loss_scale_traps(), **accumulation_traps()}.items():
+    for name, (mine, theirs) in single_calls().items():
         others = [
             next((str(cell) for start, cell in peer.items() if name.startswith(start)), "-")
             for peer in (optax, paddle)

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.trap_trainers import with_accelerate_by_items, with_gradkeel
-from benchmarks.traps import TRAINING_TRAPS, accumulation_traps, function_traps, loss_scale_traps
+from benchmarks.traps import TRAINING_TRAPS, single_calls
 
 
 @pytest.mark.parametrize("name", TRAINING_TRAPS)
@@ -15,7 +15,7 @@ def test_gradkeel_is_right_in_training(name):
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
 def test_gradkeel_is_right_in_single_calls_and_torch_is_where_its_documentation_says_how():
     right_in_torch, not_asked_for = ("6 unscale_order", "12 one entry"), "14 the same, nothing asked for"
-    for name, (mine, theirs) in {**function_traps(), **loss_scale_traps(), **accumulation_traps()}.items():
+    for name, (mine, theirs) in single_calls().items():
         assert mine.is_right == (name != not_asked_for), name
         assert theirs.is_right == name.startswith(right_in_torch), name
 

@@ -171,6 +171,18 @@ def test_a_factor_of_1_leaves_every_bit():
     assert bits.tolist() == [0x7FA00001, 1, -1]
 
 
+def test_a_factor_below_the_numbers_of_float32_is_no_zero():
+    tensors = [torch.full((3,), 1e38), torch.full((2,), 1e38).bfloat16(), torch.full((2,), 3.0)]
+    factors = torch.tensor([1e-46, 1e-46, 0.0], dtype=torch.float64)
+    wanted = [
+        (tensor.double() * factor).to(tensor.dtype) for tensor, factor in zip(tensors, factors, strict=True)
+    ]
+    assert float(wanted[0][0]) > 0
+    assert triton_host.scale(tensors, factors)
+    for tensor, exact in zip(tensors, wanted, strict=True):
+        torch.testing.assert_close(tensor, exact, rtol=4 * torch.finfo(tensor.dtype).eps, atol=0)
+
+
 def test_misaligned_tensors():
     whole = torch.randn(4099).half()
     assert norms_of([whole[1:], whole[3:]]).tolist() == pytest.approx(

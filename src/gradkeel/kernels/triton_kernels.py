@@ -212,16 +212,20 @@ def scale_pieces(
         own = tl.program_id(0) * ROWS + i
         if own < count:
             row = pieces + 4 * (first + own)
-            factor = tl.load(factors + stride * tl.load(row + 3)).to(WIDE)
-            if factor != 1.0:
+            exact = tl.load(factors + stride * tl.load(row + 3))
+            # Below the normal numbers of float32 a factor is applied in two multiplications, of which one is exact.
+            is_tiny = tl.abs(exact) < 1.1754943508222875e-38
+            factor = tl.where(is_tiny, exact * 1.8446744073709552e19, exact).to(WIDE)
+            rest = tl.where(is_tiny, 5.421010862427522e-20, 1.0).to(WIDE)
+            if exact != 1.0:
                 data, size = _piece(addresses, row, DTYPE, ALIGNMENT)
                 whole = size // BLOCK * BLOCK
                 for start in range(0, whole, BLOCK):
                     at = start + tl.arange(0, BLOCK)
-                    tl.store(data + at, (tl.load(data + at).to(WIDE) * factor).to(DTYPE))
+                    tl.store(data + at, (tl.load(data + at).to(WIDE) * factor * rest).to(DTYPE))
                 at = whole + tl.arange(0, BLOCK)
                 x = tl.load(data + at, mask=at < size, other=0.0)
-                tl.store(data + at, (x.to(WIDE) * factor).to(DTYPE), mask=at < size)
+                tl.store(data + at, (x.to(WIDE) * factor * rest).to(DTYPE), mask=at < size)
 
 
 @triton.jit(do_not_specialize=["first", "low", "high"])
