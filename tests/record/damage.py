@@ -53,8 +53,9 @@ def _craft(connection: sqlite3.Connection, kind: str, chance: random.Random) -> 
     if not columns:
         return  # dropped before
     column, value = chance.choice(columns), chance.choice(HOSTILE)
+    rowids = [rowid for (rowid,) in connection.execute(f"SELECT rowid FROM {table}")] or [0]
     if kind == "values":
-        one = f" WHERE rowid IN (SELECT rowid FROM {table} ORDER BY random() LIMIT 1)"
+        one = f" WHERE rowid = {chance.choice(rowids)}"
         connection.execute(f"UPDATE {table} SET {column} = ?{chance.choice(['', one])}", (value,))
     elif kind == "rows":
         if chance.random() < 0.5:
@@ -65,18 +66,18 @@ def _craft(connection: sqlite3.Connection, kind: str, chance: random.Random) -> 
                 with contextlib.suppress(sqlite3.Error):
                     connection.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(columns))})", row)
     elif kind == "blobs":
-        where = "rowid IN (SELECT rowid FROM series ORDER BY random() LIMIT 3)"
-        chosen = chance.choice(
-            [
-                "zeroblob(8)",
-                "zeroblob(512)",
-                "randomblob(length(data))",
-                "randomblob(512)",
-                "substr(data, 2)",
-                "'x'",
-            ]
-        )
-        connection.execute(f"UPDATE series SET data = {chosen} WHERE {where}")
+        for rowid, size in chance.sample(
+            list(connection.execute("SELECT rowid, length(data) FROM series WHERE typeof(data) = 'blob'")), 3
+        ):
+            chosen = (
+                bytes(8),
+                bytes(512),
+                chance.randbytes(size),
+                chance.randbytes(512),
+                chance.randbytes(size - 1),
+                "x",
+            )
+            connection.execute("UPDATE series SET data = ? WHERE rowid = ?", (chance.choice(chosen), rowid))
     else:
         endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n"
         chosen = chance.choice(["drop", "view", "column", "many", "big"])
