@@ -80,7 +80,7 @@ class Store:
         ]
         self._number_of_blocks = len(found)
         sets = query("SELECT DISTINCT superseded_by FROM parameters WHERE superseded_by > 0 ORDER BY 1")
-        self._sets = [number for (number,) in sets]
+        self._sets = [number for (number,) in sets if isinstance(number, int)]
         self._read_parameters({self._set_of(block) for block in found} or {0})
         self._read_blocks(found)
         everybody = [
