@@ -1,5 +1,6 @@
 """Several optimizers under one guard: one norm, one coefficient, one verdict, one record, one state."""
 
+import contextlib
 import copy
 import io
 import itertools
@@ -338,6 +339,34 @@ def test_an_optimizers_own_step_that_raises_can_be_called_again():
                 optimizer.step()
         assert guards[0].report.norm == pytest.approx(guards[1].report.norm, nan_ok=True)
         assert is_same(list(model.parameters()), list(sound.parameters()))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_round_that_was_given_up_after_an_error_is_followed_by_the_next(order):
+    class Failing(optim.SGD):
+        fails = False
+
+        def step(self, closure=None):
+            if self.fails:
+                raise MemoryError("for once")
+            return super().step(closure)
+
+    nets = [Net(), Net()]
+    for net in nets:
+        optimizers = [optim.SGD(net.first.parameters(), lr=0.1), Failing(net.second.parameters(), lr=0.1)]
+        if net is nets[0]:
+            guard = gk.attach(optimizers, gk.ClipByGlobalNorm(BOUND))
+        for step in range(4):
+            net.zero_grad()
+            net(data(step)).square().mean().backward()
+            if net is nets[1]:
+                gk.clip_grad_norm_(net.parameters(), BOUND)
+            optimizers[1].fails = step == 1
+            with contextlib.suppress(MemoryError):
+                for optimizer in optimizers if step != 2 else optimizers[::order]:
+                    optimizer.step()
+    assert guard.step == 3  # as after an error in the step of one optimizer alone
+    torch.testing.assert_close(nets[0].state_dict(), nets[1].state_dict())
 
 
 @pytest.mark.skipif(not hasattr(optim, "Muon"), reason="torch has it from 2.9 on")

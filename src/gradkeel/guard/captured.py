@@ -194,7 +194,9 @@ class Captured:
             not isinstance(held, RowState) or held.words is not self._words
         ):  # else the graph has left it there
             held_by = self._roster.filled(states)
-            self._memory.copy_(_remembered({label: held_by[label] for label in self._places})[0])
+            # By name: a checkpoint's may stand in another order.
+            named = {label: {key: held_by[label][key] for key in own} for label, own in self._places.items()}
+            self._memory.copy_(_remembered(named)[0])
 
 
 class _Decided:

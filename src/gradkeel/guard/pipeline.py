@@ -86,7 +86,7 @@ class Pipeline:
         self._first = self._hooks[first]
         self._is_again = self._left is not None and self._is_called_again(self._left)
         if not self._is_again:
-            self._staged = None
+            self._staged = self._told = None
         try:
             self._skips.look()
         except Exception:

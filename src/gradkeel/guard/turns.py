@@ -42,7 +42,9 @@ class Turns:
         self._evaluate = evaluate
         self._finish = finish
         self._is_staged = is_staged
+        self._fail = fail
         self._stepped: list[int] = []
+        self._has_failed = False  # a step of this round, which may be made again or given up
         self._is_evaluated = False
         self._is_made = True
         self._seen: list[list[tuple[Tensor | None, int]]] = []
@@ -52,7 +54,7 @@ class Turns:
                 guard,
                 partial(self._begun, i),
                 partial(self._evaluated, i),
-                fail,
+                self._failed,
                 partial(self._ended, i),
             )
             for i, optimizer in enumerate(optimizers)
@@ -65,6 +67,8 @@ class Turns:
             AttachError: if it has stepped in this round, and another has not.
         """
         self._is_evaluated = False
+        if self._has_failed and self._stepped and (index in self._stepped or not self._is_as_seen(index)):
+            self._stepped.clear()  # another round: the last one was given up
         if index in self._stepped:
             waiting = " and ".join(
                 self._name(i) for i in range(len(self._optimizers)) if i not in self._stepped
@@ -76,6 +80,11 @@ class Turns:
             )
         if not self._stepped:
             self._begin(index)
+        self._has_failed = False
+
+    def _failed(self) -> None:
+        self._has_failed = True
+        self._fail()
 
     def _evaluated(self, index: int) -> bool:
         """The gradients are there: decide, or see that they are as the first step left them.
