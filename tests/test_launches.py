@@ -24,21 +24,7 @@ NO_LAUNCH = (
 )  # fmt: skip
 
 
-# What a chain makes of units, and a policy of a group's units, is put together tensor by tensor.
-BY_TENSOR = {"agc+norm:0.005", "per-group:none/agc"}
-POLICIES = [
-    pytest.param(None, id="none"),
-    *(
-        pytest.param(
-            row.policy,
-            id=row.id,
-            marks=[pytest.mark.xfail(strict=True, reason="one operation a tensor")]
-            if row.id in BY_TENSOR
-            else [],
-        )
-        for row in ROWS
-    ),
-]
+POLICIES = [pytest.param(None, id="none"), *(pytest.param(row.policy, id=row.id) for row in ROWS)]
 
 
 class Counting(TorchDispatchMode):

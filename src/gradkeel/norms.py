@@ -6,9 +6,9 @@ once it is made; they are not frozen, for that would make each of them four time
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -55,6 +55,40 @@ def _vector_norm(values: Tensor, norm_type: float) -> Tensor:
     return norm
 
 
+_Class = TypeVar("_Class", bound=type)
+_DTYPES: dict[type, torch.dtype] = {float: torch.float64, bool: torch.bool}
+
+
+def _late(*names: str) -> Callable[[_Class], _Class]:
+    """These fields of a slotted dataclass may be given as a number of the host's, which is a tensor once it is read.
+
+    On CPU making a tensor takes longer than all that is done with it, and most are never looked at. What was given
+    stays in the field of the same name with ``known_`` before it.
+    """
+
+    def of(kind: _Class) -> _Class:
+        for name in names:
+            slot = vars(kind)[name]
+            setattr(kind, f"known_{name}", slot)
+            setattr(kind, name, property(_reader(slot.__get__, slot.__set__), slot.__set__))
+        return kind
+
+    return of
+
+
+def _reader(get: Callable[[Any], Any], put: Callable[[Any, Any], None]) -> Callable[[Any], Any]:
+    def read(owner: Any) -> Any:
+        value = get(owner)
+        dtype = _DTYPES.get(type(value))
+        if dtype is not None:
+            value = torch.full((), value, dtype=dtype, device="cpu")
+            put(owner, value)
+        return value
+
+    return read
+
+
+@_late("total")
 @dataclass(slots=True, eq=False)
 class GradientNorms:
     """The norms of the TRUE gradients of one selection of parameters, at one step.
@@ -94,7 +128,14 @@ class GradientNorms:
     peaks: Tensor | None = None
     loss: Tensor | None = None
 
+    if TYPE_CHECKING:
 
+        @property
+        def known_total(self) -> Tensor | float:
+            """The same, or the number of the host's that it was given as."""
+
+
+@_late("coefficients", "skip", "bound")
 @dataclass(slots=True, eq=False)
 class Decision:
     """What a policy wants done to the gradients of its selection; the parts that are None are not wanted.
@@ -115,6 +156,20 @@ class Decision:
     clamp: tuple[float, float] | None = None
     skip: Tensor | None = None
     bound: Tensor | None = None
+
+    if TYPE_CHECKING:
+
+        @property
+        def known_coefficients(self) -> Tensor | float | None:
+            """The same, or the number of the host's that they were given as."""
+
+        @property
+        def known_skip(self) -> Tensor | bool | None:
+            """The same, or what the host knows."""
+
+        @property
+        def known_bound(self) -> Tensor | float | None:
+            """The same, or the number of the host's that it was given as."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from gradkeel import policies as gp
+from gradkeel.norms import GradientNorms
+from gradkeel.policies.compose.chain import per_tensor
 from policy_rows import Run, gradients
 from streams import measured, play
 
@@ -289,3 +291,19 @@ def test_what_means_nothing_is_refused_with_the_reason(make, words):
 def test_what_is_of_another_kind_is_refused_with_the_reason(make, words):
     with pytest.raises(TypeError, match=words):
         make()
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])
+def test_norms_of_tensors_from_those_of_their_units_are_exact(norm_type):
+    """Against float64 tensor by tensor; some have no unit, and one has most of them."""
+    counts = (0, 3, 1, 2000, 7, 0)
+    units = torch.rand(sum(counts), dtype=torch.float64) * 10.0 ** torch.randint(-9, 9, (sum(counts),))
+    norms = GradientNorms(
+        tuple(map(str, range(6))), torch.ones(6, dtype=torch.float64), torch.ones(()), norm_type, (0,) * 6, 1,
+        unit_counts=counts,
+    )  # fmt: skip
+    parts = units.split(list(counts))
+    exact = [torch.linalg.vector_norm(part, norm_type).item() if len(part) else 0.0 for part in parts]
+    assert per_tensor(units, norms).tolist() == pytest.approx(exact, rel=1e-14)
+    least = [part.min().item() if len(part) else math.inf for part in parts]
+    assert per_tensor(units, norms, least=True).tolist() == least

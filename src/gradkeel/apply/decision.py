@@ -40,14 +40,12 @@ def apply(
 
 def factors(decision: Decision, prescale: Tensor | float) -> Tensor | float:
     """Prescale x clip: one factor for all parameters, a number where the host knows it, or [n] one for each."""
-    factor = decision.coefficients
+    factor = decision.known_coefficients
     if factor is None:
-        factor = prescale if isinstance(prescale, Tensor) else None
+        factor = prescale
     elif not (isinstance(prescale, float) and prescale == 1.0):
         factor = factor * prescale
-    if factor is None:
-        return prescale
-    return factor.item() if factor.is_cpu and factor.dim() == 0 else factor
+    return factor.item() if isinstance(factor, Tensor) and factor.is_cpu and factor.dim() == 0 else factor
 
 
 def scale(parameters: Sequence[Tensor], factor: Tensor | float) -> None:

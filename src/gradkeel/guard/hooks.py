@@ -25,7 +25,17 @@ _AMP_FLAG = "_step_supports_amp_scaling"
 def _outside_of_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
     why = {"reason": "gradkeel measures and decides outside of the graph; compile without fullgraph=True"}
     takes_it = "reason" in inspect.signature(torch.compiler.disable).parameters  # from torch 2.7 on
-    return torch.compiler.disable(hook, **why if takes_it else {})
+    disabled = torch.compiler.disable(hook, **why if takes_it else {})
+    callback = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", None)
+    if callback is None:
+        return disabled
+
+    def outside(*args: Any) -> Any:
+        # Where nothing is compiled, as almost always, there is nothing to turn off.
+        is_watched = torch.compiler.is_compiling() or callback() is not None
+        return disabled(*args) if is_watched else hook(*args)
+
+    return outside
 
 
 class Hooks:

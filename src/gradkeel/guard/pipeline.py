@@ -113,8 +113,12 @@ class Pipeline:
                 entry, captured = None, None
                 if given is not None:
                     entry, captured = self._replays.find(self._alone, roster, self._states, given)
-                with rehearsing(entry):
-                    found = [] if captured is not None else roster.readings()
+                found: Sequence[Readings] = ()
+                if entry is None:
+                    found = roster.readings()
+                elif captured is None:
+                    with rehearsing(entry):
+                        found = roster.readings()
             except Exception:
                 roster.fail()
                 raise
@@ -123,7 +127,8 @@ class Pipeline:
             else:
                 self._staged = self._launched(found, entry)
         row = self._staged[0]
-        hooks.tell(self.recorders, "before_step", row)
+        if self.recorders:
+            hooks.tell(self.recorders, "before_step", row)
         return row.stepped_or_pending is not False
 
     def _given(self) -> Given | None:
@@ -219,11 +224,12 @@ class Pipeline:
 
     def _carry_out(self, row: StepReport, entry: Entry[Captured] | None) -> None:
         """Apply what was decided; with an ``entry`` as the rehearsal of the graphs that will do it."""
-        with rehearsing(entry):
-            optimizer = self._alone if entry is None else None
-            folded = carry_out(optimizer, self._roster, row.selections, row.prescale, self._folding)
         if entry is not None:
+            with rehearsing(entry):
+                carry_out(None, self._roster, row.selections, row.prescale, self._folding)
             entry.is_rehearsed = not entry.slots.missed
+            return
+        folded = carry_out(self._alone, self._roster, row.selections, row.prescale, self._folding)
         if folded is not None:
             self._first.give("grad_scale", folded)
 
@@ -305,4 +311,5 @@ class Pipeline:
             self._buffers.note(self._roster.parameters)
         if self.window is not None:
             self.window.closed(stepped=stepped)
-        hooks.tell(self.recorders, "record", self.report)
+        if self.recorders:
+            hooks.tell(self.recorders, "record", self.report)

@@ -79,6 +79,7 @@ class Roster:
         names: names of all parameters on this rank, selection after selection.
         parameters: all parameters on this rank, likewise.
         device: where norms are put together.
+        clips: whether there is a policy, and not only something to measure.
         exchange: tells the ranks' norms to each other; None where every rank knows all it needs.
     """
 
@@ -163,12 +164,8 @@ class Roster:
             raise
         members: Sequence[Any] = selections if self.exchange is None else self.exchange.members
         self.parts = tuple(map(self._part, selections, policies, needs, members))
+        self.clips = any(policy is not None for policy in policies)
         self.here = [i for i, part in enumerate(self.parts) if part.selection.parameters]
-
-    @property
-    def clips(self) -> bool:
-        """Whether there is a policy, and not only something to measure."""
-        return any(part.policy is not None for part in self.parts)
 
     def _part(self, selection: Selection, policy: Policy | None, needs: Needs, whole: Members) -> Part:
         blank, shown = blank_norms(whole, needs, self.device), repr(policy)

@@ -126,13 +126,13 @@ def judge(
         tolerant: whether a step may be made on non-finite gradients.
     """
     finite: Tensor | bool = True
-    skips: list[Tensor] = []
+    skips: list[Tensor | bool] = []
     for report in reports:
         if report.measured.names:
             # A norm is never below zero, so that only NaN and inf are not below inf.
-            finite = _both(finite, known(report.measured.total) < math.inf)
-        if report.decision.skip is not None:
-            skips.append(report.decision.skip)
+            finite = _both(finite, known(report.measured.known_total) < math.inf)
+        if (skip := report.decision.known_skip) is not None:
+            skips.append(skip)
     if found_inf is not None:
         finite = _both(finite, known(found_inf) == 0)
     may_step: Tensor | bool = True if tolerant else finite
@@ -143,7 +143,7 @@ def judge(
     return finite, may_step
 
 
-def known(value: Tensor | bool) -> Tensor | bool | float:
+def known(value: Tensor | bool | float) -> Tensor | bool | float:
     """A number that the host may look at; on an accelerator the tensor."""
     if isinstance(value, Tensor) and value.device.type == "cpu":
         return value.item()

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -138,10 +138,11 @@ def true_norms(
     if not blank.names:
         return blank
     norms = _times(found.norms, prescale)
+    total: Any
     if isinstance(found.total, Tensor):
         total = _times(found.total, prescale)
     elif found.total is not None and isinstance(prescale, float):
-        total = torch.scalar_tensor(found.total * prescale, dtype=norms.dtype)
+        total = found.total * prescale
     else:
         total = combine(norms, blank.norm_type)
     return GradientNorms(

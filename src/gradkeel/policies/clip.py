@@ -4,9 +4,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, TypeAlias, get_args
+from typing import Any, ClassVar, TypeAlias, get_args
 
-import torch
 from torch import Tensor
 
 from gradkeel.norms import Decision, GradientNorms, Needs, State
@@ -14,7 +13,7 @@ from gradkeel.policies.base import Policy, Scope, count, plain_parameters, posit
 from gradkeel.policies.bounds.base import Bound, HostBound
 from gradkeel.policies.numbers import Memory, Number
 from gradkeel.policies.scopes import Cells, plain_cells, spread
-from gradkeel.policies.states import HOST, PlainState
+from gradkeel.policies.states import PlainState
 
 Verdict: TypeAlias = tuple[Number, Number, Memory]
 """Coefficients, or whether to skip; the bounds in force; and the state after the step."""
@@ -159,8 +158,8 @@ def in_turn(
     return [one[0] for one in found], [one[1] for one in found], kept
 
 
-def any_of(found: Tensor | list[bool]) -> Tensor:
-    """[] bool: whether any cell's verdict is true."""
+def any_of(found: Tensor | list[bool]) -> Any:
+    """[] bool: whether any cell's verdict is true; a number where the host knows, as `Decision` takes it."""
     if isinstance(found, Tensor):
         return found.any()
-    return torch.full((), any(found), dtype=torch.bool, device=HOST)
+    return any(found)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from gradkeel.norms import GradientNorms, combine, is_on_host
 from gradkeel.policies.base import Scope
 from gradkeel.policies.numbers import Number, where
-from gradkeel.policies.states import HOST, from_list
+from gradkeel.policies.states import from_list
 
 # Cells up to this number are decided on one after the other in plain numbers, where the host has them.
 FEW = 8
@@ -113,7 +114,9 @@ def plain_cells(measured: GradientNorms, scope: Scope) -> Sequence[Cell]:
     norms = measured.norms
     if not is_on_host(norms) or norms.dtype != torch.float64:
         return ()
-    total = measured.total.item()
+    total = measured.known_total
+    if isinstance(total, Tensor):
+        total = total.item()
     if scope == "global":
         return (Cell(measured, scope, 0, total, total),)
     if scope == "unit" and measured.units is not None:
@@ -166,11 +169,14 @@ def _sizes(measured: GradientNorms, scope: Scope) -> tuple[int, ...]:
     return tuple(sum(measured.sizes[i] for i in rows) for rows in group_members(measured.groups))
 
 
-def spread(values: Tensor | list[float], measured: GradientNorms, scope: Scope) -> Tensor:
-    """From a value for each cell [k] to one for all parameters [], for each parameter [n], or for each unit [u]."""
+def spread(values: Tensor | list[float], measured: GradientNorms, scope: Scope) -> Any:
+    """From a value for each cell [k] to one for all parameters [], for each parameter [n], or for each unit [u].
+
+    The one for all is a number where the host knows it, as `Decision` takes it.
+    """
     if isinstance(values, list):
         if scope == "global":
-            return torch.full((), values[0], dtype=torch.float64, device=HOST)
+            return float(values[0])
         values = from_list(values)
     elif scope == "global":
         return values.reshape(())
@@ -209,3 +215,22 @@ def _places(groups: tuple[int, ...]) -> tuple[int, ...]:
 def expanded(values: tuple[int, ...], counts: tuple[int, ...]) -> tuple[int, ...]:
     """Each of n values as often as its count says: from a number per parameter to a number per unit."""
     return tuple(value for value, times in zip(values, counts, strict=True) for _ in range(times))
+
+
+@lru_cache(maxsize=64)
+def rows_of(counts: tuple[int, ...], width: int, device: torch.device) -> Tensor:
+    """Where n runs of ``counts`` values each stand, as rows of ``width`` places: [rows, width] indices.
+
+    Each run begins a row of its own, and has one even where it is empty; places that are left over hold the number
+    of all values.
+    """
+    places, start, end = list[int](), 0, sum(counts)
+    for count in counts:
+        places += [*range(start, start + count), *[end] * (rows_for(count, width) * width - count)]
+        start += count
+    return torch.tensor(places, dtype=torch.int64, device=device).reshape(-1, width)
+
+
+def rows_for(count: int, width: int) -> int:
+    """How many rows of ``width`` places so many values take, at least one."""
+    return max(1, -(-count // width))

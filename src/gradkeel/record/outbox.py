@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from gradkeel.record.rows import Batch, Kept, Rows, Subject, same_layout
+from gradkeel.record.rows import Batch, Kept, Rows, Subject
 from gradkeel.record.schema import ROWS_PER_BLOCK
 
 MOST_WAITING = 4096
@@ -49,21 +49,19 @@ class Outbox:
         self._sinks = list(sinks)
         self._batches: queue.Queue[Batch | None] = queue.Queue(MOST_WAITING)
         self._pid = os.getpid()
+        self._is_working = True
         self._thread = threading.Thread(target=self._work, name="gradkeel-record", daemon=True)
         self._thread.start()
 
     @property
     def is_open(self) -> bool:
         """Whether anybody still writes; never in a forked process, which has no such thread."""
-        return bool(self._sinks) and os.getpid() == self._pid and self._thread.is_alive()
-
-    def follows(self, kept: Kept) -> bool:
-        """Whether this step can stand in one batch with those that wait."""
-        last = self._kept[-1].report if self._kept else None
-        return last is None or (kept.report.step > last.step and same_layout(kept.report, last))
+        return self._is_working and bool(self._sinks) and os.getpid() == self._pid
 
     def add(self, kept: Kept) -> None:
-        """Take a step; send what has waited for long enough."""
+        """Take a step, of the layout of those that wait; send what has waited for long enough."""
+        if self._kept and kept.report.step <= self._kept[-1].report.step:
+            self.send()
         self._kept.append(kept)
         if len(self._kept) >= ROWS_PER_BLOCK or time.monotonic() - self._sent_at >= self._flush_seconds:
             self.send()
@@ -96,6 +94,12 @@ class Outbox:
         self._thread.join(CLOSE_SECONDS)
 
     def _work(self) -> None:
+        try:
+            self._write()
+        finally:
+            self._is_working = False
+
+    def _write(self) -> None:
         while (batch := self._batches.get()) is not None:
             try:
                 rows = batch.rows()

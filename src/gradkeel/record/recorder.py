@@ -157,7 +157,8 @@ class Recorder:
         """Copy the weights, at steps at which the update is to be measured."""
         if self._guard is None or self._outbox is None or report.step == self._before_step:
             return  # a closure may be evaluated several times within a step
-        if is_capturing(report.selections[0].measured.norms.device):
+        measured = report.selections[0].measured
+        if not measured.norms.is_cpu and is_capturing(measured.norms.device):
             return  # nothing is run now, and what a replay does is not seen
         if self._guard.is_sharded and not self._per_rank:
             return  # this rank's weights are not the whole
@@ -167,14 +168,15 @@ class Recorder:
         known = (
             None if rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu") else float(rate)
         )
-        weights, updates = self._sampling.next(report.selections[0].measured, known)
+        weights, updates = self._sampling.next(measured, known)
         if weights:
-            device = report.selections[0].measured.norms.device
+            device = measured.norms.device
             self._before = BeforeUpdate(self._guard.names, self._guard.parameters, device, updates=updates)
 
     def record(self, report: StepReport) -> None:
         """Take note of a step; does not sync the host."""
-        self._warn_of_problems()
+        if self._problems:
+            self._warn_of_problems()
         if self._taken_over:
             self._taken_over = False
             _warn(
@@ -185,12 +187,12 @@ class Recorder:
         self._before = None
         if self._outbox is None or not self._outbox.is_open:
             return
-        if is_capturing(report.selections[0].measured.norms.device):
+        norms = report.selections[0].measured.norms
+        if not norms.is_cpu and is_capturing(norms.device):
             return
         kept = keep(report, time.time(), self._scalars(report), sample)
-        if not self._outbox.follows(kept):
-            self._outbox.send()
         if self._described is None or not same_layout(report, self._described):
+            self._outbox.send()
             self._described, self._outbox.subject = report, self._subject()
         self._outbox.add(kept)
 

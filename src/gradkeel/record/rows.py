@@ -62,7 +62,7 @@ class Kept:
     report: StepReport
     time: float
     scalars: dict[str, Tensor | float]
-    coefficients: tuple[Tensor | None, ...]
+    coefficients: tuple[Tensor | float | None, ...]
     clipped: Tensor | None
     clipped_total: Tensor | None
     sample: Sample | None
@@ -122,7 +122,9 @@ def keep(report: StepReport, time: float, scalars: dict[str, Tensor | float], sa
         time=time,
         scalars={name: _own(value, like) for name, value in scalars.items()},
         coefficients=tuple(
-            s.decision.coefficients if s.decision.unit_coefficients is None else s.outcome.coefficients()
+            s.decision.known_coefficients
+            if s.decision.unit_coefficients is None
+            else s.outcome.coefficients()
             for s in report.selections
         ),
         clipped=main.outcome.is_clipped() if main.decision.clamp is not None else None,
@@ -145,29 +147,36 @@ def _own(value: Tensor | float, like: Tensor) -> Tensor | float:
 
 def same_layout(one: StepReport, other: StepReport) -> bool:
     """Whether two steps can stand in one batch: the same parameters under the same policies."""
-    return len(one.selections) == len(other.selections) and all(
-        (a.measured.names is b.measured.names or a.measured.names == b.measured.names)
-        and a.label == b.label
-        and a.policy == b.policy
-        for a, b in zip(one.selections, other.selections, strict=True)
-    )
+    first, second = one.selections, other.selections
+    if len(first) != len(second):
+        return False
+    for a, b in zip(first, second, strict=True):  # what is the same object is equal at once
+        if a.measured.names != b.measured.names or a.policy != b.policy or a.label != b.label:
+            return False
+    return True
 
 
 class Batch:
-    """Kept steps of one layout, stacked on their device and copied to the host without waiting for it."""
+    """Kept steps of one layout, stacked on their device and copied to the host without waiting for it.
+
+    What is on the host already is stacked by the writing thread.
+    """
 
     def __init__(self, kept: Sequence[Kept], subject: Subject) -> None:
         self._kept, self._subject = kept, subject
-        device = kept[0].report.selections[0].measured.norms.device
-        self._series = {name: to_host(value) for name, value in _stack(kept).items()}
+        norms = kept[0].report.selections[0].measured.norms
+        self._series: dict[str, Tensor] | None = None
+        if not norms.is_cpu:
+            self._series = {name: to_host(value) for name, value in _stack(kept).items()}
         self._samples = [(row.report.step, row.sample.on_host()) for row in kept if row.sample is not None]
-        self._arrival = Arrival(device)
+        self._arrival = Arrival(norms.device)
 
     def rows(self) -> Rows:
         """The steps on the host; waits for the copy, so call it off the training thread."""
         self._arrival.wait()
         reports = [kept.report for kept in self._kept]
-        series = {name: value.to(torch.float64) for name, value in self._series.items()}
+        stacked = _stack(self._kept) if self._series is None else self._series
+        series = {name: value.to(torch.float64) for name, value in stacked.items()}
         _derive(series, reports[0].selections[0])
         series["step"] = torch.tensor([report.step for report in reports])
         series["time"] = torch.tensor([kept.time for kept in self._kept], dtype=torch.float64)
@@ -194,8 +203,8 @@ def _stack(kept: Sequence[Kept]) -> dict[str, Tensor]:
     main = [row.report.selections[0] for row in kept]
     unknown = main[0].measured.norms.new_full((), math.nan)
     series = {
-        "total": torch.stack([s.measured.total for s in main]),
-        "bound": torch.stack([_or(s.outcome.bound(), unknown) for s in main]),
+        "total": _scalars([s.measured.known_total for s in main], unknown),
+        "bound": _scalars([_bound(s) for s in main], unknown),
         "stepped": _scalars([_number(row.report.stepped_or_pending) for row in kept], unknown),
     }
     columns = range(len(kept[0].report.selections))
@@ -229,6 +238,14 @@ def _stack(kept: Sequence[Kept]) -> dict[str, Tensor]:
     return series
 
 
+def _bound(selection: SelectionReport) -> Tensor | float:
+    known = selection.decision.known_bound
+    if isinstance(known, float):
+        return known
+    bound = selection.outcome.bound()
+    return math.nan if bound is None else bound
+
+
 def _or(value: Tensor | None, other: Tensor) -> Tensor:
     return other if value is None else value
 
@@ -246,13 +263,14 @@ def _scalars(values: Sequence[Tensor | float], like: Tensor) -> Tensor:
     )
 
 
-def _coefficients(values: Sequence[Tensor | None], norms: Tensor) -> Tensor:
+def _coefficients(values: Sequence[Tensor | float | None], norms: Tensor) -> Tensor:
     """[k, n] from one coefficient a step, or one a parameter and step; None is 1."""
-    one = torch.ones_like(norms[:1]).reshape(()) if norms.numel() else norms.new_ones(())
-    filled = [_or(value, one) for value in values]
-    if any(value.dim() for value in filled):
-        return torch.stack([value.expand_as(norms) for value in filled])
-    return torch.stack(filled).unsqueeze(1).expand(-1, norms.numel())
+    filled = [1.0 if value is None else value for value in values]
+    if any(isinstance(value, Tensor) and value.dim() for value in filled):
+        return torch.stack(
+            [v.expand_as(norms) if isinstance(v, Tensor) else torch.full_like(norms, v) for v in filled]
+        )
+    return _scalars(filled, norms.new_empty(())).unsqueeze(1).expand(-1, norms.numel())
 
 
 def _derive(series: dict[str, Tensor], main: SelectionReport) -> None:

@@ -38,7 +38,7 @@ class Sampling:
         """Whether to measure the weights at this step, and whether the update as well; call it once a step."""
         self._seen += 1
         step = measured.step
-        jump = self._jump(measured) if measured.total.device.type == "cpu" else 0.0
+        jump = self._jump(measured) if measured.norms.is_cpu else 0.0
         if not jump <= ALARM or (
             rate is not None and self._rate is not None and rate > RATE_ALARM * self._rate
         ):
@@ -49,7 +49,7 @@ class Sampling:
 
     def _jump(self, measured: GradientNorms) -> float:
         """The norm relative to the highest of the last steps; NaN where it is not finite."""
-        total = float(measured.total)
+        total = float(measured.known_total)
         highest = max(self._recent, default=math.inf)
         if not math.isfinite(total):
             return math.nan

@@ -1,5 +1,6 @@
 """Policies made of policies: one after the other, and one until the other is ready."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
@@ -12,7 +13,7 @@ from torch import Tensor
 from gradkeel.norms import Decision, GradientNorms, Needs, State, combine
 from gradkeel.policies.base import Policy, count
 from gradkeel.policies.clip import Clip
-from gradkeel.policies.scopes import expanded, take
+from gradkeel.policies.scopes import expanded, rows_for, rows_of, take
 from gradkeel.policies.states import JoinedState
 
 
@@ -193,12 +194,18 @@ def scaled(norms: GradientNorms, decision: Decision) -> GradientNorms:
 
 def per_tensor(units: Tensor, norms: GradientNorms, *, least: bool = False) -> Tensor:
     """[n] norm of each tensor from those of its units, or the least of them."""
-    parts = units.split(list(norms.unit_counts))
-    if not parts:
-        return torch.zeros_like(norms.norms)
-    if least:
-        return torch.stack([part.min() if part.numel() else part.new_full((), torch.inf) for part in parts])
-    return torch.stack([combine(part, norms.norm_type) for part in parts])
+    counts = norms.unit_counts
+    if not any(counts):
+        return torch.full_like(norms.norms, torch.inf if least else 0.0)
+    # In two rounds of equal rows, filled up with what counts for nothing: as many operations whatever the tensors,
+    # in a fixed order, and few places are left over even where one tensor has most of the units.
+    width = math.isqrt(max(counts)) + 1
+    pieces = tuple(rows_for(count, width) for count in counts)
+    for runs, places in ((counts, width), (pieces, max(pieces))):
+        filled = torch.cat([units, units.new_full((1,), torch.inf if least else 0.0)])
+        rows = filled[rows_of(runs, places, units.device)]
+        units = rows.amin(1) if least else combine(rows, norms.norm_type)
+    return units
 
 
 def _product(first: Decision, second: Decision) -> Decision:
