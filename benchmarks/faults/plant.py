@@ -60,12 +60,25 @@ class Truth:
     norms: tuple[float, ...]
 
     @property
+    def harmed(self) -> bool:
+        """Whether loss or norm at the fault stood out at all."""
+        if self.step is None:
+            return False
+        first, after = self.step - 1, slice(self.step - 1, self.step + 3)
+        return any(
+            max(map(abs, values[after]), default=0.0) > 3 * abs(_level(values[max(0, first - 30) : first]))
+            for values in (list(self.losses), list(self.norms))
+        )
+
+    @property
     def verdicts(self) -> set[str]:
         """What the run may rightly be called; empty where the fault did no harm, so that nothing is asked."""
         if self.fault.startswith("healthy"):
             return {"healthy"}
         if self.fault in ("nan_forward", "nan_backward", "overflow"):
-            return {"non_finite"}
+            # An overflow behind which a bounded function stands is no inf any more.
+            is_seen = self.fault == "nan_backward" or self.blew_up or not all(map(math.isfinite, self.norms))
+            return {"non_finite"} if is_seen else set()
         if self.fault == "frozen":
             return {"vanishing"}
         if self.fault.startswith(("lr", "warmup")):
@@ -77,6 +90,8 @@ class Truth:
             return {"diverged_from_start"} if self.blew_up else set()
         if self.fault == "attention":
             return {"drift", "spike_unrecovered", "diverged"} if not self.recovered else set()
+        if self.recovered and not self.harmed:
+            return set()
         return {"spike_recovered"} if self.recovered else {"spike_unrecovered", "diverged"}
 
 
@@ -208,6 +223,12 @@ class Run:
                 for name in self.program.attention:
                     self.program.model.get_parameter(name).mul_(1.15)
 
+    def onset(self, begin: int) -> int | None:
+        """The step of the fault; None where a rising learning rate, or nothing, acts at no step of its own."""
+        if self.fault.startswith("warmup"):
+            return None
+        return 1 if begin == 5 or self.fault == "frozen" else self.step
+
     def _truth(self) -> Truth:
         model, planted = self.program.model, self.fault in ("nan_forward", "nan_backward", "overflow", "init30", "frozen")
         place = tuple(n for n, _ in model.named_parameters() if n.startswith(f"{self.program.place}.")) if planted else ()
@@ -221,11 +242,11 @@ class Run:
         finite = all(map(math.isfinite, self.losses))
         # PPO's and a GAN's losses need not fall: only one that left its own range says that a run blew up.
         margin = (0.5 if self.family in ("ppo", "gan") else 0.02) * abs(start)
-        step = None if self.fault.startswith("healthy") else 1 if begin == 5 or self.fault == "frozen" else self.step
+        step = None if self.fault.startswith("healthy") else self.onset(begin)
         return Truth(
             self.family, self.fault, self.kind, step, place, self.sample if self.fault == "bad_sample" else None,
             not finite or tail > start + margin, finite and tail < start - 0.1 * abs(start),
-            finite and tail < before + 0.25 * abs(before) + 0.1 * abs(start), tuple(self.losses), tuple(self.norms),
+            finite and tail < before + max(0.15 * (start - before), 0.1 * abs(before)), tuple(self.losses), tuple(self.norms),
         )  # fmt: skip
 
 

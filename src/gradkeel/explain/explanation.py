@@ -1,6 +1,8 @@
 """The whole explanation of a run, and its JSON form."""
 
+import contextlib
 import dataclasses
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -8,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradkeel.explain import words
+from gradkeel.explain.autopsy import NOTE, AutopsyResult, of_note
 from gradkeel.explain.course import Course
 from gradkeel.explain.explosion import Explosion, find_explosions, worst
 from gradkeel.explain.fading import Fading, find_fading
@@ -58,6 +61,7 @@ class Explanation:
         fading: parameters that hardly learn.
         threshold: the norms' distribution and what bounds would have done; None for a record too short for it.
         rolled_back: what was recorded again later, of the last eight times.
+        autopsies: what experiments on bad steps showed, see `gradkeel.Autopsy`, in order.
         damage: what of the record could not be read, in words, or None.
     """
 
@@ -76,6 +80,7 @@ class Explanation:
     fading: Fading
     threshold: ThresholdAdvice | None
     rolled_back: tuple[RolledBack, ...] = ()
+    autopsies: tuple[AutopsyResult, ...] = ()
     damage: str | None = None
 
     @property
@@ -108,7 +113,7 @@ def explain(run: str | os.PathLike[str] | Reader, *, bounds: Sequence[float] = (
             return explain(reader, bounds=bounds)
     policy = run.policy  # says so where nothing is recorded yet
     course = Course.read(run)
-    events = find_explosions(course)
+    events, autopsies = find_explosions(course), _autopsies(run)
     explosion, fading = worst(events), find_fading(run)
     explanation = Explanation(
         path=str(run.path),
@@ -120,14 +125,24 @@ def explain(run: str | os.PathLike[str] | Reader, *, bounds: Sequence[float] = (
         optimizer=run.session.optimizer,
         clipped=float(run.clipped().double().mean()),
         skipped=int((~run.stepped()).sum()),
-        diagnosis=diagnose(course, events, fading),
+        diagnosis=diagnose(course, events, fading, autopsies),
         explosion=explosion,
         events=tuple(events),
         fading=fading,
         threshold=advise(run, bounds=bounds, explosion=explosion),
+        autopsies=autopsies,
         rolled_back=tuple(_rolled_back(run, rollback) for rollback in run.rollbacks[-_MOST_ROLLBACKS:]),
     )
     return dataclasses.replace(explanation, damage=run.damage)  # what reading has come upon
+
+
+def _autopsies(run: Reader) -> tuple[AutopsyResult, ...]:
+    found = []
+    for key, text in run.store.meta.items():
+        if key.startswith(NOTE):
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # what a damaged record may hold
+                found.append(of_note(json.loads(text)))
+    return tuple(sorted(found, key=lambda result: result.step))
 
 
 def _rolled_back(run: Reader, rollback: Rollback) -> RolledBack:

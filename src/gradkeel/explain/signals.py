@@ -1,20 +1,29 @@
 """From a record to what a verdict is made from."""
 
+import dataclasses
+from collections.abc import Sequence
+
 import torch
 
+from gradkeel.explain.autopsy import AutopsyResult
 from gradkeel.explain.course import Course
 from gradkeel.explain.explosion import Explosion, larger_updates
 from gradkeel.explain.fading import Fading
 from gradkeel.explain.verdict import Diagnosis, Sign, Signals, judge
 
+_NEAR = 3  # steps between an onset and the autopsy of it
 
-def diagnose(course: Course, events: list[Explosion], fading: Fading) -> Diagnosis:
+
+def diagnose(
+    course: Course, events: list[Explosion], fading: Fading, autopsies: Sequence[AutopsyResult] = ()
+) -> Diagnosis:
     """The verdict on a recorded run.
 
     Args:
         course: of the run.
         events: its explosions.
         fading: what hardly learns.
+        autopsies: what experiments showed; a module that they name is where the run went wrong at that step.
     """
     steps, weights, updates = course.samples
     whole = torch.linalg.vector_norm(updates, dim=1) / torch.linalg.vector_norm(weights, dim=1)
@@ -23,7 +32,7 @@ def diagnose(course: Course, events: list[Explosion], fading: Fading) -> Diagnos
     # A bias before a normalization has no gradient, by its nature: only weights are told of.
     faded = [(f.parameter, f.since) for f in (*fading.dead, *fading.vanishing) if f.parameter in matrices]
     faded += [(name, course.step(0)) for name in fading.frozen if name in matrices and _had_gradient(course, name)]
-    return judge(
+    diagnosis = judge(
         Signals(
             steps=course.steps,
             losses=course.losses,
@@ -38,6 +47,12 @@ def diagnose(course: Course, events: list[Explosion], fading: Fading) -> Diagnos
             hardly=faded,
         )
     )
+    for autopsy in autopsies:
+        if diagnosis.onset is not None and abs(autopsy.step - diagnosis.onset) <= _NEAR:
+            own = [name for name in course.reader.names if name.startswith(f"{autopsy.module}.")]
+            where = tuple(own[:3]) if autopsy.module and own else diagnosis.where
+            return dataclasses.replace(diagnosis, where=where, reasons=(*diagnosis.reasons, str(autopsy)))
+    return diagnosis
 
 
 def _sign(course: Course, event: Explosion) -> Sign:
