@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gradkeel.errors import GradkeelWarning
-from gradkeel.explain.inspection import Inspection, in_float32, split
+from gradkeel.explain.inspection import Inspection, in_float32, samples_of, take
 from gradkeel.explain.undisturbed import Restore, randomness, undisturbed
 from gradkeel.guard import Guard, SkipReason, StepReport
 from gradkeel.record.notes import write_note
@@ -95,7 +95,7 @@ class Autopsy(Generic[Batch]):
     scaler are not touched. The result is in ``last``, in the record, and in one `GradkeelWarning`.
 
     A batch is kept by reference until the next good one. Reading the norm syncs the host on an accelerator, at each
-    step. For one process; nothing is tried under an accumulation window, whose gradient is of several batches.
+    step. For one process; nothing is tried where the guard raises on non-finite gradients, nor under an accumulation window, whose gradient is of several batches.
 
     Args:
         guard: made by `gradkeel.attach`; with ``model=`` so that modules can be named.
@@ -217,8 +217,8 @@ class Autopsy(Generic[Batch]):
         self._batch = self._good = None
 
 
-class _BudgetError(Exception):
-    """No further pass is allowed."""
+class _EndedError(Exception):
+    """No further pass is allowed, or one has failed."""
 
 
 class _Trials:
@@ -240,14 +240,18 @@ class _Trials:
     def run(self, change: str, batch: Any, context: contextlib.AbstractContextManager[Any] | None = None) -> bool:
         """Whether the fault is there with this changed."""
         if self._budget < 1:
-            raise _BudgetError
+            raise _EndedError
         self._budget -= 1
         self._restart()
         self._replay()
         for parameter in self.guard.parameters:
             parameter.grad = None
-        with context or contextlib.nullcontext():
-            self._loss(batch).backward()  # type: ignore[no-untyped-call]
+        try:
+            with context or contextlib.nullcontext():
+                self._loss(batch).backward()  # type: ignore[no-untyped-call]
+        except Exception as error:  # noqa: BLE001  # the user's code may not take such a batch
+            self.done.append(Experiment(f"{change} (failed: {type(error).__name__})", math.nan, is_bad=True))
+            raise _EndedError from error
         gradients = [p.grad for p in self.guard.parameters if p.grad is not None]
         norm = math.hypot(*(float(torch.linalg.vector_norm(g.detach(), dtype=torch.float64)) for g in gradients))
         is_bad = not math.isfinite(norm) or norm > self._limit
@@ -261,7 +265,7 @@ def _examine(
     sample: int | None = None
     cause: Cause = "batch"
     look = Inspection(trials.guard.model)
-    with contextlib.suppress(_BudgetError):
+    with contextlib.suppress(_EndedError):
         if not trials.run("the same again", batch, look.watching()):
             cause = "transient"
         elif not math.isfinite(report.norm) and not trials.run("in float32", batch, in_float32()):
@@ -286,19 +290,26 @@ def _of_weights(trials: _Trials, look: Inspection, *, rate_rose: bool) -> Cause:
 
 
 def _bad_sample(trials: _Trials, batch: Any) -> int | None:
-    """Index of the one sample that does it, by halves; None where there is not exactly one, or no halves."""
-    size = split(batch, 0, 1)[1]
-    if size is None:
+    """Index of the one sample that does it; None where there is not exactly one, or they cannot be told apart.
+
+    By halves, and at last by leaving out one: a single sample has no variance, which batch normalization needs.
+    """
+    size = samples_of(batch)
+    if size is None or size < 2:
         return None
     low, high = 0, size
-    while high - low > 1:
+    while high - low > 2:
         middle = (low + high) // 2
         halves = [(low, middle), (middle, high)]
-        bad = [trials.run(f"samples {a} to {b - 1} alone", split(batch, a, b)[0]) for a, b in halves]
+        bad = [trials.run(f"samples {a} to {b - 1} alone", take(batch, range(a, b))) for a, b in halves]
         if sum(bad) != 1:
             return None
         low, high = halves[bad.index(True)]
-    return low
+    for sample in range(low, high):
+        others = [i for i in range(size) if i != sample]
+        if not trials.run(f"without sample {sample}", take(batch, others)):
+            return sample
+    return None
 
 
 def _module_of(report: StepReport) -> str | None:

@@ -1,7 +1,7 @@
 """Looks into one pass of a model: the first module and operation that leave the finite numbers, or their usual range."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -141,14 +141,16 @@ def in_float32() -> Iterator[None]:
         torch.autocast.__enter__ = enter  # type: ignore[method-assign]
 
 
-def split(batch: Any, first: int, stop: int) -> tuple[Any, int | None]:
-    """The samples ``first`` to ``stop`` of a batch, and how many it has; None where they cannot be told apart.
-
-    Every tensor with dimensions is taken to have the samples in dimension 0, and they must agree on their number.
-    """
+def samples_of(batch: Any) -> int | None:
+    """How many samples a batch has; None where its tensors do not agree on it in dimension 0."""
     sizes = {len(t) for t in tree_flatten(batch)[0] if isinstance(t, Tensor) and t.dim()}
-    if len(sizes) != 1:
-        return batch, None
-    part = tree_map(lambda t: t[first:stop] if isinstance(t, Tensor) and t.dim() else t, batch)
-    return part, sizes.pop()
+    return sizes.pop() if len(sizes) == 1 else None
 
+
+def take(batch: Any, samples: Sequence[int]) -> Any:
+    """These samples of a batch alone."""
+
+    def part(t: Any) -> Any:
+        return t[torch.tensor(samples, device=t.device)] if isinstance(t, Tensor) and t.dim() else t
+
+    return tree_map(part, batch)

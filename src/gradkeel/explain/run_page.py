@@ -41,6 +41,13 @@ def run_page(reader: Reader) -> str:
     steps = reader.steps()
     marks = _marks(explanation)
     sections = [_norm(reader, steps, marks), _heat(reader, steps, marks), *_spread(explanation)]
+    sections = [
+        *(
+            Section(f"Autopsy of step {one.step}", str(one), Table(*words.experiments(one)))
+            for one in explanation.autopsies
+        ),
+        *sections,
+    ]
     sections += _scalar(reader, steps, marks, "loss", "Loss", ORANGE)
     sections += _coefficient(reader, steps, marks)
     sections += _updates(reader, marks)

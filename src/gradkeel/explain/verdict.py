@@ -126,7 +126,8 @@ class _Loss:
         """Whether it ended far above its best."""
         lost = self.last - self.best
         return not self.is_finite or (
-            lost > _NOISE * self.noise and lost > _RETURNED * max(self.first - self.best, 0)
+            lost > max(_NOISE * self.noise, _FLAT * abs(self.first))
+            and lost > _RETURNED * max(self.first - self.best, 0)
         )
 
     @property
@@ -330,7 +331,7 @@ def _lost_losses(losses: Tensor) -> Tensor:
     known = ~losses.isnan()
     before = known.double().cumsum(0) - known.double()
     count = torch.arange(len(losses), dtype=torch.float64)
-    return losses.isinf() | (~known & (before >= 0.9 * count) & (count > 0))
+    return losses.isinf() | (~known & (before >= 0.9 * count) & (count >= 4))
 
 
 def _loss(signals: Signals) -> _Loss | None:

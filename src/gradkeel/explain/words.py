@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from gradkeel.explain.autopsy import AutopsyResult
 from gradkeel.explain.explosion import Explosion
 from gradkeel.explain.fading import Fading
 from gradkeel.explain.threshold import Estimate, ThresholdAdvice
@@ -48,6 +49,12 @@ def verdict(diagnosis: Diagnosis) -> str:
 def missing(diagnosis: Diagnosis) -> list[str]:
     """What was not recorded and would have helped, a sentence each."""
     return [f"Not recorded, and would have helped: {what}." for what in diagnosis.missing]
+
+
+def experiments(result: AutopsyResult) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of an autopsy's experiments."""
+    rows = [[e.change, f"{e.norm:.4g}", "still there" if e.is_bad else "gone"] for e in result.experiments]
+    return ["changed", "gradient norm", "the fault was"], rows
 
 
 def headline(explosion: Explosion) -> str:
@@ -153,6 +160,8 @@ def as_text(explanation: "Explanation") -> str:
     if explanation.explosion.found or diagnosis.verdict is Verdict.HEALTHY:
         lines += ["", headline(explanation.explosion)]
     lines += [f"  - {words}" for words in (*explanation.explosion.evidence, *progress(explanation.explosion))]
+    for autopsy in explanation.autopsies:
+        lines += ["", f"Autopsy: {autopsy}", *[f"  {line}" for line in table(*experiments(autopsy))]]
     others = [event for event in explanation.events if event is not explanation.explosion]
     if others:
         lines += ["", "Also:", *[f"  - {headline(event)}" for event in others]]
