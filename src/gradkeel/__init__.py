@@ -31,12 +31,14 @@ from gradkeel.version import __version__ as __version__
 
 if typing.TYPE_CHECKING:
     from gradkeel import explain, smoothness
+    from gradkeel.explain.autopsy import Autopsy
     from gradkeel.record import Recorder
 
 __all__ = [
     "Accumulator",
     "AdaptiveGradientClip",
     "AttachError",
+    "Autopsy",
     "CheckpointError",
     "ClipByGlobalNorm",
     "ClipByNorm",
@@ -67,7 +69,12 @@ __all__ = [
 ]
 
 # What a training script need not load before it records or asks why: where each name is found.
-_LAZY = {"Recorder": "gradkeel.record", "explain": "gradkeel.explain", "smoothness": "gradkeel.smoothness"}
+_LAZY = {
+    "Autopsy": "gradkeel.explain.autopsy",
+    "Recorder": "gradkeel.record",
+    "explain": "gradkeel.explain",
+    "smoothness": "gradkeel.smoothness",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -125,7 +125,8 @@ def _why(contest: Contest) -> str:
         + ("" if run.lr is None else f"lr {number(run.lr)}, ")
         + f"seed {run.seed}: "
     )
-    return where + _blow_up(run) + _contrast(run, twin(run))
+    verdict = f" Explain's verdict: {run.verdict.replace('_', ' ')}." if run.verdict else ""
+    return where + _blow_up(run) + verdict + _contrast(run, twin(run))
 
 
 def _contrast(run: Run, twin: Run | None) -> str:

@@ -23,6 +23,7 @@ _RUN = (
     "diverged_at",
     "clip_rate",
     "skipped",
+    "verdict",
     "seconds_per_step",
 )
 

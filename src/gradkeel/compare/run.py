@@ -17,6 +17,8 @@ from torch import nn
 import gradkeel as gk
 from gradkeel.compare.task import Task, endless
 from gradkeel.errors import SkippedStepWarning, TooManySkipsError
+from gradkeel.explain import explain
+from gradkeel.explain.verdict import Signals, judge
 from gradkeel.policies import parse
 
 TAIL = 10  # a final loss is the median of so many last ones: single batches are noisy
@@ -91,6 +93,7 @@ class Run:
         skipped: steps left out because their gradient was not finite.
         seconds_per_step: median time of forward, backward and guarded step.
         optimizer: name of its class; empty where it is not known.
+        verdict: what `gradkeel.explain` calls the run; empty where it is not known.
     """
 
     policy: str
@@ -107,6 +110,7 @@ class Run:
     skipped: int
     seconds_per_step: float
     optimizer: str = ""
+    verdict: str = ""
 
     @property
     def final_loss(self) -> float:
@@ -200,6 +204,30 @@ def run_trial(
         skipped=loop.skipped,
         seconds_per_step=statistics.median(loop.seconds) if loop.seconds else 0.0,
         optimizer=type(optimizer).__name__,
+        verdict=_verdict(loop, record),
+    )
+
+
+def _verdict(loop: "_Loop", record: Path | None) -> str:
+    """What explain calls the run: from its record, or from what was seen of it."""
+    if record is not None and record.exists():
+        return str(explain(record).verdict)
+    losses, norms = (torch.tensor(values, dtype=torch.float64) for values in (loop.losses, loop.norms))
+    onset = loop.onset
+    return str(
+        judge(
+            Signals(
+                steps=torch.arange(1, len(losses) + 1),
+                losses=losses,
+                totals=norms,
+                coefficients=torch.ones_like(norms),
+                rates=torch.full_like(norms, math.nan),
+                nonfinite=~torch.isfinite(norms),
+                skips={},
+                larger=[] if onset is None else [(onset.parameter, onset.step, onset.ratio)],
+                shares=[] if onset is None else [(onset.step, onset.ratio)],
+            )
+        ).verdict
     )
 
 

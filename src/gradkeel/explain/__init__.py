@@ -9,9 +9,11 @@ from gradkeel.explain.fading import Faded, Fading
 from gradkeel.explain.replay import Replay, replay
 from gradkeel.explain.spread import Reached
 from gradkeel.explain.threshold import Candidate, Estimate, ThresholdAdvice, advise
+from gradkeel.explain.verdict import Diagnosis, Verdict
 
 __all__ = [
     "Candidate",
+    "Diagnosis",
     "Estimate",
     "Explanation",
     "Explosion",
@@ -20,6 +22,7 @@ __all__ = [
     "Reached",
     "Replay",
     "ThresholdAdvice",
+    "Verdict",
     "advise",
     "explain",
     "find_explosions",

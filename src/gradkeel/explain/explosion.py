@@ -64,11 +64,11 @@ class Explosion:
     evidence: tuple[str, ...] = ()
 
 
-def find_explosions(reader: Reader) -> list[Explosion]:
+def find_explosions(run: Reader | Course) -> list[Explosion]:
     """All explosions of a run, in order; empty for a healthy one."""
-    course = Course.read(reader)
+    course = Course.read(run) if isinstance(run, Reader) else run
     found: list[Explosion] = []
-    jumps, overwrites = list(course.jumps), find_overwrites(reader.names, course.samples)
+    jumps, overwrites = list(course.jumps), find_overwrites(course.reader.names, course.samples)
     for event in find_events(course.totals, course.nonfinite):
         if event.baseline is None:
             found.append(_initial(course, event))

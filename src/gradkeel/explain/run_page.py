@@ -41,6 +41,13 @@ def run_page(reader: Reader) -> str:
     steps = reader.steps()
     marks = _marks(explanation)
     sections = [_norm(reader, steps, marks), _heat(reader, steps, marks), *_spread(explanation)]
+    sections = [
+        *(
+            Section(f"Autopsy of step {one.step}", str(one), Table(*words.experiments(one)))
+            for one in explanation.autopsies
+        ),
+        *sections,
+    ]
     sections += _scalar(reader, steps, marks, "loss", "Loss", ORANGE)
     sections += _coefficient(reader, steps, marks)
     sections += _updates(reader, marks)
@@ -62,8 +69,11 @@ def _subtitle(reader: Reader, explanation: Explanation) -> str:
 
 def _lines(explanation: Explanation) -> list[Line]:
     """The explanation in words."""
-    explosion = explanation.explosion
-    lines = [Line("FOUND", words.headline(explosion))]
+    explosion, diagnosis = explanation.explosion, explanation.diagnosis
+    told = [words.verdict(diagnosis), *diagnosis.reasons, *words.missing(diagnosis)]
+    lines = [Line("VERDICT", " ".join(told))]
+    if explosion.found or diagnosis.verdict == "healthy":
+        lines.append(Line("FOUND", words.headline(explosion)))
     if explosion.found:
         lines.append(Line("WHY", " ".join(explosion.evidence)))
         if more := words.progress(explosion):
@@ -90,7 +100,8 @@ def _lines(explanation: Explanation) -> list[Line]:
 
 
 def _marks(explanation: Explanation) -> list[Mark]:
-    step = explanation.explosion.step
+    onset = explanation.diagnosis.onset
+    step = explanation.explosion.step if onset is None else onset
     return [] if step is None else [Mark(step, f"step {step}")]
 
 

@@ -29,7 +29,7 @@ def undisturbed(parameters: Sequence[Tensor], module: nn.Module | None) -> Itera
     gradients = [parameter.grad for parameter in parameters]
     values = [parameter.detach().clone() for parameter in parameters]
     restore_buffers = _buffers(module)
-    restore_randomness = _randomness(parameters)
+    restore_randomness = randomness(parameters)
 
     def restart() -> None:
         restore_buffers()
@@ -63,7 +63,7 @@ def _buffers(module: nn.Module | None) -> Restore:
     return restore
 
 
-def _randomness(tensors: Sequence[Tensor]) -> Restore:
+def randomness(tensors: Sequence[Tensor]) -> Restore:
     """How to put back the random states of Python, NumPy if it is in use, torch on CPU and on the tensors' devices."""
     restores: list[Restore] = []
 

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from gradkeel.explain.autopsy import AutopsyResult
 from gradkeel.explain.explosion import Explosion
 from gradkeel.explain.fading import Fading
 from gradkeel.explain.threshold import Estimate, ThresholdAdvice
+from gradkeel.explain.verdict import Diagnosis, Verdict
 
 if TYPE_CHECKING:
     from gradkeel.explain.explanation import Explanation
@@ -19,6 +21,40 @@ _KIND = {
     "updates": "Updates overwrote the weights",
     "drift": "The gradients grew slowly, without a jump",
 }
+
+
+_VERDICT = {
+    Verdict.HEALTHY: "healthy",
+    Verdict.DIVERGED_FROM_START: "diverged from the start: the learning rate, or the initialization, is too large",
+    Verdict.DIVERGED_IN_WARMUP: "diverged during warm-up: the learning rate passed what the loss allows",
+    Verdict.DIVERGED: "diverged",
+    Verdict.CLIPPING_HIDES_DIVERGENCE: "diverged, and clipping hides it",
+    Verdict.SPIKE_RECOVERED: "spiked, and recovered",
+    Verdict.SPIKE_UNRECOVERED: "spiked, and did not recover",
+    Verdict.DRIFT: "the gradients grew slowly",
+    Verdict.NON_FINITE: "not finite",
+    Verdict.LOSS_SCALE_OVERFLOW: "the loss scale overflowed, which GradScaler provokes by design",
+    Verdict.VANISHING: "weights hardly learn",
+    Verdict.STALLED: "stalled: the loss did not fall",
+}
+
+
+def verdict(diagnosis: Diagnosis) -> str:
+    """The verdict on a run, in one sentence."""
+    onset = "" if diagnosis.onset is None else f", from step {diagnosis.onset} on"
+    where = f", first in {', '.join(diagnosis.where)}" if diagnosis.where else ""
+    return f"{_VERDICT[diagnosis.verdict]}{onset}{where} (confidence {diagnosis.confidence:.2g})."
+
+
+def missing(diagnosis: Diagnosis) -> list[str]:
+    """What was not recorded and would have helped, a sentence each."""
+    return [f"Not recorded, and would have helped: {what}." for what in diagnosis.missing]
+
+
+def experiments(result: AutopsyResult) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of an autopsy's experiments."""
+    rows = [[e.change, f"{e.norm:.4g}", "still there" if e.is_bad else "gone"] for e in result.experiments]
+    return ["changed", "gradient norm", "the fault was"], rows
 
 
 def headline(explosion: Explosion) -> str:
@@ -118,8 +154,14 @@ def distribution(advice: ThresholdAdvice) -> list[str]:
 
 def as_text(explanation: "Explanation") -> str:
     """All of it, for a terminal."""
-    lines = [_run(explanation), "", headline(explanation.explosion)]
+    diagnosis = explanation.diagnosis
+    lines = [_run(explanation), "", f"Verdict: {verdict(diagnosis)}"]
+    lines += [f"  - {words}" for words in (*diagnosis.reasons, *missing(diagnosis))]
+    if explanation.explosion.found or diagnosis.verdict is Verdict.HEALTHY:
+        lines += ["", headline(explanation.explosion)]
     lines += [f"  - {words}" for words in (*explanation.explosion.evidence, *progress(explanation.explosion))]
+    for autopsy in explanation.autopsies:
+        lines += ["", f"Autopsy: {autopsy}", *[f"  {line}" for line in table(*experiments(autopsy))]]
     others = [event for event in explanation.events if event is not explanation.explosion]
     if others:
         lines += ["", "Also:", *[f"  - {headline(event)}" for event in others]]

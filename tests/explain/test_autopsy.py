@@ -1,0 +1,131 @@
+"""Autopsies: planted causes are found by experiment, and nothing is left changed by the experiments."""
+
+import math
+import random
+import warnings
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+import gradkeel as gk
+from gradkeel.errors import GradkeelWarning
+from gradkeel.explain import explain
+
+STEPS, AT = 20, 15
+
+
+class Network(nn.Module):
+    """A network with buffers and dropout, and an operation that can be made to fail."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Linear(4, 16), nn.BatchNorm1d(16)
+        self.drop, self.middle, self.last = nn.Dropout(0.2), nn.Linear(16, 16), nn.Linear(16, 1)
+        self.fault = None
+
+    def forward(self, x):
+        h = self.middle(self.drop(torch.relu(self.norm(self.first(x)))))
+        if self.fault == "nan":
+            h = (h - h.amax()).log().clamp(min=-1e9) * h.sign().log()
+        if self.fault == "half":
+            h = (h.half() * 30000 * 30000).float()
+        return self.last(h)
+
+
+def run(fault, *, record=None, with_autopsy=True, **options):
+    """Train with a fault at step ``AT``; returns everything that a step leaves, and the autopsy."""
+    torch.manual_seed(0), random.seed(0), numpy.random.seed(0)  # noqa: NPY002  # the global state is what is looked at
+    model = Network()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    guard = gk.attach(optimizer, "global-norm:1.0", model=model, record=record)
+
+    def loss(batch):
+        return ((model(batch[0]) - batch[1]) ** 2 * batch[2]).mean()
+
+    autopsy = gk.Autopsy(guard, loss=loss, **options) if with_autopsy else None
+    states, flaky = [], fault == "transient"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(1, STEPS + 1):
+            x = torch.randn(8, 4)
+            weights = torch.ones(8, 1)
+            if step == AT:
+                weights[3 if fault == "sample" else slice(None)] *= 1e4 if fault in ("sample", "batch") else 1
+                if fault == "state":
+                    with torch.no_grad():
+                        model.middle.weight.mul_(1e3)
+            model.fault = fault if step == AT else None
+            batch = (x, x.sum(dim=1, keepdim=True), weights)
+            if autopsy is None:
+                loss(batch).backward()
+            else:
+                with autopsy(batch):
+                    autopsy.loss().backward()
+            if flaky and step == AT:
+                model.last.weight.grad.mul_(1e6)
+            optimizer.step()
+            states.append([p.detach().clone() for p in model.parameters()])
+            states.append([None if p.grad is None else p.grad.clone() for p in model.parameters()])
+            states.append([b.clone() for b in model.buffers()])
+            states.append([v.clone() for s in optimizer.state.values() for v in s.values()])
+            states.append([torch.get_rng_state(), torch.tensor(random.random()), torch.tensor(numpy.random.rand())])  # noqa: NPY002
+            optimizer.zero_grad()
+    guard.detach()
+    return states, autopsy, [w for w in caught if w.category in (GradkeelWarning,)]
+
+
+@pytest.mark.parametrize("fault", ["sample", "batch", "nan", "half", "state", "transient"])
+def test_the_cause_is_found(fault):
+    _, autopsy, warned = run(fault)
+    cause = {"nan": "numerics", "half": "numerics"}.get(fault, fault)
+    assert autopsy.last.step == AT
+    assert autopsy.last.cause == cause
+    assert autopsy.last.sample == (3 if fault == "sample" else None)
+    assert len(warned) == 1 and f"Step {AT}" in str(warned[0].message)
+    assert autopsy.last.experiments[0].change == "the same again"
+    if cause == "numerics":
+        assert autopsy.last.op == {"nan": "log", "half": "mul"}[fault]
+
+
+@pytest.mark.parametrize("fault", ["sample", "nan", "half", "state", None])
+def test_nothing_is_left_changed(fault):
+    twin, _, _ = run(fault, with_autopsy=False)
+    states, autopsy, _ = run(fault)
+    assert (autopsy.last is None) == (fault is None)
+    for own, other in zip(states, twin, strict=True):
+        for a, b in zip(own, other, strict=True):
+            assert (a is None and b is None) or torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def test_a_bounded_number_of_passes():
+    _, autopsy, _ = run("sample", max_reruns=4)
+    assert len(autopsy.last.experiments) == 4
+
+
+def test_it_is_in_the_record_and_explained(tmp_path):
+    path = tmp_path / "run.keel"
+    _, autopsy, _ = run("nan", record=path)
+    explanation = explain(path)
+    (told,) = explanation.autopsies
+    assert (told.cause, told.op, told.step) == ("numerics", "log", AT)
+    assert math.isnan(told.norm)
+    assert [e.change for e in told.experiments] == [e.change for e in autopsy.last.experiments]
+    assert str(autopsy.last) in str(explanation)
+    assert explanation.to_json()["autopsies"][0]["cause"] == "numerics"
+
+
+@pytest.mark.parametrize("options", [{"max_reruns": 0}, {"ratio": 1.0}, {"max_autopsies": 0}])
+def test_options_out_of_range_are_refused(options):
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=next(iter(options))):
+        gk.Autopsy(gk.attach(optimizer, None), loss=lambda batch: batch, **options)
+
+
+def test_loss_needs_a_batch():
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
+    with pytest.raises(RuntimeError, match="no batch"):
+        gk.Autopsy(gk.attach(optimizer, None), loss=lambda batch: batch).loss()
+
+

@@ -1,0 +1,112 @@
+"""One verdict a run, from runs whose right name is known."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import gradkeel as gk
+from gradkeel.explain import Verdict, explain
+from gradkeel.explain.verdict import Sign, Signals, judge
+
+
+def train(path, *, rate=1e-2, steps=120, warmup=0, clip=None, log=True, fault=None):
+    """A small network on exactly specified data."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    guard = gk.attach(optimizer, clip, model=model, record=path, nonfinite="keep", max_consecutive_skips=1000)
+    for step in range(1, steps + 1):
+        if warmup:
+            optimizer.param_groups[0]["lr"] = rate * min(1.0, step / warmup)
+        x = torch.randn(32, 8)
+        loss = ((model(x) - x.sum(dim=1, keepdim=True)) ** 2).mean()
+        if fault == "nan" and step >= 80:
+            loss = loss * math.nan
+        loss.backward()
+        if log:
+            guard.log(loss=loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    guard.detach()
+    return explain(path)
+
+
+def test_a_healthy_run(tmp_path):
+    found = train(tmp_path / "run.keel", rate=3e-3)
+    assert found.verdict is Verdict.HEALTHY
+    assert found.diagnosis.onset is None and found.diagnosis.missing == ()
+
+
+def test_a_learning_rate_far_too_high_is_named_at_the_first_step(tmp_path):
+    found = train(tmp_path / "run.keel", rate=1.0)
+    assert found.verdict is Verdict.DIVERGED_FROM_START
+    assert found.diagnosis.onset == 1
+    assert "No explosion was found" not in str(found)
+
+
+def test_in_warm_up(tmp_path):
+    found = train(tmp_path / "run.keel", rate=1.0, warmup=80)
+    assert found.verdict is Verdict.DIVERGED_IN_WARMUP
+    assert 1 < found.diagnosis.onset <= 80
+
+
+def test_clipped_it_is_found_as_well(tmp_path):
+    found = train(tmp_path / "run.keel", rate=1.0, clip="global-norm:1.0")
+    assert found.verdict in {Verdict.DIVERGED_FROM_START, Verdict.CLIPPING_HIDES_DIVERGENCE}
+
+
+def test_a_loss_that_becomes_nan(tmp_path):
+    found = train(tmp_path / "run.keel", fault="nan")
+    assert (found.verdict, found.diagnosis.onset) == (Verdict.NON_FINITE, 80)
+    assert found.diagnosis.where == ()
+    assert "All gradients were hit at once" in str(found)
+
+
+def test_what_was_not_recorded_is_said(tmp_path):
+    found = train(tmp_path / "run.keel", log=False)
+    assert any("guard.log(loss=loss)" in what for what in found.diagnosis.missing)
+    assert found.diagnosis.confidence < 0.9
+
+
+def test_json_has_the_verdict_beside_its_older_keys(tmp_path):
+    found = json.loads(json.dumps(train(tmp_path / "run.keel", rate=1.0).to_json(), allow_nan=False))
+    assert found["verdict"] == "diverged_from_start"
+    assert found["onset"] == 1 and 0 < len(found["where"]) <= 3
+    assert {"confidence", "missing", "explosion", "events", "fading", "threshold"} <= found.keys()
+    assert "diagnosis" not in found
+
+
+def signals(losses, **fields):
+    losses = torch.tensor(losses, dtype=torch.float64)
+    ones, steps = torch.ones_like(losses), torch.arange(1, len(losses) + 1)
+    fields = {"coefficients": ones, "rates": ones, "totals": ones, "shares": [(1, 0.01)], **fields}
+    return Signals(steps=steps, losses=losses, nonfinite=torch.zeros(len(losses), dtype=torch.bool), skips={}, **fields)
+
+
+FALLING = [2.0 - 0.01 * i for i in range(100)]
+
+
+@pytest.mark.parametrize(
+    ("given", "verdict", "onset"),
+    [
+        (signals(FALLING), "healthy", None),
+        (signals([2.0] * 50 + [2.0] * 50), "healthy", None),
+        (signals([2.0] * 50 + [2.005] * 50), "stalled", 1),
+        (signals(FALLING + [1.9] * 30), "spike_unrecovered", 101),
+        (signals(FALLING + [5.0] * 30), "diverged", 101),
+        (signals(FALLING + [5.0] * 30, coefficients=torch.full((130,), 1e-3)), "clipping_hides_divergence", 101),
+        (signals(FALLING + [9.0] * 3 + [1.0] * 30, signs=[Sign("spike", 101, ("a",), True)]), "spike_recovered", 101),
+        (signals(FALLING, signs=[Sign("overflow", 5, ("a",), True)]), "loss_scale_overflow", 5),
+        (signals(FALLING, signs=[Sign("drift", 50, ("a",), False)]), "drift", 50),
+        (signals(FALLING, hardly=[("a.weight", 30)]), "vanishing", 30),
+        (signals(FALLING + [math.nan] * 5), "non_finite", 101),
+        (signals(FALLING + [math.inf] * 5), "non_finite", 101),
+        (signals([2.0, math.nan] * 50), "healthy", None),  # logged at every other step
+    ],
+)  # fmt: skip
+def test_what_the_signals_come_to(given, verdict, onset):
+    found = judge(given)
+    assert (found.verdict, found.onset) == (verdict, onset)
