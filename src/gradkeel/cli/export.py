@@ -6,13 +6,19 @@ from typing import Annotated
 import typer
 
 from gradkeel.cli.errors import note_damage, reported
+from gradkeel.cli.options import Run
 
 
 @reported
 def command(
-    run: Annotated[Path, typer.Argument(help="a record, such as runs/exp1.keel", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", "-o", help="where to: a path that ends in .csv or .parquet")],
-    parameters: Annotated[bool, typer.Option(help="a column for each parameter's norm")] = True,
+    run: Run,
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", metavar="PATH", help="where to: a path that ends in .csv or .parquet"),
+    ],
+    parameters: Annotated[
+        bool, typer.Option("--parameters/--no-parameters", help="a column for each parameter's norm")
+    ] = True,
 ) -> None:
     """Write a recorded run as a table with a row a step."""
     from gradkeel.record import Reader, export

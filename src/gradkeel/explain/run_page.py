@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gradkeel.explain import Explanation, explain, words
+from gradkeel.explain.readable import readable
 from gradkeel.explain.run_figures import (
     BLUE,
     GREEN,
@@ -157,7 +158,7 @@ def _spread(explanation: Explanation) -> list[Section]:
     if len(spread) < 2:
         return []
     rows = [
-        [reached.parameter, str(reached.step), "" if reached.growth is None else f"{reached.growth:.4g}"]
+        [reached.parameter, str(reached.step), "" if reached.growth is None else readable(reached.growth)]
         for reached in spread[:20]
     ]
     more = f" The first 20 of {len(spread)}." if len(spread) > 20 else ""
@@ -217,7 +218,7 @@ def _threshold(reader: Reader, explanation: Explanation) -> list[Section]:
         return []
     colors = {"live": RED, "given": VIOLET}
     marks = [
-        Mark(candidate.bound, f"{candidate.bound:.3g}", colors.get(candidate.origin, GREY))
+        Mark(candidate.bound, readable(candidate.bound), colors.get(candidate.origin, GREY))
         for candidate in advice.candidates
     ]
     head, rows = words.threshold_table(advice)

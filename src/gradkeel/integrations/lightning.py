@@ -5,7 +5,7 @@ Leave ``Trainer(gradient_clip_val=None)`` with it.
 
 from typing import Any
 
-from gradkeel.attach import attach
+from gradkeel.attaching import attach
 from gradkeel.errors import AttachError, MissingExtraError
 from gradkeel.guard.guard import Guard
 from gradkeel.integrations.resume import go_on

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gradkeel.attach import attach
+from gradkeel.attaching import attach
 from gradkeel.errors import MissingExtraError
 from gradkeel.guard import stack
 from gradkeel.guard.guard import Guard
