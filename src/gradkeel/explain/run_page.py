@@ -42,10 +42,13 @@ def run_page(reader: Reader) -> str:
     steps = reader.steps()
     marks = _marks(explanation)
     sections = [_norm(reader, steps, marks), _heat(reader, steps, marks), *_spread(explanation)]
-    sections += _scalar(reader, steps, marks, "loss", "Loss", ORANGE)
+    sections += _loss(reader, steps, marks)
     sections += _coefficient(reader, steps, marks)
     sections += _updates(reader, marks)
     sections += _scalar(reader, steps, marks, "lr", "Learning rate", GREEN)
+    for name in reader.scalar_names:
+        if name not in {"loss", "lr"}:
+            sections += _scalar(reader, steps, marks, name, name, BLUE)
     sections += _threshold(reader, explanation)
     return page(f"Run {reader.path.name}", _subtitle(reader, explanation), _lines(explanation), sections)
 
@@ -165,6 +168,11 @@ def _spread(explanation: Explanation) -> list[Section]:
     text = f"In which order parameters were reached, and their norm there over what it was before.{more}"
     before = "first" if explanation.explosion.kind == "initialization" else "usual"
     return [Section("How it spread", text, Table(["parameter", "step", f"times its {before} norm"], rows))]
+
+
+def _loss(reader: Reader, steps: Tensor, marks: list[Mark]) -> list[Section]:
+    missing = "No loss was recorded; this line, before optimizer.step(), gives one: guard.log(loss=loss)"
+    return _scalar(reader, steps, marks, "loss", "Loss", ORANGE) or [Section("Loss", missing)]
 
 
 def _scalar(
