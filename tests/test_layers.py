@@ -28,7 +28,7 @@ LAYERS = (
     "record",
     "page",
     "explain",
-    "attach",
+    "attaching",
     "smoothness",
     "gradkeel",
     "doctor",

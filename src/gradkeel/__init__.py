@@ -6,33 +6,32 @@
 import importlib
 import typing
 
-from gradkeel import policies
-from gradkeel.accumulate import Accumulator, MicroBatch
-from gradkeel.attach import attach
-from gradkeel.errors import (
-    AttachError,
-    CheckpointError,
-    DoubleClippingWarning,
-    GradkeelError,
-    GradkeelWarning,
-    NonFiniteGradientError,
-    PolicySpecError,
-    RankError,
-    SelectionError,
-    SkippedStepWarning,
-    TooManySkipsError,
-    WindowError,
-)
-from gradkeel.functional import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
-from gradkeel.guard import Guard, StepReport
-from gradkeel.policies import AdaptiveGradientClip, ClipByGlobalNorm, ClipByNorm, ClipByValue
-from gradkeel.table import gradients
 from gradkeel.version import __version__ as __version__
 
 if typing.TYPE_CHECKING:
-    from gradkeel import explain, smoothness
+    from gradkeel import explain, policies, smoothness
+    from gradkeel.accumulate import Accumulator, MicroBatch
+    from gradkeel.attaching import attach
+    from gradkeel.errors import (
+        AttachError,
+        CheckpointError,
+        DoubleClippingWarning,
+        GradkeelError,
+        GradkeelWarning,
+        NonFiniteGradientError,
+        PolicySpecError,
+        RankError,
+        SelectionError,
+        SkippedStepWarning,
+        TooManySkipsError,
+        WindowError,
+    )
     from gradkeel.explain.autopsy import Autopsy
+    from gradkeel.functional import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
+    from gradkeel.guard import Guard, StepReport
+    from gradkeel.policies import AdaptiveGradientClip, ClipByGlobalNorm, ClipByNorm, ClipByValue
     from gradkeel.record import Recorder
+    from gradkeel.table import gradients
 
 __all__ = [
     "Accumulator",
@@ -68,23 +67,35 @@ __all__ = [
     "smoothness",
 ]
 
-# What a training script need not load before it records or asks why: where each name is found.
-_LAZY = {
-    "Autopsy": "gradkeel.explain.autopsy",
-    "Recorder": "gradkeel.record",
-    "explain": "gradkeel.explain",
-    "smoothness": "gradkeel.smoothness",
+# Where each name is found, once it is asked for: the command line's help must not wait for torch.
+_WHERE = {
+    "accumulate": "Accumulator MicroBatch",
+    "attaching": "attach",
+    "errors": "AttachError CheckpointError DoubleClippingWarning GradkeelError GradkeelWarning NonFiniteGradientError "
+    "PolicySpecError RankError SelectionError SkippedStepWarning TooManySkipsError WindowError",
+    "explain.autopsy": "Autopsy",
+    "functional": "clip_grad_norm_ clip_grad_value_ clip_grads_with_norm_ get_total_norm",
+    "guard": "Guard StepReport",
+    "policies": "AdaptiveGradientClip ClipByGlobalNorm ClipByNorm ClipByValue",
+    "record": "Recorder",
+    "table": "gradients",
 }
+_MODULES = {name: module for module, names in _WHERE.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> object:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'gradkeel' has no attribute {name!r}")
-    module = importlib.import_module(_LAZY[name])
-    value = module if module.__name__ == f"gradkeel.{name}" else getattr(module, name)
+    if name in _MODULES:
+        value: object = getattr(importlib.import_module(f"gradkeel.{_MODULES[name]}"), name)
+    else:
+        try:
+            value = importlib.import_module(f"gradkeel.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"gradkeel.{name}":
+                raise
+            raise AttributeError(f"module 'gradkeel' has no attribute {name!r}") from None
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *__all__})

@@ -1,7 +1,8 @@
 """`gradients(model)`: what every parameter's gradient is right now, without attaching anything."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,6 +47,12 @@ class GradientTable:
             if row.name == name:
                 return row
         raise KeyError(f"no parameter {name!r}; there are {', '.join(row.name for row in self.rows)}")
+
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame with the rows' attributes as columns; pandas must be installed."""
+        import pandas as pd
+
+        return pd.DataFrame([asdict(row) for row in self.rows])
 
     def _cells(self) -> list[tuple[str, str, str, str]]:
         return [

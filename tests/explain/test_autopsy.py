@@ -70,7 +70,9 @@ def run(fault, *, record=None, with_autopsy=True, **options):
             states.append([None if p.grad is None else p.grad.clone() for p in model.parameters()])
             states.append([b.clone() for b in model.buffers()])
             states.append([v.clone() for s in optimizer.state.values() for v in s.values()])
-            states.append([torch.get_rng_state(), torch.tensor(random.random()), torch.tensor(numpy.random.rand())])  # noqa: NPY002
+            states.append(
+                [torch.get_rng_state(), torch.tensor(random.random()), torch.tensor(numpy.random.rand())]
+            )  # noqa: NPY002
             optimizer.zero_grad()
     guard.detach()
     return states, autopsy, [w for w in caught if w.category in (GradkeelWarning,)]
@@ -127,5 +129,3 @@ def test_loss_needs_a_batch():
     optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
     with pytest.raises(RuntimeError, match="no batch"):
         gk.Autopsy(gk.attach(optimizer, None), loss=lambda batch: batch).loss()
-
-

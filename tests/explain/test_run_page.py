@@ -84,7 +84,7 @@ def outside_scripts(html):
 
 def test_the_words_are_on_top(html):
     plain = outside_scripts(html)
-    assert f"The gradients spiked, and came back at step {FAULT}, first in {LAYER}." in plain
+    assert f"The gradients spiked at step {FAULT}, first in {LAYER}; they came back afterwards." in plain
     assert plain.index("FOUND") < plain.index("Gradient norm") < plain.index("Every parameter")
     for anchor in ("gradient-norm", "every-parameter", "loss", "coefficient", "distribution-and-bounds"):
         assert f'<section id="{anchor}"><h2><a href="#{anchor}">' in plain

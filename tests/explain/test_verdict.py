@@ -83,7 +83,9 @@ def signals(losses, **fields):
     losses = torch.tensor(losses, dtype=torch.float64)
     ones, steps = torch.ones_like(losses), torch.arange(1, len(losses) + 1)
     fields = {"coefficients": ones, "rates": ones, "totals": ones, "shares": [(1, 0.01)], **fields}
-    return Signals(steps=steps, losses=losses, nonfinite=torch.zeros(len(losses), dtype=torch.bool), skips={}, **fields)
+    return Signals(
+        steps=steps, losses=losses, nonfinite=torch.zeros(len(losses), dtype=torch.bool), skips={}, **fields
+    )
 
 
 FALLING = [2.0 - 0.01 * i for i in range(100)]

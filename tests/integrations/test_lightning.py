@@ -257,3 +257,39 @@ def test_several_optimizers_are_refused_with_the_fix(tmp_path):
 
     with pytest.raises(gk.AttachError, match="attach to each of them in configure_optimizers"):
         fit(Pair(guarded=False), callbacks=[callback_of(tmp_path / "run.keel")])
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_callback_logs_what_steps_came_to_and_the_record_has_the_loss(tmp_path, accumulation):
+    from gradkeel.integrations.lightning import GuardCallback
+
+    seen = []
+
+    class Watch(lightning.Callback):
+        def on_train_batch_end(self, trainer, module, *batch):
+            seen.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+    class Telling(Module):
+        losses = ()
+
+        def training_step(self, batch, batch_index):
+            loss = super().training_step(batch, batch_index)
+            self.losses = (*self.losses, loss.item())
+            return loss
+
+    callback = GuardCallback(gk.ClipByGlobalNorm(BOUND), record=tmp_path / "run.keel")
+    module = Telling(guarded=False)
+    fit(module, callbacks=[callback, Watch()], accumulate_grad_batches=accumulation)
+    with Reader(tmp_path / "run.keel") as run:
+        norms, coefficients, losses = (
+            run.totals().tolist(),
+            run.coefficients().tolist(),
+            run.losses().tolist(),
+        )
+    steps = seen[accumulation - 1 :: accumulation]
+    assert len(norms) == 6 // accumulation
+    assert [entry["grad_norm"] for entry in steps] == pytest.approx(norms, rel=1e-6)
+    assert [entry["clip_coefficient"] for entry in steps] == pytest.approx(coefficients, rel=1e-6)
+    assert [(entry["clipped_share"], entry["skipped_steps"]) for entry in steps] == [(1.0, 0.0)] * len(norms)
+    means = [sum(module.losses[i : i + accumulation]) / accumulation for i in range(0, 6, accumulation)]
+    assert losses == pytest.approx(means, rel=1e-6)

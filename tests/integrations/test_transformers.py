@@ -248,3 +248,37 @@ def test_auto_find_batch_size_tries_again(tmp_path):
     assert callback.guard.report.stepped
     assert read(tmp_path / "run.keel")[0] == [1, 2, 3, 4]
     assert read(tmp_path / "run.keel", superseded=True)[0] == [1, 2] * 2  # with 4 and 3 items
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_trainers_logs_tell_of_the_guard_and_the_record_of_the_loss(tmp_path, accumulation):
+    class Reporter(transformers.TrainerCallback):
+        """Stands before the guard's callback, as the Trainer's own reporters do."""
+
+        seen = []  # noqa: RUF012
+
+        def on_log(self, args, state, control, logs=None, **others):
+            self.seen.append(dict(logs))
+
+    callback = callback_of(record=tmp_path / "run.keel")
+    reporter = Reporter()
+    reporter.seen = []
+    trainer = trainer_of(
+        tmp_path / "out",
+        max_grad_norm=0,
+        accumulation=accumulation,
+        callbacks=[reporter, callback],
+        settings={"logging_strategy": "steps", "logging_steps": 1},
+    )
+    trainer.train()
+    with Reader(tmp_path / "run.keel") as run:
+        norms, coefficients, losses = run.totals(), run.coefficients(), run.losses()
+    logs = [entry for entry in trainer.state.log_history if "learning_rate" in entry]
+    for entries in (logs, [entry for entry in reporter.seen if "learning_rate" in entry]):
+        assert [entry["grad_norm"] for entry in entries] == pytest.approx(norms.tolist(), rel=1e-6)
+        assert [entry["clip_coefficient"] for entry in entries] == pytest.approx(
+            coefficients.tolist(), rel=1e-6
+        )
+        assert [(entry["clipped_share"], entry["skipped_steps"]) for entry in entries] == [(1.0, 0.0)] * 4
+    assert [entry["loss"] for entry in logs] == pytest.approx(losses.tolist(), rel=1e-5)
+    assert "training_step" not in vars(trainer)

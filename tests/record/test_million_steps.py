@@ -51,7 +51,7 @@ DRAW = """
 
     with Reader(sys.argv[1]) as run:
         page = run_page(run)
-    assert "came back at step 500000" in page
+    assert "spiked at step 500000" in page
     # Of this process, imports included; another process's work is not this one's time.
     print(time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
 """

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from gradkeel.attach import attach
+from gradkeel.attaching import attach
 from gradkeel.bench.stopwatch import Contender
 from gradkeel.bench.workload import Gradients
 from gradkeel.functional import clip_grad_norm_

@@ -1,21 +1,32 @@
 """The typer application: every command registers here."""
 
+from typing import Annotated
+
 import typer
 
+from gradkeel import __version__
 from gradkeel.cli import bench, compare, doctor, explain, export, policies, replay, report, smoothness
 
 app = typer.Typer(
     help="Gradient clipping for PyTorch: compare policies, and see why a run diverged.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"gradkeel {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _commands() -> None:
-    # With a callback, a single command keeps its name.
+def _commands(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
     pass
 
 

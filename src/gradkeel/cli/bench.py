@@ -1,7 +1,6 @@
 """``gradkeel bench``: how long clipping takes here, beside torch's, on the user's own model's shapes."""
 
 import json
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -12,8 +11,6 @@ from gradkeel.cli.errors import reported
 if TYPE_CHECKING:
     from gradkeel.bench import Table
 
-WIDTH = 110  # of what goes to no terminal
-
 
 @reported
 def command(
@@ -21,16 +18,22 @@ def command(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="gpt2-small, resnet50, tiny-tensors, a task, or yours: mypkg.mymodule:make_model",
+            help="gpt2-small, resnet50, tiny-tensors, compare's tasks, or yours: mypkg.mymodule:make_model",
         ),
     ] = "gpt2-small",
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="of parameters and gradients")
+        Literal["float32", "bfloat16", "float16"],
+        typer.Option(
+            "--dtype", metavar="DTYPE", help="of parameters and gradients: float32, bfloat16 or float16"
+        ),
     ] = "float32",
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, ...")] = "cpu",
-    rounds: Annotated[int, typer.Option(metavar="N", help="how often everything is timed", min=5)] = 30,
+    device: Annotated[str, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...")] = "cpu",
+    rounds: Annotated[
+        int, typer.Option("--rounds", metavar="N", help="how often everything is timed", min=5)
+    ] = 30,
     seconds: Annotated[
-        float, typer.Option(metavar="S", help="no further rounds of a table after so long", min=0)
+        float,
+        typer.Option("--seconds", metavar="S", help="no further rounds of a table after so long", min=0),
     ] = 10.0,
     as_json: Annotated[
         bool, typer.Option("--json", help="print the result as JSON, and nothing else, to stdout")
@@ -65,37 +68,37 @@ def command(
     _show(tables)
 
 
-def _show(tables: "Sequence[Table]") -> None:
-    from rich.console import Console
-    from rich.table import Table as Grid
+def _show(found: "Sequence[Table]") -> None:
     from rich.text import Text
 
     from gradkeel.bench.stopwatch import AGAIN
     from gradkeel.bench.workload import READ
+    from gradkeel.cli.screen import console, tables
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
-    for table in tables:
-        found = table.race
-        grid = Grid(title=table.title, title_justify="left", title_style="bold", box=None, padding=(0, 2))
-        grid.add_column("", no_wrap=True)
-        for head in ("ms", "x torch", "", "x one read", "error"):
-            grid.add_column(head, justify="right", no_wrap=True)
-        for name in found.seconds:
-            ratio = found.ratio(name)
-            grid.add_row(
-                Text(name.replace(AGAIN, ", again"), style="dim" if name.endswith(AGAIN) else ""),
-                f"{found.time(name).median * 1e3:.3g}",
-                f"{ratio.median:.2f}",
-                Text(f"{ratio.low:.2f} to {ratio.high:.2f}", style="dim"),
-                f"{found.ratio(name, READ).median:.2f}" if READ in found.seconds else "",
-                f"{found.errors[name]:.0e}" if name in found.errors else "",
+    here = console()
+    head = ["", "ms", "x torch", "", "x one read", "error"]
+    for one in found:
+        race = one.race
+        rows: list[list[str | Text]] = []
+        for name in race.seconds:
+            ratio = race.ratio(name)
+            rows.append(
+                [
+                    Text(name.replace(AGAIN, ", again"), style="dim" if name.endswith(AGAIN) else ""),
+                    f"{race.time(name).median * 1e3:.3g}",
+                    f"{ratio.median:.2f}",
+                    Text(f"{ratio.low:.2f} to {ratio.high:.2f}", style="dim"),
+                    f"{race.ratio(name, READ).median:.2f}" if READ in race.seconds else "",
+                    f"{race.errors[name]:.0e}" if name in race.errors else "",
+                ]
             )
-        console.print(grid)
-    control = [table.race.control for table in tables]
+        for piece in tables(head, rows, width=here.width, title=one.title):
+            here.print(piece)
+    control = [table.race.control for table in found]
     worst = max(max(one.median, 1 / one.median) for one in control) - 1
     words = f"torch against itself is off by {worst:.0%} at most, so differences below that mean nothing."
-    console.print(Text(words, style="yellow" if worst > 0.05 else "dim"))
+    here.print(Text(words, style="yellow" if worst > 0.05 else "dim"))
     if worst > 0.05:
-        console.print(
+        here.print(
             Text("Something else is running here: try again when the machine is idle.", style="yellow")
         )

@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 from gradkeel.cli.errors import reported
+from gradkeel.cli.options import TASKS
 
 if TYPE_CHECKING:
     from gradkeel.compare.plan import Comparison
@@ -41,38 +42,50 @@ def command(
     task: Annotated[
         str | None,
         typer.Argument(
-            metavar="TASK", help="char-lstm (default), exploding-linear, or yours: mypkg.mymodule:make_task"
+            metavar="TASK", help=f"{TASKS}, or yours: mypkg.mymodule:make_task; char-lstm unless given"
         ),
     ] = None,
     policy: Annotated[
         list[str] | None,
-        typer.Option(metavar="SPEC", help="a policy, such as none or global-norm:0.25; may be repeated"),
+        typer.Option(
+            "--policy", metavar="SPEC", help="a policy, such as none or global-norm:0.25; may be repeated"
+        ),
     ] = None,
     sweep: Annotated[
         str | None,
-        typer.Option(metavar="POLICY:LOW..HIGH", help="a range of bounds, such as global-norm:0.01..100"),
+        typer.Option(
+            "--sweep", metavar="POLICY:LOW..HIGH", help="a range of bounds, such as global-norm:0.01..100"
+        ),
     ] = None,
     lr: Annotated[
-        list[float] | None, typer.Option(metavar="X", help="a learning rate; may be repeated")
+        list[float] | None, typer.Option("--lr", metavar="X", help="a learning rate; may be repeated")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(metavar="B", help="items in a batch")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", metavar="N", help="items in a batch")
+    ] = None,
     accumulate: Annotated[
-        int | None, typer.Option(metavar="K", help="batches that make one step, accumulated exactly")
+        int | None,
+        typer.Option("--accumulate", metavar="N", help="batches that make one step, accumulated exactly"),
     ] = None,
-    seeds: Annotated[int | None, typer.Option(metavar="N", help="how many seeds")] = None,
-    steps: Annotated[int | None, typer.Option(metavar="N", help="optimizer steps in a run")] = None,
+    seeds: Annotated[int | None, typer.Option("--seeds", metavar="N", help="how many seeds")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", metavar="N", help="optimizer steps in a run")
+    ] = None,
     jobs: Annotated[
-        int | None, typer.Option(metavar="N", help="how many runs at a time (default: one a core)")
+        int | None, typer.Option("--jobs", metavar="N", help="how many runs at a time (default: one a core)")
     ] = None,
     run: Annotated[
         str | None,
         typer.Option(
-            metavar="COMMAND", help="your own command instead of a task, such as 'python train.py --lr 0.1'"
+            "--run",
+            metavar="COMMAND",
+            help="your own command instead of a task, such as 'python train.py --lr 0.1'",
         ),
     ] = None,
     ray: Annotated[
         str | None,
         typer.Option(
+            "--ray",
             metavar="[ADDRESS]",
             help="run on the Ray cluster at host:port or ray://host:port; without an address on the one that Ray "
             "finds, or starts here",
@@ -83,7 +96,7 @@ def command(
         typer.Option("--record", help="record every run under DIR/runs, for gradkeel explain and report"),
     ] = False,
     out: Annotated[
-        Path, typer.Option(metavar="DIR", help="directory for compare.json and compare.html")
+        Path, typer.Option("--out", metavar="DIR", help="directory for compare.json and compare.html")
     ] = Path("gradkeel-compare"),
     as_json: Annotated[
         bool, typer.Option("--json", help="print the result as JSON, and nothing else, to stdout")

@@ -1,6 +1,5 @@
 """``gradkeel doctor``: which code measures gradients here and why, whether it is right, and what is missing."""
 
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,8 +10,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from gradkeel.doctor import Check, Diagnosis, Route
-
-WIDTH = 110  # of what goes to no terminal
 
 Line = tuple[str, str, str]
 """Label, words and the words' style."""
@@ -39,21 +36,17 @@ def command(
 
 
 def _tell(diagnosis: "Diagnosis") -> None:
-    from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
-    console.print(
+    from gradkeel.cli.screen import console, sentences
+
+    here = console()
+    here.print(
         Text(f"gradkeel {diagnosis.gradkeel}", style="bold cyan"),
         Text(f"with torch {diagnosis.torch}, Python {diagnosis.python}, {diagnosis.platform}"),
     )
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(no_wrap=True)
-    grid.add_column(overflow="fold")
-    for label, words, style in _lines(diagnosis):
-        grid.add_row(Text(f"  {label}", style="dim"), Text(words, style=style))
-    console.print(grid)
+    lines = [(f"  {label} ", Text(words, style=style)) for label, words, style in _lines(diagnosis)]
+    here.print(sentences(lines))
 
 
 def _lines(diagnosis: "Diagnosis") -> "Iterator[Line]":

@@ -1,18 +1,22 @@
 """``gradkeel explain``: why a recorded run blew up, what hardly learns, and what a bound would do."""
 
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gradkeel.cli.errors import reported
+from gradkeel.cli.options import Run
+
+if TYPE_CHECKING:
+    from gradkeel.explain import Explanation
 
 
 @reported
 def command(
-    run: Annotated[Path, typer.Argument(help="a record, such as runs/exp1.keel", show_default=False)],
+    run: Run,
     bound: Annotated[
-        list[float] | None, typer.Option(help="another bound to weigh up; may be given several times")
+        list[float] | None,
+        typer.Option("--bound", metavar="X", help="another bound to weigh up; may be repeated"),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="print the explanation as JSON, and nothing else, to stdout")
@@ -30,7 +34,26 @@ def command(
 
         print(json.dumps(explanation.to_json(), allow_nan=False))
     else:
-        import shlex
+        _tell(explanation)
 
-        print(explanation)
-        print(f"\nSee it: gradkeel report {shlex.quote(str(run))}")
+
+def _tell(explanation: "Explanation") -> None:
+    import shlex
+
+    from rich.text import Text
+
+    from gradkeel.cli.screen import console, sentences, tables
+    from gradkeel.explain import words
+
+    here = console()
+    for i, (title, lines) in enumerate(words.paragraphs(explanation)):
+        here.print(Text(title, style="bold" if i == 1 else ""))
+        here.print(sentences([("  -", line) for line in lines]), end="")
+        here.print()
+    if explanation.threshold is not None:
+        head, rows = words.threshold_table(explanation.threshold)
+        for piece in tables(head, rows, width=here.width, left=2):
+            here.print(piece)
+            here.print()
+    # Not wrapped: it must survive being copied.
+    here.print(Text(f"See it: gradkeel report {shlex.quote(explanation.path)}"), soft_wrap=True)

@@ -6,20 +6,29 @@ from typing import Annotated
 import typer
 
 from gradkeel.cli.errors import note_damage, reported
+from gradkeel.cli.options import Run
 
 
 @reported
 def command(
-    run: Annotated[Path, typer.Argument(help="a record, such as runs/exp1.keel", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", "-o", help="where to: a path that ends in .csv or .parquet")],
-    parameters: Annotated[bool, typer.Option(help="a column for each parameter's norm")] = True,
+    run: Run,
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", metavar="PATH", help="where to: a path that ends in .csv or .parquet"),
+    ],
+    parameters: Annotated[
+        bool, typer.Option("--parameters/--no-parameters", help="columns for each parameter")
+    ] = True,
+    long: Annotated[
+        bool, typer.Option("--long", help="a row a step and parameter, instead of a row a step")
+    ] = False,
 ) -> None:
-    """Write a recorded run as a table with a row a step."""
+    """Write a recorded run as a table: norms, coefficients, weights, updates, and what was logged."""
     from gradkeel.record import Reader, export
 
     if out.suffix not in {".csv", ".parquet"}:
         raise typer.BadParameter(f"{out} must end in .csv or .parquet", param_hint="--out")
     with Reader(run) as reader:
-        rows = export(reader, out, parameters=parameters)
+        rows = export(reader, out, parameters=parameters, long=long)
         note_damage(reader)
     print(f"Wrote {rows} steps to {out}")

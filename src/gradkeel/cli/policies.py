@@ -1,6 +1,5 @@
 """``gradkeel policies``: every policy, or one in full, as its own class describes it."""
 
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -8,17 +7,16 @@ import typer
 from gradkeel.cli.errors import reported
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.text import Text
 
     from gradkeel.policies import PolicyDescription
 
-WIDTH = 110  # of what goes to no terminal
-
 
 @reported
 def command(
-    name: Annotated[str | None, typer.Argument(help="one policy, such as zclip, to be told in full")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="one policy, such as zclip, to be told in full")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="print the descriptions as JSON, and nothing else, to stdout")
     ] = False,
@@ -50,37 +48,34 @@ def _find(name: str) -> "PolicyDescription":
 
 
 def _list(chosen: "tuple[PolicyDescription, ...]") -> None:
-    console = _console()
-    for description in chosen:
-        _heading(console, description)
-        _line(console, "formula", description.formula)
-        _line(console, "spec", description.spec)
-        _line(console, "cost", description.cost)
-        _line(console, "source", description.source)
-        console.print()
-    _line(console, "none", "clips nothing: gradients are measured and reported only")
-    _line(
-        console,
-        "more",
-        "gradkeel policies NAME tells one in full; POLICY,exclude=*.bias leaves parameters out",
-    )
+    from gradkeel.cli.screen import console, sentences
+
+    here = console()
+    for one in chosen:
+        here.print(_heading(one))
+        facts = ("formula", one.formula), ("spec", one.spec), ("cost", one.cost), ("source", one.source)
+        here.print(sentences([(f"  {name}", _text(words)) for name, words in facts], label=9))
+        here.print()
+    more = "gradkeel policies NAME tells one in full; POLICY,exclude=*.bias leaves parameters out"
+    nothing = "clips nothing: gradients are measured and reported only"
+    here.print(sentences([("  none", nothing), ("  more", more)], label=9))
 
 
-def _tell(description: "PolicyDescription") -> None:
-    console = _console()
-    _heading(console, description)
-    for paragraph in description.details.split("\n\n"):
-        console.print(_text(paragraph))
-    console.print()
-    _line(console, "formula", description.formula)
-    _line(console, "spec", description.spec)
-    _line(console, "python", f"gradkeel.policies.{description.class_name}")
-    for parameter in description.parameters:
+def _tell(one: "PolicyDescription") -> None:
+    from gradkeel.cli.screen import console, sentences
+
+    here = console()
+    here.print(_heading(one))
+    for paragraph in one.details.split("\n\n"):
+        here.print(_text(paragraph))
+    here.print()
+    lines = [("formula", one.formula), ("spec", one.spec), ("python", f"gradkeel.policies.{one.class_name}")]
+    for parameter in one.parameters:
         default = "required" if parameter.default is None else f"default {parameter.default}"
-        _line(console, f"  {parameter.name}", f"({default}) {parameter.meaning}", width=16)
-    _line(console, "cost", description.cost)
-    _line(console, "source", description.source)
-    _line(console, "try", f"gradkeel compare --policy none --policy {_example(description)}")
+        lines.append((f"  {parameter.name}", f"({default}) {parameter.meaning}"))
+    example = f"gradkeel compare --policy none --policy {_example(one)}"
+    lines += [("cost", one.cost), ("source", one.source), ("try", example)]
+    here.print(sentences([(f"  {name}", _text(words)) for name, words in lines], label=9))
 
 
 def _example(description: "PolicyDescription") -> str:
@@ -92,22 +87,10 @@ def _example(description: "PolicyDescription") -> str:
     return f"{description.name}:{','.join(required)}" if required else description.name
 
 
-def _heading(console: "Console", description: "PolicyDescription") -> None:
+def _heading(description: "PolicyDescription") -> "Text":
     from rich.text import Text
 
-    console.print(Text(description.name, style="bold cyan"), _text(description.summary))
-
-
-def _line(console: "Console", label: str, text: str, *, width: int = 9) -> None:
-    """Label and text, the text's further lines indented as its first."""
-    from rich.table import Table
-    from rich.text import Text
-
-    grid = Table.grid(padding=(0, 1))
-    grid.add_column(min_width=width, no_wrap=True)
-    grid.add_column(overflow="fold")
-    grid.add_row(Text(f"  {label}" if not label.startswith(" ") else label, style="dim"), _text(text))
-    console.print(grid)
+    return Text.assemble((description.name, "bold cyan"), " ", _text(description.summary))
 
 
 def _text(words: str) -> "Text":
@@ -115,9 +98,3 @@ def _text(words: str) -> "Text":
     from rich.text import Text
 
     return Text(words.replace("``", "").replace("`", ""))
-
-
-def _console() -> "Console":
-    from rich.console import Console
-
-    return Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)

@@ -5,35 +5,35 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.padding import Padding
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
 from rich.text import Text
+
+from gradkeel.cli.screen import console, sentences, tables
 
 if TYPE_CHECKING:
     from gradkeel.compare.plan import Comparison, Plan
 
 # Seconds until the first provisional table, and between the others, where they cannot be drawn over each other.
 FIRST, EVERY = 8.0, 20.0
-WIDTH = 120  # of tables that go to no terminal
 
 
 class Progress:
     """A live display on stderr; provisional tables where stderr is no terminal; nothing at all when ``quiet``."""
 
     def __init__(self, plan: "Plan", *, quiet: bool) -> None:
-        self._console = _console(stderr=True)
+        self._console = console(stderr=True)
         self._quiet = quiet
         self._live: Live | None = None
         self._due = time.monotonic() + FIRST
         self._total = len(plan.trials)
         self._what = f"{plan.target}: " if plan.target else ""
         self._bar = Bar(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            console=self._console,
+            TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False), console=self._console,
         )  # fmt: skip
         self._task = self._bar.add_task(f"{self._what}starting workers", total=self._total)
 
@@ -60,10 +60,12 @@ class Progress:
         done = len(comparison.runs)
         self._bar.update(self._task, completed=done, description=f"{self._what}running")
         if self._live is not None:
-            self._live.update(Group(_table(comparison, "so far"), self._bar))
+            self._live.update(Group(_tables(comparison, "so far", self._console.width), self._bar))
         elif time.monotonic() > self._due and done < self._total:
             self._due = time.monotonic() + EVERY
-            self._console.print(_table(comparison, f"so far: {done} of {self._total} runs"))
+            self._console.print(
+                _tables(comparison, f"so far: {done} of {self._total} runs", self._console.width)
+            )
 
 
 def print_result(comparison: "Comparison") -> None:
@@ -73,34 +75,19 @@ def print_result(comparison: "Comparison") -> None:
     if not comparison.runs:
         print("No run finished.", file=sys.stderr)
         return
-    console = _console(stderr=False)
-    console.print(_table(comparison, comparison.plan.target))
+    here = console()
+    here.print(_tables(comparison, comparison.plan.target or "", here.width))
     *lines, (label, command) = findings(comparison).lines()
-    grid = Table.grid(padding=(0, 2))
-    for name, text in lines:
-        grid.add_row(Text(name, style="bold cyan"), Text(text))
-    console.print(grid)
+    here.print(sentences([(f"{name} ", text) for name, text in lines], style="bold cyan"))
     # A command is not wrapped: it must survive being copied.
-    console.print(Text(f"{label:<9}", style="bold cyan"), Text(command), sep="", soft_wrap=True)
-    console.print()
+    here.print(Text(f"{label:<9}", style="bold cyan"), Text(command), sep="", soft_wrap=True)
+    here.print()
 
 
-def _console(*, stderr: bool) -> Console:
-    console = Console(stderr=stderr, highlight=False)
-    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=WIDTH)
-
-
-def _table(comparison: "Comparison", title: str) -> Padding:
+def _tables(comparison: "Comparison", title: str, width: int) -> Padding:
     from gradkeel.compare.page import table
     from gradkeel.compare.summary import summarize
 
     cells = table(summarize(comparison.runs, comparison.plan.target_loss), comparison)
-    drawn = Table(
-        title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim"
-    )
-    drawn.add_column(cells.headers[0], overflow="fold")
-    for header in cells.headers[1:]:
-        drawn.add_column(header, justify="right", no_wrap=True)
-    for row in cells.rows:
-        drawn.add_row(*(Text(cell) for cell in row))
-    return Padding(drawn, (1, 0))
+    pieces = list(tables(cells.headers, cells.rows, width=width, title=title))
+    return Padding(Group(*[part for piece in pieces for part in (piece, "")][:-1]), (1, 0))

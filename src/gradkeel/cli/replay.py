@@ -1,11 +1,11 @@
 """``gradkeel replay``: what other policies would have done to a recorded run's norms."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gradkeel.cli.errors import note_damage, reported
+from gradkeel.cli.options import Run
 
 if TYPE_CHECKING:
     from gradkeel.explain import Replay
@@ -13,9 +13,12 @@ if TYPE_CHECKING:
 
 @reported
 def command(
-    run: Annotated[Path, typer.Argument(help="a record, such as runs/exp1.keel", show_default=False)],
+    run: Run,
     policy: Annotated[
-        list[str], typer.Option(help="a policy, such as zclip or global-norm:1.0; may be given several times")
+        list[str],
+        typer.Option(
+            "--policy", metavar="SPEC", help="a policy, such as zclip or global-norm:1.0; may be repeated"
+        ),
     ],
     as_json: Annotated[
         bool, typer.Option("--json", help="print every step's result as JSON, and nothing else, to stdout")
@@ -23,12 +26,11 @@ def command(
 ) -> None:
     """Let policies decide on the norms of a recorded run: open-loop, for under them it would have gone elsewhere."""
     from gradkeel.explain import replay
-    from gradkeel.explain.words import table
     from gradkeel.record import Reader
 
     with Reader(run) as reader:
         replays = [replay(reader, spec) for spec in policy]
-        live = f"{reader.policy}, over {len(reader)} steps"
+        live = f"{reader.policy}, over {len(reader):,} steps"
         note_damage(reader)
     if as_json:
         import json
@@ -39,19 +41,26 @@ def command(
             )
         )
         return
-    print(f"Open-loop: what each policy would have done to the norms of {run}, recorded under {live}.\n")
+    from gradkeel.cli.screen import console, tables
+
+    here = console()
+    about = f"Open-loop: what each policy would have done to the norms of {run}, recorded under {live}."
+    here.print(about, "", sep="\n", markup=False)
     head = ["policy", "clipped", "skipped", "mean coefficient", "differs from live in"]
-    print("\n".join(table(head, [_cells(result) for result in replays])))
-    print("\nExact for this trajectory only: under another policy the norms would have been others.")
+    for piece in tables(head, [_cells(result) for result in replays], width=here.width):
+        here.print(piece, "", sep="\n")
+    here.print("Exact for this trajectory only: under another policy the norms would have been others.")
 
 
 def _cells(result: "Replay") -> list[str]:
+    from gradkeel.explain.readable import readable
+
     return [
         f"{result.policy}{' (live)' if result.is_live else ''}",
         f"{result.clip_rate:.1%}",
         f"{result.skip_rate:.1%}",
-        f"{result.mean_coefficient:.3g}",
-        f"{int(result.differs.sum())} steps",
+        readable(result.mean_coefficient),
+        f"{int(result.differs.sum()):,} steps",
     ]
 
 

@@ -6,19 +6,25 @@ from typing import Annotated
 import typer
 
 from gradkeel.cli.errors import note_damage, reported
+from gradkeel.cli.options import Run
 
 
 @reported
 def command(
-    run: Annotated[Path, typer.Argument(help="a record, such as runs/exp1.keel", show_default=False)],
+    run: Run,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="where to write the page (default: beside the record)")
+        Path | None,
+        typer.Option(
+            "--out", "-o", metavar="PATH", help="where to write the page (default: beside the record)"
+        ),
     ] = None,
     show: Annotated[bool, typer.Option("--open", help="open the page in the browser")] = False,
     watch: Annotated[
         bool, typer.Option("--watch", help="serve the page on this machine, and renew it while training runs")
     ] = False,
-    port: Annotated[int, typer.Option(help="of --watch; 0 takes a free one")] = 0,
+    port: Annotated[
+        int, typer.Option("--port", metavar="N", help="of --watch; 0 takes a free one", min=0, max=65535)
+    ] = 0,
 ) -> None:
     """Draw a recorded run on one page that opens offline: norms, heat map, loss, bounds, and what happened in words."""
     from gradkeel.explain.run_page import run_page

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gradkeel.cli.errors import reported
+from gradkeel.cli.options import TASKS
 
 if TYPE_CHECKING:
     from gradkeel.compare.smoothness import ProbedRun
@@ -16,19 +17,27 @@ if TYPE_CHECKING:
 @reported
 def command(
     task: Annotated[
-        str, typer.Argument(help="a built-in task, or yours: mypkg.mymodule:make_task")
+        str, typer.Argument(metavar="TASK", help=f"{TASKS}, or yours: mypkg.mymodule:make_task")
     ] = "char-lstm",
-    policy: Annotated[str | None, typer.Option(help="a policy, such as none or global-norm:0.25")] = None,
-    lr: Annotated[
-        float | None, typer.Option(help="learning rate (default: the task's highest)", min=0)
+    policy: Annotated[
+        str | None,
+        typer.Option("--policy", metavar="SPEC", help="a policy, such as none or global-norm:0.25"),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="optimizer steps", min=1)] = None,
-    seed: Annotated[int, typer.Option(help="of weights and batches")] = 0,
-    every: Annotated[int, typer.Option(help="measure one step in so many", min=1)] = 2,
-    points: Annotated[int, typer.Option(help="gradients along each step measured", min=1)] = 4,
-    out: Annotated[Path, typer.Option(help="directory for the page, pictures and JSON")] = Path(
-        "gradkeel-smoothness"
-    ),
+    lr: Annotated[
+        float | None,
+        typer.Option("--lr", metavar="X", help="learning rate (default: the task's highest)", min=0),
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", metavar="N", help="optimizer steps", min=1)] = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="of weights and batches")] = 0,
+    every: Annotated[
+        int, typer.Option("--every", metavar="N", help="measure one step in so many", min=1)
+    ] = 2,
+    points: Annotated[
+        int, typer.Option("--points", metavar="N", help="gradients along each step measured", min=1)
+    ] = 4,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="directory for the page, pictures and JSON")
+    ] = Path("gradkeel-smoothness"),
     as_json: Annotated[
         bool, typer.Option("--json", help="print the result as JSON, and nothing else, to stdout")
     ] = False,
@@ -54,8 +63,9 @@ def command(
     if as_json:
         print(text)
         return
-    for line in words(run):
-        print(f"{line.label:6} {line.text}")
+    from gradkeel.cli.screen import console, sentences
+
+    console().print(sentences([(f"{line.label} ", line.text) for line in words(run)], style="bold cyan"))
     print(f"Written: {', '.join(map(str, written))}")
 
 

@@ -10,6 +10,7 @@ from gradkeel.compare.plan import Comparison
 from gradkeel.compare.run import Run
 from gradkeel.compare.summary import Row
 from gradkeel.compare.words import capital, count, named, number
+from gradkeel.explain.readable import readable
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def _contrast(run: Run, twin: Run | None) -> str:
         return ""
     if twin.onset is None:
         return f" Under {named(twin.policy)} no update was that large."
-    times, step = f"{twin.onset.ratio:.3g}", twin.onset.step
+    times, step = readable(twin.onset.ratio), twin.onset.step
     return f" Under {named(twin.policy)} the first such update, at step {step}, was {times} times as large."
 
 
@@ -148,7 +149,9 @@ def _blow_up(run: Run) -> str:
     if run.onset is None:
         return f"no update was larger than the weights it changed; {end}"
     times = (
-        f"{run.onset.ratio:.3g} times as large as" if math.isfinite(run.onset.ratio) else "not finite, unlike"
+        f"{readable(run.onset.ratio)} times as large as"
+        if math.isfinite(run.onset.ratio)
+        else "not finite, unlike"
     )
     norm = run.norms[run.onset.step - 1] if run.onset.step <= len(run.norms) else math.nan
     gradient = f" (gradient norm {number(norm)})" if math.isfinite(norm) else ""

@@ -13,6 +13,7 @@ from gradkeel.compare.starts import same_starts
 from gradkeel.compare.summary import Row, best_runs
 from gradkeel.compare.sweep import LOOSE, TIGHT, WORKS, SweepPoint, sweep_points
 from gradkeel.compare.words import count, number
+from gradkeel.explain.readable import readable
 from gradkeel.page.figures import Band, Curves, Point, Series, against, curves
 from gradkeel.page.page import Line, Section, Table, page
 
@@ -34,7 +35,7 @@ def _cells(row: Row) -> list[str]:
         row.policy,
         number(row.lr),
         "diverged" if failed else number(row.loss),
-        "–" if math.isnan(row.lowest) else f"{row.lowest:.3g}–{row.highest:.3g}",
+        "–" if math.isnan(row.lowest) else f"{readable(row.lowest)}–{readable(row.highest)}",
         f"{row.diverged}/{row.runs}",
         f"{row.clip_rate:.0%}",
         _steps(row),

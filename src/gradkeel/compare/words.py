@@ -2,6 +2,7 @@
 
 import math
 
+from gradkeel.explain.readable import readable
 from gradkeel.policies import parse
 
 _BOUNDED = {"global-norm", "norm", "tensor-norm", "value", "block-rms", "smooth"}
@@ -9,7 +10,7 @@ _BOUNDED = {"global-norm", "norm", "tensor-norm", "value", "block-rms", "smooth"
 
 def number(value: float | None) -> str:
     """Four significant digits; a dash for None and NaN."""
-    return "–" if value is None or math.isnan(value) else f"{value:.4g}"
+    return "–" if value is None or math.isnan(value) else readable(value, 4)
 
 
 def count(n: int, noun: str) -> str:

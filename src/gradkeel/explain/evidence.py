@@ -6,6 +6,7 @@ from gradkeel.explain.course import Course
 from gradkeel.explain.drift import Drift
 from gradkeel.explain.events import Event
 from gradkeel.explain.jumps import Jump
+from gradkeel.explain.readable import readable
 from gradkeel.explain.spread import Reached
 from gradkeel.explain.updates import Overwrite
 
@@ -18,11 +19,11 @@ def later(
     """Of an explosion that left a past."""
     assert event.baseline is not None
     step, norm = course.step(event.start), float(course.totals[event.start])
-    usual = f"{event.baseline.norm:.3g}, the median of the steps before"
+    usual = f"{readable(event.baseline.norm)}, the median of the steps before"
     if math.isfinite(norm):
         rise = (
-            f"At step {step} the gradient norm was {norm:.3g}, {norm / event.baseline.norm:.3g} times {usual}: a "
-            f"robust z-score of {event.baseline.score(norm):.1f} on the log norm."
+            f"At step {step} the gradient norm was {readable(norm)}, {readable(norm / event.baseline.norm)} times "
+            f"{usual}: a robust z-score of {event.baseline.score(norm):.1f} on the log norm."
         )
     else:
         rise = f"At step {step} the gradient was not finite; its norm had been {usual}."
@@ -33,14 +34,14 @@ def later(
 
 def initial(course: Course, event: Event, onsets: list[tuple[str, int, float]]) -> tuple[str, ...]:
     """Of an explosion from the first steps on."""
-    norms = ", ".join(f"{norm:.3g}" for norm in course.totals[:5].tolist())
+    norms = ", ".join(f"{readable(norm)}" for norm in course.totals[:5].tolist())
     sentences = [
         f"There is no past to compare with: the gradient norm grew from the first steps on ({norms}"
         f"{', ...' if len(course.totals) > 5 else ''})."
     ]
     if onsets:
         name, step, ratio = onsets[0]
-        size = f"{ratio:.3g} times" if math.isfinite(ratio) else "beyond all measure"
+        size = f"{readable(ratio)} times" if math.isfinite(ratio) else "beyond all measure"
         sentences.append(
             f"The first update larger than the weights it changed was that of {name} at step {step}: {size}."
         )
@@ -56,29 +57,30 @@ def jump(jump: Jump) -> str:
     if not jump.is_exact:
         when = f"between steps {jump.after} and {jump.until}, judging by the gradients {when}"
     return (
-        f"The weights of {jump.parameter} changed {when}. Their norm went from {jump.before_norm:.3g} to "
-        f"{jump.after_norm:.3g} ({jump.ratio:.3g} times), and no update explains it: something else wrote to them."
+        f"The weights of {jump.parameter} changed {when}. Their norm went from {readable(jump.before_norm)} to "
+        f"{readable(jump.after_norm)} ({readable(jump.ratio)} times), and no update explains it: "
+        "something else wrote to them."
     )
 
 
 def overwrite(overwrite: Overwrite) -> str:
     """Of updates as large as the weights."""
     sentence = (
-        f"The update at step {overwrite.step} was {overwrite.ratio:.3g} times as large as the weights that it changed "
-        f"(usual before: {overwrite.before:.2g})"
+        f"The update at step {overwrite.step} was {readable(overwrite.ratio)} times as large as the weights that it "
+        f"changed (usual before: {overwrite.before:.2g})"
     )
     if overwrite.parameters:
         name, ratio = overwrite.parameters[0]
-        sentence += f", most of all in {name}: {ratio:.3g} times"
+        sentence += f", most of all in {name}: {readable(ratio)} times"
     return sentence + "."
 
 
 def drift(drift: Drift) -> tuple[str, ...]:
     """Of a slow rise."""
     return (
-        f"The level of the gradient norm (its median over {drift.stretch} steps) rose from {drift.before:.3g} to "
-        f"{drift.after:.3g}, {drift.after / drift.before:.3g} times, without a jump.",
-        f"The level of {drift.parameter} rose most: {drift.growths[0][1]:.3g} times.",
+        f"The level of the gradient norm (its median over {drift.stretch} steps) rose from {readable(drift.before)} to "
+        f"{readable(drift.after)}, {readable(drift.after / drift.before)} times, without a jump.",
+        f"The level of {drift.parameter} rose most: {readable(drift.growths[0][1])} times.",
     )
 
 
@@ -99,8 +101,8 @@ def rates(course: Course, row: int) -> str:
         return ""
     row = first + int(growth.argmax())
     return (
-        f"The learning rate rose from {float(course.rates[row - 1]):.3g} to {float(course.rates[row]):.3g} at step "
-        f"{course.step(row)}."
+        f"The learning rate rose from {readable(float(course.rates[row - 1]))} to {readable(float(course.rates[row]))} "
+        f"at step {course.step(row)}."
     )
 
 
@@ -110,7 +112,7 @@ def _losses(course: Course, event: Event) -> str:
     before = float(course.losses[max(0, event.start - 1)])
     if not len(finite) or not float(finite.max()) > before:
         return ""
-    return f"The loss rose from {before:.3g} to {float(finite.max()):.3g}."
+    return f"The loss rose from {readable(before)} to {readable(float(finite.max()))}."
 
 
 def _skipped(course: Course, event: Event) -> str:

@@ -13,7 +13,18 @@ from torch.utils._pytree import tree_flatten, tree_map
 _HALF = (torch.float16, torch.bfloat16)
 _GREW = 10.0
 # These fill tensors with what they are given, or look at numbers without making any.
-_NOT_MADE_BY = ("empty", "new_empty", "view", "detach", "clone", "copy_", "isfinite", "isnan", "isinf", "masked_fill")
+_NOT_MADE_BY = (
+    "empty",
+    "new_empty",
+    "view",
+    "detach",
+    "clone",
+    "copy_",
+    "isfinite",
+    "isnan",
+    "isinf",
+    "masked_fill",
+)
 
 
 class Inspection:
@@ -53,7 +64,9 @@ class Inspection:
 
         def note(name: str) -> Any:
             def hook(_: nn.Module, __: object, output: object) -> None:
-                outputs = [t for t in tree_flatten(output)[0] if isinstance(t, Tensor) and t.is_floating_point()]
+                outputs = [
+                    t for t in tree_flatten(output)[0] if isinstance(t, Tensor) and t.is_floating_point()
+                ]
                 if not outputs:
                     return
                 with torch.no_grad():
@@ -103,7 +116,7 @@ def _is_finite(tree: object) -> bool:
 
 def _has_bad_number(tree: object) -> bool:
     numbers = [x for x in tree_flatten(tree)[0] if isinstance(x, float)]
-    return any(x != x or x in (float("inf"), float("-inf")) for x in numbers)  # noqa: PLR0124
+    return any(x != x or x in (float("inf"), float("-inf")) for x in numbers)
 
 
 class _Float32(TorchFunctionMode):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gradkeel.explain import Explanation, explain, words
+from gradkeel.explain.readable import readable
 from gradkeel.explain.run_figures import (
     BLUE,
     GREEN,
@@ -48,10 +49,13 @@ def run_page(reader: Reader) -> str:
         ),
         *sections,
     ]
-    sections += _scalar(reader, steps, marks, "loss", "Loss", ORANGE)
+    sections += _loss(reader, steps, marks)
     sections += _coefficient(reader, steps, marks)
     sections += _updates(reader, marks)
     sections += _scalar(reader, steps, marks, "lr", "Learning rate", GREEN)
+    for name in reader.scalar_names:
+        if name not in {"loss", "lr"}:
+            sections += _scalar(reader, steps, marks, name, name, BLUE)
     sections += _threshold(reader, explanation)
     return page(f"Run {reader.path.name}", _subtitle(reader, explanation), _lines(explanation), sections)
 
@@ -168,13 +172,18 @@ def _spread(explanation: Explanation) -> list[Section]:
     if len(spread) < 2:
         return []
     rows = [
-        [reached.parameter, str(reached.step), "" if reached.growth is None else f"{reached.growth:.4g}"]
+        [reached.parameter, str(reached.step), "" if reached.growth is None else readable(reached.growth)]
         for reached in spread[:20]
     ]
     more = f" The first 20 of {len(spread)}." if len(spread) > 20 else ""
     text = f"In which order parameters were reached, and their norm there over what it was before.{more}"
     before = "first" if explanation.explosion.kind == "initialization" else "usual"
     return [Section("How it spread", text, Table(["parameter", "step", f"times its {before} norm"], rows))]
+
+
+def _loss(reader: Reader, steps: Tensor, marks: list[Mark]) -> list[Section]:
+    missing = "No loss was recorded; this line, before optimizer.step(), gives one: guard.log(loss=loss)"
+    return _scalar(reader, steps, marks, "loss", "Loss", ORANGE) or [Section("Loss", missing)]
 
 
 def _scalar(
@@ -228,7 +237,7 @@ def _threshold(reader: Reader, explanation: Explanation) -> list[Section]:
         return []
     colors = {"live": RED, "given": VIOLET}
     marks = [
-        Mark(candidate.bound, f"{candidate.bound:.3g}", colors.get(candidate.origin, GREY))
+        Mark(candidate.bound, readable(candidate.bound), colors.get(candidate.origin, GREY))
         for candidate in advice.candidates
     ]
     head, rows = words.threshold_table(advice)

@@ -12,12 +12,33 @@ from gradkeel.errors import RecordError
 from gradkeel.explain.run_page import run_page
 from gradkeel.record import Reader
 
-_RELOAD = """<script>
-const shown = %r;
-setInterval(async () => {
-  try { if (await (await fetch("version")).text() !== shown) location.reload(); } catch { /* training has ended */ }
-}, 2000);
+# New figures take the place of the old ones in their elements, so that a zoom stays; plotly's script, megabytes, is not
+# sent again. Where the page has other sections than before, it is loaded anew.
+_RENEW = """<script>
+let shown = %r;
+const sections = (page) => [...page.querySelectorAll("main > section")];
+const renew = async () => {
+  const version = await (await fetch("version")).text();
+  if (version === shown) return;
+  const page = new DOMParser().parseFromString(await (await fetch("content")).text(), "text/html");
+  const ids = (page) => sections(page).map((one) => one.id + !!one.querySelector(".figure")).join();
+  if (ids(page) !== ids(document)) { location.reload(); return; }
+  for (const tag of ["h1", ".subtitle", "dl"])
+    document.querySelector(tag).replaceWith(page.querySelector(tag));
+  sections(page).forEach((fresh, i) => {
+    const old = sections(document)[i];
+    for (const tag of [":scope > p", ".scroll"]) {
+      const [a, b] = [old.querySelector(tag), fresh.querySelector(tag)];
+      if (a && b) a.replaceWith(b);
+    }
+    for (const script of fresh.querySelectorAll(".figure script"))
+      new Function("Plotly", script.textContent)({ newPlot: (...given) => Plotly.react(...given) });
+  });
+  shown = version;
+};
+setInterval(() => renew().catch(() => { /* training has ended */ }), 2000);
 </script>"""
+_SCRIPT = re.compile(r"<script>.*?</script>\n</head>", re.DOTALL)
 
 
 _LOOPBACK = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", re.IGNORECASE)
@@ -45,9 +66,15 @@ class RunPage:
         with self._lock:
             version = self.version()
             if version != self._version:
-                self._page = self._draw()
-                self._version = version
-            return self._page.replace("</head>", _RELOAD % version + "</head>", 1)
+                self._page, self._version = self._draw(), version
+            return self._page.replace("</head>\n<body>", _RENEW % version + "</head>\n<body>", 1)
+
+    def content(self) -> str:
+        """The page without plotly's script, for a page that has it."""
+        with self._lock:
+            if (version := self.version()) != self._version:
+                self._page, self._version = self._draw(), version
+            return _SCRIPT.sub("</head>", self._page, count=1)
 
     def _draw(self) -> str:
         words = "Nothing recorded yet."
@@ -59,7 +86,7 @@ class RunPage:
             if self._path.exists():
                 words = f"Nothing to show: {error}"
         return (
-            f"<!doctype html><html><head><meta charset='utf-8'><title>gradkeel</title></head><body>{escape(words)}"
+            f"<!doctype html><html><head><meta charset='utf-8'><title>gradkeel</title></head>\n<body>{escape(words)}"
             "</body></html>"
         )
 
@@ -84,7 +111,11 @@ def make_server(path: Path, *, port: int = 0) -> http.server.ThreadingHTTPServer
                 self.send_response(HTTPStatus.NO_CONTENT)
                 self.end_headers()
                 return
-            routes = {"/": ("text/html", shown.html), "/version": ("text/plain", shown.version)}
+            routes = {
+                "/": ("text/html", shown.html),
+                "/content": ("text/html", shown.content),
+                "/version": ("text/plain", shown.version),
+            }
             kind, answer = routes.get(self.path, ("", None))
             if answer is None:
                 self.send_error(HTTPStatus.NOT_FOUND)

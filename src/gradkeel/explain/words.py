@@ -1,11 +1,12 @@
 """An explanation in sentences and plain tables: the same for the terminal, the page and a notebook."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from gradkeel.explain.autopsy import AutopsyResult
 from gradkeel.explain.explosion import Explosion
 from gradkeel.explain.fading import Fading
+from gradkeel.explain.readable import readable
 from gradkeel.explain.threshold import Estimate, ThresholdAdvice
 from gradkeel.explain.verdict import Diagnosis, Verdict
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 _KIND = {
     "explosion": "The gradients exploded",
-    "spike": "The gradients spiked, and came back",
+    "spike": "The gradients spiked",
     "initialization": "The gradients exploded from the initialization on",
     "overflow": "The loss scale overflowed, which GradScaler provokes by design",
     "weights": "A parameter was changed by something other than the optimizer",
@@ -57,6 +58,13 @@ def experiments(result: AutopsyResult) -> tuple[list[str], list[list[str]]]:
     return ["changed", "gradient norm", "the fault was"], rows
 
 
+def _experiments(result: AutopsyResult) -> list[str]:
+    return [
+        f"{change}: gradient norm {norm}, the fault was {outcome}"
+        for change, norm, outcome in experiments(result)[1]
+    ]
+
+
 def headline(explosion: Explosion) -> str:
     """What happened, in one sentence."""
     if not explosion.found or explosion.kind is None:
@@ -66,16 +74,17 @@ def headline(explosion: Explosion) -> str:
         return f"{_KIND[explosion.kind]}: first {where}at step {explosion.step}."
     where = f", first in {explosion.parameter}" if explosion.parameter else ""
     about = "from about" if explosion.kind == "drift" else "at"
-    return f"{_KIND[explosion.kind]} {about} step {explosion.step}{where}."
+    after = "; they came back afterwards" if explosion.kind == "spike" else ""
+    return f"{_KIND[explosion.kind]} {about} step {explosion.step}{where}{after}."
 
 
 def progress(explosion: Explosion) -> list[str]:
     """Growth and order, in sentences."""
     sentences = []
-    if explosion.growth_per_step is not None and explosion.peak_step is not None:
+    if explosion.growth_per_step is not None and explosion.peak_norm is not None:
         sentences.append(
-            f"The norm grew by a factor of {explosion.growth_per_step:.3g} a step, to {explosion.peak_norm:.3g} at "
-            f"step {explosion.peak_step}."
+            f"The norm grew by a factor of {readable(explosion.growth_per_step)} a step, to "
+            f"{readable(explosion.peak_norm)} at step {explosion.peak_step}."
         )
     if len(explosion.spread) > 1:
         order = [f"{reached.parameter} ({reached.step})" for reached in explosion.spread[:8]]
@@ -112,9 +121,9 @@ def rolled_back(explanation: "Explanation") -> list[str]:
     return sentences
 
 
-def estimate(value: Estimate, digits: str = ".3g") -> str:
+def estimate(value: Estimate, form: Callable[[float], str] = readable) -> str:
     """A number and its interval."""
-    return f"{value.value:{digits}} [{value.low:{digits}}, {value.high:{digits}}]"
+    return f"{form(value.value)} [{form(value.low)}, {form(value.high)}]"
 
 
 def threshold_table(advice: ThresholdAdvice) -> tuple[list[str], list[list[str]]]:
@@ -125,11 +134,11 @@ def threshold_table(advice: ThresholdAdvice) -> tuple[list[str], list[list[str]]
     for candidate in advice.candidates:
         low, high = candidate.coefficient_spread
         row = [
-            f"{candidate.bound:.4g}",
+            readable(candidate.bound, 4),
             candidate.origin,
-            estimate(candidate.clip_rate, ".1%"),
+            estimate(candidate.clip_rate, "{:.1%}".format),
             estimate(candidate.mean_coefficient),
-            f"{low:.3g} to {high:.3g}",
+            f"{readable(low)} to {readable(high)}",
         ]
         if has_lr:
             row.append("" if candidate.effective_lr is None else estimate(candidate.effective_lr))
@@ -140,7 +149,7 @@ def threshold_table(advice: ThresholdAdvice) -> tuple[list[str], list[list[str]]
 def distribution(advice: ThresholdAdvice) -> list[str]:
     """The distribution of the norms, in sentences."""
     what = "" if advice.scope == "global" else " (of single parameters' gradients)"
-    middle, *others = ((level, f"{advice.quantiles[level].value:.3g}") for level in (0.5, 0.9, 0.99))
+    middle, *others = ((level, readable(advice.quantiles[level].value)) for level in (0.5, 0.9, 0.99))
     rest = " and ".join(f"{level:.0%} below {value}" for level, value in others)
     sentences = [
         f"Over {advice.steps:,} steps the median norm{what} was {middle[1]}; {rest}, before clipping."
@@ -152,38 +161,40 @@ def distribution(advice: ThresholdAdvice) -> list[str]:
     return sentences
 
 
-def as_text(explanation: "Explanation") -> str:
-    """All of it, for a terminal."""
-    diagnosis = explanation.diagnosis
-    lines = [_run(explanation), "", f"Verdict: {verdict(diagnosis)}"]
-    lines += [f"  - {words}" for words in (*diagnosis.reasons, *missing(diagnosis))]
-    if explanation.explosion.found or diagnosis.verdict is Verdict.HEALTHY:
-        lines += ["", headline(explanation.explosion)]
-    lines += [f"  - {words}" for words in (*explanation.explosion.evidence, *progress(explanation.explosion))]
-    for autopsy in explanation.autopsies:
-        lines += ["", f"Autopsy: {autopsy}", *[f"  {line}" for line in table(*experiments(autopsy))]]
-    others = [event for event in explanation.events if event is not explanation.explosion]
-    if others:
-        lines += ["", "Also:", *[f"  - {headline(event)}" for event in others]]
-    if old := rolled_back(explanation):
-        lines += ["", "Rolled back:", *[f"  - {words}" for words in old]]
-    faded = fading(explanation.fading)
-    if faded:
-        lines += ["", "Hardly learning:", *[f"  - {words}" for words in faded]]
+def paragraphs(explanation: "Explanation") -> Iterator[tuple[str, list[str]]]:
+    """All of it but the table of bounds: what each paragraph begins with, and its sentences."""
+    explosion, diagnosis = explanation.explosion, explanation.diagnosis
+    yield _run(explanation), []
+    yield f"Verdict: {verdict(diagnosis)}", [*diagnosis.reasons, *missing(diagnosis)]
+    evidence = [*explosion.evidence, *progress(explosion)]
+    if explosion.found or diagnosis.verdict is Verdict.HEALTHY or evidence:
+        yield headline(explosion), evidence
+    lists = [
+        *((f"Autopsy: {one}", _experiments(one)) for one in explanation.autopsies),
+        ("Also:", [headline(event) for event in explanation.events if event is not explosion]),
+        ("Rolled back:", rolled_back(explanation)),
+        ("Hardly learning:", fading(explanation.fading)),
+    ]
     if explanation.threshold is not None:
-        lines += ["", "Threshold:", *[f"  {words}" for words in distribution(explanation.threshold)], ""]
-        lines += [f"  {line}" for line in table(*threshold_table(explanation.threshold))]
-        lines += [f"  - {words}" for words in explanation.threshold.remarks]
+        lists.append(("Threshold:", [*distribution(explanation.threshold), *explanation.threshold.remarks]))
+    yield from ((title, sentences) for title, sentences in lists if sentences)
     if explanation.damage:
-        lines += ["", f"Not all could be read: {explanation.damage}."]
-    return "\n".join(lines)
+        yield f"Not all could be read: {explanation.damage}.", []
+
+
+def as_text(explanation: "Explanation") -> str:
+    """All of it, in plain text."""
+    parts = ["\n  - ".join([title, *sentences]) for title, sentences in paragraphs(explanation)]
+    if explanation.threshold is not None:
+        parts.append("\n".join(table(*threshold_table(explanation.threshold))))
+    return "\n\n".join(parts)
 
 
 def _run(explanation: "Explanation") -> str:
     optimizer = f"{explanation.optimizer}, " if explanation.optimizer else ""
     return (
-        f"{explanation.path}: {explanation.steps} steps ({explanation.first_step} to {explanation.last_step}), "
-        f"{explanation.parameters} parameters, {optimizer}policy {explanation.policy}; "
+        f"{explanation.path}: {explanation.steps:,} steps ({explanation.first_step} to {explanation.last_step}), "
+        f"{explanation.parameters:,} parameters, {optimizer}policy {explanation.policy}; "
         f"{explanation.clipped:.1%} of the steps clipped, {explanation.skipped} skipped."
     )
 

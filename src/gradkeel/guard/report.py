@@ -277,6 +277,18 @@ class StepReport:
         """Norm of every parameter's true gradient, excluded ones included, by name."""
         return {name: norm for selection in self.selections for name, norm in selection.norms.items()}
 
+    def to_pandas(self) -> Any:
+        """Parameter, selection, norm and coefficient of each parameter as a pandas DataFrame; syncs the host."""
+        import pandas as pd
+
+        rows = [
+            (name, selection.label, norm, coefficients[name])
+            for selection in self.selections
+            for coefficients in [selection.coefficients]
+            for name, norm in selection.norms.items()
+        ]
+        return pd.DataFrame(rows, columns=["parameter", "selection", "norm", "coefficient"])
+
     def __repr__(self) -> str:
         """The step in one line."""
         kind = "inf-norm" if math.isinf(self.norm_type) else f"{self.norm_type:g}-norm"

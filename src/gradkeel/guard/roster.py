@@ -35,6 +35,9 @@ from gradkeel.selection import (
 )
 from gradkeel.tensors import is_distributed, settle
 
+_NAMED = 10
+"""So many parameters of a selection are named in a guard's repr."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
@@ -220,7 +223,9 @@ class Roster:
                 continue
             what = "measured, not clipped" if part.policy is None else repr(part.policy)
             yield f"  {selection.label}: {what}; {count} parameter{'' if count == 1 else 's'}"
-            yield from (f"    {name}" for name in selection.names)
+            yield from (f"    {name}" for name in selection.names[:_NAMED])
+            if count > _NAMED:
+                yield f"    ... and {count - _NAMED} more"
 
     def pieces(self) -> dict[str, tuple[int, ...]]:
         """Which piece of each parameter lies on this rank; those that count for another rank are left out."""

@@ -5,10 +5,11 @@ Leave ``Trainer(gradient_clip_val=None)`` with it.
 
 from typing import Any
 
-from gradkeel.attach import attach
+from gradkeel.attaching import attach
 from gradkeel.errors import AttachError, MissingExtraError
 from gradkeel.guard.guard import Guard
 from gradkeel.integrations.resume import go_on
+from gradkeel.integrations.told import Told
 from gradkeel.policies import Policy
 
 try:
@@ -22,6 +23,9 @@ class GuardCallback(Callback):  # type: ignore[misc]  # lightning is not followe
 
     The guard's state is part of Lightning's checkpoints, and loaded by ``fit(..., ckpt_path=...)``, so that a record
     goes on where the checkpoint was taken. A second ``fit()`` goes on too, as Lightning's own count of steps does.
+
+    ``grad_norm``, ``clip_coefficient``, ``clipped_share`` (of the steps so far) and ``skipped_steps`` go to Lightning's
+    loggers, without a sync of the host, and the loss to the guard and its record (not under a loss scale of fp16).
 
     A module with several optimizers attaches to each of them itself, in ``configure_optimizers``, and saves and loads
     its guards in ``on_save_checkpoint`` and ``on_train_start``.
@@ -44,6 +48,7 @@ class GuardCallback(Callback):  # type: ignore[misc]  # lightning is not followe
         self._policy = policy
         self._arguments = arguments
         self._loaded: dict[str, Any] | None = None
+        self._told: Told | None = None
         self.guard: Guard | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -57,6 +62,18 @@ class GuardCallback(Callback):  # type: ignore[misc]  # lightning is not followe
         self.guard = attach(trainer.optimizers[0], self._policy, model=pl_module, **self._arguments)
         go_on(self.guard, self._loaded, trainer.global_step)
         self._loaded = None
+        self._told = Told(self.guard)
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        """Tell the guard the loss."""
+        if self._told is not None and getattr(trainer.precision_plugin, "scaler", None) is None:
+            self._told.loss(loss)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *batch: Any) -> None:
+        """Log what the step came to, where one was made."""
+        if self._told is not None and self._told.look():
+            for name, value in self._told.numbers().items():
+                pl_module.log(name, value.float())
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Detach, and close the recorders."""

@@ -3,16 +3,18 @@
 Set ``TrainingArguments(max_grad_norm=0)`` with it, for the Trainer clips too by default.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gradkeel.attach import attach
+from gradkeel.attaching import attach
 from gradkeel.errors import MissingExtraError
 from gradkeel.guard import stack
 from gradkeel.guard.guard import Guard
 from gradkeel.integrations.resume import go_on
+from gradkeel.integrations.told import Told
 from gradkeel.policies import Policy
 
 try:
@@ -32,6 +34,9 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
     goes on where the checkpoint was taken. A second ``train()``, and another attempt of ``auto_find_batch_size``, count
     steps from 1 again, as the Trainer does; what was recorded before stays in the record.
 
+    The Trainer's logs, and with them its reporters, get ``grad_norm``, ``clip_coefficient``, ``clipped_share`` (of the
+    steps so far) and ``skipped_steps``; the guard, and with it the record, gets the Trainer's loss.
+
     Whoever builds the optimizer himself needs no callback: ``attach`` to it, and pass it as ``optimizers=``.
 
     Args:
@@ -49,6 +54,8 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
     def __init__(self, policy: Policy | str | None, **arguments: Any) -> None:
         self._policy = policy
         self._arguments = arguments
+        self._told: Told | None = None
+        self._unlisten: Callable[[], Any] | None = None
         self.guard: Guard | None = None
 
     def on_train_begin(
@@ -57,7 +64,46 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
         """Attach to the optimizer that the Trainer has made, and go on from the checkpoint that it resumes from."""
         self.on_train_end(args, state, control)  # of an attempt that an error ended
         self.guard = attach(optimizer, self._policy, model=model, **self._arguments)
-        go_on(self.guard, _state_of(_resumed_from()), state.global_step)
+        trainer, resumed = _training()
+        go_on(self.guard, _state_of(resumed), state.global_step)
+        self._told = Told(self.guard)
+        if trainer is not None:
+            self._listen(trainer)
+
+    def _listen(self, trainer: Any) -> None:
+        """Hear of each loss, which callbacks are not told of, and of logs before those who report them."""
+        told, step = self._told, trainer.training_step
+        own = vars(trainer).get("training_step")
+
+        def training_step(*arguments: Any, **named: Any) -> Any:
+            loss = step(*arguments, **named)
+            if told is not None:
+                told.loss(loss)
+            return loss
+
+        trainer.training_step = training_step
+
+        def unlisten() -> None:
+            del trainer.training_step
+            if own is not None:
+                trainer.training_step = own
+
+        self._unlisten = unlisten
+        handler = trainer.callback_handler
+        handler.callbacks = [self, *(one for one in handler.callbacks if one is not self)]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Count the step; the host is not synced."""
+        if self._told is not None:
+            self._told.look()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
+        """Add the guard's numbers to the training's logs."""
+        if self._told is not None and self._told.steps and logs is not None and "learning_rate" in logs:
+            numbers = {name: value.item() for name, value in self._told.numbers().items()}
+            logs.update(numbers)
+            if state.log_history:
+                state.log_history[-1].update(numbers)
 
     def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Save the guard's state beside what the Trainer has saved."""
@@ -67,19 +113,22 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
 
     def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Detach, and close the recorders."""
+        if self._unlisten is not None:
+            self._unlisten()
+            self._unlisten = None
         if self.guard is not None:
             self.guard.detach()
 
 
-def _resumed_from() -> Path | None:
-    """The checkpoint that ``train`` was told to resume from, which callbacks are not told of."""
+def _training() -> tuple[Any, Path | None]:
+    """The Trainer, and the checkpoint that ``train`` was told to resume from, which callbacks are not told of."""
     for frame in stack.frames():
         if frame.f_code.co_name == "train" and frame.f_globals.get("__name__", "").startswith(
             "transformers."
         ):
             given = frame.f_locals.get("resume_from_checkpoint")
-            return Path(given) if isinstance(given, str) else None
-    return None
+            return frame.f_locals.get("self"), Path(given) if isinstance(given, str) else None
+    return None, None
 
 
 def _state_of(checkpoint: Path | None) -> dict[str, Any] | None:

@@ -19,20 +19,26 @@ _CHUNK = 4096  # rows at a time, which bounds the memory
 Columns = dict[str, Tensor | list[str]]
 
 
-def export(reader: Reader, path: str | os.PathLike[str], *, parameters: bool = True) -> int:
-    """Write a record as a table with a row a step.
+def export(
+    reader: Reader, path: str | os.PathLike[str], *, parameters: bool = True, long: bool = False
+) -> int:
+    """Write a record as a table.
 
-    The columns are step, time, norm, clipped_norm, coefficient, bound, stepped, clipped, finite, reason, what was
-    logged (loss, lr, ...), and with ``parameters`` ``norm:NAME`` for each parameter. What is not there (no bound, not
-    logged) is empty in CSV and NaN in Parquet.
+    Wide, it has a row a step, whose columns are step, time, norm, clipped_norm, coefficient, bound, stepped, clipped,
+    finite, reason, what was logged (loss, lr, ...), and with ``parameters`` ``norm:NAME``, ``coefficient:NAME``,
+    ``weight_norm:NAME`` and ``update_ratio:NAME`` for each parameter. Long, it has a row a step and parameter, whose
+    columns are step, what was logged, parameter, norm, coefficient, weight_norm and update_ratio, the update's norm
+    over the weights'. What is not there (no bound, not logged, weights not measured at that step) is empty in CSV and
+    NaN in Parquet.
 
     Args:
         reader: an open record.
         path: ends in ``.csv`` or ``.parquet``.
-        parameters: whether to write each parameter's norm.
+        parameters: whether a wide table has each parameter's columns.
+        long: a row for each parameter instead.
 
     Returns:
-        The number of rows.
+        The number of steps.
 
     Raises:
         ValueError: the path ends in something else.
@@ -43,12 +49,38 @@ def export(reader: Reader, path: str | os.PathLike[str], *, parameters: bool = T
     if write is None:
         raise ValueError(f"export(path={os.fspath(path)!r}): the path must end in .csv or .parquet")
     refuse_record(Path(path), "export to")
-    write(Path(path), _chunks(reader, parameters))
+    write(Path(path), _chunks(reader, parameters, long))
     return len(reader)
 
 
-def _chunks(reader: Reader, parameters: bool) -> Iterator[Columns]:
+def columns(reader: Reader, *, parameters: bool, long: bool) -> Columns:
+    """The table that `export` writes, in memory."""
+    whole: Columns = {}
+    chunks = list(_chunks(reader, parameters, long))
+    for name in chunks[0]:
+        parts = [chunk[name] for chunk in chunks]
+        whole[name] = _joined(parts)
+    return whole
+
+
+def arrow(reader: Reader, *, parameters: bool, long: bool) -> Any:
+    """The same as an Arrow table."""
+    pa = _pyarrow("to_arrow()")
+    return pa.table(
+        {name: _array(pa, v) for name, v in columns(reader, parameters=parameters, long=long).items()}
+    )
+
+
+def _joined(parts: Sequence[Tensor | list[str]]) -> Tensor | list[str]:
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    return (
+        torch.cat(tensors) if tensors else [word for part in parts for word in part if isinstance(word, str)]
+    )
+
+
+def _chunks(reader: Reader, parameters: bool, long: bool) -> Iterator[Columns]:
     scalars, reasons = reader.scalar_names, dict(reader.skips())
+    samples = reader.weight_samples() if parameters or long else None
     for first in range(0, max(1, len(reader)), _CHUNK):
         last = min(first + _CHUNK, len(reader))
 
@@ -56,7 +88,32 @@ def _chunks(reader: Reader, parameters: bool) -> Iterator[Columns]:
             return reader.store.series(name, first, last)
 
         steps, verdict = rows("step"), rows("verdict")
-        columns: Columns = {
+        logged: Columns = {name: rows(SCALAR_PREFIX + name) for name in scalars}
+        own: dict[str, Tensor] = {}
+        if samples is not None:
+            common = torch.where(reader.main, rows("coefficient").unsqueeze(1), 1.0)
+            given = rows("coefficients")
+            weights, ratios = _measured(steps, samples)
+            own = {
+                "norm": rows("norms"),
+                "coefficient": torch.where(torch.isnan(given), common, given),
+                "weight_norm": weights,
+                "update_ratio": ratios,
+            }
+        if long:
+            n = len(reader.names)
+            yield {
+                "step": steps.repeat_interleave(n),
+                **{
+                    name: values.repeat_interleave(n)
+                    for name, values in logged.items()
+                    if isinstance(values, Tensor)
+                },
+                "parameter": list(reader.names) * len(steps),
+                **{name: values.flatten() for name, values in own.items()},
+            }
+            continue
+        yield {
             "step": steps,
             "time": rows("time"),
             "norm": rows("total"),
@@ -67,14 +124,24 @@ def _chunks(reader: Reader, parameters: bool) -> Iterator[Columns]:
             "clipped": (verdict & CLIPPED).bool(),
             "finite": (verdict & NONFINITE) == 0,
             "reason": [reasons.get(step, "") for step in steps.tolist()],
+            **logged,
+            **{
+                f"{kind}:{name}": column.contiguous()
+                for kind, values in own.items()
+                for name, column in zip(reader.names, values.unbind(1), strict=True)
+            },
         }
-        columns |= {name: rows(SCALAR_PREFIX + name) for name in scalars}
-        if parameters:
-            columns |= {
-                f"norm:{name}": norms
-                for name, norms in zip(reader.names, rows("norms").unbind(1), strict=True)
-            }
-        yield columns
+
+
+def _measured(steps: Tensor, samples: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """[k, n] weights' norms, and updates' norms over them, at the steps where they were measured; NaN elsewhere."""
+    at, weights, updates = samples
+    both = weights.new_full((2, len(steps), weights.shape[1]), math.nan)
+    if len(at) and bool((at.diff() > 0).all()):
+        place = torch.searchsorted(at, steps).clamp(max=len(at) - 1)
+        there = at[place] == steps
+        both[0, there], both[1, there] = weights[place[there]], (updates / weights)[place[there]]
+    return both[0], both[1]
 
 
 def _write_csv(path: Path, chunks: Iterator[Columns]) -> None:
@@ -96,12 +163,18 @@ def _cells(values: Tensor | list[str]) -> Sequence[object]:
     return values.tolist()
 
 
-def _write_parquet(path: Path, chunks: Iterator[Columns]) -> None:
+def _pyarrow(what: str) -> Any:
     try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        import pyarrow
     except ImportError:
-        raise MissingExtraError("pyarrow", "parquet", "export to Parquet") from None
+        raise MissingExtraError("pyarrow", "parquet", what) from None
+    return pyarrow
+
+
+def _write_parquet(path: Path, chunks: Iterator[Columns]) -> None:
+    pa = _pyarrow("export to Parquet")
+    import pyarrow.parquet as pq
+
     writer = None
     try:
         for columns in chunks:

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -89,6 +89,54 @@ class Reader:
         """Close the file."""
         for store in self._stores:
             store.close()
+
+    # ---- for other programs ----------------------------------------------------------------------------------------
+
+    def to_pandas(self, *, long: bool = False, parameters: bool = True) -> Any:
+        """The record as a pandas DataFrame, with the columns of `gradkeel.record.export`; pandas must be installed.
+
+        Args:
+            long: a row a step and parameter instead of a row a step.
+            parameters: whether a wide table has each parameter's columns.
+        """
+        import pandas as pd
+
+        from gradkeel.record.export import columns
+
+        table = columns(self, parameters=parameters, long=long)
+        return pd.DataFrame({k: v if isinstance(v, list) else v.numpy() for k, v in table.items()})
+
+    def to_arrow(self, *, long: bool = False, parameters: bool = True) -> Any:
+        """The same as a pyarrow Table, which ``polars.from_arrow`` and DuckDB take.
+
+        Raises:
+            MissingExtraError: pyarrow is not installed.
+        """
+        from gradkeel.record.export import arrow
+
+        return arrow(self, parameters=parameters, long=long)
+
+    def __repr__(self) -> str:
+        """Which record, how long, under which policy."""
+        policy = f", {self.policy}" if self.sessions else ""
+        return (
+            f"Reader({os.fspath(self.path)!r}: {len(self):,} steps ({self.first_step} to {self.last_step}), "
+            f"{len(self.names):,} parameters{policy})"
+        )
+
+    def _repr_html_(self) -> str:
+        """The same for notebooks, with what was logged."""
+        from html import escape
+
+        facts = {
+            "steps": f"{len(self):,} ({self.first_step} to {self.last_step})",
+            "parameters": f"{len(self.names):,}",
+            "policy": self.policy if self.sessions else "",
+            "logged": ", ".join(self.scalar_names),
+            "damage": self.damage or "",
+        }
+        rows = "".join(f"<tr><th>{k}</th><td>{escape(v)}</td></tr>" for k, v in facts.items() if v)
+        return f"<table><caption>{escape(os.fspath(self.path))}</caption>{rows}</table>"
 
     # ---- what kind of run it is ----------------------------------------------------------------------------------
 

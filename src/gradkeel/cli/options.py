@@ -1,0 +1,13 @@
+"""What several commands take."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+TASKS = "char-lstm, exploding-linear, simple-mlp, simple-mlp-adam, tiny-transformer"
+"""Those of `gradkeel.compare.task.BUILTIN`, which is not imported here: help would wait for torch."""
+
+Run = Annotated[
+    Path, typer.Argument(metavar="RUN", help="a record, such as runs/exp1.keel", show_default=False)
+]

@@ -1,0 +1,82 @@
+"""What commands print: tables and wrapped sentences, on terminals of any width; rich is imported when it is needed."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+WIDTH = 110
+"""Of what goes to no terminal, unless COLUMNS says otherwise."""
+
+PIECES = "  "
+"""Between columns."""
+
+
+def console(*, stderr: bool = False) -> "Console":
+    """Where commands print, as wide as the terminal."""
+    from rich.console import Console
+
+    here = Console(stderr=stderr, highlight=False)
+    if here.is_terminal or "COLUMNS" in here._environ:
+        return here
+    return Console(stderr=stderr, highlight=False, width=WIDTH)
+
+
+def tables(
+    head: Sequence[str], rows: Sequence[Sequence["str | Text"]], *, width: int, title: str = "", left: int = 1
+) -> "Iterator[Table]":
+    """A table, in pieces one under the other where it is too wide; each piece begins with the first column.
+
+    Args:
+        head: names of the columns.
+        rows: their cells.
+        width: of the terminal, in cells.
+        title: above the first piece.
+        left: how many columns are words; the others are numbers, set to the right.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    cells = [[Text(cell) if isinstance(cell, str) else cell for cell in row] for row in (head, *rows)]
+    widths = [max(cell.cell_len for cell in column) for column in zip(*cells, strict=True)]
+    for columns in _pieces(widths, width):
+        piece = Table(
+            title=title, title_justify="left", title_style="bold", box=None, padding=(0, len(PIECES), 0, 0),
+            pad_edge=False, header_style="dim",
+        )  # fmt: skip
+        for i in columns:
+            justify: Any = "left" if i < left else "right"
+            piece.add_column(head[i], justify=justify, overflow="fold", no_wrap=i > 0 and widths[i] < width)
+        for row in cells[1:]:
+            piece.add_row(*(row[i] for i in columns))
+        yield piece
+        title = ""
+
+
+def _pieces(widths: Sequence[int], width: int) -> Iterator[list[int]]:
+    """The columns of each piece; the first one keeps its width up to two fifths of the terminal."""
+    first = min(widths[0], max(12, width * 2 // 5))
+    columns, used = [0], first
+    for i, own in enumerate(widths[1:], start=1):
+        if len(columns) > 1 and used + len(PIECES) + own > width:
+            yield columns
+            columns, used = [0], first
+        columns.append(i)
+        used += len(PIECES) + own
+    yield columns
+
+
+def sentences(lines: Sequence[tuple[str, "str | Text"]], *, style: str = "dim", label: int = 0) -> "Table":
+    """Labels and what they are about, wrapped beside them; ``label`` is the least width of the labels."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(min_width=label, no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, words in lines:
+        grid.add_row(Text(name, style=style), Text(words) if isinstance(words, str) else words)
+    return grid
