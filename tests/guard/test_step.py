@@ -15,7 +15,8 @@ def number(value, device="cpu"):
 
 
 def report(total=1.0, *, skip=None, device="cpu", names=("w",)):
-    measured = SimpleNamespace(names=names, total=number(total, device))
+    total = number(total, device)
+    measured = SimpleNamespace(names=names, total=total, known_total=total)
     return SimpleNamespace(
         measured=measured, decision=Decision(skip=None if skip is None else number(skip, device))
     )

@@ -219,7 +219,7 @@ def expanded(values: tuple[int, ...], counts: tuple[int, ...]) -> tuple[int, ...
 
 @lru_cache(maxsize=64)
 def rows_of(counts: tuple[int, ...], width: int, device: torch.device) -> Tensor:
-    """Where n runs of ``counts`` values each stand, as rows of ``width`` places: [rows, width] indices.
+    """Where n runs of ``counts`` values each stand, as rows of ``width`` places, row after row: indices.
 
     Each run begins a row of its own, and has one even where it is empty; places that are left over hold the number
     of all values.
@@ -228,7 +228,7 @@ def rows_of(counts: tuple[int, ...], width: int, device: torch.device) -> Tensor
     for count in counts:
         places += [*range(start, start + count), *[end] * (rows_for(count, width) * width - count)]
         start += count
-    return torch.tensor(places, dtype=torch.int64, device=device).reshape(-1, width)
+    return torch.tensor(places, dtype=torch.int64, device=device)
 
 
 def rows_for(count: int, width: int) -> int:

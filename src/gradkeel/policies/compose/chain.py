@@ -203,7 +203,7 @@ def per_tensor(units: Tensor, norms: GradientNorms, *, least: bool = False) -> T
     pieces = tuple(rows_for(count, width) for count in counts)
     for runs, places in ((counts, width), (pieces, max(pieces))):
         filled = torch.cat([units, units.new_full((1,), torch.inf if least else 0.0)])
-        rows = filled[rows_of(runs, places, units.device)]
+        rows = filled.index_select(0, rows_of(runs, places, units.device)).reshape(-1, places)
         units = rows.amin(1) if least else combine(rows, norms.norm_type)
     return units
 
