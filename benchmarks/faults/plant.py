@@ -186,7 +186,7 @@ class Run:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for self.now in range(1, STEPS + 1):
-                self._prepare()
+                self.prepare()
                 batch = self.batch()
                 try:
                     self._step(batch, autopsy)
@@ -213,7 +213,8 @@ class Run:
         for one in self.optimizers:
             one.zero_grad()
 
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
+        """What the fault does before a step: to learning rates, or to weights."""
         if self.fault.startswith("warmup") and self.now <= WARM_UP:
             for one, rates in zip(self.optimizers, self.rates, strict=True):
                 for group, rate in zip(one.param_groups, rates, strict=True):
