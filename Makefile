@@ -110,7 +110,7 @@ define new-venv
 	$(PYTHON) -m venv $(@D)/..
 endef
 
-$(VENV)/bin/python $(PEERS)/bin/python $(OUTSIDE)/bin/python $(other)/bin/python:
+$(VENV)/bin/python $(PEERS)/bin/python $(OUTSIDE)/bin/python $(FAULTS)/bin/python $(other)/bin/python:
 	$(new-venv)
 
 # numpy: torch warns on import without it.
@@ -142,9 +142,6 @@ $(PEERS)/peers.stamp: pyproject.toml constraints.txt constraints-peers.txt $(nat
 	$(PEERS)/bin/python -m pip install --quiet -c constraints.txt -c constraints-peers.txt -e . \
 	    accelerate hypothesis matplotlib numpy pytest pytest-timeout jax keras optax paddlepaddle
 	touch $@
-
-$(FAULTS)/bin/python:
-	$(PYTHON) -m venv $(FAULTS)
 
 $(FAULTS)/faults.stamp: pyproject.toml constraints.txt constraints-faults.txt $(native) | $(FAULTS)/bin/python
 	$(FAULTS)/bin/python -m pip install --quiet -c constraints.txt -e . numpy scikit-learn

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import gradkeel as gk
-from benchmarks.faults.programs import PROGRAMS, Batch, Program
 from gradkeel.errors import TooManySkipsError
+
+from benchmarks.faults.programs import PROGRAMS, Batch, Program
 
 STEPS = 200
 WARM_UP = 80
@@ -113,7 +114,9 @@ class Run:
                 self.program.model.get_parameter(f"{self.program.place}.weight").mul_(30)
         self.optimizers = self._optimizers()
         self.rates = [[group["lr"] for group in one.param_groups] for one in self.optimizers]
-        clip = fault.endswith("clip") or (not fault.startswith(("healthy", "lr", "warmup")) and self.rng.random() < 0.5)
+        clip = fault.endswith("clip") or (
+            not fault.startswith(("healthy", "lr", "warmup")) and self.rng.random() < 0.5
+        )
         self.guard = gk.attach(
             self.optimizers, "global-norm:1.0" if clip else None, model=self.program.model, record=self.path
         )
@@ -204,7 +207,9 @@ class Run:
                 loss = autopsy.loss()
                 loss.backward()
         # Where only the gradient is to jump, the loss is logged as it was before it was weighed.
-        shown = self.loss((*batch[:-1], torch.ones_like(batch[-1]))).detach() if self.fault == "beta2" else loss
+        shown = (
+            self.loss((*batch[:-1], torch.ones_like(batch[-1]))).detach() if self.fault == "beta2" else loss
+        )
         self.losses.append(shown.item())
         self.guard.log(loss=shown)
         for one in self.optimizers:
@@ -231,8 +236,15 @@ class Run:
         return 1 if begin == 5 or self.fault == "frozen" else self.step
 
     def _truth(self) -> Truth:
-        model, planted = self.program.model, self.fault in ("nan_forward", "nan_backward", "overflow", "init30", "frozen")
-        place = tuple(n for n, _ in model.named_parameters() if n.startswith(f"{self.program.place}.")) if planted else ()
+        model, planted = (
+            self.program.model,
+            self.fault in ("nan_forward", "nan_backward", "overflow", "init30", "frozen"),
+        )
+        place = (
+            tuple(n for n, _ in model.named_parameters() if n.startswith(f"{self.program.place}."))
+            if planted
+            else ()
+        )
         if self.fault == "frozen":
             place = (f"{self.program.place}.weight",)
         if self.fault == "attention":
@@ -247,7 +259,8 @@ class Run:
         return Truth(
             self.family, self.fault, self.kind, step, place, self.sample if self.fault == "bad_sample" else None,
             not finite or tail > start + margin, finite and tail < start - 0.1 * abs(start),
-            finite and tail < before + max(0.15 * (start - before), 0.1 * abs(before)), tuple(self.losses), tuple(self.norms),
+            finite and tail < before + max(0.15 * (start - before), 0.1 * abs(before)),
+            tuple(self.losses), tuple(self.norms),
         )  # fmt: skip
 
 
@@ -270,4 +283,3 @@ def plant(family: str, fault: str, seed: int, folder: Path) -> Truth:
     truth = run.train()
     run.path.with_suffix(".json").write_text(json.dumps(asdict(truth)), encoding="utf-8")
     return truth
-

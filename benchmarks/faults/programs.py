@@ -344,9 +344,13 @@ def ppo() -> Program:
             x, dx, angle, turn = state.unbind(dim=1)
             push = 20.0 * action - 10.0
             acceleration = (9.8 * angle - push) / 0.6
-            after = torch.stack([x + 0.02 * dx, dx + 0.02 * push, angle + 0.02 * turn, turn + 0.02 * acceleration], 1)
+            after = torch.stack(
+                [x + 0.02 * dx, dx + 0.02 * push, angle + 0.02 * turn, turn + 0.02 * acceleration], 1
+            )
             fell = (after[:, 2].abs() > 0.2) | (after[:, 0].abs() > 2.4)
-            returns = torch.where(fell, -1.0, 1.0 + 0.9 * model(after)[1].nan_to_num(0.0, 0.0, 0.0).clamp(-20, 20))
+            returns = torch.where(
+                fell, -1.0, 1.0 + 0.9 * model(after)[1].nan_to_num(0.0, 0.0, 0.0).clamp(-20, 20)
+            )
             before, state = state, torch.where(fell[:, None], torch.randn(BATCH, 4) * 0.05, after)
         return before, returns, action, old, (returns - value.nan_to_num(0.0, 0.0, 0.0))
 

@@ -72,7 +72,9 @@ class AutopsyResult:
         if not math.isfinite(self.norm):
             size = "was not finite"
         else:
-            size = f"was {self.norm:.3g}" + (f", {self.norm / self.usual:.3g} times its usual" if self.usual else "")
+            size = f"was {self.norm:.3g}" + (
+                f", {self.norm / self.usual:.3g} times its usual" if self.usual else ""
+            )
         what = {
             "sample": f"Sample {self.sample} of the batch does it",
             "batch": "This batch does it: another one is sound",
@@ -82,7 +84,9 @@ class AutopsyResult:
             "transient": "The same step again was sound: hardware, or something that is not deterministic",
         }[self.cause]
         place = f"; first in module {self.module!r}" if self.module else ""
-        return f"Step {self.step}: the norm {size}. {what}{place}{f', operation {self.op}' if self.op else ''}."
+        return (
+            f"Step {self.step}: the norm {size}. {what}{place}{f', operation {self.op}' if self.op else ''}."
+        )
 
 
 class Autopsy(Generic[Batch]):
@@ -95,7 +99,8 @@ class Autopsy(Generic[Batch]):
     scaler are not touched. The result is in ``last``, in the record, and in one `GradkeelWarning`.
 
     A batch is kept by reference until the next good one. Reading the norm syncs the host on an accelerator, at each
-    step. For one process; nothing is tried where the guard raises on non-finite gradients, nor under an accumulation window, whose gradient is of several batches.
+    step. For one process; nothing is tried where the guard raises on non-finite gradients, nor under an accumulation
+    window, whose gradient is of several batches.
 
     Args:
         guard: made by `gradkeel.attach`; with ``model=`` so that modules can be named.
@@ -129,12 +134,14 @@ class Autopsy(Generic[Batch]):
     ) -> None:
         if max_reruns < 1 or max_autopsies < 1 or not ratio > 1:
             raise ValueError(
-                f"Autopsy(max_reruns={max_reruns}, max_autopsies={max_autopsies}, ratio={ratio}): the first two must be "
-                "1 or more, and the ratio above 1"
+                f"Autopsy(max_reruns={max_reruns}, max_autopsies={max_autopsies}, ratio={ratio}): the first two must "
+                "be 1 or more, and the ratio above 1"
             )
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            if torch.distributed.get_world_size() > 1:
-                raise ValueError("Autopsy(guard): it runs steps again on one process, and several train together here")
+        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        if not alone and torch.distributed.get_world_size() > 1:
+            raise ValueError(
+                "Autopsy(guard): it runs steps again on one process, and several train together here; leave it out"
+            )
         self.last: AutopsyResult | None = None
         self._guard, self._loss = guard, loss
         self._max_reruns, self._left, self._ratio = max_reruns, max_autopsies, ratio
@@ -169,7 +176,9 @@ class Autopsy(Generic[Batch]):
             RuntimeError: there is none.
         """
         if self._batch is None:
-            raise RuntimeError("Autopsy.loss(): no batch is under way; call it inside of `with autopsy(batch):`")
+            raise RuntimeError(
+                "Autopsy.loss(): no batch is under way; call it inside of `with autopsy(batch):`"
+            )
         return self._loss(self._batch[0])
 
     # ---- as a recorder of the guard ----------------------------------------------------------------------------------
@@ -237,7 +246,9 @@ class _Trials:
         self._restart, self._replay = restart, replay_randomness
         self.done: list[Experiment] = []
 
-    def run(self, change: str, batch: Any, context: contextlib.AbstractContextManager[Any] | None = None) -> bool:
+    def run(
+        self, change: str, batch: Any, context: contextlib.AbstractContextManager[Any] | None = None
+    ) -> bool:
         """Whether the fault is there with this changed."""
         if self._budget < 1:
             raise _EndedError
@@ -248,12 +259,14 @@ class _Trials:
             parameter.grad = None
         try:
             with context or contextlib.nullcontext():
-                self._loss(batch).backward()  # type: ignore[no-untyped-call]
-        except Exception as error:  # noqa: BLE001  # the user's code may not take such a batch
+                self._loss(batch).backward()
+        except Exception as error:  # the user's code may not take such a batch
             self.done.append(Experiment(f"{change} (failed: {type(error).__name__})", math.nan, is_bad=True))
             raise _EndedError from error
         gradients = [p.grad for p in self.guard.parameters if p.grad is not None]
-        norm = math.hypot(*(float(torch.linalg.vector_norm(g.detach(), dtype=torch.float64)) for g in gradients))
+        norm = math.hypot(
+            *(float(torch.linalg.vector_norm(g.detach(), dtype=torch.float64)) for g in gradients)
+        )
         is_bad = not math.isfinite(norm) or norm > self._limit
         self.done.append(Experiment(change, norm, is_bad))
         return is_bad
@@ -276,9 +289,7 @@ def _examine(
             sample = _bad_sample(trials, batch)
             cause = "batch" if sample is None else "sample"
     module = look.module or _module_of(report)
-    return AutopsyResult(
-        report.step, cause, sample, module, look.op, report.norm, usual, tuple(trials.done)
-    )
+    return AutopsyResult(report.step, cause, sample, module, look.op, report.norm, usual, tuple(trials.done))
 
 
 def _of_weights(trials: _Trials, look: Inspection, *, rate_rose: bool) -> Cause:
@@ -334,4 +345,3 @@ def of_note(note: Mapping[str, Any]) -> AutopsyResult:
     )
     norm = math.nan if note["norm"] is None else float(note["norm"])
     return AutopsyResult(**{**note, "norm": norm, "experiments": experiments})
-

@@ -147,7 +147,9 @@ def _autopsies(run: Reader) -> tuple[AutopsyResult, ...]:
 
 def _rolled_back(run: Reader, rollback: Rollback) -> RolledBack:
     with run.before(rollback) as before:
-        events = [e for e in find_explosions(Course.read(before)) if (e.last_step or e.step or 0) >= rollback.step]
+        events = [
+            e for e in find_explosions(Course.read(before)) if (e.last_step or e.step or 0) >= rollback.step
+        ]
     return RolledBack(rollback.session, rollback.step, rollback.last_step, rollback.rows, tuple(events))
 
 

@@ -1,4 +1,4 @@
-"""Looks into one pass of a model: the first module and operation that leave the finite numbers, or their usual range."""
+"""Looks into one pass of a model: the first module and operation that leave the finite numbers, or their range."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,18 @@ from torch.utils._pytree import tree_flatten, tree_map
 _HALF = (torch.float16, torch.bfloat16)
 _GREW = 10.0
 # These fill tensors with what they are given, or look at numbers without making any.
-_NOT_MADE_BY = ("empty", "new_empty", "view", "detach", "clone", "copy_", "isfinite", "isnan", "isinf", "masked_fill")
+_NOT_MADE_BY = (
+    "empty",
+    "new_empty",
+    "view",
+    "detach",
+    "clone",
+    "copy_",
+    "isfinite",
+    "isnan",
+    "isinf",
+    "masked_fill",
+)
 
 
 class Inspection:
@@ -53,7 +64,9 @@ class Inspection:
 
         def note(name: str) -> Any:
             def hook(_: nn.Module, __: object, output: object) -> None:
-                outputs = [t for t in tree_flatten(output)[0] if isinstance(t, Tensor) and t.is_floating_point()]
+                outputs = [
+                    t for t in tree_flatten(output)[0] if isinstance(t, Tensor) and t.is_floating_point()
+                ]
                 if not outputs:
                     return
                 with torch.no_grad():
@@ -79,7 +92,7 @@ class _FirstBad(TorchDispatchMode):
     """Notes the first operation that makes a non-finite number from finite ones, forward or backward."""
 
     def __init__(self, found: Inspection) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._found = found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -103,7 +116,7 @@ def _is_finite(tree: object) -> bool:
 
 def _has_bad_number(tree: object) -> bool:
     numbers = [x for x in tree_flatten(tree)[0] if isinstance(x, float)]
-    return any(x != x or x in (float("inf"), float("-inf")) for x in numbers)  # noqa: PLR0124
+    return any(x != x or x in (float("inf"), float("-inf")) for x in numbers)
 
 
 class _Float32(TorchFunctionMode):
@@ -135,7 +148,7 @@ def in_float32() -> Iterator[None]:
 
     torch.autocast.__enter__ = enter_disabled  # type: ignore[method-assign]
     try:
-        with _Float32():
+        with _Float32():  # type: ignore[no-untyped-call]
             yield
     finally:
         torch.autocast.__enter__ = enter  # type: ignore[method-assign]

@@ -27,11 +27,13 @@ def diagnose(
     """
     steps, weights, updates = course.samples
     whole = torch.linalg.vector_norm(updates, dim=1) / torch.linalg.vector_norm(weights, dim=1)
-    shares = [(s, r) for s, r in zip(steps.tolist(), whole.tolist(), strict=True) if r == r]  # noqa: PLR0124
+    shares = [(s, r) for s, r in zip(steps.tolist(), whole.tolist(), strict=True) if r == r]
     matrices = {p.name for p in course.reader.parameters if len(p.shape) > 1}
     # A bias before a normalization has no gradient, by its nature: only weights are told of.
     faded = [(f.parameter, f.since) for f in (*fading.dead, *fading.vanishing) if f.parameter in matrices]
-    faded += [(name, course.step(0)) for name in fading.frozen if name in matrices and _had_gradient(course, name)]
+    faded += [
+        (name, course.step(0)) for name in fading.frozen if name in matrices and _had_gradient(course, name)
+    ]
     diagnosis = judge(
         Signals(
             steps=course.steps,
@@ -59,7 +61,7 @@ def _sign(course: Course, event: Explosion) -> Sign:
     assert event.step is not None
     first = [reached.parameter for reached in event.spread]
     at_once = len(first) == len(course.reader.names) > 1 and all(r.growth is None for r in event.spread)
-    where = () if at_once else tuple((*event.altered, *(name for name in first if name not in event.altered)))
+    where = () if at_once else (*event.altered, *(name for name in first if name not in event.altered))
     return Sign(str(event.kind), event.step, where[:3], event.ended == "recovered")
 
 

@@ -166,7 +166,9 @@ class _Judge:
         if self.loss is None:
             missing.append("the loss: guard.log(loss=loss) before optimizer.step()")
         if not self.signals.shares and not self.signals.larger:
-            missing.append("updates relative to the weights: record='run.keel' without sharding, or per_rank=True")
+            missing.append(
+                "updates relative to the weights: record='run.keel' without sharding, or per_rank=True"
+            )
         return tuple(missing)
 
     # ---- not a number ----------------------------------------------------------------------------------------------
@@ -244,15 +246,17 @@ class _Judge:
         if s.larger:
             name, step, ratio = s.larger[0]
             self.reasons.append(f"At step {step} the update of {name} was {ratio:.3g} times its weights.")
-        verdict = (
-            Verdict.DIVERGED_IN_WARMUP if warmup and large - first > 1 else Verdict.DIVERGED_FROM_START
-        )
+        verdict = Verdict.DIVERGED_IN_WARMUP if warmup and large - first > 1 else Verdict.DIVERGED_FROM_START
         return self._diverged(verdict, large, where)
 
     def _warmup_end(self) -> int | None:
         """How many steps the learning rate rose from the beginning; None where it did not."""
         rates = self.signals.rates
-        if len(rates) < 3 or not bool(torch.isfinite(rates).all()) or not float(rates.max()) > 2 * float(rates[0]):
+        if (
+            len(rates) < 3
+            or not bool(torch.isfinite(rates).all())
+            or not float(rates.max()) > 2 * float(rates[0])
+        ):
             return None
         return int(rates.argmax()) + 1
 
@@ -263,10 +267,14 @@ class _Judge:
         hidden = float((s.coefficients[row:] < HIDDEN).double().mean()) if row < len(s.steps) else 0.0
         if loss is not None:
             end = f"{loss.last:.3g}" if loss.is_finite else "not finite"
-            self.reasons.append(f"The loss began at {loss.first:.3g}, was {loss.best:.3g} at best, and ended at {end}.")
+            self.reasons.append(
+                f"The loss began at {loss.first:.3g}, was {loss.best:.3g} at best, and ended at {end}."
+            )
         if hidden > 0.5:
             verdict = Verdict.CLIPPING_HIDES_DIVERGENCE
-            self.reasons.append(f"In {hidden:.0%} of the steps since, clipping multiplied by less than {HIDDEN:g}.")
+            self.reasons.append(
+                f"In {hidden:.0%} of the steps since, clipping multiplied by less than {HIDDEN:g}."
+            )
         return self._say(verdict, onset, where, 0.9 if loss is not None else 0.7)
 
     # ---- later ---------------------------------------------------------------------------------------------------
@@ -290,7 +298,9 @@ class _Judge:
             return self._say(Verdict.DRIFT, onset, where, 0.8)
         if loss.is_clearly_above:
             return self._diverged(Verdict.DIVERGED, onset, where)
-        self.reasons.append(f"The loss was {loss.best:.3g} at best, and ended at {loss.last:.3g}: it did not come back.")
+        self.reasons.append(
+            f"The loss was {loss.best:.3g} at best, and ended at {loss.last:.3g}: it did not come back."
+        )
         return self._say(Verdict.SPIKE_UNRECOVERED, onset, where, 0.85 if sign else 0.7)
 
     def _spiked(self) -> Diagnosis | None:
