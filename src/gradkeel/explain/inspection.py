@@ -144,11 +144,11 @@ def in_float32() -> Iterator[None]:
 
     def enter_disabled(self: Any) -> Any:
         self._enabled = False
-        return enter(self)
+        return enter(self)  # type: ignore[no-untyped-call]
 
     torch.autocast.__enter__ = enter_disabled  # type: ignore[method-assign]
     try:
-        with _Float32():  # type: ignore[no-untyped-call]
+        with _Float32():
             yield
     finally:
         torch.autocast.__enter__ = enter  # type: ignore[method-assign]
