@@ -11,6 +11,7 @@ PYTHON  ?= python3
 VENV    ?= .venv
 PEERS   ?= .venv-peers
 OUTSIDE ?= .venv-optimizers
+FAULTS  ?= .venv-faults
 WORKERS ?= 2
 TRITON  ?= 3.9.0
 TORCH   ?= 2.6.0
@@ -40,6 +41,10 @@ theory: $(VENV)/dev.stamp ## the experiments behind docs/theory.md, which it wri
 .PHONY: bench
 bench: $(PEERS)/peers.stamp ## how fast, beside the peers; writes docs/benchmarks.md (a quarter of an hour, on an idle machine)
 	$(PEERS)/bin/python -m benchmarks.speed $(or $(ARGS),--write)
+
+.PHONY: faults
+faults: $(FAULTS)/faults.stamp ## who finds faults planted in thirteen small programs; writes docs/faults.md (minutes)
+	OMP_NUM_THREADS=1 $(FAULTS)/bin/python -m benchmarks.faults $(or $(ARGS),--write)
 
 # -- tests and linters -------------------------------------------------------------------------------------
 
@@ -105,7 +110,7 @@ define new-venv
 	$(PYTHON) -m venv $(@D)/..
 endef
 
-$(VENV)/bin/python $(PEERS)/bin/python $(OUTSIDE)/bin/python $(other)/bin/python:
+$(VENV)/bin/python $(PEERS)/bin/python $(OUTSIDE)/bin/python $(FAULTS)/bin/python $(other)/bin/python:
 	$(new-venv)
 
 # numpy: torch warns on import without it.
@@ -136,6 +141,11 @@ $(VENV)/mutants.stamp: constraints-mutants.txt $(VENV)/dev.stamp
 $(PEERS)/peers.stamp: pyproject.toml constraints.txt constraints-peers.txt $(native) | $(PEERS)/bin/python
 	$(PEERS)/bin/python -m pip install --quiet -c constraints.txt -c constraints-peers.txt -e . \
 	    accelerate hypothesis matplotlib numpy pytest pytest-timeout jax keras optax paddlepaddle
+	touch $@
+
+$(FAULTS)/faults.stamp: pyproject.toml constraints.txt constraints-faults.txt $(native) | $(FAULTS)/bin/python
+	$(FAULTS)/bin/python -m pip install --quiet -c constraints.txt -e . numpy scikit-learn
+	$(FAULTS)/bin/python -m pip install --quiet --no-deps -c constraints-faults.txt runmedic losslint sherlorch
 	touch $@
 
 # einops is what adam-atan2-pytorch imports; colorama and tabulate, adabelief-pytorch. The others ask for torchvision or

@@ -189,7 +189,7 @@ class Run:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for self.now in range(1, STEPS + 1):
-                self._prepare()
+                self.prepare()
                 batch = self.batch()
                 try:
                     self._step(batch, autopsy)
@@ -218,7 +218,8 @@ class Run:
         for one in self.optimizers:
             one.zero_grad()
 
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
+        """What the fault does before a step: to learning rates, or to weights."""
         if self.fault.startswith("warmup") and self.now <= WARM_UP:
             for one, rates in zip(self.optimizers, self.rates, strict=True):
                 for group, rate in zip(one.param_groups, rates, strict=True):
@@ -258,7 +259,8 @@ class Run:
         return Truth(
             self.family, self.fault, self.kind, step, place, self.sample if self.fault == "bad_sample" else None,
             not finite or tail > start + margin, finite and tail < start - 0.1 * abs(start),
-            finite and tail < before + max(0.15 * (start - before), 0.1 * abs(before)), tuple(self.losses), tuple(self.norms),
+            finite and tail < before + max(0.15 * (start - before), 0.1 * abs(before)),
+            tuple(self.losses), tuple(self.norms),
         )  # fmt: skip
 
 

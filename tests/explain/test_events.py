@@ -138,3 +138,12 @@ def test_growth_is_counted_from_the_step_before(tmp_path):
     assert explosion.peak_norm == 64
     assert explosion.norm_before == pytest.approx(1)
     assert explosion.growth_per_step == pytest.approx(4)
+
+
+def test_equal_spikes_are_all_found(tmp_path):
+    spikes = range(100, 100 + 30 * 40, 30)
+    found_steps = [
+        step
+        for step, _ in steps_of(found(tmp_path / "run.keel", series(1400, **{f"s{i}": 9.0 for i in spikes})))
+    ]
+    assert found_steps == list(spikes)

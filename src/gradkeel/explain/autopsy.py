@@ -99,7 +99,8 @@ class Autopsy(Generic[Batch]):
     scaler are not touched. The result is in ``last``, in the record, and in one `GradkeelWarning`.
 
     A batch is kept by reference until the next good one. Reading the norm syncs the host on an accelerator, at each
-    step. For one process; nothing is tried where the guard raises on non-finite gradients, nor under an accumulation window, whose gradient is of several batches.
+    step. For one process; nothing is tried where the guard raises on non-finite gradients, nor under an accumulation
+    window, whose gradient is of several batches.
 
     Args:
         guard: made by `gradkeel.attach`; with ``model=`` so that modules can be named.
@@ -133,14 +134,14 @@ class Autopsy(Generic[Batch]):
     ) -> None:
         if max_reruns < 1 or max_autopsies < 1 or not ratio > 1:
             raise ValueError(
-                f"Autopsy(max_reruns={max_reruns}, max_autopsies={max_autopsies}, ratio={ratio}): the first two must be "
-                "1 or more, and the ratio above 1"
+                f"Autopsy(max_reruns={max_reruns}, max_autopsies={max_autopsies}, ratio={ratio}): the first two must "
+                "be 1 or more, and the ratio above 1"
             )
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            if torch.distributed.get_world_size() > 1:
-                raise ValueError(
-                    "Autopsy(guard): it runs steps again on one process, and several train together here"
-                )
+        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        if not alone and torch.distributed.get_world_size() > 1:
+            raise ValueError(
+                "Autopsy(guard): it runs steps again on one process, and several train together here; leave it out"
+            )
         self.last: AutopsyResult | None = None
         self._guard, self._loss = guard, loss
         self._max_reruns, self._left, self._ratio = max_reruns, max_autopsies, ratio
@@ -258,7 +259,7 @@ class _Trials:
             parameter.grad = None
         try:
             with context or contextlib.nullcontext():
-                self._loss(batch).backward()  # type: ignore[no-untyped-call]
+                self._loss(batch).backward()
         except Exception as error:  # the user's code may not take such a batch
             self.done.append(Experiment(f"{change} (failed: {type(error).__name__})", math.nan, is_bad=True))
             raise _EndedError from error

@@ -26,6 +26,7 @@ CALM_ROWS = 5
 ONE_EVENT = 20
 """Alarms so few steps apart are of one event."""
 MOST_EVENTS = 50
+_FEWEST_PASSES, _MOST_ROWS = 4, 1_000_000  # rows looked at in all, which bounds the time for a long run
 _FLOOR = 0.04  # of the standard deviation of a log10 norm: about 10%
 _QUARTILE_TO_STD = 1.4826
 
@@ -85,9 +86,10 @@ def find_events(norms: Tensor, nonfinite: Tensor) -> list[Event]:
     logs = log_norms(norms).masked_fill(nonfinite, math.nan)
     events: list[Event] = []
     calm = logs.clone()
-    for _ in range(4):  # an event hides those after it until its rows are left out of their baselines
+    # An event hides those after it until its rows are left out of their baselines: a pass may find one more.
+    for _ in range(max(_FEWEST_PASSES, min(MOST_EVENTS, _MOST_ROWS // max(1, len(logs))))):
         found = _find(logs, nonfinite, rolling(calm))
-        if len(found) == len(events):
+        if found == events:
             break
         events = found
         for event in events:

@@ -1,4 +1,4 @@
-"""Looks into one pass of a model: the first module and operation that leave the finite numbers, or their usual range."""
+"""Looks into one pass of a model: the first module and operation that leave the finite numbers, or their range."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -92,7 +92,7 @@ class _FirstBad(TorchDispatchMode):
     """Notes the first operation that makes a non-finite number from finite ones, forward or backward."""
 
     def __init__(self, found: Inspection) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._found = found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -144,7 +144,7 @@ def in_float32() -> Iterator[None]:
 
     def enter_disabled(self: Any) -> Any:
         self._enabled = False
-        return enter(self)
+        return enter(self)  # type: ignore[no-untyped-call]
 
     torch.autocast.__enter__ = enter_disabled  # type: ignore[method-assign]
     try:

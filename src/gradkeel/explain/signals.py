@@ -61,7 +61,7 @@ def _sign(course: Course, event: Explosion) -> Sign:
     assert event.step is not None
     first = [reached.parameter for reached in event.spread]
     at_once = len(first) == len(course.reader.names) > 1 and all(r.growth is None for r in event.spread)
-    where = () if at_once else tuple((*event.altered, *(name for name in first if name not in event.altered)))
+    where = () if at_once else (*event.altered, *(name for name in first if name not in event.altered))
     return Sign(str(event.kind), event.step, where[:3], event.ended == "recovered")
 
 
