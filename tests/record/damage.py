@@ -50,11 +50,13 @@ def _craft(connection: sqlite3.Connection, kind: str, chance: random.Random) -> 
     tables = ("meta", "sessions", "parameters", "blocks", "weight_samples", "skips", "series")
     table = chance.choice(tables)
     columns = [column[1] for column in connection.execute(f"PRAGMA table_info({table})")]
-    if not columns:
-        return  # dropped before
+    kinds = dict(connection.execute("SELECT name, type FROM sqlite_master"))
+    if kinds.get(table) != "table":
+        return  # dropped before, or a view that never ends
     column, value = chance.choice(columns), chance.choice(HOSTILE)
     if kind == "values":
-        one = f" WHERE rowid IN (SELECT rowid FROM {table} ORDER BY random() LIMIT 1)"
+        rowids = [rowid for (rowid,) in connection.execute(f"SELECT rowid FROM {table}")] or [0]
+        one = f" WHERE rowid = {chance.choice(rowids)}"
         connection.execute(f"UPDATE {table} SET {column} = ?{chance.choice(['', one])}", (value,))
     elif kind == "rows":
         if chance.random() < 0.5:
@@ -65,18 +67,12 @@ def _craft(connection: sqlite3.Connection, kind: str, chance: random.Random) -> 
                 with contextlib.suppress(sqlite3.Error):
                     connection.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(columns))})", row)
     elif kind == "blobs":
-        where = "rowid IN (SELECT rowid FROM series ORDER BY random() LIMIT 3)"
-        chosen = chance.choice(
-            [
-                "zeroblob(8)",
-                "zeroblob(512)",
-                "randomblob(length(data))",
-                "randomblob(512)",
-                "substr(data, 2)",
-                "'x'",
-            ]
-        )
-        connection.execute(f"UPDATE series SET data = {chosen} WHERE {where}")
+        for rowid, size in chance.sample(
+            list(connection.execute("SELECT rowid, length(data) FROM series WHERE typeof(data) = 'blob'")), 3
+        ):
+            length = chance.choice([8, 512, size, max(0, size - 1)])
+            data = chance.choice([bytes(length), chance.randbytes(length), "x"])
+            connection.execute("UPDATE series SET data = ? WHERE rowid = ?", (data, rowid))
     else:
         endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n"
         chosen = chance.choice(["drop", "view", "column", "many", "big"])

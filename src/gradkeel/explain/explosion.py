@@ -275,6 +275,8 @@ def _peak(totals: Tensor, event: Event) -> tuple[int | None, float | None]:
     """Row and value of the largest finite norm of an event."""
     part = totals[event.start : event.stop]
     finite = torch.where(torch.isfinite(part), part, -math.inf)
+    if not len(part):  # norms that make no sense, of a damaged record
+        return None, None
     row = int(finite.argmax())
     return (event.start + row, float(part[row])) if math.isfinite(float(finite[row])) else (None, None)
 

@@ -18,7 +18,8 @@ def in_words(path: Path) -> Iterator[None]:
     except RecordError:
         raise
     except (sqlite3.Error, ValueError, TypeError, OverflowError, RuntimeError, MemoryError) as error:
-        raise RecordError(f"{path} cannot be read: {str(error) or type(error).__name__}") from None
+        words = " ".join(str(error).split())  # it may quote what is in the file
+        raise RecordError(f"{path} cannot be read: {words or type(error).__name__}") from None
 
 
 def open_record(path: Path) -> sqlite3.Connection:

@@ -252,7 +252,8 @@ def is_empty(connection: sqlite3.Connection, path: Path) -> bool:
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         if "locked" in str(error) or "disk is full" in str(error) or "disk I/O" in str(error):
             raise
-        raise RecordError(f"{path} is not a gradkeel record, or a damaged one: {error}") from None
+        words = " ".join(str(error).split())  # it may quote what is in the file
+        raise RecordError(f"{path} is not a gradkeel record, or a damaged one: {words}") from None
 
 
 def check(connection: sqlite3.Connection, path: Path, *, may_be_empty: bool = False) -> None:

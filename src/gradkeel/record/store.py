@@ -80,7 +80,7 @@ class Store:
         ]
         self._number_of_blocks = len(found)
         sets = query("SELECT DISTINCT superseded_by FROM parameters WHERE superseded_by > 0 ORDER BY 1")
-        self._sets = [number for (number,) in sets]
+        self._sets = [number for (number,) in sets if isinstance(number, int)]
         self._read_parameters({self._set_of(block) for block in found} or {0})
         self._read_blocks(found)
         everybody = [
@@ -235,6 +235,8 @@ class Store:
             + self._where
             + self._order
         )
+        if self._where != SUPERSEDED:  # an index that is damaged gives other orders, and steps twice
+            rows = sorted({row[0]: row for row in rows}.values(), key=lambda row: row[0])
         steps = torch.tensor([step for step, _, _ in rows], dtype=torch.int64)
         return steps, self._samples([row[1] for row in rows]), self._samples([row[2] for row in rows])
 
