@@ -61,7 +61,9 @@ def language_of(page: Page) -> str:
     return "zh" if page.file.src_uri.startswith("zh/") else "en"
 
 
-def on_page_context(context: dict[str, Any], page: Page, config: MkDocsConfig, nav: Navigation) -> dict[str, Any]:
+def on_page_context(
+    context: dict[str, Any], page: Page, config: MkDocsConfig, nav: Navigation
+) -> dict[str, Any]:
     """Show the page the tree and the words of its language, and the way to the same page in the other one."""
     language = language_of(page)
     there = {other.file.src_uri: other.url for tree in trees.values() for other in tree.pages}

@@ -1,5 +1,6 @@
 """The documentation is true: links lead somewhere, every public name is described, and the README's code runs."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -62,3 +63,40 @@ def test_the_readme_loops_run(names):
     assert names["guard"].report.step == names["scheduler"].steps == 3
     exec(readme_code("gk.Accumulator"), names)
     assert names["guard"].report.step == 4
+
+
+def test_the_api_reference_has_every_public_name():
+    pages = "\n".join(page.read_text() for page in ROOT.glob("docs/reference/*.md"))
+    directives = set(re.findall(r"^::: gradkeel\.(\S+)$", pages, flags=re.MULTILINE))
+    errors = {name for name in gk.__all__ if name.endswith(("Error", "Warning"))}
+    assert set(gk.__all__) - errors - {"Recorder"} <= directives
+    assert {"errors", "record"} <= directives  # modules, which show their members
+    assert "Recorder" in importlib.import_module("gradkeel.record").__all__
+
+
+def test_the_figures_of_tested_are_those_of_the_pages_it_links_to():
+    rows = [
+        line
+        for line in (ROOT / "docs/tested.md").read_text().splitlines()
+        if ".md" in line and line[0] == "|"
+    ]
+    traps = (ROOT / "docs/comparison.md").read_text().split("<!-- traps:end -->")[0]
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in re.findall(r"^\| \d.*$", traps, re.MULTILINE)
+    ]
+    fallen = [sum(cell[column].startswith("**falls in**") for cell in cells) for column in (1, 2)]
+    assert [int(n) for n in re.findall(r"(\d+) traps.*into (\d+) \(.*into (\d+) \|", rows[0])[0]] == [
+        len(cells),
+        *fallen,
+    ]
+    for row in rows[1:]:
+        _, figures, where = (cell.strip() for cell in row.strip("|").split("|"))
+        text = "".join((ROOT / "docs" / name).read_text() for name in re.findall(r"\((\w+\.md)", where))
+        counted = {str(len(re.findall(r"^\| R\d", text, re.MULTILINE))), "16"}  # claims; layouts, below
+        missing = [
+            n for n in re.findall(r"[\d][\d.,e-]*\d|\d", figures) if n not in text and n not in counted
+        ]
+        assert missing == [], row
+    layouts = (ROOT / "docs/comparison.md").read_text().split("<!-- layouts:begin -->")[1]
+    assert len(re.findall(r"^\| (?!parameters)[^-].*$", layouts, re.MULTILINE)) == 16
