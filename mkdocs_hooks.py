@@ -22,7 +22,9 @@ trees: dict[str, Navigation] = {}
 
 def on_config(config: MkDocsConfig) -> None:
     """Put the version beside the name, from the only place that holds it."""
-    version = re.search(r'"(.+)"', (ROOT / "src/gradkeel/version.py").read_text(encoding="utf-8"))
+    version = re.search(
+        r"__version__ = \"(.+)\"", (ROOT / "src/gradkeel/version.py").read_text(encoding="utf-8")
+    )
     assert version
     config.site_name = f"gradkeel {version[1]}"
 

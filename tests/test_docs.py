@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import math
 import re
 from pathlib import Path
 
@@ -33,13 +34,6 @@ def readme_code(start):
     return next(block for block in blocks if start in block)
 
 
-class Scheduler:
-    steps = 0
-
-    def step(self):
-        self.steps += 1
-
-
 @pytest.fixture
 def names():
     model = nn.Linear(3, 2)
@@ -53,17 +47,30 @@ def names():
         "model": model,
         "loader": batches,
         "criterion": nn.CrossEntropyLoss(),
-        "scheduler": Scheduler(),
         "loss_and_count": loss_and_count,
     }
 
 
 def test_the_readme_loops_run(names):
-    code = readme_code("gk.attach")
-    exec(code, names)
-    assert names["guard"].report.step == names["scheduler"].steps == 3
+    exec(readme_code("gk.attach"), names)
+    assert names["guard"].report.step == 3
     exec(readme_code("gk.Accumulator"), names)
     assert names["guard"].report.step == 4
+
+
+def test_the_readme_prints_what_its_loop_prints(names, capsys):
+    names["model"] = nn.Linear(3, 2)
+    sound = [(10 * torch.randn(4, 3), torch.randint(2, (4,))) for _ in range(3)]
+    names["loader"] = [*sound, (torch.full((4, 3), math.nan), torch.zeros(4, dtype=torch.int64))]
+    with pytest.warns(gk.SkippedStepWarning):
+        exec(readme_code("gk.attach"), names)
+    said = re.findall(r"^StepReport.*$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    assert len(said) == 2
+    assert capsys.readouterr().out.splitlines()[2:] == said
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().split()) < 500
 
 
 def test_the_api_reference_has_every_public_name():
