@@ -12,6 +12,7 @@ VENV    ?= .venv
 PEERS   ?= .venv-peers
 OUTSIDE ?= .venv-optimizers
 FAULTS  ?= .venv-faults
+DOCS    ?= .venv-docs
 WORKERS ?= 2
 TRITON  ?= 3.9.0
 TORCH   ?= 2.6.0
@@ -45,6 +46,11 @@ bench: $(PEERS)/peers.stamp ## how fast, beside the peers; writes docs/benchmark
 .PHONY: faults
 faults: $(FAULTS)/faults.stamp ## who finds faults planted in thirteen small programs; writes docs/faults.md (minutes)
 	OMP_NUM_THREADS=1 $(FAULTS)/bin/python -m benchmarks.faults $(or $(ARGS),--write)
+# -- the site ----------------------------------------------------------------------------------------------
+
+.PHONY: docs
+docs: $(DOCS)/docs.stamp ## the site, into site/: open site/index.html; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict $(ARGS)
 
 # -- tests and linters -------------------------------------------------------------------------------------
 
@@ -97,7 +103,7 @@ sanitize: ## the native kernels on random tensors under the address, undefined-b
 
 .PHONY: clean
 clean: ## remove the environments, caches and builds
-	rm -rf $(VENV) $(PEERS) $(OUTSIDE) .venv-torch-* build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) $(OUTSIDE) $(DOCS) .venv-torch-* build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # -- environments ------------------------------------------------------------------------------------------
@@ -111,6 +117,7 @@ define new-venv
 endef
 
 $(VENV)/bin/python $(PEERS)/bin/python $(OUTSIDE)/bin/python $(FAULTS)/bin/python $(other)/bin/python:
+$(VENV)/bin/python $(PEERS)/bin/python $(OUTSIDE)/bin/python $(DOCS)/bin/python $(other)/bin/python:
 	$(new-venv)
 
 # numpy: torch warns on import without it.
@@ -156,4 +163,9 @@ outside := pytorch_optimizer torch-optimizer pytorch_ranger schedulefree dadapta
 $(OUTSIDE)/optimizers.stamp: pyproject.toml constraints.txt constraints-optimizers.txt $(native) | $(OUTSIDE)/bin/python
 	$(OUTSIDE)/bin/python -m pip install --quiet -c constraints.txt -e . hypothesis numpy pytest pytest-timeout transformers
 	$(OUTSIDE)/bin/python -m pip install --quiet --no-deps -c constraints.txt -c constraints-optimizers.txt $(outside)
+	touch $@
+
+# It reads the sources and imports nothing of them, so it needs no torch; ruff lays out signatures.
+$(DOCS)/docs.stamp: constraints.txt constraints-docs.txt | $(DOCS)/bin/python
+	$(DOCS)/bin/python -m pip install --quiet -c constraints.txt -c constraints-docs.txt mkdocs-material mkdocstrings-python ruff
 	touch $@

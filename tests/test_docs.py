@@ -1,5 +1,8 @@
 """The documentation is true: links lead somewhere, every public name is described, and the README's code runs."""
 
+import importlib
+import inspect
+import math
 import re
 from pathlib import Path
 
@@ -31,13 +34,6 @@ def readme_code(start):
     return next(block for block in blocks if start in block)
 
 
-class Scheduler:
-    steps = 0
-
-    def step(self):
-        self.steps += 1
-
-
 @pytest.fixture
 def names():
     model = nn.Linear(3, 2)
@@ -51,14 +47,68 @@ def names():
         "model": model,
         "loader": batches,
         "criterion": nn.CrossEntropyLoss(),
-        "scheduler": Scheduler(),
         "loss_and_count": loss_and_count,
     }
 
 
 def test_the_readme_loops_run(names):
-    code = readme_code("gk.attach")
-    exec(code, names)
-    assert names["guard"].report.step == names["scheduler"].steps == 3
+    exec(readme_code("gk.attach"), names)
+    assert names["guard"].report.step == 3
     exec(readme_code("gk.Accumulator"), names)
     assert names["guard"].report.step == 4
+
+
+def test_the_readme_prints_what_its_loop_prints(names, capsys):
+    torch.manual_seed(0)
+    names["model"] = nn.Linear(3, 2)
+    sound = [(10 * torch.randn(4, 3), torch.randint(2, (4,))) for _ in range(3)]
+    names["loader"] = [*sound, (torch.full((4, 3), math.nan), torch.zeros(4, dtype=torch.int64))]
+    with pytest.warns(gk.SkippedStepWarning):
+        exec(readme_code("gk.attach"), names)
+    said = re.findall(r"^StepReport.*$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    assert len(said) == 2
+    assert capsys.readouterr().out.splitlines()[2:] == said
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().split()) < 500
+
+
+def test_the_api_reference_has_every_public_name():
+    pages = "\n".join(page.read_text() for page in ROOT.glob("docs/reference/*.md"))
+    shown = set()
+    for name in re.findall(r"^::: gradkeel\.(?:attach\.)?(\S+)$", pages, flags=re.MULTILINE):
+        value = getattr(gk, name, None) or importlib.import_module(f"gradkeel.{name}")
+        shown |= {
+            name,
+            *(vars(value) if inspect.ismodule(value) else ()),
+        }  # a module's page shows its members
+    assert set(gk.__all__) <= shown
+
+
+def test_the_figures_of_tested_are_those_of_the_pages_it_links_to():
+    rows = [
+        line
+        for line in (ROOT / "docs/tested.md").read_text().splitlines()
+        if ".md" in line and line[0] == "|"
+    ]
+    traps = (ROOT / "docs/comparison.md").read_text().split("<!-- traps:end -->")[0]
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in re.findall(r"^\| \d.*$", traps, re.MULTILINE)
+    ]
+    fallen = [sum(cell[column].startswith("**falls in**") for cell in cells) for column in (1, 2)]
+    assert [int(n) for n in re.findall(r"(\d+) traps.*into (\d+) \(.*into (\d+) \|", rows[0])[0]] == [
+        len(cells),
+        *fallen,
+    ]
+    for row in rows[1:]:
+        _, figures, where = (cell.strip() for cell in row.strip("|").split("|"))
+        text = "".join((ROOT / "docs" / name).read_text() for name in re.findall(r"\((\w+\.md)", where))
+        counted = {str(len(re.findall(r"^\| R\d", text, re.MULTILINE))), "16"}  # claims; layouts, below
+        missing = [
+            n for n in re.findall(r"[\d][\d.,e-]*\d|\d", figures) if n not in text and n not in counted
+        ]
+        assert missing == [], row
+    layouts = (ROOT / "docs/comparison.md").read_text().split("<!-- layouts:begin -->")[1]
+    assert len(re.findall(r"^\| (?!parameters)[^-].*$", layouts, re.MULTILINE)) == 16
