@@ -26,6 +26,7 @@ if typing.TYPE_CHECKING:
         TooManySkipsError,
         WindowError,
     )
+    from gradkeel.explain.plot import plot
     from gradkeel.functional import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
     from gradkeel.guard import Guard, StepReport
     from gradkeel.policies import AdaptiveGradientClip, ClipByGlobalNorm, ClipByNorm, ClipByValue
@@ -61,6 +62,7 @@ __all__ = [
     "explain",
     "get_total_norm",
     "gradients",
+    "plot",
     "policies",
     "smoothness",
 ]
@@ -72,6 +74,7 @@ _WHERE = {
     "errors": "AttachError CheckpointError DoubleClippingWarning GradkeelError GradkeelWarning NonFiniteGradientError "
     "PolicySpecError RankError SelectionError SkippedStepWarning TooManySkipsError WindowError",
     "functional": "clip_grad_norm_ clip_grad_value_ clip_grads_with_norm_ get_total_norm",
+    "explain.plot": "plot",
     "guard": "Guard StepReport",
     "policies": "AdaptiveGradientClip ClipByGlobalNorm ClipByNorm ClipByValue",
     "record": "Recorder",
