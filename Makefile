@@ -46,6 +46,7 @@ bench: $(PEERS)/peers.stamp ## how fast, beside the peers; writes docs/benchmark
 .PHONY: faults
 faults: $(FAULTS)/faults.stamp ## who finds faults planted in thirteen small programs; writes docs/faults.md (minutes)
 	OMP_NUM_THREADS=1 $(FAULTS)/bin/python -m benchmarks.faults $(or $(ARGS),--write)
+
 # -- the site ----------------------------------------------------------------------------------------------
 
 .PHONY: docs

@@ -77,7 +77,7 @@ def test_the_readme_is_short():
 def test_the_api_reference_has_every_public_name():
     pages = "\n".join(page.read_text() for page in ROOT.glob("docs/reference/*.md"))
     shown = set()
-    for name in re.findall(r"^::: gradkeel\.(?:attach\.)?(\S+)$", pages, flags=re.MULTILINE):
+    for name in re.findall(r"^::: gradkeel\.(?:attaching\.)?(\S+)$", pages, flags=re.MULTILINE):
         value = getattr(gk, name, None) or importlib.import_module(f"gradkeel.{name}")
         shown |= {
             name,

@@ -37,6 +37,7 @@ SURFACE = [
     "explain",
     "get_total_norm",
     "gradients",
+    "plot",
     "policies",
     "smoothness",
 ]

@@ -27,6 +27,7 @@ if typing.TYPE_CHECKING:
         WindowError,
     )
     from gradkeel.explain.autopsy import Autopsy
+    from gradkeel.explain.plot import plot
     from gradkeel.functional import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
     from gradkeel.guard import Guard, StepReport
     from gradkeel.policies import AdaptiveGradientClip, ClipByGlobalNorm, ClipByNorm, ClipByValue
@@ -63,6 +64,7 @@ __all__ = [
     "explain",
     "get_total_norm",
     "gradients",
+    "plot",
     "policies",
     "smoothness",
 ]
@@ -75,6 +77,7 @@ _WHERE = {
     "PolicySpecError RankError SelectionError SkippedStepWarning TooManySkipsError WindowError",
     "explain.autopsy": "Autopsy",
     "functional": "clip_grad_norm_ clip_grad_value_ clip_grads_with_norm_ get_total_norm",
+    "explain.plot": "plot",
     "guard": "Guard StepReport",
     "policies": "AdaptiveGradientClip ClipByGlobalNorm ClipByNorm ClipByValue",
     "record": "Recorder",

@@ -3,6 +3,7 @@
 import http.client
 import math
 import re
+import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -112,7 +113,7 @@ def test_a_run_without_anything_to_tell(tmp_path):
     with Reader(tmp_path / "run.keel") as run:
         html = run_page(run)
     assert "No explosion was found." in html
-    assert "No loss was recorded" in html
+    assert "No loss was recorded; this line, before optimizer.step(), gives one: guard.log(loss=loss)" in html
     assert 'id="coefficient"' not in html  # nothing was clipped
 
 
@@ -292,7 +293,7 @@ def test_watching_answers_a_browser_that_wants_an_icon(served):
     [("GET", "/../run.keel"), ("GET", "/run.keel"), ("GET", "/%2e%2e/etc/passwd"), ("GET", "/?x"), ("GET", "//evil"),
      ("POST", "/"), ("PUT", "/version"), ("DELETE", "/")],
 )  # fmt: skip
-def test_watching_serves_two_paths_and_takes_nothing(served, method, path):
+def test_watching_serves_its_paths_and_takes_nothing(served, method, path):
     assert ask(served, path, method=method)[0] in (404, 501)
 
 
@@ -312,3 +313,61 @@ def test_a_damaged_record_is_shown_as_words(served, tmp_path):
 def fetch(url):
     with urllib.request.urlopen(url, timeout=30) as answer:
         return answer.read().decode()
+
+
+def test_no_button_sends_data_anywhere(page):
+    titles = page.execute_script(
+        "return [...document.querySelectorAll('.modebar-btn')].map((b) => b.dataset.title)"
+    )
+    assert titles
+    assert not [title for title in titles if "cloud" in title.lower() or "edit" in title.lower()]
+
+
+def test_every_logged_number_is_drawn(tmp_path):
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = gk.attach(optimizer, None, model=model, record=tmp_path / "run.keel")
+    for step in range(5):
+        model(torch.ones(4, 2)).sum().backward()
+        guard.log(loss=1.0, accuracy=step / 5, temperature=2.0)
+        optimizer.step()
+    guard.detach()
+    with Reader(tmp_path / "run.keel") as run:
+        html = run_page(run)
+    for anchor in ("loss", "accuracy", "temperature"):
+        assert f'<section id="{anchor}">' in html
+
+
+SPAN = """return [...document.querySelectorAll(".js-plotly-plot")].filter((p) => p.layout.meta === "step")
+    .map((p) => p.layout.xaxis.range.map(Math.round))"""
+
+
+def wait_for(browser, condition):
+    for _ in range(100):
+        if browser.execute_script(f"return {condition}"):
+            return
+        browser.execute_script("return 0")
+        time.sleep(0.1)
+    raise AssertionError(f"never came: {condition}")
+
+
+def test_a_zoom_moves_every_figure_and_outlives_new_steps_without_a_reload(browser, served, tmp_path):
+    path = tmp_path / "run.keel"
+    train(path, steps=60)
+    browser.set_window_size(1280, 900)
+    browser.get(f"http://127.0.0.1:{served}/")
+    wait_for(browser, "document.querySelectorAll('.js-plotly-plot').length > 3")
+    browser.execute_script("window.stayed = true")
+    browser.execute_script("Plotly.relayout('figure-1', {'xaxis.range[0]': 10, 'xaxis.range[1]': 30})")
+    wait_for(browser, "document.querySelector('#figure-0').layout.xaxis.range[1] === 30")
+    spans = browser.execute_script(SPAN)
+    assert len(spans) > 3
+    assert spans == [[10, 30]] * len(spans)
+    train(path.with_name("longer.keel"), steps=90)
+    path.with_name("longer.keel").replace(path)
+    wait_for(browser, "document.querySelector('.subtitle').textContent.includes('90 steps')")
+    assert browser.execute_script("return window.stayed") is True  # not loaded anew
+    assert browser.execute_script("return document.getElementById('figure-0').data[0].x.length") == 90
+    assert browser.execute_script(SPAN) == spans
+    browser.get("about:blank")  # no more questions to a server that has gone
+    browser.get_log("browser")

@@ -17,6 +17,14 @@ from gradkeel.record import Reader
 _RENEW = """<script>
 let shown = %r;
 const sections = (page) => [...page.querySelectorAll("main > section")];
+const keep = (id, data, layout, config) => {
+  const old = document.getElementById(id).layout;
+  layout.dragmode = old.dragmode;
+  for (const axis of ["xaxis", "xaxis2"])
+    if (old[axis]?.autorange === false && layout[axis])
+      Object.assign(layout[axis], { range: old[axis].range, autorange: false });
+  return Plotly.react(id, data, layout, config);
+};
 const renew = async () => {
   const version = await (await fetch("version")).text();
   if (version === shown) return;
@@ -32,7 +40,7 @@ const renew = async () => {
       if (a && b) a.replaceWith(b);
     }
     for (const script of fresh.querySelectorAll(".figure script"))
-      new Function("Plotly", script.textContent)({ newPlot: (...given) => Plotly.react(...given) });
+      new Function("Plotly", script.textContent)({ newPlot: keep });
   });
   shown = version;
 };

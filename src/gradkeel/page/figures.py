@@ -181,7 +181,8 @@ def _plotly() -> Any:
 def _style(figure: Any, x_title: str, y_title: str, ys: Sequence[float] = ()) -> None:
     clear = "rgba(0,0,0,0)"
     figure.update_layout(
-        paper_bgcolor=clear, plot_bgcolor=clear, height=380, dragmode=False, hovermode="closest", uirevision="kept",
+        paper_bgcolor=clear, plot_bgcolor=clear, height=380, dragmode=False, hovermode="closest",
+        uirevision="kept", meta=x_title,
         margin={"l": 58, "r": 14, "t": 26, "b": 46}, font={"family": "system-ui, sans-serif", "size": 13},
         legend={"orientation": "h", "x": 0, "y": -0.22, "yanchor": "top", "bgcolor": clear},
     )  # fmt: skip

@@ -8,7 +8,12 @@ from typing import Any
 
 from gradkeel.errors import MissingExtraError
 
-_CONFIG = {"responsive": True, "displaylogo": False, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
+_CONFIG = {
+    "responsive": True,
+    "displaylogo": False,
+    "showSendToCloud": False,
+    "modeBarButtonsToRemove": ["select2d", "lasso2d", "sendDataToCloud"],
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ def page(title: str, subtitle: str, lines: Sequence[Line], sections: Sequence[Se
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n{script}\n</head>\n<body>\n<main>\n"
         f"<h1>{html.escape(title)}</h1>\n<p class=subtitle>{html.escape(subtitle)}</p>\n"
-        f"<dl>{heads}</dl>\n{body}\n</main>\n</body>\n</html>\n"
+        f"<dl>{heads}</dl>\n{body}\n</main>\n{_LINKED if script else ''}</body>\n</html>\n"
     )
 
 
@@ -110,6 +115,27 @@ def _plotly_script() -> str:
     script: str = get_plotlyjs()
     return script
 
+
+# Figures over the same x axis (their layout's meta) are zoomed together; on touch screens dragging scrolls the page.
+_LINKED = """<script>
+const plots = [...document.querySelectorAll(".js-plotly-plot")];
+let linking = false;
+for (const plot of plots) {
+  if (matchMedia("(pointer: fine)").matches) Plotly.relayout(plot, { dragmode: "zoom" });
+  plot.on("plotly_relayout", async (change) => {
+    const [low, high] = ["[0]", "[1]"].map((end) => change["xaxis.range" + end] ?? change["xaxis2.range" + end]);
+    const all = change["xaxis.autorange"] || change["xaxis2.autorange"];
+    if (linking || !plot.layout.meta || (low === undefined && !all)) return;
+    linking = true;
+    const same = plots.filter((one) => one !== plot && one.layout.meta === plot.layout.meta);
+    const axes = (one) => ["xaxis", "xaxis2"].filter((axis) => one.layout[axis]);
+    const update = (one) => Object.fromEntries(
+      axes(one).map((axis) => all ? [axis + ".autorange", true] : [axis + ".range", [low, high]]));
+    try { await Promise.all(same.map((one) => Plotly.relayout(one, update(one)))); } finally { linking = false; }
+  });
+}
+</script>
+"""
 
 # plotly writes colours into its SVG's style attributes, which only !important can override from outside.
 _STYLE = """
