@@ -98,7 +98,9 @@ def test_norms_and_units_are_their_float64_twins(norm_type, kinds, seed, level):
 @pytest.mark.parametrize("size", [5, 300_000])  # read in the call that looks for them, and in a second one
 def test_norms_and_their_total_in_one_call(kernels, size, norm_type):
     tensors = [torch.randn(size), torch.randn(3, 4).half(), torch.randn(7, dtype=torch.float64) * 1e200]
-    norms, total = kernels.norms(tensors, norm_type)
+    norms, total, are_apart = kernels.norms(tensors, norm_type)
+    assert are_apart
+    assert not kernels.norms([tensors[0], *tensors], norm_type)[2] or not tensors[0].numel()
     assert torch.equal(norms, kernels.read(kernels.table(tensors), norm_type)[0])
     assert total == pytest.approx(reference.norm(tensors, norm_type), rel=1e-12)
     small = [tensor * 1e-300 for tensor in tensors[2:]] * 2
@@ -112,7 +114,7 @@ def test_norms_and_their_total_in_one_call(kernels, size, norm_type):
 def test_the_total_is_not_finite_exactly_where_an_entry_is(kernels, bad):
     tensors = [torch.ones(3), torch.tensor([1.0, bad]), torch.full((2,), 1e30)]
     for norm_type in NORM_TYPES:
-        _, total = kernels.norms(tensors, norm_type)
+        _, total, _ = kernels.norms(tensors, norm_type)
         assert math.isnan(total) if math.isnan(bad) else total == math.inf
 
 

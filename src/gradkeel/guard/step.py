@@ -169,10 +169,12 @@ def carry_out(
     reports: Sequence[SelectionReport],
     prescale: Tensor | float,
     folding: Folding,
+    *,
+    are_apart: bool = False,
 ) -> Tensor | None:
     """Apply the decisions; returns the scale where one was folded into the optimizer's kernel, to be set on it.
 
-    Nothing is folded where ``optimizer`` is None.
+    Nothing is folded where ``optimizer`` is None; with ``are_apart`` no two gradients are known to share memory.
     """
     todo = []
     for i in roster.here:
@@ -183,7 +185,7 @@ def carry_out(
         factor = factors(decision, prescale) if is_one_pass else None
         if not _is_one(factor):
             todo.append((roster.parts[i], reports[i], decision, measured, factor, local is None))
-    if todo:
+    if todo and not are_apart:
         separate(roster.parameters)
     for part, report, decision, measured, factor, is_whole in todo:
         parameters = part.selection.parameters

@@ -481,7 +481,7 @@ __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))) static vo
 #endif
 
 /* Raised with every change of what is exported, so that native.py never calls a library of another time. */
-EXPORT int32_t gradkeel_interface(void) { return 5; }
+EXPORT int32_t gradkeel_interface(void) { return 6; }
 
 /* How many of the levels baseline, AVX2 and AVX-512 this processor has: from 1 to 3. */
 EXPORT int32_t gradkeel_levels(void) {
@@ -640,8 +640,26 @@ EXPORT double gradkeel_total(const double *norms, int64_t count, int32_t norm) {
 
 struct answer {
     double total;
-    int32_t is_read;
+    int32_t is_read, are_apart;
 };
+
+/* Whether no two of the tensors begin at one address; also 0 without memory. */
+static int32_t are_apart(const struct tensor *table, int64_t count) {
+    int bits = 4;
+    while ((int64_t)1 << bits < 2 * count) bits++;
+    uint64_t mask = ((uint64_t)1 << bits) - 1;
+    const void **seen = calloc((size_t)1 << bits, sizeof *seen);
+    int32_t apart = seen != NULL;
+    for (int64_t i = 0; apart && i < count; i++) {
+        if (table[i].entries == 0) continue;
+        uint64_t place = ((uint64_t)(uintptr_t)table[i].data * 0x9e3779b97f4a7c15u) >> (64 - bits);
+        while (seen[place] != NULL && seen[place] != table[i].data) place = (place + 1) & mask;
+        apart = seen[place] == NULL;
+        seen[place] = table[i].data;
+    }
+    free(seen);
+    return apart;
+}
 
 /* Describes the tensors of a Python list as gradkeel_table does, and reads them at once if they are few entries, so that
  * a small model costs one call. Needs the GIL, for which more entries would keep others waiting.
@@ -655,6 +673,7 @@ EXPORT int64_t gradkeel_norms(void *list, int64_t count, item_of_list item, expo
     int64_t rows, entries = 0, taken = gradkeel_table(list, count, item, export, -1, table, &rows);
     answer->is_read = 0;
     if (taken < count) return taken;
+    answer->are_apart = are_apart(table, count);
     for (int64_t i = 0; i < count; i++) entries += table[i].entries;
     if (entries >= GRAIN) return taken;
     answer->is_read = gradkeel_read(table, count, norm, norms, NULL, NULL, team) == 0 ? 1 : -1;

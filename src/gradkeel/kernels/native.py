@@ -37,7 +37,7 @@ class _Team(ctypes.Structure):
 class _Answer(ctypes.Structure):
     """struct answer of native.c."""
 
-    _fields_ = (("total", ctypes.c_double), ("is_read", ctypes.c_int32))
+    _fields_ = (("total", ctypes.c_double), ("is_read", ctypes.c_int32), ("are_apart", ctypes.c_int32))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -170,8 +170,8 @@ class Kernels:
             return -1
         return found
 
-    def norms(self, tensors: list[Tensor], norm_type: float) -> tuple[Tensor, float] | None:
-        """[k] float64 norm of each tensor, and that of all together; None if a tensor is not fit.
+    def norms(self, tensors: list[Tensor], norm_type: float) -> tuple[Tensor, float, bool] | None:
+        """[k] float64 norm of each tensor, that of all, and whether no two share an address; None if one is not fit.
 
         Few entries are read in the same call that looks where they lie; for more the interpreter's lock is released.
         """
@@ -192,9 +192,9 @@ class Kernels:
             return None
         if answer.is_read == 0:
             self._check(self._read(address, count, norm, pointer, None, None, team))
-            return norms, self._total(pointer, count, norm)
+            return norms, self._total(pointer, count, norm), answer.are_apart == 1
         self._check(answer.is_read - 1)
-        return norms, answer.total
+        return norms, answer.total, answer.are_apart == 1
 
     def read(
         self, table: Table, norm_type: float, *, units: bool = False, peaks: bool = False

@@ -22,6 +22,7 @@ class Readings:
         norms, units, peaks: as in `gradkeel.norms.GradientNorms`; n parameters, u units.
         weights, unit_weights: of the parameters themselves, where asked for.
         total: norm of all of them together, where it is known already: a number of the host's, or [] on an accelerator.
+        are_apart: whether it is known that no two of the gradients begin at one address.
     """
 
     present: tuple[bool, ...]
@@ -31,6 +32,7 @@ class Readings:
     weights: Tensor | None = None
     unit_weights: Tensor | None = None
     total: Tensor | float | None = None
+    are_apart: bool = False
 
 
 class Members(Protocol):
@@ -110,7 +112,14 @@ def readings(selection: Selection, needs: Needs, device: torch.device) -> Readin
     if len(held) == len(selection.parameters):
         present = selection.all_present
         if not needs.weights:
-            return Readings(present, reading.norms, reading.units, reading.peaks, total=reading.total)
+            return Readings(
+                present,
+                reading.norms,
+                reading.units,
+                reading.peaks,
+                total=reading.total,
+                are_apart=reading.are_apart,
+            )
     else:
         present = tuple(parameter.grad is not None for parameter in selection.parameters)
     weights = Reading(reading.norms)
