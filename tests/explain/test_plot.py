@@ -25,9 +25,8 @@ def test_norms_loss_and_parameters_over_the_same_steps(tmp_path, losses):
     assert figure.data[-1].type == "heatmap"
     assert list(figure.data[-1].y) == ["a", "b"]
     assert list(figure.data[-1].customdata[1]) == pytest.approx([4, 8, 0.4])
-    axes = [
-        figure.layout[name].domain for name in ("yaxis", "yaxis2", "yaxis3") if figure.layout[name].domain
-    ]
+    axes = []
+    figure.for_each_yaxis(lambda axis: axes.append(axis.domain))
     assert len(axes) == (2 if losses is None else 3)
     assert all(below[1] < above[0] for above, below in itertools.pairwise(axes))  # none is drawn over another
     with Reader(tmp_path / "run.keel") as run:
