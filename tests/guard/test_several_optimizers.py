@@ -341,6 +341,25 @@ def test_an_optimizers_own_step_that_raises_can_be_called_again():
         assert is_same(list(model.parameters()), list(sound.parameters()))
 
 
+def test_a_group_that_is_added_between_the_steps_of_a_round_is_named():
+    model = Net()
+    optimizers = [
+        optim.SGD(model.first.parameters(), lr=0.1),
+        optim.SGD([model.second.weight], lr=0.1),
+    ]
+    guard = gk.attach(optimizers, gk.ClipByGlobalNorm(BOUND))
+    model(data(0)).square().mean().backward()
+    optimizers[0].step()
+    optimizers[1].add_param_group({"params": [model.second.bias]})
+    with pytest.raises(gk.AttachError, match=r"gradients of SGD .* have changed"):
+        optimizers[1].step()
+    model.zero_grad()
+    model(data(1)).square().mean().backward()
+    round_of(optimizers)  # and the next round is as any other
+    assert guard.step == 1
+    assert len(guard.report.norms) == 4
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_round_that_was_given_up_after_an_error_is_followed_by_the_next(order):
     class Failing(optim.SGD):

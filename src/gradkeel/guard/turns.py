@@ -132,9 +132,10 @@ class Turns:
         return [(g, 0 if g is None else g._version) for g in gradients]
 
     def _is_as_seen(self, index: int) -> bool:
-        return all(
+        now, seen = self._look(index), self._seen[index]  # of more parameters, where a group was added
+        return len(now) == len(seen) and all(
             one is other and version == before
-            for (one, version), (other, before) in zip(self._look(index), self._seen[index], strict=True)
+            for (one, version), (other, before) in zip(now, seen, strict=True)
         )
 
     def _name(self, index: int) -> str:
