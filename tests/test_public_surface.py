@@ -12,6 +12,7 @@ SURFACE = [
     "Accumulator",
     "AdaptiveGradientClip",
     "AttachError",
+    "Autopsy",
     "CheckpointError",
     "ClipByGlobalNorm",
     "ClipByNorm",
