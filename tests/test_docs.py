@@ -74,6 +74,23 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().split()) < 500
 
 
+CHINESE = sorted(page.name for page in ROOT.glob("docs/zh/*.md"))
+
+
+@pytest.mark.parametrize("name", CHINESE)
+def test_the_chinese_page_has_the_same_code_tables_and_sections(name):
+    def parts(page):
+        text = page.read_text(encoding="utf-8")
+        code = re.findall(r"^```.*?^```", text, flags=re.DOTALL | re.MULTILINE)
+        rows = [line.count(" |") for line in text.splitlines() if line.startswith("|")]
+        headings = re.findall(
+            r"^#+", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE
+        )
+        return code, rows, headings
+
+    assert parts(ROOT / "docs/zh" / name) == parts(ROOT / "docs" / name)
+
+
 def test_the_api_reference_has_every_public_name():
     pages = "\n".join(page.read_text() for page in ROOT.glob("docs/reference/*.md"))
     shown = set()
