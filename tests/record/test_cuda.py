@@ -51,3 +51,20 @@ def test_a_run_on_a_stream_of_its_own(tmp_path):
     with Reader(tmp_path / "run.keel") as run:
         expected = torch.arange(1, 131, dtype=torch.float64)  # the root of a million entries of step / 1000
         torch.testing.assert_close(run.totals(), expected, rtol=1e-5, atol=0)  # the entries are float32
+
+
+@pytest.mark.parametrize("spec", ["value:0.1", "norm:0.5", "agc:0.01", "zclip", None])
+def test_every_kind_of_policy_beside_parameters_that_are_left_alone(spec, tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1)).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    exclude = "*.bias" if spec else None
+    guard = gk.attach(optimizer, spec, model=model, exclude=exclude, record=tmp_path / "run.keel")
+    norms = []
+    for _ in range(80):
+        model(torch.randn(4, 8, device="cuda")).square().mean().backward()
+        optimizer.step()
+        norms.append(guard.report.norm)
+        optimizer.zero_grad()
+    guard.detach()
+    with Reader(tmp_path / "run.keel") as run:
+        assert run.totals().tolist() == norms

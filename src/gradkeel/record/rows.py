@@ -270,7 +270,13 @@ def _coefficients(values: Sequence[Tensor | float | None], norms: Tensor) -> Ten
         return torch.stack(
             [v.expand_as(norms) if isinstance(v, Tensor) else torch.full_like(norms, v) for v in filled]
         )
-    return _scalars(filled, norms.new_empty(())).unsqueeze(1).expand(-1, norms.numel())
+    if not norms.is_cpu and not any(isinstance(value, Tensor) for value in filled):
+        rows = torch.stack(
+            [norms.new_full((), value) for value in filled]
+        )  # beside those that are on the device
+    else:
+        rows = _scalars(filled, norms.new_empty(()))
+    return rows.unsqueeze(1).expand(-1, norms.numel())
 
 
 def _derive(series: dict[str, Tensor], main: SelectionReport) -> None:
