@@ -255,7 +255,7 @@ def _number(flag: bool | Tensor) -> Tensor | float:
 
 
 def _scalars(values: Sequence[Tensor | float], like: Tensor) -> Tensor:
-    if not any(isinstance(value, Tensor) for value in values):
+    if like.is_cpu and not any(isinstance(value, Tensor) for value in values):
         return torch.tensor(values, dtype=torch.float64)
     # Filled on the device: a number that travelled there would make the host wait.
     return torch.stack(
@@ -270,12 +270,7 @@ def _coefficients(values: Sequence[Tensor | float | None], norms: Tensor) -> Ten
         return torch.stack(
             [v.expand_as(norms) if isinstance(v, Tensor) else torch.full_like(norms, v) for v in filled]
         )
-    if not norms.is_cpu and not any(isinstance(value, Tensor) for value in filled):
-        rows = torch.stack(
-            [norms.new_full((), value) for value in filled]
-        )  # beside those that are on the device
-    else:
-        rows = _scalars(filled, norms.new_empty(()))
+    rows = _scalars(filled, norms.new_empty(()))
     return rows.unsqueeze(1).expand(-1, norms.numel())
 
 
