@@ -73,10 +73,12 @@ class Given:
         """Write another step's numbers into these buffers; does not sync the host."""
         pairs = ((self.prescale, given.prescale), (self.loss, given.loss), (self.found_inf, given.found_inf))
         for buffer, value in pairs:
-            if isinstance(value, Tensor) and isinstance(buffer, Tensor):
+            if not isinstance(buffer, Tensor) or value is None:
+                continue
+            if isinstance(value, Tensor) and not value.is_cpu:
                 buffer.copy_(value.reshape(()), non_blocking=True)
-            elif isinstance(buffer, Tensor) and isinstance(value, float):
-                buffer.fill_(value)
+            else:  # not copied: the host may write to it before a copy arrives
+                buffer.fill_(float(value))
 
 
 class Watched:

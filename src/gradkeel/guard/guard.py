@@ -12,6 +12,7 @@ from gradkeel.errors import AttachError, CheckpointError
 from gradkeel.guard import hooks
 from gradkeel.guard.checkpoint import check_state
 from gradkeel.guard.pipeline import NonFinite, Pipeline
+from gradkeel.guard.replay import Replays
 from gradkeel.guard.roster import Roster
 from gradkeel.policies import Policy
 from gradkeel.ranks.declared import Sharing
@@ -170,6 +171,7 @@ class Guard(Pipeline):
         for hooked in self._hooks:
             hooked.remove()
         self._canary.remove()
+        self._replays = Replays()  # their memory goes
         for recorder in self.recorders:
             recorder.close()
 
