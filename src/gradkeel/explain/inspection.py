@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 _HALF = (torch.float16, torch.bfloat16)
 _GREW = 10.0
-# These fill tensors with what they are given, or look at numbers without making any.
+# These hand on what they are given, or whatever was in memory before, and make no number of their own.
 _NOT_MADE_BY = (
     "empty",
     "new_empty",
