@@ -98,7 +98,12 @@ class _FirstBad(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = str(func).removeprefix("aten.").split(".")[0]
-        if self._found.op is None and name not in _NOT_MADE_BY and not _is_finite(result):
+        if (
+            self._found.op is None
+            and name not in _NOT_MADE_BY
+            and "empty" not in name
+            and not _is_finite(result)
+        ):
             if _is_finite((args, kwargs)):
                 self._found.op = name
             elif _has_bad_number((args, kwargs)):
