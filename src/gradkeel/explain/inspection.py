@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 _HALF = (torch.float16, torch.bfloat16)
 _GREW = 10.0
-# These fill tensors with what they are given, or look at numbers without making any.
+# These hand on what they are given, or whatever was in memory before, and make no number of their own.
 _NOT_MADE_BY = (
     "empty",
     "new_empty",
@@ -98,7 +98,12 @@ class _FirstBad(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = str(func).removeprefix("aten.").split(".")[0]
-        if self._found.op is None and name not in _NOT_MADE_BY and not _is_finite(result):
+        if (
+            self._found.op is None
+            and name not in _NOT_MADE_BY
+            and "empty" not in name
+            and not _is_finite(result)
+        ):
             if _is_finite((args, kwargs)):
                 self._found.op = name
             elif _has_bad_number((args, kwargs)):
