@@ -139,7 +139,7 @@ def explain(run: str | os.PathLike[str] | Reader, *, bounds: Sequence[float] = (
 def _autopsies(run: Reader) -> tuple[AutopsyResult, ...]:
     found = []
     for key, text in run.store.meta.items():
-        if key.startswith(NOTE):
+        if isinstance(key, str) and key.startswith(NOTE):  # a damaged file may have others
             with contextlib.suppress(ValueError, TypeError, KeyError):  # what a damaged record may hold
                 found.append(of_note(json.loads(text)))
     return tuple(sorted(found, key=lambda result: result.step))
