@@ -4,6 +4,7 @@ Played is only what a CPU cannot do: to be an accelerator, and to let a flag arr
 """
 
 import math
+import sys
 
 import pytest
 import torch
@@ -227,3 +228,36 @@ def test_no_step_waits_for_the_verdict_of_the_one_before(on_device):
     assert [isinstance(report.stepped_or_pending, torch.Tensor) for report in reports] == [False, True, True]
     assert reports[2].stepped_tensor() is reports[2].stepped_or_pending
     assert (reports[2].stepped, reports[2].reason) == (True, None)
+
+
+@pytest.mark.filterwarnings("ignore::gradkeel.errors.SkippedStepWarning")
+@pytest.mark.parametrize("culprit", ["step", "hook"])
+@pytest.mark.parametrize("policy", [None, "global-norm:0.5"])
+def test_a_retried_step_is_skipped_all_the_same(policy, culprit, on_device, monkeypatch):
+    failures = []
+
+    def fails(*_):
+        if failures:
+            failures.pop()
+            raise OSError("for once")
+
+    kernels = sys.modules["torch.optim.adam"]  # torch.optim keeps no such attribute
+    real = kernels.adam
+    case = BY_NAME["Adam-fused"]
+    model, loss = case.problem()
+    optimizer = case.make(list(model.parameters()))
+    gk.attach(optimizer, policy, model=model)
+    if culprit == "hook":
+        optimizer.register_step_pre_hook(fails)
+    else:
+        monkeypatch.setattr(kernels, "adam", lambda *a, **kw: (fails(), real(*a, **kw)))
+    for factor in (1.0, math.nan):
+        optimizer.zero_grad()
+        (loss(0) * factor).backward()
+        before = contents(model, optimizer)
+        failures.append(True)
+        with pytest.raises(OSError, match="for once"):
+            optimizer.step()
+        optimizer.step()
+    assert on_device[-1]
+    assert is_same(contents(model, optimizer), before)

@@ -200,6 +200,35 @@ def test_a_retried_step_is_unscaled_and_clipped_once(policy, unscale, failures):
     assert got.item() == wanted.item()
 
 
+@pytest.mark.filterwarnings("ignore::gradkeel.errors.SkippedStepWarning")
+@pytest.mark.parametrize("factor", [3.0, math.nan])
+def test_a_step_that_is_retried_after_another_hook_raised_is_unscaled_once(factor):
+    failures = [True]
+
+    def fails(*_):
+        if failures:
+            failures.pop()
+            raise OSError("for once")
+
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = SGD([parameter], lr=1.0, weight_decay=0.1)
+    guard = gk.attach(optimizer, None)
+    optimizer.register_step_pre_hook(fails)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(parameter.sum() * factor).backward()
+    with pytest.raises(OSError, match="for once"):
+        scaler.step(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    assert parameter.item() == (0.0 if math.isnan(factor) else -3.0)
+    # Nobody has raised in a step that follows, even if it is on the same gradients.
+    if factor == 3.0:
+        optimizer.step()
+        optimizer.step()
+        assert guard.step == 3
+        assert guard.report.norm == 3.0
+
+
 def test_a_window_is_divided_once_where_its_step_is_retried():
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = Failing([parameter], lr=1.0)

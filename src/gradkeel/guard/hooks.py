@@ -47,7 +47,7 @@ class Hooks:
         begin: called first in each step.
         evaluate: called once the gradients of the step are there: at once, or after each evaluation of the closure;
             returns whether the step is to be made. Where it is not, the optimizer's own step is not run.
-        fail: called where the optimizer's own step raises.
+        fail: called where the optimizer's own step raises, or somebody else's hook may.
         finish: called after the step.
 
     Attributes:
@@ -121,6 +121,8 @@ class Hooks:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._is_made = self._evaluate()
+            if next(reversed(optimizer._optimizer_step_pre_hooks)) != self._handles[0].id:
+                self._fail()  # as a hook that comes after this one may, before anybody hears of it
             return None
         self._closure = Closure(optimizer, closure, self._evaluate, copies=self._copies > 0)
         if len(args) > 1:

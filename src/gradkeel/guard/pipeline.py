@@ -102,8 +102,11 @@ class Pipeline:
         Returns whether the step is to be made, as far as the host knows.
         """
         roster = self._roster
-        if self._is_again:
-            return True
+        if self._is_again and self._staged is not None:
+            may_step = self._staged[0].stepped_or_pending
+            if isinstance(may_step, Tensor):
+                self._first.give("found_inf", (~may_step).float())
+            return may_step is not False
         if hooks.only_creates_state(self._first.optimizer, roster.parameters, alone=roster.exchange is None):
             return True
         with torch.no_grad():
@@ -282,7 +285,7 @@ class Pipeline:
         self._skips.skipped(row.reason or "")
 
     def _fail(self) -> None:
-        """The optimizer's own step has raised; what is applied to gradients by then is applied no second time."""
+        """The optimizer's own step has raised, or a hook before it may; what is applied by then stays so."""
         if self._staged is not None and "grad_scale" not in self._first.own:
             self._left = [None if p.grad is None else Seen(p.grad) for p in self._roster.parameters]
 
@@ -296,6 +299,7 @@ class Pipeline:
 
     def _finish(self) -> None:
         """After the optimizer's step, or the last one's: commit, and tell the recorders."""
+        self._left = None
         if self._staged is None:
             return
         was_skipped = self._step > 0 and self.report.stepped_or_pending is False

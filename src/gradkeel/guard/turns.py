@@ -116,6 +116,7 @@ class Turns:
 
     def _ended(self, index: int) -> None:
         """An optimizer has stepped, or been kept from it."""
+        self._has_failed = False
         if self._stepped or self._is_staged():
             self._stepped.append(index)
         if len(self._stepped) == len(self._optimizers):
