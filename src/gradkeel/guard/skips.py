@@ -119,12 +119,17 @@ class SkipWatch:
         A step that is being captured has none: it is not made now.
         """
         if not is_capturing(stepped.device):
-            told = [stepped]
+            told = stepped
             if loss_scale.found_inf is not None:
-                unknown = torch.full_like(loss_scale.found_inf, math.nan)
-                told += [loss_scale.found_inf, unknown if loss_scale.scale is None else loss_scale.scale]
-            there = to_host(torch.stack([one.to(stepped.device, torch.float32) for one in told]))
-            self._arriving.append((report, there, Arrival(stepped.device)))
+                scale = (
+                    torch.full_like(loss_scale.found_inf, math.nan)
+                    if loss_scale.scale is None
+                    else loss_scale.scale
+                )
+                told = torch.stack(
+                    [one.to(stepped.device, torch.float32) for one in (stepped, loss_scale.found_inf, scale)]
+                )
+            self._arriving.append((report, to_host(told), Arrival(stepped.device)))
 
     def look(self) -> None:
         """Judge the verdicts that have arrived, without waiting for any."""
@@ -132,7 +137,7 @@ class SkipWatch:
             return  # asking would break the capture
         while self._arriving and self._arriving[0][2].is_there():
             report, told, _ = self._arriving.pop(0)
-            stepped, found_inf, scale = (*told.tolist(), 0.0, math.nan)[:3]
+            stepped, found_inf, scale = (*told.reshape(-1).tolist(), 0.0, math.nan)[:3]
             if stepped:
                 self.made()
             elif found_inf and self.expects_overflow(None if math.isnan(scale) else scale):
