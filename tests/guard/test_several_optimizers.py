@@ -400,3 +400,28 @@ def test_muons_update_does_not_depend_on_its_gradients_scale():
     # The orthogonalization runs in bfloat16, with three digits or less: seen 0.0024 of a step of 0.1.
     torch.testing.assert_close(*weights, rtol=0, atol=6e-3)
     assert (weights[0] - Net().first.weight).abs().max() > 0.05
+
+
+@SKIPPED
+def test_one_optimizer_that_steps_several_inside_is_guarded_as_a_whole():
+    class Both(optim.Optimizer):
+        def __init__(self, inner):
+            self.inner = inner
+            super().__init__([group for o in inner for group in o.param_groups], {})
+
+        def step(self, closure=None):
+            for optimizer in self.inner:
+                optimizer.step()
+
+    model, apart = Net(), Net()
+    inner, several = pair(model), pair(apart)
+    both = Both(inner)
+    guards = [gk.attach(o, gk.ClipByGlobalNorm(BOUND)) for o in (both, several)]
+    for step in range(4):
+        for net, those in ((model, [both]), (apart, several)):
+            before = copy.deepcopy(everything(net, inner if net is model else several))
+            net(data(step)).square().mean().mul(math.nan if step == 1 else 1.0).backward()
+            round_of(those)
+            assert is_same(everything(net, inner if net is model else several), before) == (step == 1)
+    assert guards[0].report.norm == pytest.approx(guards[1].report.norm, rel=1e-6)
+    assert is_same(list(model.parameters()), list(apart.parameters()))

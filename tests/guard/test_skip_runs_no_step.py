@@ -553,3 +553,23 @@ def test_a_wrapper_with_a_state_of_its_own_and_no_hooks_is_refused():
     with pytest.raises(gk.AttachError, match=r"attach\(optimizer=Bare\).*attach to its .optimizer"):
         gk.attach(Bare(inner), None)
     gk.attach(inner, None)
+
+
+def test_buffers_may_be_moved_replaced_and_taken_away():
+    model = normed()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    guard = gk.attach(optimizer, gk.ClipByGlobalNorm(1.0), model=model)
+    for step in range(4):
+        model(inputs(step)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 1:
+            del model.mask
+            model[1].running_mean = model[1].running_mean.clone()
+        if step == 2:
+            model[1].num_batches_tracked = None
+    before = copy.deepcopy(model.state_dict())
+    model(torch.full((5, 3), math.inf)).square().mean().backward()
+    optimizer.step()
+    assert not guard.report.stepped
+    assert is_same(dict(model.state_dict()), dict(before))

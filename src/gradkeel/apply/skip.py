@@ -79,7 +79,7 @@ class Buffers:
             what was kept belongs to other weights, and is not put back.
 
     Attributes:
-        kept: copies of buffers.
+        kept: modules, names of buffers in them, and copies of these.
     """
 
     def __init__(self, model: nn.Module | None, parameters: Sequence[Tensor]) -> None:
@@ -89,15 +89,13 @@ class Buffers:
             for name, buffer in module._buffers.items()
             if buffer is not None and not is_distributed(buffer)
         ]
-        self._changing: list[tuple[str, nn.Module, str]] | None = None
-        self.kept = [buffer.detach().clone() for buffer in self._now()]
+        self._has_learned = False
+        self.kept = [
+            (module, name, _there(module, name).detach().clone()) for _, module, name in self._places
+        ]
         self._version = _version(parameters)
         self._fits = True
         self._is_back = False
-
-    def _now(self) -> list[Tensor]:
-        places = self._places if self._changing is None else self._changing
-        return [module._buffers[name] for _, module, name in places]  # type: ignore[misc]  # None was left out
 
     def look(self, parameters: Sequence[Tensor]) -> None:
         """Before a step: are the parameters as the last one left them?"""
@@ -109,21 +107,27 @@ class Buffers:
         """After a step: keep the buffers as they are."""
         if self._is_back:
             return
-        now = self._now()
-        if self._changing is None:
-            pairs = zip(self._places, now, self.kept, strict=True)
-            self._changing = [place for place, buffer, kept in pairs if not _is_same(buffer, kept)]
-            self.kept = [buffer.detach().clone() for buffer in self._now()]
+        pairs = [
+            (m, n, kept, buffer) for m, n, kept in self.kept if (buffer := m._buffers.get(n)) is not None
+        ]
+        if self._has_learned and all(_is_like(buffer, kept) for _, _, kept, buffer in pairs):
+            torch._foreach_copy_([kept for _, _, kept, _ in pairs], [buffer for *_, buffer in pairs])
         else:
-            torch._foreach_copy_(self.kept, now)
+            self.kept = [
+                (m, n, buffer.detach().clone())
+                for m, n, kept, buffer in pairs
+                if self._has_learned or not _is_same(buffer, kept)
+            ]
+            self._has_learned = True
         self._version = _version(parameters)
 
     @torch.no_grad()
     def put_back(self) -> None:
         """Give the buffers the contents that were kept, if these belong to the weights."""
         self._is_back = self._fits
-        for buffer, kept in zip(self._now(), self.kept, strict=True):
-            if self._fits and buffer.shape == kept.shape and not _is_same(buffer, kept):
+        for module, name, kept in self.kept if self._fits else ():
+            buffer = module._buffers.get(name)
+            if buffer is not None and buffer.shape == kept.shape and not _is_same(buffer, kept):
                 buffer.copy_(kept)
 
     def broken(self) -> tuple[str, ...]:
@@ -137,8 +141,18 @@ class Buffers:
         )
 
 
+def _there(module: nn.Module, name: str) -> Tensor:
+    buffer = module._buffers[name]
+    assert buffer is not None
+    return buffer
+
+
+def _is_like(one: Tensor, other: Tensor) -> bool:
+    return one.device == other.device and one.shape == other.shape
+
+
 def _is_same(one: Tensor, other: Tensor) -> bool:
-    return one.device == other.device and torch.equal(one, other)
+    return _is_like(one, other) and (one.is_meta or torch.equal(one, other))
 
 
 def _version(parameters: Sequence[Tensor]) -> int:

@@ -165,8 +165,9 @@ class Hooks:
         if self._has_nested and _is_called_by_own_step(optimizer):
             return
         self._is_inside = self._has_nested = False
-        put_back(optimizer, self.loss_scale)
-        self.own = {}
+        if self.loss_scale.present or self.own:
+            put_back(optimizer, self.loss_scale)
+            self.own = {}
         self._finish()
 
     def _inside_of_steps(self, name: str) -> Callable[..., Any]:

@@ -99,6 +99,7 @@ class Roster:
         self._optimizers = optimizers
         # Some optimizers have a setting "clip" of their own.
         self._own_clip = ["clip" in getattr(optimizer, "defaults", ()) for optimizer in optimizers]
+        self._sole = optimizers[0] if self._own_clip == [False] else None
         self._policy = policy
         self._exclude = tuple(exclude)
         self._sharing = sharing
@@ -111,8 +112,8 @@ class Roster:
         self.read(None)
 
     def _groups(self) -> Groups:
-        if len(self._optimizers) == 1 and not self._own_clip[0]:
-            return self._optimizers[0].param_groups
+        if self._sole is not None:
+            return self._sole.param_groups
         return [
             {key: value for key, value in group.items() if key != "clip"} if is_own else group
             for optimizer, is_own in zip(self._optimizers, self._own_clip, strict=True)
@@ -121,7 +122,7 @@ class Roster:
 
     def is_current(self, window: Window | None) -> bool:
         """Whether neither the optimizer's groups nor the ranks of the window have changed."""
-        groups = self._groups()
+        groups = self._sole.param_groups if self._sole is not None else self._groups()
         if (None if window is None else window.ranks) is not self._data_parallel or len(groups) != len(
             self._held
         ):
