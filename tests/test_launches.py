@@ -8,12 +8,10 @@ import functools
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradkeel as gk
-from gradkeel.kernels import foreach
-from gradkeel.policies import scopes
+from fake_cuda import fake_mode, without_device
 from policy_rows import ROWS
 
 FEW, SOME, MANY = 10, 25, 1000
@@ -43,43 +41,15 @@ class Counting(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-class Event:
-    """In place of torch's, which needs a device."""
-
-    def __init__(self, device):
-        assert device == "cuda"
-
-    def record(self, stream):
-        """Nothing runs that it could wait for."""
-
-    def query(self):
-        """It never happens, so that nobody reads a number that there is not."""
-        return False
-
-
 @pytest.fixture(scope="module")
 def fake():
-    """One mode for all tests, for constants are kept; they must not be met by others."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    kept = (foreach.constant, scopes._constant)
-    for function in kept:
-        function.cache_clear()
-    yield mode
-    for function in kept:
-        function.cache_clear()
-
-
-def inverted(tensor):
-    """A builtin function would not be called as a method."""
-    return torch.bitwise_not(tensor)
+    with fake_mode() as mode:
+        yield mode
 
 
 @pytest.fixture(autouse=True)
 def _without_device(monkeypatch):
-    monkeypatch.setattr(torch, "Event", Event)
-    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: None)
-    # torch's own asks for the device's context
-    monkeypatch.setattr(torch.Tensor, "__invert__", inverted)
+    without_device(monkeypatch)
 
 
 def parameters_of(count, dtype):

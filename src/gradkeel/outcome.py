@@ -58,7 +58,8 @@ class Outcome:
         if self.decision.clamp is not None and self.norms.peaks is not None:
             low, high = self.decision.clamp
             peaks = self.norms.peaks * self.coefficients().unsqueeze(1)  # the clamp comes last
-            result = result | (peaks[:, 0] < low).any() | (peaks[:, 1] > high).any()
+            lowest, highest = peaks.unbind(1)
+            result = result | (lowest < low).any() | (highest > high).any()
         return result
 
     def units(self) -> Tensor | None:

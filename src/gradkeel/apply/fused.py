@@ -56,7 +56,8 @@ class Folding:
         if isinstance(factor, float):
             return factor >= LEAST  # nothing is asked of the host that it does not know
         pays = self.is_worth(factor.device)
-        self.note(factor != 1)
+        if not is_capturing(factor.device):
+            self._arriving.append((to_host(factor != 1), Arrival(factor.device)))
         return pays
 
     def is_worth(self, device: torch.device) -> bool:
@@ -67,11 +68,6 @@ class Folding:
         if not is_capturing(device):
             self._look()
         return sum(self._scaled) * 2 > len(self._scaled)
-
-    def note(self, scaled: Tensor) -> None:
-        """Take note of whether a step is scaled, [] bool on its device; does not sync the host."""
-        if not is_capturing(scaled.device):
-            self._arriving.append((to_host(scaled), Arrival(scaled.device)))
 
     def heard(self, scaled: bool) -> None:
         """Take note of a step of which the host knows by now whether it was scaled."""

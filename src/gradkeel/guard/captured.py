@@ -69,8 +69,8 @@ class Row:
         may_step: [] bool the first of them.
         reports: makes the selections' reports.
         again: for each selection what measures it once more, where a clamp was applied.
-        found_inf: [] float32 what a fused kernel skips by; written anew in the next step.
-        kernel_scale: [] float32 what a fused kernel may divide by, where one factor is for all; likewise.
+        found_inf: [] float32 what a fused kernel skips by, where it does; written anew in the next step.
+        kernel_scale: [] float32 what it divides by, where it may and one factor is for all; likewise.
     """
 
     states: dict[str, State]
@@ -78,7 +78,7 @@ class Row:
     may_step: Tensor
     reports: Callable[[], tuple[SelectionReport, ...]]
     again: list[Callable[[], Tensor | None] | None]
-    found_inf: Tensor
+    found_inf: Tensor | None
     kernel_scale: Tensor | None
 
     def flags(self) -> list[bool]:
@@ -90,10 +90,11 @@ class Captured:
     """The graphs of one list of gradients, and the buffers that they read.
 
     Args:
+        optimizer: into whose kernel the factor may go; None where there are several.
+        roster: whose gradients they are.
+        states: the policies' states before the captured step.
+        given: what that step is given.
         capture: captures a body.
-
-    Attributes:
-        folds: whether the factor may go into the optimizer's kernel.
     """
 
     def __init__(
@@ -105,6 +106,9 @@ class Captured:
         capture: Callable[[Callable[[], Any]], Graph[Any]],
     ) -> None:
         self._roster = roster
+        self._may_fold = (
+            given.route is Route.FOLDED and optimizer is not None and can_fold(optimizer, roster.parameters)
+        )
         self._given = given.buffers(roster.device)
         self._memory, self._places = _remembered(states)
         # What a step begins with, in the form of the rows: memory of its own, which the graph reads.
@@ -112,13 +116,9 @@ class Captured:
         self._decide = capture(partial(self._decided, applies=given.route is Route.DEVICE))
         decided = self._decide.result
         self._apply = None
-        if given.route is not Route.DEVICE and decided.may_scale:  # torch warns of an empty graph
+        is_left = given.route is not Route.DEVICE and decided.kernel_scale is None
+        if is_left and decided.may_scale:  # torch warns of an empty graph
             self._apply = capture(partial(self._applied, decided.reports))
-        self.folds = (
-            optimizer is not None
-            and decided.kernel_scale is not None
-            and can_fold(optimizer, roster.parameters)
-        )
 
     def _applied(self, reports: Sequence[SelectionReport]) -> None:
         carry_out(None, self._roster, reports, self._given.prescale, Folding())
@@ -148,9 +148,11 @@ class Captured:
         reports, after = decide_all(roster, measured, before)
         finite, may_step = judge(reports, given.found_inf, None, tolerant=given.tolerant)
         states = committed(roster.parts, reports, after, before, finite)
-        decided = _Decided(roster, reports, states, self._places, finite, may_step, given.prescale)
+        decided = _Decided(
+            roster, reports, states, self._places, finite, may_step, given, may_fold=self._may_fold
+        )
         if len(self._memory):
-            self._memory.copy_(decided.words[: len(self._memory)])
+            self._memory.copy_(decided.words.narrow(0, 0, len(self._memory)))
         if applies and decided.may_scale:
             self._applied(reports)
         return decided
@@ -166,8 +168,7 @@ class Captured:
         decided = self._decide.replay()
         words = decided.words.clone()
         self._words = words
-        may_step = read(words, decided.flags[0])
-        verdict = read(words, decided.verdict)
+        may_step, verdict = read(words, decided.may_step), read(words, decided.verdict)
         again: list[Callable[[], Tensor | None] | None] = [None] * len(decided.patterns)
 
         def reports() -> tuple[SelectionReport, ...]:
@@ -181,18 +182,18 @@ class Captured:
         if self._apply is not None:
             self._apply.replay()
         parts, reports = self._roster.parts, self._decide.result.reports
-        tell_autograd(self._roster.parameters)
-        for i in self._roster.here:
-            if reports[i].decision.clamp is not None:
-                row.again[i] = norm_while_unchanged(parts[i].selection.parameters, reports[i].measured)
+        clamped = [i for i in self._roster.here if reports[i].decision.clamp is not None]
+        # Whoever measures after a clamp sees by the version whether there has been another one since.
+        tell_autograd(self._roster.parameters, all_of_them=bool(clamped))
+        for i in clamped:
+            row.again[i] = norm_while_unchanged(parts[i].selection.parameters, reports[i].measured)
 
     def _remember(self, states: Mapping[str, State]) -> None:
         if not len(self._memory):
             return
         held = next(iter(states.values()), None)
-        if (
-            not isinstance(held, RowState) or held.words is not self._words
-        ):  # else the graph has left it there
+        # After a replay that was committed the graph has left them there.
+        if not isinstance(held, RowState) or held.words is not self._words:
             held_by = self._roster.filled(states)
             # By name: a checkpoint's may stand in another order.
             named = {label: {key: held_by[label][key] for key in own} for label, own in self._places.items()}
@@ -210,14 +211,16 @@ class _Decided:
         order: Mapping[str, Places],
         finite: Tensor | bool,
         may_step: Tensor | bool,
-        prescale: Tensor | float,
+        given: Given,
+        *,
+        may_fold: bool,
     ) -> None:
         self.reports = reports
         assert isinstance(finite, Tensor), "gradients are on a device"
         assert isinstance(may_step, Tensor), "and so is the verdict on them"
-        self.found_inf = (~may_step).float()
+        self.found_inf = None if given.route is Route.HOST else (~may_step).float()
         own = [reports[i] for i in roster.here]
-        every: list[Tensor | float | None] = [factors(report.decision, prescale) for report in own]
+        every: list[Tensor | float | None] = [factors(report.decision, given.prescale) for report in own]
         every += [report.decision.unit_coefficients for report in own]
         has_clamp = any(report.decision.clamp is not None for report in own)
         self.may_scale = has_clamp or any(isinstance(factor, Tensor) for factor in every)
@@ -228,9 +231,9 @@ class _Decided:
         for report in own:
             if report.decision.clamp is not None:
                 scaled = scaled | report.outcome.is_clipped()
-        whole = every[0] if len(own) == 1 and own[0].decision.unit_coefficients is None else None
-        is_one = isinstance(whole, Tensor) and whole.dim() == 0 and own[0].decision.clamp is None
-        self.kernel_scale = kernel_scale(whole, roster.device) if is_one and whole is not None else None  # []
+        whole = every[0] if len(own) == 1 and not has_clamp and every[1] is None else None
+        is_one = may_fold and isinstance(whole, Tensor) and whole.dim() == 0
+        self.kernel_scale = kernel_scale(whole, roster.device) if is_one and whole is not None else None
         tensors = [states[label][key] for label, places in order.items() for key in places]
         tensors += [may_step, finite, scaled]
         remembered = len(tensors) - 3
@@ -241,8 +244,8 @@ class _Decided:
             fields.append(held)
             tensors += [tensor for one in held for tensor in one.values()]
         self.words, places = packed(tensors)
-        self.flags = places[remembered : remembered + 3]
-        self.verdict = Place(torch.Size([3]), torch.int64, self.flags[0].first)
+        self.may_step = places[remembered]
+        self.verdict = Place(torch.Size([3]), torch.int64, self.may_step.first)
         rest = iter(places[remembered + 3 :])
         self.patterns = [
             _Pattern(report, *[{name: next(rest) for name in one} for one in held])

@@ -15,7 +15,7 @@ from gradkeel.guard import hooks, other_clips, stack
 from gradkeel.guard.captured import Captured
 from gradkeel.guard.given import Given, Route
 from gradkeel.guard.prescale import prescale
-from gradkeel.guard.replay import Replays, rehearsing
+from gradkeel.guard.replay import Replays
 from gradkeel.guard.report import Recorder, SkipReason, StepReport
 from gradkeel.guard.roster import Roster
 from gradkeel.guard.skips import SkipWatch
@@ -32,15 +32,7 @@ Staged = tuple[StepReport, dict[str, State], Tensor | bool]
 
 
 class Pipeline:
-    """What a `Guard` does in each step; called by the optimizers' hooks.
-
-    Attributes:
-        optimizers: the torch optimizers.
-        nonfinite: what happens to a step with a NaN or inf gradient.
-        report: the last step's `StepReport`; before the first step one with ``step == 0``.
-        recorders: who is told of each step.
-        window: the accumulation window that gradients belong to; None where each step's gradients are complete.
-    """
+    """What a `Guard`, which says what its attributes are, does in each step; called by the optimizers' hooks."""
 
     def __init__(
         self,
@@ -120,7 +112,7 @@ class Pipeline:
                 if entry is None:
                     found = roster.readings()
                 elif captured is None:
-                    with rehearsing(entry):
+                    with entry.slots.active():
                         found = roster.readings()
             except Exception:
                 roster.fail()
@@ -178,11 +170,11 @@ class Pipeline:
         return row, committed(roster.parts, reports, after, self._states, commit), commit
 
     def _replayed(self, captured: Captured, given: Given) -> Staged:
-        """The same by two graphs."""
+        """The same by what was captured."""
         row = captured.replay(given, self._states)
         report = StepReport(given.step, row.reports, given.prescale, dict(self._scalars))
-        if given.route is not Route.HOST:
-            if given.route is Route.FOLDED and captured.folds and row.kernel_scale is not None:
+        if row.found_inf is not None:
+            if row.kernel_scale is not None:
                 self._first.give("grad_scale", row.kernel_scale)
             else:
                 captured.apply(row)
@@ -229,7 +221,7 @@ class Pipeline:
     def _carry_out(self, row: StepReport, entry: Entry[Captured] | None, *, are_apart: bool) -> None:
         """Apply what was decided; with an ``entry`` as the rehearsal of the graphs that will do it."""
         if entry is not None:
-            with rehearsing(entry):
+            with entry.slots.active():
                 carry_out(None, self._roster, row.selections, row.prescale, self._folding)
             entry.is_rehearsed = not entry.slots.missed
             return
@@ -240,7 +232,10 @@ class Pipeline:
             self._first.give("grad_scale", folded)
 
     def _is_overflow(self, found_inf: Tensor | None) -> bool:
-        """Whether the loss scaler saw an inf, and lowering its scale may help."""
+        """Whether the loss scaler saw an inf, and lowering its scale may help; syncs the host, as a scaler's step does.
+
+        Asked under ``nonfinite="keep"``, and of steps that are skipped by the host.
+        """
         loss_scale = self._first.loss_scale
         # The scaler looks at the other optimizers' gradients when they step.
         knows = len(self.optimizers) == 1

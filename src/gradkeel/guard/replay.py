@@ -7,8 +7,6 @@ nothing that only the host knows, such as the number of the step. Everything els
 
 import dataclasses
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -66,11 +64,6 @@ class Replays:
         return entry, entry.captured
 
 
-def rehearsing(entry: Entry[Captured] | None) -> AbstractContextManager[None]:
-    """Meanwhile kernels find the entry's gradients as they will when they are replayed."""
-    return nullcontext() if entry is None else entry.slots.active()
-
-
 def can_replay(roster: Roster) -> bool:
     """Whether steps on these parameters may be captured at all."""
     if roster.exchange is not None or not can_capture(roster.device):
@@ -89,12 +82,7 @@ def _is_own(value: object) -> bool:
         return all(map(_is_own, value))
     if isinstance(value, Mapping):
         return all(map(_is_own, value.values()))
-    return type(value).__module__.startswith("gradkeel.") and all(map(_is_own, _parts(value)))
-
-
-def _parts(value: Any) -> list[object]:
-    return (
-        [getattr(value, field.name) for field in dataclasses.fields(value)]
-        if dataclasses.is_dataclass(value)
-        else []
+    parts = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+    return type(value).__module__.startswith("gradkeel.") and all(
+        _is_own(getattr(value, part.name)) for part in parts
     )

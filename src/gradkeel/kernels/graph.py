@@ -98,7 +98,6 @@ class Graphs(Generic[T]):
         self.pool: Any = None
         self._entries: list[Entry[T]] = []
         self._tried = 0
-        self._stream: object = None
 
     def of(self, key: Hashable, tensors: Sequence[Tensor | None]) -> Entry[T] | None:
         """The entry of these tensors, their addresses sent; None where they are to be launched.
@@ -109,9 +108,8 @@ class Graphs(Generic[T]):
         """
         if is_capturing(self.device):
             return None  # in somebody else's graph
-        stream = torch.cuda.current_stream(self.device)
-        if stream != self._stream:  # addresses on their way are waited for on one stream alone
-            self._entries, self._stream = [], stream
+        # Addresses on their way are waited for on one stream alone.
+        key = key, torch.cuda.current_stream(self.device).cuda_stream
         for entry in self._entries:
             if entry.key == key and entry.slots.refresh(tensors):
                 if entry is not self._entries[0]:
@@ -141,9 +139,7 @@ class Graphs(Generic[T]):
             entry.slots.missed = True
         except Exception as error:  # noqa: BLE001  # whatever a body or a driver raises: training goes on
             entry.failures += 1
-            if (
-                entry.failures < _ATTEMPTS
-            ):  # kernels that CUDA loads at their first use may have been in the way
+            if entry.failures < _ATTEMPTS:  # what CUDA loads at its first use may have been in the way
                 return False
             entry.slots.missed = True
             warnings.warn(
@@ -163,8 +159,12 @@ def can_capture(device: torch.device) -> bool:
     return kernels is not None and kernels.fault is None
 
 
-def tell_autograd(parameters: Sequence[Tensor]) -> None:
-    """Say that a replay has written to the gradients, as far as autograd may have saved them."""
-    written = [own for parameter in parameters if (own := parameter.grad) is not None and own.requires_grad]
+def tell_autograd(parameters: Sequence[Tensor], *, all_of_them: bool = False) -> None:
+    """Count a replay's writes up in the gradients' versions: of those that autograd may have saved, or of all.
+
+    To count up all would take the host longer than the rest of a replay.
+    """
+    held = [own for parameter in parameters if (own := parameter.grad) is not None]
+    written = held if all_of_them else [own for own in held if own.requires_grad]
     if written:
         torch.autograd.graph.increment_version(written)
