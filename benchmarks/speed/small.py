@@ -1,7 +1,11 @@
 """And for small models, where people train on the CPU: how long does clipping take in one thread?"""
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import torch
 
+import gradkeel as gk
 from gradkeel.bench import Gradients, Quartiles, Race, Table, race
 from gradkeel.bench.contenders import FUNCTION, TORCH, NoStep, guard_alone, own_clip, torch_clip
 from gradkeel.bench.stopwatch import Contender, quartiles
@@ -17,12 +21,23 @@ SMALL = {
 """Shapes of parameters."""
 
 PLAIN = "a step that does nothing"
-GUARDED, ADAPTIVE = "guarded step", "guarded step, zclip"
+GUARDED, ADAPTIVE, RECORDED = "guarded step", "guarded step, zclip", "guarded step, recorded"
+FIRST = 100
+"""Steps at each of which a record looks at weights and updates too."""
 TIMES = 30
 """As many rounds for one: they are short."""
 
 
-def clipped(gradients: Gradients, *, active: bool, rounds: int) -> Race:
+def recorded(gradients: Gradients, limit: float, path: Path) -> Contender:
+    """The guarded step that is recorded as well; the thread that writes has the other core."""
+    optimizer = NoStep(gradients.parameters)
+    gk.attach(optimizer, ClipByGlobalNorm(limit), record=path)
+    for _ in range(FIRST):
+        optimizer.step()
+    return Contender(RECORDED, optimizer.step, gradients.refill)
+
+
+def clipped(gradients: Gradients, folder: Path, *, active: bool, rounds: int) -> Race:
     """The functions, and a step that does nothing, guarded and not."""
     limit = bound(gradients, active=active)
     policies: dict[str, Policy] = {GUARDED: ClipByGlobalNorm(limit)}
@@ -32,6 +47,8 @@ def clipped(gradients: Gradients, *, active: bool, rounds: int) -> Race:
         guard_alone(gradients, policy, lambda: gradients.error(limit), name)
         for name, policy in policies.items()
     ]
+    if not active:
+        guards.append(recorded(gradients, limit, folder / f"{len(gradients.parameters)}.keel"))
     plain = Contender(PLAIN, NoStep(gradients.parameters).step, gradients.refill)
     return race(
         [torch_clip(gradients, limit), own_clip(gradients, limit), *guards, plain], rounds=rounds * TIMES
@@ -48,6 +65,11 @@ def cost(found: Race, name: str, to: str) -> Quartiles:
 
 def ask(rounds: int) -> Answer:
     """Three small models, below and above the bound."""
+    with TemporaryDirectory() as folder:
+        return _asked(rounds, Path(folder))
+
+
+def _asked(rounds: int, folder: Path) -> Answer:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     tables, targets = [], []
@@ -55,7 +77,7 @@ def ask(rounds: int) -> Answer:
         for name, shapes in SMALL.items():
             gradients = Gradients(shapes)
             for active in (False, True):
-                found = clipped(gradients, active=active, rounds=rounds)
+                found = clipped(gradients, folder, active=active, rounds=rounds)
                 words = f"{name}, norm {'above' if active else 'below'} the bound"
                 tables.append(Table(words, found))
                 targets.append(target(f"{words}, {FUNCTION}, to torch", 0.8, found, FUNCTION))
@@ -65,6 +87,8 @@ def ask(rounds: int) -> Answer:
                 if not active:
                     adaptive = found.ratio(ADAPTIVE, GUARDED)
                     targets.append(Target(f"{words}, zclip to a constant bound", 1.05, adaptive))
+                    record = found.ratio(RECORDED, GUARDED)
+                    targets.append(Target(f"{words}, recorded to not recorded", 1.05, record))
     finally:
         torch.set_num_threads(threads)
     return Answer(tables, targets)
