@@ -103,6 +103,7 @@ def test_60_damaged_files_under_every_command(whole, tmp_path):
 
 
 @pytest.mark.full
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("part", range(8))
 def test_2000_damaged_files_under_every_command(whole, tmp_path, part):
     fuzz(whole, tmp_path, range(60 + 250 * part, 60 + 250 * (part + 1)))
