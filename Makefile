@@ -68,7 +68,7 @@ test-peers: $(PEERS)/peers.stamp ## the same gradients through optax, Keras and 
 	$(PEERS)/bin/python -m pytest -m peers tests/peers $(ARGS)
 
 .PHONY: test-optimizers
-test-optimizers: $(OUTSIDE)/optimizers.stamp ## 180 optimizers of a dozen packages under the guard; ARGS=--write writes docs/optimizers.md first
+test-optimizers: $(OUTSIDE)/optimizers.stamp ## every optimizer of a dozen packages under the guard; ARGS=--write writes docs/optimizers.md first
 	$(if $(findstring --write,$(ARGS)),$(OUTSIDE)/bin/python -m benchmarks.optimizers --write)
 	$(OUTSIDE)/bin/python -m pytest -m optimizers tests/peers/test_optimizers.py $(filter-out --write,$(ARGS))
 

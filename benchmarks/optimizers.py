@@ -41,6 +41,8 @@ PACKAGES = {
     "transformers.optimization": "transformers",
 }
 BOUND, LR = 0.05, 0.01
+CLIPS = (None, BOUND, BOUND * (1 + 3e-7))
+"""What torch clips to: nothing where a guard does it, the bound, and one that differs by a rounding."""
 Parameters = list[nn.Parameter]
 
 
@@ -83,7 +85,7 @@ def in_lists(kind: Any, model: nn.Module) -> Any:
     return kind(matrices(model), vectors(model), lr=LR)
 
 
-# Those that cannot be made of parameters and a learning rate alone, by their names' ends.
+# Those that cannot be made of parameters and a learning rate alone.
 MAKE: dict[str, Make] = {
     "pytorch_optimizer.AdaGO": in_groups,
     "pytorch_optimizer.AdaMuon": in_groups,
@@ -110,7 +112,7 @@ MAKE: dict[str, Make] = {
         list(model.parameters()), lr=LR, relative_step=False, scale_parameter=False
     ),
 }
-# Those that step by a closure.
+# Those that step by a closure, by their names' ends.
 BY_CLOSURE = ("SAM", "LBFGS", "Closure")
 # Those whose backward pass must leave a graph behind.
 WITH_GRAPH = ("AdaHessian", "Adahessian", "SophiaH")
@@ -241,8 +243,11 @@ def contents(model: nn.Module, optimizer: Any) -> Any:
 def is_same(one: Any, other: Any) -> bool:
     """Whether two nested contents are equal, bit by bit."""
     if isinstance(one, Tensor) or isinstance(other, Tensor):
-        both = isinstance(one, Tensor) and isinstance(other, Tensor) and one.dtype == other.dtype
-        return both and torch.equal(one.nan_to_num(), other.nan_to_num())
+        both = isinstance(one, Tensor) and isinstance(other, Tensor)
+        if not both or (one.dtype, one.shape) != (other.dtype, other.shape):
+            return False
+        # By their bytes: a NaN is the same as itself, and as nothing else.
+        return torch.equal(*(tensor.detach().reshape(-1).view(torch.uint8) for tensor in (one, other)))
     if isinstance(one, dict) and isinstance(other, dict):
         own, others = ([k for k in d if not isinstance(k, Tensor)] for d in (one, other))
         return own == others and is_same(list(one.values()), list(other.values()))
@@ -260,21 +265,27 @@ def difference(one: nn.Module, other: nn.Module) -> float:
     return max(float((a - b).abs().max()) for a, b in pairs) / top
 
 
+def beside(guarded: nn.Module, by_hand: nn.Module, other: nn.Module) -> str:
+    """Whether two are the same but for what rounding makes of them, as `other` tells.
+
+    That one was clipped to another bound, by less than a rounding of the gradient's norm: signs, QR decompositions
+    and roots of tiny moments make much of it.
+    """
+    largest = difference(guarded, by_hand)
+    return "yes" if largest <= max(1e-4, 10 * difference(other, by_hand)) else f"differs by {largest:.0e}"
+
+
 def check_clip(case: Case) -> str:
     """Four guarded steps beside four of torch's clip."""
-    # The third is clipped to another bound, by less than a rounding of the gradient's norm: signs, QR decompositions
-    # and roots of tiny moments make much of it.
     models = [problem(case) for _ in range(3)]
     optimizers = [case.make(model) for model in models]
     guard = attach(optimizers[0], models[0])
     for number in range(4):
-        for model, optimizer, clip in zip(models, optimizers, (None, BOUND, BOUND * (1 + 3e-7)), strict=True):
+        for model, optimizer, clip in zip(models, optimizers, CLIPS, strict=True):
             step(case, model, optimizer, number, clip=clip)
     if not guard.report.clipped:
         return "never clipped"
-    guarded, by_hand, other = models
-    largest, sensitivity = difference(guarded, by_hand), difference(other, by_hand)
-    return "yes" if largest <= max(1e-4, 10 * sensitivity) else f"differs by {largest:.0e}"
+    return beside(*models)
 
 
 def check_skip(case: Case) -> str:
@@ -313,8 +324,8 @@ def keys(state: Any) -> Any:
 def check_state(case: Case) -> str:
     """The guard leaves nothing in the optimizer's state, which loads and goes on as without it."""
     results = []
-    for guarded, clip in ((True, None), (False, BOUND), (False, BOUND * (1 + 3e-7))):
-        model = problem(case)
+    for clip in CLIPS:
+        guarded, model = clip is None, problem(case)
         optimizer = case.make(model)
         if guarded:
             attach(optimizer, model)
@@ -338,8 +349,7 @@ def check_state(case: Case) -> str:
         return f"{error} on loading"
     if error:
         return "yes"  # it cannot load its own, with or without a guard
-    largest = difference(model, plain)
-    return "yes" if largest <= max(1e-4, 10 * difference(other, plain)) else f"differs by {largest:.0e}"
+    return beside(model, plain, other)
 
 
 def examine(case: Case) -> Row:

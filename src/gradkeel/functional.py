@@ -55,7 +55,7 @@ def clip_grad_norm_(
         NonFiniteGradientError: a RuntimeError, under ``error_if_nonfinite``; nothing has been modified.
         TypeError, ValueError: for a bound that is no number or negative, or gradients in place of parameters.
 
-    Does not sync the host on an accelerator, except for ``error_if_nonfinite``.
+    Does not sync the host on an accelerator, except for ``error_if_nonfinite`` and to read a bound that lies there.
     """
     checked = _parameters("clip_grad_norm_", parameters)
     bound = _bound("clip_grad_norm_", "max_norm", max_norm)
@@ -143,7 +143,7 @@ def clip_grads_with_norm_(
     A drop-in for ``torch.nn.utils.clip_grads_with_norm_``. With a non-finite ``total_norm`` the gradients are left as
     they are; below the bound they are not touched. Arguments as in `clip_grad_norm_`; ``total_norm`` is a [] tensor,
     or a [] DTensor, which is made whole: a collective where it is ``Partial``.
-    Does not sync the host on an accelerator.
+    Does not sync the host on an accelerator, except to read a bound that lies there.
     """
     checked = _parameters("clip_grads_with_norm_", parameters)
     bound = _bound("clip_grads_with_norm_", "max_norm", max_norm)
@@ -159,7 +159,8 @@ def clip_grad_value_(
     """Clamp every entry of every gradient into ``[-clip_value, clip_value]``, in place.
 
     A drop-in for ``torch.nn.utils.clip_grad_value_`` that also takes complex (by real and imaginary part) and sparse
-    gradients. ``foreach`` is accepted for compatibility. Does not sync the host on an accelerator.
+    gradients. ``foreach`` is accepted for compatibility. Does not sync the host on an accelerator, except to read a
+    bound that lies there.
 
     Raises:
         TypeError, ValueError: for a bound that is no number or negative, or gradients in place of parameters.

@@ -23,10 +23,9 @@ from gradkeel.record import Reader
 
 from tests.record.damage import KINDS, damage
 
-SECONDS, BYTES = (
-    30.0,
-    600 * 2**20,
-)  # of one command, and of all together; the slowest has been seen to take 3 s
+# Of one command, and of all together: a few times what the test in full prints, so that only what grows without
+# bound is caught.
+SECONDS, BYTES = 30.0, 600 * 2**20
 
 
 @pytest.fixture(scope="module")
@@ -61,46 +60,53 @@ def commands(path):
 
 
 def check_command(arguments):
-    """Whether it read something; it may do nothing else than that or end in one line."""
+    """Whether it read something, and its seconds; it may do nothing else than that or end in one line."""
     begun = time.process_time()
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exception is None or isinstance(result.exception, SystemExit), (arguments, result.exception)
-    assert time.process_time() - begun < SECONDS, arguments
+    seconds = time.process_time() - begun
+    assert seconds < SECONDS, arguments
     if result.exit_code == 0:
         assert result.stdout
-        return True
+        return True, seconds
     assert result.exit_code == 2, result.output
     assert result.stderr.startswith("gradkeel: ")
     assert result.stderr.count("\n") == 1, result.stderr
-    return False
+    return False, seconds
 
 
 def fuzz(whole, folder, numbers):
-    """Damage so many files, and run all commands on each; how many commands still read something."""
+    """Damage so many files, and run all commands on each: what came of each command."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    read = 0
+    found = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # plotly and torch, of numbers that make no sense
         for number in numbers:
             kind = KINDS[number % len(KINDS)]
             path = folder / f"{kind}-{number}.keel"
             damage(whole, path, kind, number)
-            read += sum(check_command(arguments) for arguments in commands(path))
+            found += [check_command(arguments) for arguments in commands(path)]
             for file in folder.iterdir():
                 file.unlink()
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < BYTES
-    return read
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert (most - before) * 1024 < BYTES
+    read = sum(has_read for has_read, _ in found)
+    print(
+        f"{read} of {len(found)} commands read what they could, {len(found) - read} ended in one line; the slowest "
+        f"took {max(seconds for _, seconds in found):.1f} s, and the process {most / 1024:.0f} MB"
+    )
+    assert len(found) / 4 < read < len(found)  # some are beyond help, and most are not
 
 
 def test_60_damaged_files_under_every_command(whole, tmp_path):
-    read = fuzz(whole, tmp_path, range(60))
-    assert 60 < read < 240  # some are beyond help, and most are not
+    fuzz(whole, tmp_path, range(60))
 
 
 @pytest.mark.full
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("part", range(8))
 def test_2000_damaged_files_under_every_command(whole, tmp_path, part):
-    assert fuzz(whole, tmp_path, range(60 + 250 * part, 60 + 250 * (part + 1)))
+    fuzz(whole, tmp_path, range(60 + 250 * part, 60 + 250 * (part + 1)))
 
 
 def test_what_can_still_be_read_is_read_and_said(whole, tmp_path):
@@ -164,17 +170,19 @@ def test_what_is_no_record_is_one_line(tmp_path, command, what):
     (tmp_path / "empty.keel").touch()
     (tmp_path / "text.keel").write_text("not a database, but longer than a header " * 9)
     more = {"replay": ["--policy", "none"], "export": ["-o", str(tmp_path / "x.csv")]}.get(command, [])
-    assert not check_command((command, tmp_path / what, *more))
+    assert not check_command((command, tmp_path / what, *more))[0]
 
 
-def test_a_damaged_record_is_not_written_to(whole, tmp_path):
+def test_a_damaged_record_that_cannot_be_continued_is_left_as_it_is(whole, tmp_path):
     """Nobody knows what could still be got out of it; training goes on without a record."""
+    refused = 0
     for kind in ("zeroed", "tables", "flips", "truncated"):
         for seed in range(5):
             path = tmp_path / f"{kind}-{seed}.keel"
             damage(whole, path, kind, seed)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RecordWarning)
+            before = path.read_bytes()
+            with warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always", RecordWarning)
                 model = nn.Linear(2, 1)
                 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
                 guard = gk.attach(optimizer, None, model=model, record=path)
@@ -182,6 +190,14 @@ def test_a_damaged_record_is_not_written_to(whole, tmp_path):
                 optimizer.step()
                 guard.detach()
             assert guard.report.stepped
+            if warned:
+                refused += 1
+                after = path.read_bytes()
+                assert after[100:] == before[100:]  # before that, SQLite counts who has opened it
+            else:
+                with Reader(path) as run:
+                    assert run.steps().tolist() == [1]
+    assert refused >= 10
 
 
 @pytest.mark.parametrize("name", ["run.keel", "link", "run.keel-wal"])
@@ -190,8 +206,8 @@ def test_a_page_onto_a_record_is_refused(whole, tmp_path, name):
     path = tmp_path / "run.keel"
     path.write_bytes(whole)
     (tmp_path / "link").symlink_to(path)
-    assert not check_command(("report", path, "-o", tmp_path / name))
+    assert not check_command(("report", path, "-o", tmp_path / name))[0]
     assert path.read_bytes() == whole
     shutil.copy(path, tmp_path / "run.html")
-    assert not check_command(("report", tmp_path / "run.html"))
+    assert not check_command(("report", tmp_path / "run.html"))[0]
     assert (tmp_path / "run.html").read_bytes() == whole

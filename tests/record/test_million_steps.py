@@ -1,12 +1,10 @@
 """A million steps of 200 parameters: read, explained and drawn within 10 seconds of one core and 2 GB."""
 
-import subprocess
-import sys
-import textwrap
-
 import pytest
 
 pytest.importorskip("plotly", reason="pages with figures need the extra report")
+
+from tests.record.processes import run_script
 
 WRITE = """
     import sys, torch
@@ -57,16 +55,12 @@ DRAW = """
 """
 
 
-def run(script, path):
-    command = [sys.executable, "-c", textwrap.dedent(script), path]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
-
-
 @pytest.mark.full
 @pytest.mark.timeout(900)
 def test_a_million_steps(tmp_path):
-    run(WRITE, tmp_path / "run.keel")
-    seconds, gigabytes = map(float, run(DRAW, tmp_path / "run.keel").split())
+    run_script(WRITE, tmp_path / "run.keel", timeout=600)
+    seconds, gigabytes = map(float, run_script(DRAW, tmp_path / "run.keel").split())
+    print(f"{seconds:.1f} s of one core, {gigabytes:.2f} GB")
     (tmp_path / "run.keel").unlink()  # 1.8 GB that pytest would keep
     assert seconds < 10
     assert gigabytes < 2

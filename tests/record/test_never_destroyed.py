@@ -2,9 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
@@ -14,6 +11,7 @@ import gradkeel as gk
 from gradkeel.errors import RecordError, RecordWarning
 from gradkeel.record import Reader, Recorder, bucket_norms, export
 
+from tests.record.processes import kill, run_script
 from tests.record.test_robustness import check_rows, record, weights_run
 
 
@@ -146,14 +144,7 @@ def test_the_lock_is_on_the_file_whatever_its_name(tmp_path, make_report, link, 
                 Recorder({str(other)!r})
             print(*[w.message for w in caught])
         """
-        done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(script)],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=120,
-        )
-        assert "being written by another process or recorder" in done.stdout
+        assert "being written by another process or recorder" in run_script(script)
         first.record(make_report(2))
     else:
         second = Recorder(other)  # takes over
@@ -181,7 +172,7 @@ def test_a_second_process_after_the_lock_was_lost(tmp_path, make_report):
         recorder.record(StepReport(2, (SelectionReport("main", "None", measured, Decision(), (True,)),), 1.0, {{}}))
         recorder.close()
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=120)
+    run_script(script)
     first.record(make_report(3))
     with pytest.warns(RecordWarning, match="another recorder writes to it now"):
         first.flush()
@@ -298,84 +289,30 @@ def test_restarts_in_one_process_keep_every_step(tmp_path):
         assert len(run.rollbacks) == 19
 
 
-KILLED = """
-    import os, random, signal, sys, time
-    import torch
-    from gradkeel.norms import Decision, GradientNorms
-    from gradkeel.record import Recorder
-    from gradkeel.guard.report import SelectionReport, StepReport
-
-    torch.set_num_threads(1)
-    path, times = sys.argv[1], int(sys.argv[2])
-
-    def train(attempt, first, out):
-        recorder = Recorder(path, flush_seconds=0.003)
-        for step in range(first, 1_000_000):
-            norms = torch.full((3,), attempt * 1e6 + step, dtype=torch.float64)
-            measured = GradientNorms(("a", "b", "c"), norms, norms[0], 2.0, (0,) * 3, step, (1,) * 3)
-            selection = SelectionReport("main", "None", measured, Decision(), (True,) * 3)
-            recorder.record(StepReport(step, (selection,), 1.0, {}))
-            if step % 20 == 0:
-                recorder.flush()
-                os.write(out, step.to_bytes(8, "little"))
-
-    random.seed(1)
-    last = 0
-    for attempt in range(1, times + 1):
-        first = random.choice([1, last + 1, random.randint(1, last + 1), max(1, last - 3)])
-        read, write = os.pipe()
-        child = os.fork()
-        if child == 0:
-            train(attempt, first, write)
-        os.close(write)
-        time.sleep(random.uniform(0, 0.2))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        flushed = b""
-        while part := os.read(read, 1 << 16):
-            flushed += part
-        os.close(read)
-        if flushed:
-            last = int.from_bytes(flushed[-8:], "little")
-            print(attempt, first, last)
-"""
-
-
 def kill_and_restart(path, times):
     """Runs of one record, each killed and begun again somewhere; what each had told to be on disk is there."""
-    command = [
-        sys.executable,
-        "-W",
-        "ignore::DeprecationWarning",
-        "-c",
-        textwrap.dedent(KILLED),
-        path,
-        str(times),
-    ]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=280).stdout
-    expected = {
-        attempt * 1e6 + step
-        for attempt, first, last in (map(int, line.split()) for line in output.splitlines())
-        for step in range(first, last + 1)
-    }
+    runs = kill(path, times, one_record=True)
+    expected = {offset + step for _, offset, first, last in runs for step in range(first, last + 1)}
     with Reader(path) as run, Reader(path, superseded=True) as old:
         live, superseded = run.norms()[:, 0].tolist(), old.norms()[:, 0].tolist()
         assert run.steps().tolist() == sorted(set(run.steps().tolist()))
-    assert len(output.splitlines()) > times / 2
+    assert sum(last > 0 for *_, last in runs) > times / 2
     assert len(set(live) | set(superseded)) == len(live) + len(superseded)
     assert expected <= {*live, *superseded}
-    return len(expected), len(superseded)
+    assert len(expected) > 100
+    assert superseded
+    print(
+        f"{len(expected):,} steps had been told to be on disk, {len(live) + len(superseded):,} are readable, "
+        f"{len(superseded):,} of them superseded"
+    )
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 def test_kills_and_restarts_of_one_record_lose_nothing(tmp_path):
-    flushed, superseded = kill_and_restart(tmp_path / "run.keel", 15)
-    assert flushed > 100
-    assert superseded
+    kill_and_restart(tmp_path / "run.keel", 15)
 
 
 @pytest.mark.full
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 def test_200_kills_and_restarts_of_one_record_lose_nothing(tmp_path):
-    flushed, superseded = kill_and_restart(tmp_path / "run.keel", 200)
-    print(f"{flushed} flushed steps, {superseded} superseded")
+    kill_and_restart(tmp_path / "run.keel", 200)

@@ -3,9 +3,6 @@
 import os
 import shutil
 import sqlite3
-import subprocess
-import sys
-import textwrap
 import threading
 import time
 import warnings
@@ -19,6 +16,8 @@ import gradkeel as gk
 from gradkeel.errors import RecordError, RecordWarning
 from gradkeel.record import Reader, Recorder, bucket_norms
 from gradkeel.record.schema import SCHEMA_VERSION
+
+from tests.record.processes import kill, run_script
 
 
 def record(path, make_report, steps, **options):
@@ -192,9 +191,7 @@ def test_steps_are_written_when_the_process_ends(tmp_path):
             optimizer.step()
         raise SystemExit("no detach")
     """
-    subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), tmp_path / "run.keel"], check=False, timeout=120
-    )
+    run_script(script, tmp_path / "run.keel", check=False)
     with Reader(tmp_path / "run.keel") as run:
         assert len(run) == 5
 
@@ -312,11 +309,7 @@ def test_a_full_disk_stops_the_record_and_not_the_training(tmp_path):
         kinds = [w.category.__name__ for w in caught]
         print(guard.report.step, kinds.count("RecordWarning"), caught[0].message)
     """
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), tmp_path / "run.keel"],
-        capture_output=True, text=True, check=True, timeout=120,
-    )  # fmt: skip
-    step, warned, message = result.stdout.split(maxsplit=2)
+    step, warned, message = run_script(script, tmp_path / "run.keel").split(maxsplit=2)
     assert (step, warned) == ("600", "1")
     assert "recording stopped: the record" in message
     assert "training goes on" in message
@@ -448,8 +441,9 @@ def test_a_recorder_needs_something_to_write_to():
 
 def test_a_forked_process_leaves_the_record_alone(tmp_path, make_report):
     script = """
-        import os, sys, torch
+        import os, sys, warnings, torch
         import gradkeel as gk
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside torch's threads
         model = torch.nn.Linear(2, 1)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         guard = gk.attach(optimizer, None, model=model, record=sys.argv[1])
@@ -465,80 +459,18 @@ def test_a_forked_process_leaves_the_record_alone(tmp_path, make_report):
         step()
         guard.detach()
     """
-    command = [
-        sys.executable,
-        "-W",
-        "ignore::DeprecationWarning",
-        "-c",
-        textwrap.dedent(script),
-        tmp_path / "run.keel",
-    ]
-    subprocess.run(command, check=True, timeout=120)
+    run_script(script, tmp_path / "run.keel")
     with Reader(tmp_path / "run.keel") as run:
         assert run.steps().tolist() == [1, 2]
 
 
-KILLED = """
-    import os, random, signal, sys, time
-    import torch
-    from gradkeel.norms import Decision, GradientNorms
-    from gradkeel.record import Recorder
-    from gradkeel.guard.report import SelectionReport, StepReport
-
-    torch.set_num_threads(1)
-    folder, times = sys.argv[1], int(sys.argv[2])
-    names = tuple(f"layer.{i}" for i in range(12))
-
-    def train(path, out):
-        recorder = Recorder(path, flush_seconds=0.003)
-        for step in range(1, 1_000_000):
-            norms = torch.full((12,), float(step), dtype=torch.float64)
-            measured = GradientNorms(names, norms, norms[0], 2.0, (0,) * 12, step, (1,) * 12)
-            selection = SelectionReport("main", "None", measured, Decision(), (True,) * 12)
-            recorder.record(StepReport(step, (selection,), 1.0, {"loss": torch.tensor(float(step))}))
-            if step % 50 == 0:
-                recorder.flush()
-                os.write(out, step.to_bytes(8, "little"))
-
-    random.seed(0)
-    for i in range(times):
-        path = os.path.join(folder, f"{i}.keel")
-        read, write = os.pipe()
-        child = os.fork()
-        if child == 0:
-            train(path, write)
-        os.close(write)
-        time.sleep(random.uniform(0, 0.3))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        flushed = b""
-        while part := os.read(read, 1 << 16):
-            flushed += part
-        os.close(read)
-        print(path, int.from_bytes(flushed[-8:], "little"))
-"""
-
-
 def kill_many(tmp_path, times):
-    command = [
-        sys.executable,
-        "-W",
-        "ignore::DeprecationWarning",
-        "-c",
-        textwrap.dedent(KILLED),
-        tmp_path,
-        str(times),
-    ]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=280).stdout
     lengths = []
-    for line in output.splitlines():
-        path, flushed = line.split()
+    for path, _, _, flushed in kill(tmp_path, times, one_record=False):
         length = steps_of(path)
+        assert length >= flushed  # at most what was not flushed yet is lost
         if length == 0:
-            assert flushed == "0"
             continue
-        # At most what was not flushed yet is lost.
-        assert length >= int(flushed)
         check_rows(path, range(1, length + 1))
         with Reader(path) as run:
             torch.testing.assert_close(run.losses(), run.steps().double(), rtol=0, atol=0)

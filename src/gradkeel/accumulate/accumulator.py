@@ -269,8 +269,8 @@ class Accumulator:
 
     def _pour(self) -> None:
         """Put what is kept apart into ``.grad``, for this backward's exchange is of that."""
-        for one in self._sums.values() if len(self.per) == 1 else ():
-            one.pour()
+        if len(self.per) == 1 and self._sums:
+            self._sums[self.per[0]].pour()
 
     def _merge(self) -> dict[str, Tensor]:
         """Divide what is kept apart by its denominator over all ranks, and put it into ``.grad``; a collective.

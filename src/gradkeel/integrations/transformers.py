@@ -98,7 +98,7 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
             self._told.look()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
-        """Add the guard's numbers to the training's logs."""
+        """Add the guard's numbers to the training's logs; syncs the host, as the Trainer's own loss does here."""
         if self._told is not None and self._told.steps and logs is not None and "learning_rate" in logs:
             numbers = {name: value.item() for name, value in self._told.numbers().items()}
             logs.update(numbers)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradkeel.errors import MissingExtraError
-from gradkeel.record.reader import Reader
+from gradkeel.record.reader import Reader, completed
 from gradkeel.record.schema import CLIPPED, NONFINITE, SCALAR_PREFIX, STEPPED, refuse_record, to_blob
 
 _CHUNK = 4096  # rows at a time, which bounds the memory
@@ -55,12 +55,8 @@ def export(
 
 def columns(reader: Reader, *, parameters: bool, long: bool) -> Columns:
     """The table that `export` writes, in memory."""
-    whole: Columns = {}
     chunks = list(_chunks(reader, parameters, long))
-    for name in chunks[0]:
-        parts = [chunk[name] for chunk in chunks]
-        whole[name] = _joined(parts)
-    return whole
+    return {name: _joined([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
 
 def arrow(reader: Reader, *, parameters: bool, long: bool) -> Any:
@@ -91,12 +87,10 @@ def _chunks(reader: Reader, parameters: bool, long: bool) -> Iterator[Columns]:
         logged: Columns = {name: rows(SCALAR_PREFIX + name) for name in scalars}
         own: dict[str, Tensor] = {}
         if samples is not None:
-            common = torch.where(reader.main, rows("coefficient").unsqueeze(1), 1.0)
-            given = rows("coefficients")
             weights, ratios = _measured(steps, samples)
             own = {
                 "norm": rows("norms"),
-                "coefficient": torch.where(torch.isnan(given), common, given),
+                "coefficient": completed(rows("coefficients"), rows("coefficient"), reader.main),
                 "weight_norm": weights,
                 "update_ratio": ratios,
             }

@@ -35,7 +35,6 @@ class FileLock:
         held = RecordError(
             f"{path} is being written by another process or recorder; give each run a record of its own"
         )
-        # Asked before it is opened: whoever closes a file ends all locks that his process has on it.
         if path.exists() and _identity(path.stat()) in _held:
             raise held
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)

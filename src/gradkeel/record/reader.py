@@ -239,9 +239,8 @@ class Reader:
         self, start: int | None = None, stop: int | None = None, stride: int = 1
     ) -> Tensor:
         """[k, n] what each parameter's gradient was multiplied by."""
-        result = self.series("coefficients", start, stop, stride)
-        common = torch.where(self.main, self.coefficients(start, stop, stride).unsqueeze(1), 1.0)
-        return torch.where(torch.isnan(result), common, result)
+        given = self.series("coefficients", start, stop, stride)
+        return completed(given, self.coefficients(start, stop, stride), self.main)
 
     def present(self, start: int | None = None, stop: int | None = None, stride: int = 1) -> Tensor:
         """[k, n] bool: whether a parameter had a gradient."""
@@ -287,3 +286,8 @@ class Reader:
             return self.store.series(name, 0, len(steps))[chosen][::stride]
         first, last = self.store.row_range(start, stop)
         return self.store.series(name, first, last, stride)
+
+
+def completed(given: Tensor, common: Tensor, main: Tensor) -> Tensor:
+    """[k, n] the series ``coefficients`` [k, n], what was left out of it filled in from ``coefficient`` [k]."""
+    return torch.where(given.isnan(), torch.where(main, common.unsqueeze(1), 1.0), given)

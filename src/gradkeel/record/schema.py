@@ -93,6 +93,11 @@ class Series:
         """Whether it has a column for each parameter."""
         return "n" in self.shape
 
+    def sizes(self, rows: int, width: int) -> tuple[int, ...]:
+        """Its shape in a block of so many rows and parameters."""
+        known = {"k": rows, "n": width}
+        return tuple(known[one] if one in known else int(one) for one in self.shape.strip("[]").split(", "))
+
 
 _GRADIENT = "the gradient's"
 SERIES: dict[str, Series] = {
@@ -182,6 +187,15 @@ def to_blob(tensor: Tensor) -> bytes:
     """The tensor's numbers as bytes, in C order; the tensor lies on the CPU."""
     tensor = tensor.contiguous()
     return ctypes.string_at(tensor.data_ptr(), tensor.nbytes) if tensor.numel() else b""
+
+
+def placed(values: Tensor, columns: Sequence[int], width: int, fill: float) -> Tensor:
+    """Values [k, columns, ...] at their places in [k, width, ...], and ``fill`` in the other columns."""
+    if columns == list(range(width)):
+        return values
+    result = torch.full((len(values), width, *values.shape[2:]), fill, dtype=values.dtype)
+    result[:, columns] = values
+    return result
 
 
 def from_blobs(blobs: Sequence[bytes], dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,7 @@ from gradkeel.errors import RecordError
 from gradkeel.guard import SkipReason
 from gradkeel.record.described import Block, Parameter, Rollback, Session
 from gradkeel.record.opening import in_words, open_record, size_of
-from gradkeel.record.schema import ROWS_PER_BLOCK, SCALAR_PREFIX, from_blobs, series_of, to_blob
+from gradkeel.record.schema import ROWS_PER_BLOCK, SCALAR_PREFIX, from_blobs, placed, series_of, to_blob
 
 LIVE, SUPERSEDED = "superseded_by = 0", "superseded_by > 0"
 """Which rows are read, as a condition in SQL: those that hold, or those that were recorded again later."""
@@ -290,8 +290,7 @@ class Store:
             self._bad.add(block.block)
             return None
         series = series_of(name)
-        numbers = (3 if name == "summary" else block.rows) * (block.width if series.is_wide else 1)
-        size = numbers * (2 if name == "peaks" else 1) * series.dtype.itemsize
+        size = math.prod(series.sizes(block.rows, block.width)) * series.dtype.itemsize
         if isinstance(blob, bytes) and len(blob) == size:
             return blob
         may_be_left_out = name in _MAY_BE_LEFT_OUT or name.startswith(SCALAR_PREFIX)
@@ -343,10 +342,8 @@ class Store:
         parts = [rows for _, rows in self.pieces(name, first, last, stride)]
         if parts:
             return torch.cat(parts)
-        return torch.empty((0, *self._row_shape(name)), dtype=series_of(name).dtype)
-
-    def _row_shape(self, name: str) -> tuple[int, ...]:
-        return (self.width, 2) if name == "peaks" else (self.width,)
+        series = series_of(name)
+        return torch.empty(series.sizes(0, self.width), dtype=series.dtype)
 
     def pieces(self, name: str, first: int, last: int, stride: int = 1) -> Iterator[tuple[int, Tensor]]:
         """Rows ``first`` to ``last`` of a series with a column for each parameter, block by block.
@@ -360,11 +357,11 @@ class Store:
             skip = max(first - offset, (first - offset) % stride if offset > first else 0)
             if skip >= min(block.rows, last - offset):
                 continue
-            blob, shape = self._blob(name, block), self._row_shape(name)
+            blob = self._blob(name, block)
             if blob is None:
-                rows = torch.full((block.rows, *shape), series.fill, dtype=series.dtype)
+                rows = torch.full(series.sizes(block.rows, self.width), series.fill, dtype=series.dtype)
             else:
-                rows = from_blobs([blob], series.dtype).reshape(block.rows, block.width, *shape[1:])
+                rows = from_blobs([blob], series.dtype).reshape(series.sizes(block.rows, block.width))
                 rows = self._placed(rows, block, series.fill)
             rows = rows[skip : last - offset : stride]
             yield offset + skip, rows if stride == 1 else rows.clone()  # a view would keep the whole block
@@ -385,9 +382,4 @@ class Store:
 
     def _placed(self, rows: Tensor, block: Block, fill: float) -> Tensor:
         """Rows [k, width, ...] of a block with a column for each of the n parameters, also those added later."""
-        columns = self._columns_of(block)[: block.width]
-        if columns == list(range(self.width)):
-            return rows
-        result = torch.full((len(rows), self.width, *rows.shape[2:]), fill, dtype=rows.dtype)
-        result[:, columns] = rows
-        return result
+        return placed(rows, self._columns_of(block)[: block.width], self.width, fill)

@@ -22,6 +22,7 @@ from gradkeel.record.schema import (
     create,
     from_blobs,
     is_empty,
+    placed,
     series_of,
     to_blob,
 )
@@ -231,21 +232,12 @@ class RecordFile:
         values = values.to(series.dtype)
         if not series.is_wide:
             return values
-        return self._placed(values, rows.names, series.fill)
-
-    def _placed(self, values: Tensor, names: list[str] | tuple[str, ...], fill: float) -> Tensor:
-        columns = [self._positions[name] for name in names]
-        if columns == list(range(self._width)):
-            return values
-        result = torch.full((values.shape[0], self._width, *values.shape[2:]), fill, dtype=values.dtype)
-        result[:, columns] = values
-        return result
+        return placed(values, [self._positions[name] for name in rows.names], self._width, series.fill)
 
     def _sampled(self, sample: Sample) -> tuple[bytes, bytes]:
-        names = [name for name in sample.names if name in self._positions]
-        known = [i for i, name in enumerate(sample.names) if name in self._positions]
-        values = torch.stack([sample.weights, sample.updates]).to(torch.float64)[:, known]
-        weights, updates = self._placed(values, names, float("nan"))
+        known = {i: self._positions[name] for i, name in enumerate(sample.names) if name in self._positions}
+        values = torch.stack([sample.weights, sample.updates]).to(torch.float64)[:, list(known)]
+        weights, updates = placed(values, list(known.values()), self._width, float("nan"))
         return to_blob(weights), b"" if bool(updates.isnan().all()) else to_blob(updates)
 
     def _append(self, new: dict[str, Tensor]) -> None:
@@ -318,9 +310,7 @@ class RecordFile:
         steps = from_blobs([data["step"]], torch.int64)
         rows = int((steps < step).sum())
         series = {
-            name: from_blobs([blob], series_of(name).dtype).reshape(
-                len(steps), *((width,) if series_of(name).is_wide else ()), *((2,) if name == "peaks" else ())
-            )
+            name: from_blobs([blob], series_of(name).dtype).reshape(series_of(name).sizes(len(steps), width))
             for name, blob in data.items()
         }
         now, self._session, self._width = self._session, session, width
