@@ -104,7 +104,7 @@ sanitize: ## the native kernels on random tensors under the address, undefined-b
 
 .PHONY: clean
 clean: ## remove the environments, caches and builds
-	rm -rf $(VENV) $(PEERS) $(OUTSIDE) $(DOCS) .venv-torch-* build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) $(OUTSIDE) $(FAULTS) $(DOCS) .venv-torch-* build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # -- environments ------------------------------------------------------------------------------------------
@@ -117,8 +117,8 @@ define new-venv
 	$(PYTHON) -m venv $(@D)/..
 endef
 
-$(VENV)/bin/python $(PEERS)/bin/python $(OUTSIDE)/bin/python $(FAULTS)/bin/python $(other)/bin/python:
-$(VENV)/bin/python $(PEERS)/bin/python $(OUTSIDE)/bin/python $(DOCS)/bin/python $(other)/bin/python:
+$(VENV)/bin/python $(PEERS)/bin/python $(OUTSIDE)/bin/python $(FAULTS)/bin/python $(DOCS)/bin/python \
+    $(other)/bin/python:
 	$(new-venv)
 
 # numpy: torch warns on import without it.

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,7 +29,9 @@ def main() -> None:
     jobs = [(*one, seed) for seed in seeds for one in scenarios(tuple(options.families.split(",")))]
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         scores = list(pool.map(score_one, jobs))
-    text = tables(scores)
+    chosen = " ".join(word for word in sys.argv[1:] if word != "--write")
+    command = f"make faults ARGS='{chosen}'" if chosen else "make faults"
+    text = f"Given by `{command}`, {len(scores)} runs.\n\n{tables(scores)}"
     print(text)  # what was asked for
     if options.write:
         head, _, rest = PAGE.read_text(encoding="utf-8").partition("<!-- figures -->\n")

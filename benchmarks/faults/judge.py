@@ -60,12 +60,9 @@ def score(family: str, fault: str, seed: int) -> Score:
     diagnosis, healthy = found.diagnosis, fault.startswith("healthy")
     asked = bool(truth.verdicts)
     harmful = asked and not healthy
-    cause = None
-    if harmful and fault in CAUSES and found.autopsies:
-        last = found.autopsies[-1]
-        cause = last.cause in CAUSES[fault] and (truth.sample is None or last.sample == truth.sample)
-    elif harmful and fault in CAUSES:
-        cause = False
+    right = [
+        one.cause in CAUSES.get(fault, ()) and truth.sample in (None, one.sample) for one in found.autopsies
+    ]
     dated = (
         diagnosis.onset is not None and truth.step is not None and abs(diagnosis.onset - truth.step) <= NEAR
     )
@@ -73,7 +70,8 @@ def score(family: str, fault: str, seed: int) -> Score:
         family, fault, truth.optimizer, healthy, truth.blew_up and not healthy, str(diagnosis.verdict),
         diagnosis.verdict != "healthy", str(diagnosis.verdict) in truth.verdicts if asked else None,
         dated if harmful and truth.step is not None else None,
-        bool(set(diagnosis.where) & set(truth.place)) if harmful and truth.place else None, cause, peers,
+        bool(set(diagnosis.where) & set(truth.place)) if harmful and truth.place else None,
+        any(right[-1:]) if harmful and fault in CAUSES else None, peers,
     )  # fmt: skip
 
 

@@ -1,12 +1,11 @@
 """Faults, planted in a program's training, and what is then true of the run."""
 
-import json
 import math
 import random
 import statistics
 import warnings
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,8 +22,7 @@ FAULTS = (
     "healthy", "healthy_clip", "lr", "lr_clip", "warmup", "warmup_clip", "bad_batch", "bad_sample", "shuffled",
     "nan_forward", "nan_backward", "overflow", "init30", "attention", "beta2", "frozen",
 )  # fmt: skip
-# What a run with this fault may rightly be called; what came of it decides between them, see `_verdicts`.
-_SPIKES = {"spike_recovered", "spike_unrecovered", "diverged"}
+# What an autopsy of it may rightly name.
 CAUSES = {
     "bad_batch": {"batch"}, "bad_sample": {"sample"}, "nan_forward": {"numerics"}, "nan_backward": {"numerics"},
     "overflow": {"numerics"}, "shuffled": {"batch"}, "lr": {"learning_rate", "state"},
@@ -127,14 +125,13 @@ class Run:
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         model, high = self.program.model, self.fault.startswith(("lr", "warmup"))
-        rate = self.program.rate
         frozen = f"{self.program.place}.weight" if self.fault == "frozen" else ""
         named = [(name, p) for name, p in model.named_parameters() if name != frozen]
         still = [{"params": [model.get_parameter(frozen)], "lr": 0.0}] if frozen else []
         if self.kind == "SGD":
             groups = [{"params": [p for _, p in named]}, *still]
             return [torch.optim.SGD(groups, lr=self.rng.choice([5, 20]) if high else 0.02, momentum=0.9)]
-        rate = self.rng.choice([0.3, 1.0]) if high else rate
+        rate = self.rng.choice([0.3, 1.0]) if high else self.program.rate
         betas = (0.9, 0.9999 if self.fault == "beta2" else 0.999)
         if self.kind == "AdamW":
             return [torch.optim.AdamW([{"params": [p for _, p in named]}, *still], lr=rate, betas=betas)]
@@ -185,7 +182,7 @@ class Run:
 
     def train(self) -> Truth:
         """All steps, or as many as the guard lets pass."""
-        autopsy = gk.Autopsy(self.guard, loss=self.loss) if hasattr(gk, "Autopsy") else None
+        autopsy = gk.Autopsy(self.guard, loss=self.loss)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for self.now in range(1, STEPS + 1):
@@ -198,14 +195,10 @@ class Run:
         self.guard.detach()
         return self._truth()
 
-    def _step(self, batch: Batch, autopsy: object) -> None:
-        if autopsy is None:
-            loss = self.loss(batch)
+    def _step(self, batch: Batch, autopsy: gk.Autopsy[Batch]) -> None:
+        with autopsy(batch):
+            loss = autopsy.loss()
             loss.backward()
-        else:
-            with autopsy(batch):
-                loss = autopsy.loss()
-                loss.backward()
         # Where only the gradient is to jump, the loss is logged as it was before it was weighed.
         shown = (
             self.loss((*batch[:-1], torch.ones_like(batch[-1]))).detach() if self.fault == "beta2" else loss
@@ -236,19 +229,13 @@ class Run:
         return 1 if begin == 5 or self.fault == "frozen" else self.step
 
     def _truth(self) -> Truth:
-        model, planted = (
-            self.program.model,
-            self.fault in ("nan_forward", "nan_backward", "overflow", "init30", "frozen"),
-        )
-        place = (
-            tuple(n for n, _ in model.named_parameters() if n.startswith(f"{self.program.place}."))
-            if planted
-            else ()
-        )
-        if self.fault == "frozen":
-            place = (f"{self.program.place}.weight",)
-        if self.fault == "attention":
-            place = self.program.attention
+        layer = self.program.place
+        names = tuple(n for n, _ in self.program.model.named_parameters() if n.startswith(f"{layer}."))
+        place = {
+            **dict.fromkeys(("nan_forward", "nan_backward", "overflow", "init30"), names),
+            "frozen": (f"{layer}.weight",),
+            "attention": self.program.attention,
+        }.get(self.fault, ())
         begin = self.step - 1 if self.fault not in ("lr", "lr_clip", "warmup", "warmup_clip", "init30") else 5
         tail, before = _level(self.losses[-20:]), _level(self.losses[max(0, begin - 20) : begin])
         start = _level(self.losses[:3])
@@ -277,9 +264,5 @@ def scenarios(families: tuple[str, ...]) -> list[tuple[str, str]]:
 
 
 def plant(family: str, fault: str, seed: int, folder: Path) -> Truth:
-    """Train with a fault, and keep the record and the truth beside it."""
-    torch.set_num_threads(1)
-    run = Run(family, fault, seed, folder)
-    truth = run.train()
-    run.path.with_suffix(".json").write_text(json.dumps(asdict(truth)), encoding="utf-8")
-    return truth
+    """Train with a fault into a record in this folder, and say what is true of the run."""
+    return Run(family, fault, seed, folder).train()

@@ -27,7 +27,6 @@ class Program:
         place: name of a module in the middle, in which faults are planted.
         attention: names of the weights that make queries, where there are some.
         rate: learning rate under AdamW at which it trains well.
-        extra: a loss beside the mean one, such as that of a critic.
     """
 
     model: nn.Module
@@ -36,10 +35,6 @@ class Program:
     place: str
     attention: tuple[str, ...] = ()
     rate: float = 1e-3
-
-    def loss(self, batch: Batch) -> Tensor:
-        """[] the mean loss."""
-        return self.losses(batch).mean()
 
 
 @cache

@@ -27,6 +27,12 @@ RECORD_VARIABLE = "GRADKEEL_RECORD"
 SEED_VARIABLE = "GRADKEEL_SEED"
 
 
+def ignore_environment() -> None:
+    """Let this process's calls of `attach` say what is done, whatever the environment has."""
+    for variable in (POLICY_VARIABLE, RECORD_VARIABLE):
+        os.environ.pop(variable, None)
+
+
 def attach(
     optimizer: Optimizer | Sequence[Optimizer],
     policy: Policy | str | None,

@@ -61,7 +61,9 @@ def test_an_unmodified_script_is_run_under_each_policy_and_seed(script, tmp_path
     assert none.diverged
     assert none.diverged_at <= 4
     assert (none.onset.step, none.optimizer, none.clip_rate) == (1, "SGD", 0.0)
+    assert none.verdict == "diverged_from_start"
     assert not clipped.diverged
+    assert clipped.verdict == "healthy"
     assert clipped.clip_rate > 0
     assert len(clipped.losses) == len(clipped.norms) == 20
     # The guard's own norm: all parameters, before clipping; the same weights and batch under both.

@@ -34,7 +34,7 @@ class Network(nn.Module):
         return self.last(h)
 
 
-def run(fault, *, record=None, with_autopsy=True, **options):
+def run(fault, *, record=None, with_autopsy=True, rates=(1e-3, 1e-3), **options):
     """Train with a fault at step ``AT``; returns everything that a step leaves, and the autopsy."""
     torch.manual_seed(0), random.seed(0), numpy.random.seed(0)  # noqa: NPY002  # the global state is what is looked at
     model = Network()
@@ -49,6 +49,7 @@ def run(fault, *, record=None, with_autopsy=True, **options):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for step in range(1, STEPS + 1):
+            optimizer.param_groups[0]["lr"] = rates[step >= AT - 2]
             x = torch.randn(8, 4)
             weights = torch.ones(8, 1)
             if step == AT:
@@ -98,7 +99,19 @@ def test_nothing_is_left_changed(fault):
     assert (autopsy.last is None) == (fault is None)
     for own, other in zip(states, twin, strict=True):
         for a, b in zip(own, other, strict=True):
-            assert (a is None and b is None) or torch.equal(a.nan_to_num(), b.nan_to_num())
+            if a is None or b is None:
+                assert a is b
+            else:
+                torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("rates", "cause"), [((1e-4, 1e-3), "learning_rate"), ((1e-3, 1e-4), "state"), ((1e-3, 1e-3), "state")]
+)
+def test_only_a_rate_that_rose_is_to_blame(rates, cause):
+    """A rate that fell was blamed as well."""
+    _, autopsy, _ = run("state", rates=rates)
+    assert autopsy.last.cause == cause
 
 
 def test_a_bounded_number_of_passes():

@@ -346,7 +346,6 @@ def wait_for(browser, condition):
     for _ in range(100):
         if browser.execute_script(f"return {condition}"):
             return
-        browser.execute_script("return 0")
         time.sleep(0.1)
     raise AssertionError(f"never came: {condition}")
 

@@ -103,13 +103,13 @@ def command(
     ] = False,
 ) -> None:
     """Train the same task under several policies, learning rates and seeds, and say what clipping changed."""
+    from gradkeel.attaching import ignore_environment
     from gradkeel.cli.progress import Progress
     from gradkeel.compare import compare, make_command_plan, make_plan
     from gradkeel.compare.starts import in_words
 
     # They would take the place of every policy that is compared.
-    os.environ.pop("GRADKEEL_POLICY", None)
-    os.environ.pop("GRADKEEL_RECORD", None)
+    ignore_environment()
     with _only_json_on_stdout() if as_json else contextlib.nullcontext():
         if run is None:
             plan = make_plan(

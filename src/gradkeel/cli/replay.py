@@ -65,7 +65,7 @@ def _cells(result: "Replay") -> list[str]:
 
 
 def _plain(result: "Replay") -> dict[str, Any]:
-    from gradkeel.explain.explanation import plain
+    from gradkeel.record.notes import plain
 
     fields = ("steps", "coefficients", "clipped", "skipped", "bounds", "norms", "clipped_norms", "differs")
     result_plain: dict[str, Any] = plain(

@@ -1,5 +1,6 @@
 """What commands print: tables and wrapped sentences, on terminals of any width; rich is imported when it is needed."""
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ def console(*, stderr: bool = False) -> "Console":
     from rich.console import Console
 
     here = Console(stderr=stderr, highlight=False)
-    if here.is_terminal or "COLUMNS" in here._environ:
+    if here.is_terminal or "COLUMNS" in os.environ:
         return here
     return Console(stderr=stderr, highlight=False, width=WIDTH)
 

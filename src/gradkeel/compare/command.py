@@ -11,12 +11,13 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
+from gradkeel.attaching import POLICY_VARIABLE, RECORD_VARIABLE, SEED_VARIABLE
 from gradkeel.compare.run import Onset, Run, Trial, divergence, set_aside
 from gradkeel.compare.task import TaskError
 from gradkeel.errors import RecordError
+from gradkeel.explain import explain
 from gradkeel.record import Reader
 
-SEED_VARIABLE = "GRADKEEL_SEED"
 _NEEDED = (
     "its training loop needs one line before it, guard = gradkeel.attach(optimizer, None, model=model), and must call "
     "optimizer.step()"
@@ -79,8 +80,8 @@ def _run(
     output = record.with_suffix(".log")
     set_aside(record)
     environment = os.environ | {
-        "GRADKEEL_POLICY": trial.policy,
-        "GRADKEEL_RECORD": str(record.resolve()),
+        POLICY_VARIABLE: trial.policy,
+        RECORD_VARIABLE: str(record.resolve()),
         SEED_VARIABLE: str(trial.seed),
     }
     with output.open("wb") as log:
@@ -150,6 +151,7 @@ def _read(trial: Trial, reader: Reader) -> Run:
         skipped=sum(skipped),
         seconds_per_step=statistics.median(b - a for a, b in itertools.pairwise(times)) if times[1:] else 0.0,
         optimizer=reader.session.optimizer,
+        verdict=str(explain(reader).verdict),
     )
 
 

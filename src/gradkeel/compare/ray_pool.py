@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import torch
 
+from gradkeel.attaching import ignore_environment
 from gradkeel.compare.plan import Plan
 from gradkeel.compare.run import Run, Trial, set_aside
 from gradkeel.compare.task import Task, TaskError
@@ -182,8 +183,7 @@ def own_modules() -> list[str]:
 def _task(plan: Plan) -> Task:
     """Loaded once a process."""
     # They would take the place of the policy that is compared.
-    os.environ.pop("GRADKEEL_POLICY", None)
-    os.environ.pop("GRADKEEL_RECORD", None)
+    ignore_environment()
     torch.set_num_threads(1)
     return plan.load()
 

@@ -1,6 +1,5 @@
 """A comparison as the document that ``compare.json`` holds; docs/compare.md describes it."""
 
-import math
 from dataclasses import asdict
 from typing import Any
 
@@ -9,6 +8,7 @@ from gradkeel.compare.plan import Comparison
 from gradkeel.compare.run import Run
 from gradkeel.compare.summary import summarize
 from gradkeel.compare.sweep import sweep_points
+from gradkeel.record.notes import plain
 
 _RUN = (
     "policy",
@@ -43,20 +43,10 @@ def document(comparison: Comparison) -> dict[str, Any]:
     }
     if plan.sweep is not None:
         result["sweep"] = [asdict(point) for point in sweep_points(plan.sweep, runs)]
-    finite: dict[str, Any] = _finite(result)
-    return finite
+    document: dict[str, Any] = plain(result)
+    return document
 
 
 def _run(run: Run) -> dict[str, Any]:
     onset = None if run.onset is None else asdict(run.onset)
     return {name: getattr(run, name) for name in _RUN} | {"onset": onset}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value

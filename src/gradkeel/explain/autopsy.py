@@ -1,6 +1,7 @@
 """The cause of a bad step, by experiment: the same step again with one thing changed, before its update is made."""
 
 import contextlib
+import itertools
 import math
 import statistics
 import warnings
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from gradkeel.errors import GradkeelWarning
 from gradkeel.explain.inspection import Inspection, in_float32, samples_of, take
+from gradkeel.explain.readable import readable
 from gradkeel.explain.undisturbed import Restore, randomness, undisturbed
 from gradkeel.guard import Guard, SkipReason, StepReport
 from gradkeel.record.notes import write_note
@@ -72,9 +74,8 @@ class AutopsyResult:
         if not math.isfinite(self.norm):
             size = "was not finite"
         else:
-            size = f"was {self.norm:.3g}" + (
-                f", {self.norm / self.usual:.3g} times its usual" if self.usual else ""
-            )
+            times = f", {readable(self.norm / self.usual)} times its usual" if self.usual else ""
+            size = f"was {readable(self.norm)}{times}"
         what = {
             "sample": f"Sample {self.sample} of the batch does it",
             "batch": "This batch does it: another one is sound",
@@ -137,8 +138,8 @@ class Autopsy(Generic[Batch]):
                 f"Autopsy(max_reruns={max_reruns}, max_autopsies={max_autopsies}, ratio={ratio}): the first two must "
                 "be 1 or more, and the ratio above 1"
             )
-        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-        if not alone and torch.distributed.get_world_size() > 1:
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             raise ValueError(
                 "Autopsy(guard): it runs steps again on one process, and several train together here; leave it out"
             )
@@ -205,7 +206,9 @@ class Autopsy(Generic[Batch]):
             self._left -= 1
             with undisturbed(self._guard.parameters, self._guard.model) as restart, torch.enable_grad():
                 trials = _Trials(self._guard, self._loss, restart, replay_randomness, limit, self._max_reruns)
-                rose = max(self._rates) > _RATE_ROSE * min(self._rates)
+                rose = any(
+                    now > _RATE_ROSE * before for before, now in itertools.combinations(self._rates, 2)
+                )
                 self.last = _examine(trials, report, batch, self._good, usual, rate_rose=rose)
             self._unwritten = self.last
 

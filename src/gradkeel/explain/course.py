@@ -39,6 +39,7 @@ class Course:
     @classmethod
     def read(cls, reader: Reader) -> "Course":
         """The course of an open record."""
+        samples = reader.weight_samples()
         return cls(
             reader=reader,
             steps=reader.steps(),
@@ -48,8 +49,8 @@ class Course:
             nonfinite=reader.nonfinite(),
             skips=dict(reader.skips()),
             skip_reasons=reader.skip_reasons(),
-            samples=reader.weight_samples(),
-            jumps=tuple(find_jumps(reader)),
+            samples=samples,
+            jumps=tuple(find_jumps(reader, samples)),
         )
 
     def step(self, row: int) -> int:

@@ -34,7 +34,7 @@ def later(
 
 def initial(course: Course, event: Event, onsets: list[tuple[str, int, float]]) -> tuple[str, ...]:
     """Of an explosion from the first steps on."""
-    norms = ", ".join(f"{readable(norm)}" for norm in course.totals[:5].tolist())
+    norms = ", ".join(map(readable, course.totals[:5].tolist()))
     sentences = [
         f"There is no past to compare with: the gradient norm grew from the first steps on ({norms}"
         f"{', ...' if len(course.totals) > 5 else ''})."
@@ -67,7 +67,7 @@ def overwrite(overwrite: Overwrite) -> str:
     """Of updates as large as the weights."""
     sentence = (
         f"The update at step {overwrite.step} was {readable(overwrite.ratio)} times as large as the weights that it "
-        f"changed (usual before: {overwrite.before:.2g})"
+        f"changed (usual before: {readable(overwrite.before, 2)})"
     )
     if overwrite.parameters:
         name, ratio = overwrite.parameters[0]

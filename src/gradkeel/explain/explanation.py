@@ -3,9 +3,8 @@
 import contextlib
 import dataclasses
 import json
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from gradkeel.explain.signals import diagnose
 from gradkeel.explain.threshold import ThresholdAdvice, advise
 from gradkeel.explain.verdict import Diagnosis, Verdict
 from gradkeel.record import Reader, Rollback
+from gradkeel.record.notes import plain
 
 VERSION = 1
 """Of the JSON form; it grows, but keys keep their names and meaning."""
@@ -114,7 +114,7 @@ def explain(run: str | os.PathLike[str] | Reader, *, bounds: Sequence[float] = (
     policy = run.policy  # says so where nothing is recorded yet
     course = Course.read(run)
     events, autopsies = find_explosions(course), _autopsies(run)
-    explosion, fading = worst(events), find_fading(run)
+    explosion, fading = worst(events), find_fading(course)
     explanation = Explanation(
         path=str(run.path),
         steps=len(run),
@@ -151,14 +151,3 @@ def _rolled_back(run: Reader, rollback: Rollback) -> RolledBack:
             e for e in find_explosions(Course.read(before)) if (e.last_step or e.step or 0) >= rollback.step
         ]
     return RolledBack(rollback.session, rollback.step, rollback.last_step, rollback.rows, tuple(events))
-
-
-def plain(value: Any) -> Any:
-    """The value as JSON has it."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

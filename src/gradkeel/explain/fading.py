@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradkeel.explain.course import Course
 from gradkeel.record import Reader, bucket_norms
 
 SHARE = 1e-3
@@ -44,13 +45,14 @@ class Fading:
     frozen: tuple[str, ...] = ()
 
 
-def find_fading(reader: Reader) -> Fading:
+def find_fading(course: Course) -> Fading:
     """Which parameters hardly learn."""
+    reader = course.reader
     buckets = bucket_norms(reader, _STRETCHES)
     if len(buckets.first) < _FEWEST:
         return Fading()  # too short a run to speak of its last quarter
     late = len(buckets.first) * 3 // 4
-    frozen = _without_gradient(reader, int(buckets.first[late])) | _unmoved(reader)
+    frozen = _without_gradient(reader, int(buckets.first[late])) | _unmoved(course)
     zero = buckets.high == 0
     dead = zero[late:].all(dim=0) & ~frozen
     learning = ~(dead | frozen)
@@ -88,10 +90,9 @@ def _without_gradient(reader: Reader, since: int) -> Tensor:
     return result
 
 
-def _unmoved(reader: Reader) -> Tensor:
+def _unmoved(course: Course) -> Tensor:
     """[n] bool: several updates were measured at steps that were made, and all were zero."""
-    steps, _, updates = reader.weight_samples()
-    skipped = reader.skip_reasons()
-    made = torch.tensor([step not in skipped for step in steps.tolist()], dtype=torch.bool)
+    steps, _, updates = course.samples
+    made = torch.tensor([step not in course.skips for step in steps.tolist()], dtype=torch.bool)
     measured = ~updates.isnan() & made.unsqueeze(1)
     return (measured.sum(dim=0) >= 3) & ~((updates != 0) & measured).any(dim=0)

@@ -12,10 +12,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 _HALF = (torch.float16, torch.bfloat16)
 _GREW = 10.0
-# These hand on what they are given, or whatever was in memory before, and make no number of their own.
+# These hand on what they are given, and make no number of their own.
 _NOT_MADE_BY = (
-    "empty",
-    "new_empty",
     "view",
     "detach",
     "clone",
@@ -101,7 +99,7 @@ class _FirstBad(TorchDispatchMode):
         if (
             self._found.op is None
             and name not in _NOT_MADE_BY
-            and "empty" not in name
+            and "empty" not in name  # whatever was in memory before
             and not _is_finite(result)
         ):
             if _is_finite((args, kwargs)):

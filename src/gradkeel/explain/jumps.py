@@ -43,15 +43,15 @@ class Jump:
         return self.after_norm / self.before_norm if self.before_norm else math.inf
 
 
-def find_jumps(reader: Reader) -> list[Jump]:
-    """All such changes that the samples of the weights show, in order.
+def find_jumps(reader: Reader, samples: tuple[Tensor, Tensor, Tensor]) -> list[Jump]:
+    """All such changes that the samples of the weights (`Reader.weight_samples`) show, in order.
 
     A norm changes by no more than the norm of the update: ``| |w'| - |w| | <= |dw|``. Where the updates between two
     samples were not measured, each is taken as up to three times the largest of the last ten that were, times the
     growth of the learning rate since; and as that is only an estimate, a change of more than a quarter of all
     parameters at once is then put down to the optimizer.
     """
-    steps, weights, updates = reader.weight_samples()
+    steps, weights, updates = samples
     if len(steps) < 2:
         return []
     gaps = steps[1:] - steps[:-1]

@@ -41,14 +41,11 @@ def run_page(reader: Reader) -> str:
     explanation = explain(reader)
     steps = reader.steps()
     marks = _marks(explanation)
-    sections = [_norm(reader, steps, marks), _heat(reader, steps, marks), *_spread(explanation)]
     sections = [
-        *(
-            Section(f"Autopsy of step {one.step}", str(one), Table(*words.experiments(one)))
-            for one in explanation.autopsies
-        ),
-        *sections,
+        Section(f"Autopsy of step {one.step}", str(one), Table(*words.experiments(one)))
+        for one in explanation.autopsies
     ]
+    sections += [_norm(reader, steps, marks), _heat(reader, steps, marks), *_spread(explanation)]
     sections += _loss(reader, steps, marks)
     sections += _coefficient(reader, steps, marks)
     sections += _updates(reader, marks)

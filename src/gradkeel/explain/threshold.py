@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gradkeel.explain.explosion import Explosion
+from gradkeel.explain.readable import readable
 from gradkeel.record import Reader
 
 SGD_LIKE = frozenset({"SGD", "ASGD"})
@@ -273,7 +274,7 @@ def _remarks(cancels: bool | None, candidates: Sequence[Candidate], optimizer: s
     for candidate in often:
         tuned = "normalized SGD, effective lr = lr * bound / norm: what you tune is lr x bound"
         remarks.append(
-            f"The bound {candidate.bound:.3g} clips more than 90% of the steps: "
+            f"The bound {readable(candidate.bound)} clips more than 90% of the steps: "
             + (tuned if cancels is False else "the size of the gradient hardly enters the update any more")
             + "."
         )

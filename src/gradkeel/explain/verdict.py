@@ -8,18 +8,17 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
+from gradkeel.explain.readable import readable
+from gradkeel.explain.updates import LARGE
 from gradkeel.guard import SkipReason
 
 EARLY = 20
 """Steps within which a run diverges from its start."""
 TAIL = 10
-OVERWRITING = 0.3
-"""An update of this share of all weights is no step any more."""
 HIDDEN = 0.01
 """Clipping that multiplies by less than this hides what the gradients do."""
 _NOISE = 4.0  # times the usual change from step to step
 _RETURNED = 0.3  # of what training had gained: more than this lost again is not recovered
-_FEWEST = 2 * TAIL
 _FLAT = 0.02  # of the first loss
 
 
@@ -145,6 +144,7 @@ class _Judge:
         self.signals = signals
         self.loss = _loss(signals)
         self.reasons: list[str] = []
+        self._first_bad = _first_bad(signals)
 
     def verdict(self) -> Diagnosis:
         """The first of these that holds."""
@@ -173,28 +173,16 @@ class _Judge:
 
     # ---- not a number ----------------------------------------------------------------------------------------------
 
-    def _bad_rows(self) -> list[int]:
-        """Rows at which something was not finite, a loss scale's overflows left out."""
-        s = self.signals
-        bad = s.nonfinite | _lost_losses(s.losses)
-        return [
-            row
-            for row in bad.nonzero().flatten().tolist()
-            if s.skips.get(int(s.steps[row])) is not SkipReason.LOSS_SCALE
-        ]
-
     def _born_bad(self) -> Diagnosis | None:
-        """Non-finite out of calm: nothing rose before it."""
-        bad = self._bad_rows()
-        if not bad or self._overwrites(until=bad[0]) is not None or self._rose_before(bad[0]):
-            return None
-        return self._name_bad(bad[0])
+        """Non-finite out of calm, and after no update that was far too large."""
+        row = self._first_bad
+        return None if row is None or self._overwrites(until=row) is not None else self._not_finite()
 
     def _not_finite(self) -> Diagnosis | None:
-        bad = self._bad_rows()
-        return self._name_bad(bad[0]) if bad and not self._rose_before(bad[0]) else None
-
-    def _name_bad(self, row: int) -> Diagnosis:
+        """Non-finite out of calm: nothing rose before it."""
+        row = self._first_bad
+        if row is None or self._rose_before(row):
+            return None
         step = int(self.signals.steps[row])
         where = next((sign.where for sign in self.signals.signs if sign.step == step), ())
         words = "All gradients were hit at once: it came with the loss, or the batch."
@@ -220,7 +208,7 @@ class _Judge:
         """The first step whose update was a large part of all weights."""
         last = None if until is None else int(self.signals.steps[until])
         for step, share in self.signals.shares:
-            if (last is None or step <= last) and not share <= OVERWRITING:
+            if (last is None or step <= last) and not share <= LARGE:
                 return step
         return None
 
@@ -245,7 +233,9 @@ class _Judge:
         where = [name for name, step, _ in s.larger if step <= large + 3]
         if s.larger:
             name, step, ratio = s.larger[0]
-            self.reasons.append(f"At step {step} the update of {name} was {ratio:.3g} times its weights.")
+            self.reasons.append(
+                f"At step {step} the update of {name} was {readable(ratio)} times its weights."
+            )
         verdict = Verdict.DIVERGED_IN_WARMUP if warmup and large - first > 1 else Verdict.DIVERGED_FROM_START
         return self._diverged(verdict, large, where)
 
@@ -266,9 +256,9 @@ class _Judge:
         row = int(torch.searchsorted(s.steps, onset))
         hidden = float((s.coefficients[row:] < HIDDEN).double().mean()) if row < len(s.steps) else 0.0
         if loss is not None:
-            end = f"{loss.last:.3g}" if loss.is_finite else "not finite"
+            end = readable(loss.last) if loss.is_finite else "not finite"
             self.reasons.append(
-                f"The loss began at {loss.first:.3g}, was {loss.best:.3g} at best, and ended at {end}."
+                f"The loss began at {readable(loss.first)}, was {readable(loss.best)} at best, and ended at {end}."
             )
         if hidden > 0.5:
             verdict = Verdict.CLIPPING_HIDES_DIVERGENCE
@@ -299,7 +289,7 @@ class _Judge:
         if loss.is_clearly_above:
             return self._diverged(Verdict.DIVERGED, onset, where)
         self.reasons.append(
-            f"The loss was {loss.best:.3g} at best, and ended at {loss.last:.3g}: it did not come back."
+            f"The loss was {readable(loss.best)} at best, and ended at {readable(loss.last)}: it did not come back."
         )
         return self._say(Verdict.SPIKE_UNRECOVERED, onset, where, 0.85 if sign else 0.7)
 
@@ -331,7 +321,7 @@ class _Judge:
             return None
         tiny = bool(self.signals.shares) and max(share for _, share in self.signals.shares) < 1e-5
         if loss.is_above or (tiny and not loss.has_learned):
-            words = f"The loss began at {loss.first:.3g} and ended at {loss.last:.3g}."
+            words = f"The loss began at {readable(loss.first)} and ended at {readable(loss.last)}."
             return self._say(Verdict.STALLED, int(self.signals.steps[0]), (), 0.6, words)
         return None
 
@@ -342,6 +332,13 @@ def _lost_losses(losses: Tensor) -> Tensor:
     before = known.double().cumsum(0) - known.double()
     count = torch.arange(len(losses), dtype=torch.float64)
     return losses.isinf() | (~known & (before >= 0.9 * count) & (count >= 4))
+
+
+def _first_bad(signals: Signals) -> int | None:
+    """The first row at which something was not finite, a loss scale's overflows left out."""
+    bad = (signals.nonfinite | _lost_losses(signals.losses)).nonzero().flatten().tolist()
+    reasons, steps = signals.skips, signals.steps
+    return next((row for row in bad if reasons.get(int(steps[row])) is not SkipReason.LOSS_SCALE), None)
 
 
 def _loss(signals: Signals) -> _Loss | None:
@@ -359,18 +356,17 @@ def _loss(signals: Signals) -> _Loss | None:
     best = int(levels.argmin())
     last = float(levels[-1]) if len(values) < 3 * TAIL else float(values[-TAIL:].median())
     is_finite = not bool(bad[-1])
-    left = _left(values, best, width, float(levels[best]), last, noise)
-    if left is None and not is_finite:
-        return _Loss(first, float(levels[best]), last, noise, int(signals.steps[bad][0]), is_finite)
+    lowest = float(levels[best])
+    left = _left(values, best, lowest, last, noise)
     if left is None:
-        return _Loss(first, float(levels[best]), last, noise, None, is_finite)
+        onset = None if is_finite else int(signals.steps[bad][0])
+        return _Loss(first, lowest, last, noise, onset, is_finite)
     before, after = values[max(0, left - TAIL) : left], values[left : left + TAIL]
     jump = float(after.median() - before.median()) if len(before) else math.inf
-    is_sudden = jump > 0.5 * (last - float(levels[best]))
-    return _Loss(first, float(levels[best]), last, noise, int(steps[left]), is_finite, is_sudden)
+    return _Loss(first, lowest, last, noise, int(steps[left]), is_finite, jump > 0.5 * (last - lowest))
 
 
-def _left(values: Tensor, best: int, width: int, lowest: float, last: float, noise: float) -> int | None:
+def _left(values: Tensor, best: int, lowest: float, last: float, noise: float) -> int | None:
     """The first row after the best stretch from which on the loss is above it for good; None where it is not."""
     if not last - lowest > _NOISE * noise:
         return None

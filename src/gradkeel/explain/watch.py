@@ -71,18 +71,18 @@ class RunPage:
 
     def html(self) -> str:
         """The page; until there is something to draw, one that says so."""
-        with self._lock:
-            version = self.version()
-            if version != self._version:
-                self._page, self._version = self._draw(), version
-            return self._page.replace("</head>\n<body>", _RENEW % version + "</head>\n<body>", 1)
+        version, page = self._current()
+        return page.replace("</head>\n<body>", _RENEW % version + "</head>\n<body>", 1)
 
     def content(self) -> str:
         """The page without plotly's script, for a page that has it."""
+        return _SCRIPT.sub("</head>", self._current()[1], count=1)
+
+    def _current(self) -> tuple[str, str]:
         with self._lock:
             if (version := self.version()) != self._version:
                 self._page, self._version = self._draw(), version
-            return _SCRIPT.sub("</head>", self._page, count=1)
+            return self._version, self._page
 
     def _draw(self) -> str:
         words = "Nothing recorded yet."

@@ -54,7 +54,9 @@ def missing(diagnosis: Diagnosis) -> list[str]:
 
 def experiments(result: AutopsyResult) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table of an autopsy's experiments."""
-    rows = [[e.change, f"{e.norm:.4g}", "still there" if e.is_bad else "gone"] for e in result.experiments]
+    rows = [
+        [e.change, readable(e.norm, 4), "still there" if e.is_bad else "gone"] for e in result.experiments
+    ]
     return ["changed", "gradient norm", "the fault was"], rows
 
 
@@ -166,9 +168,8 @@ def paragraphs(explanation: "Explanation") -> Iterator[tuple[str, list[str]]]:
     explosion, diagnosis = explanation.explosion, explanation.diagnosis
     yield _run(explanation), []
     yield f"Verdict: {verdict(diagnosis)}", [*diagnosis.reasons, *missing(diagnosis)]
-    evidence = [*explosion.evidence, *progress(explosion)]
-    if explosion.found or diagnosis.verdict is Verdict.HEALTHY or evidence:
-        yield headline(explosion), evidence
+    if explosion.found or diagnosis.verdict is Verdict.HEALTHY:
+        yield headline(explosion), [*explosion.evidence, *progress(explosion)]
     lists = [
         *((f"Autopsy: {one}", _experiments(one)) for one in explanation.autopsies),
         ("Also:", [headline(event) for event in explanation.events if event is not explosion]),

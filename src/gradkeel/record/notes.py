@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sqlite3
+from collections.abc import Mapping
 from typing import Any
 
 _WAIT = 10.0  # seconds for the recorder's own thread to end a write
@@ -17,14 +18,15 @@ def write_note(path: str | os.PathLike[str], key: str, value: Any) -> None:
     Raises:
         sqlite3.Error: the record cannot be written to.
     """
-    text = json.dumps(_plain(dataclasses.asdict(value)))
+    text = json.dumps(plain(dataclasses.asdict(value)))
     with contextlib.closing(sqlite3.connect(path, timeout=_WAIT)) as connection, connection:
         connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, text))
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+def plain(value: Any) -> Any:
+    """The value as JSON has it: numbers that are not finite are None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
