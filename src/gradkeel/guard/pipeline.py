@@ -22,6 +22,7 @@ from gradkeel.guard.skips import SkipWatch
 from gradkeel.guard.step import carry_out, committed, decide_all, judge, measure_all
 from gradkeel.guard.turns import Turns
 from gradkeel.kernels.graph import Entry
+from gradkeel.kernels.native import Table
 from gradkeel.measure import Readings
 from gradkeel.norms import Decision, State, Window
 from gradkeel.tensors import Seen
@@ -141,7 +142,7 @@ class Pipeline:
     def _launched(self, found: Sequence[Readings], entry: Entry[Captured] | None) -> Staged:
         """The row of this step from what was read, and the policies' states after it; operation after operation."""
         roster = self._roster
-        are_apart = len(roster.here) == 1 and found[roster.here[0]].are_apart
+        table = found[roster.here[0]].table if len(roster.here) == 1 else None
         measured = measure_all(
             roster,
             found,
@@ -158,11 +159,11 @@ class Pipeline:
         if not measured.has_gradients:
             commit: Tensor | bool = self._abandon(row, SkipReason.NO_GRADIENT)
         elif isinstance(may_step, Tensor) and self._can_skip_on_device():
-            self._carry_out(row, entry, are_apart=are_apart)
+            self._carry_out(row, entry, table)
             self._first.give("found_inf", (~may_step).float())
             row.stepped_or_pending, commit = may_step, finite
         elif may_step:
-            self._carry_out(row, entry, are_apart=are_apart)
+            self._carry_out(row, entry, table)
             commit = not tolerant or bool(finite)
         else:
             why = self._why(measured.found_inf, is_finite=bool(finite), tolerant=tolerant)
@@ -218,7 +219,7 @@ class Pipeline:
     def _alone(self) -> Optimizer | None:
         return self.optimizers[0] if len(self.optimizers) == 1 else None
 
-    def _carry_out(self, row: StepReport, entry: Entry[Captured] | None, *, are_apart: bool) -> None:
+    def _carry_out(self, row: StepReport, entry: Entry[Captured] | None, table: Table | None) -> None:
         """Apply what was decided; with an ``entry`` as the rehearsal of the graphs that will do it."""
         if entry is not None:
             with entry.slots.active():
@@ -226,7 +227,7 @@ class Pipeline:
             entry.is_rehearsed = not entry.slots.missed
             return
         folded = carry_out(
-            self._alone, self._roster, row.selections, row.prescale, self._folding, are_apart=are_apart
+            self._alone, self._roster, row.selections, row.prescale, self._folding, table
         )
         if folded is not None:
             self._first.give("grad_scale", folded)

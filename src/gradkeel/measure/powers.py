@@ -33,14 +33,14 @@ class Reading:
         units: [u] norm of each unit, tensor after tensor, where asked for.
         peaks: [k, 2] each tensor's lowest and highest entry, where asked for; 0, 0 for an empty one.
         total: norm of all of them together, where it is known already: a number of the host's, or [] on an accelerator.
-        are_apart: whether it is known that no two of them begin at one address.
+        table: where they lie, if the native kernels have read them as they are and no two begin at one address.
     """
 
     norms: Tensor
     units: Tensor | None = None
     peaks: Tensor | None = None
     total: Tensor | float | None = None
-    are_apart: bool = False
+    table: native.Table | None = None
 
 
 def read(
@@ -156,7 +156,7 @@ def _native_reading(
     """The same by the native kernels; None where one of the tensors is not for them."""
     if unit_dim is None and not with_peaks:
         if (found := kernels.norms(list(tensors), norm_type)) is not None:
-            return Reading(found[0], total=found[1], are_apart=found[2])
+            return Reading(found[0], total=found[1], table=found[2])
         found = kernels.norms([entries_to_read(tensor) for tensor in tensors], norm_type)
         return None if found is None else Reading(found[0], total=found[1])
     # What sparse, complex and sharded tensors hold is dense, but not cut into units as they are.

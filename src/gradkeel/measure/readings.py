@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from gradkeel.kernels.native import Table
 from gradkeel.measure.powers import Reading, read, unit_count, wide_dtype
 from gradkeel.norms import GradientNorms, Needs, combine
 from gradkeel.selection import Selection
@@ -22,7 +23,7 @@ class Readings:
         norms, units, peaks: as in `gradkeel.norms.GradientNorms`; n parameters, u units.
         weights, unit_weights: of the parameters themselves, where asked for.
         total: norm of all of them together, where it is known already: a number of the host's, or [] on an accelerator.
-        are_apart: whether it is known that no two of the gradients begin at one address.
+        table: as in `gradkeel.measure.powers.Reading`; None where a parameter has no gradient.
     """
 
     present: tuple[bool, ...]
@@ -32,7 +33,7 @@ class Readings:
     weights: Tensor | None = None
     unit_weights: Tensor | None = None
     total: Tensor | float | None = None
-    are_apart: bool = False
+    table: Table | None = None
 
 
 class Members(Protocol):
@@ -118,7 +119,7 @@ def readings(selection: Selection, needs: Needs, device: torch.device) -> Readin
                 reading.units,
                 reading.peaks,
                 total=reading.total,
-                are_apart=reading.are_apart,
+                table=reading.table,
             )
     else:
         present = tuple(parameter.grad is not None for parameter in selection.parameters)
