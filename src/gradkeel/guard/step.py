@@ -58,8 +58,9 @@ def measure_all(
     loss: Tensor | float | None,
 ) -> Measured:
     """The true norms of all parts from what this rank has read; one collective where ranks share parameters."""
-    has_gradients = any(True in one.present for one in found)
-    agreed, scalars, found_inf = None, dict[str, Tensor](), loss_scale.found_inf
+    has_gradients = any([True in one.present for one in found])
+    scalars: dict[str, Tensor] = {}
+    agreed, found_inf = None, loss_scale.found_inf
     if roster.exchange is not None:
         weight = None if window is None or window.ranks is None else window.weight()
         gradients = sum(sum(one.present) for one in found)

@@ -19,6 +19,8 @@ from gradkeel.tensors import entries_by_position, entries_to_read
 BLOCK = 4096
 """Entries that torch's own kernel may sum in float32; longer sums are made of such blocks, in float64."""
 
+_HOST = torch.device("cpu")
+
 # Squares of float32 entries overflow above 1.8e19 and lose digits below 1e-19; norms outside this range are redone.
 _SAFE = {torch.float64: (1e-140, 1e150)}
 _SAFE_FLOAT32 = (1e-15, 1e18)
@@ -56,7 +58,7 @@ def read(
     A tensor whose entries are all finite has finite norms; a NaN or inf entry gives NaN or inf. On an accelerator all
     sums are float64 to begin with, and the host is not synced.
     """
-    kernels = native.kernels() if device.type == "cpu" and native.has_norm(norm_type) else None
+    kernels = native.kernels() if device == _HOST and native.has_norm(norm_type) else None
     if kernels is not None:
         reading = _native_reading(kernels, tensors, norm_type, unit_dim=unit_dim, with_peaks=with_peaks)
         if reading is not None:
