@@ -103,7 +103,7 @@ class Pipeline:
         if hooks.only_creates_state(self._first.optimizer, roster.parameters, alone=roster.exchange is None):
             return True
         was_enabled = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)  # a `with` of torch.no_grad() costs a tenth of a small step
+        torch._C._set_grad_enabled(False)  # noqa: FBT003  # a `with` of torch.no_grad() costs a tenth of a small step
         try:
             try:
                 self._check()
@@ -233,9 +233,7 @@ class Pipeline:
                 carry_out(None, self._roster, row.selections, row.prescale, self._folding)
             entry.is_rehearsed = not entry.slots.missed
             return
-        folded = carry_out(
-            self._alone, self._roster, row.selections, row.prescale, self._folding, table
-        )
+        folded = carry_out(self._alone, self._roster, row.selections, row.prescale, self._folding, table)
         if folded is not None:
             self._first.give("grad_scale", folded)
 

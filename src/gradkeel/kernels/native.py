@@ -169,7 +169,7 @@ class Kernels:
         return found
 
     def norms(self, tensors: list[Tensor], norm_type: float) -> tuple[Tensor, float, Table | None] | None:
-        """[k] float64 norm of each tensor, that of all, and their table if no two share an address; None if one is unfit.
+        """[k] float64 norm of each, that of all, and their table if no two share an address; None if one is unfit.
 
         Few entries are read in the same call that looks where they lie; for more the interpreter's lock is released.
         """
@@ -259,9 +259,7 @@ class Kernels:
             raise MemoryError("gradkeel: no memory for the list of jobs")
 
 
-def scale(
-    tensors: Sequence[Tensor] | Table, factors: Tensor | float, unit_dim: int | None = None
-) -> bool:
+def scale(tensors: Sequence[Tensor] | Table, factors: Tensor | float, unit_dim: int | None = None) -> bool:
     """Multiply all tensors by one factor, or each, or each of their units, by its own; whether the kernels did it."""
     own = kernels()
     table = tensors if own is None or isinstance(tensors, Table) else own.table(tensors, unit_dim)
