@@ -16,6 +16,7 @@ OUTSIDE = {
     "zh/index.md": "README.zh.md",
     "changelog.md": "CHANGELOG.md",
     "contributing.md": "CONTRIBUTING.md",
+    "zh/contributing.md": "CONTRIBUTING.zh.md",
 }
 trees: dict[str, Navigation] = {}
 
@@ -42,8 +43,22 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
         files.append(File.generated(config, f"examples/{example.name}.txt", content=content))
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Point links to examples at their copies, which a browser shows."""
+def with_tables(chinese: str, english: str) -> str:
+    """Fill in what a command wrote between two marks of the English page, where the Chinese one has the marks alone."""
+
+    def between(marks: re.Match[str]) -> str:
+        begin, end = marks.groups()
+        tables = english.partition(begin)[2].partition(end)[0]
+        return begin + re.sub(r"\]\((?=images/|data/)", "](../", tables) + end
+
+    return re.sub(r"^(<!-- .* -->)\n(<!-- .* -->)$", between, chinese, flags=re.MULTILINE)
+
+
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Fill in the tables of Chinese pages; point links to examples at their copies, which a browser shows."""
+    english = ROOT / "docs" / page.file.src_uri.removeprefix("zh/")
+    if language_of(page) == "zh" and english.exists():
+        markdown = with_tables(markdown, english.read_text(encoding="utf-8"))
     return re.sub(r"\]\((?:\.\./)?((?:\.\./)*examples/\w+\.py)\)", r"](\1.txt)", markdown)
 
 

@@ -203,8 +203,6 @@ def main() -> None:
     arguments.add_argument("--write", action="store_true", help="write the table into docs/comparison.md")
     chosen = arguments.parse_args()
     lines = [
-        "## The norm on each layout of ranks",
-        "",
         f"Written by `python -m benchmarks.layouts --write` on {datetime.now(UTC).date().isoformat()}",
         f"with torch {torch.__version__} on gloo ranks.",
         "Right is the norm of the gathered gradients, told on every rank, and gradients clipped by it.",

@@ -194,8 +194,6 @@ def table(pairs: Sequence[Pair]) -> str:
     names = sorted({"paddlepaddle" if pair.library == "paddle" else pair.library for pair in installed})
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     lines = [
-        "## The same formula, the same gradients",
-        "",
         f"Written by `python -m benchmarks.parity --write` on {datetime.now(UTC).date().isoformat()}",
         f"with Python {platform.python_version()}, {versions}, float32 on CPU.",
         f"Each cell is the largest relative difference of an entry, at bounds of {', '.join(f'{b:g}' for b in BOUNDS)}",

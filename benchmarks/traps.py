@@ -498,8 +498,6 @@ def main() -> None:
         if cells
     )
     lines = [
-        "## Who falls into which trap",
-        "",
         f"Written by `python -m benchmarks.traps --write` on {datetime.now(UTC).date().isoformat()}",
         f"with {versions()}{others}.",
         "Each cell is a run; the oracle is float64, one process, the window's items as one batch.",
