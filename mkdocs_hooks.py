@@ -15,6 +15,7 @@ OUTSIDE = {
     "index.md": "README.md",
     "zh/index.md": "README.zh.md",
     "changelog.md": "CHANGELOG.md",
+    "zh/changelog.md": "CHANGELOG.md",
     "contributing.md": "CONTRIBUTING.md",
     "zh/contributing.md": "CONTRIBUTING.zh.md",
 }
@@ -59,6 +60,8 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     english = ROOT / "docs" / page.file.src_uri.removeprefix("zh/")
     if language_of(page) == "zh" and english.exists():
         markdown = with_tables(markdown, english.read_text(encoding="utf-8"))
+    # Sentences stand on lines of their own, between which a browser puts a space, which Chinese does not have.
+    markdown = re.sub(r"(?<=[，。；：、？！）”])\n {0,3}(?=\S)(?!```|[-|#>!<:]|\* |\d+\.)", "", markdown)
     return re.sub(r"\]\((?:\.\./)?((?:\.\./)*examples/\w+\.py)\)", r"](\1.txt)", markdown)
 
 
