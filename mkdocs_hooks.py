@@ -61,7 +61,9 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     if language_of(page) == "zh" and english.exists():
         markdown = with_tables(markdown, english.read_text(encoding="utf-8"))
     # Sentences stand on lines of their own, between which a browser puts a space, which Chinese does not have.
-    markdown = re.sub(r"(?<=[，。；：、？！）”])\n {0,3}(?=\S)(?!```|[-|#>!<:]|\* |\d+\.)", "", markdown)
+    markdown = re.sub(
+        r"(?<=[\u3001\u3002\uff01-\uff1f])\n {0,3}(?=\S)(?!```|[-|#>!<:]|\* |\d+\.)", "", markdown
+    )
     return re.sub(r"\]\((?:\.\./)?((?:\.\./)*examples/\w+\.py)\)", r"](\1.txt)", markdown)
 
 
