@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-TASKS = "char-lstm, exploding-linear, simple-mlp, simple-mlp-adam, tiny-transformer"
+TASKS = "char-lstm, exploding-linear, simple-mlp, simple-mlp-adam, tiny-transformer, or yours: mypkg.mymodule:make_task"
 """Those of `gradkeel.compare.task.BUILTIN`, which is not imported here: help would wait for torch."""
 
 Run = Annotated[
