@@ -10,6 +10,8 @@ from gradkeel.cli.errors import reported
 from gradkeel.language import count, heard, say, shown
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from gradkeel.bench import Table
 
 
@@ -51,11 +53,11 @@ def command(
         where = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
         reason = str(error).partition("\n")[0]
-        raise typer.BadParameter(
-            say("{device!r} cannot be used: {reason}", device=device, reason=reason), param_hint="--device"
-        ) from None
+        told = say("{device!r} cannot be used: {reason}", device=device, reason=reason)
+        raise typer.BadParameter(shown(told), param_hint="--device") from None
     if where.type == "meta":
-        raise typer.BadParameter(say("'meta' cannot be used: it has no numbers"), param_hint="--device")
+        told = say("'meta' cannot be used: it has no numbers")
+        raise typer.BadParameter(shown(told), param_hint="--device")
     gradients = Gradients(shapes_of(model), dtype=getattr(torch, dtype), device=where)
     here = machine(where)
     if not as_json:

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 from gradkeel.cli.errors import reported
-from gradkeel.cli.options import TASKS
+from gradkeel.cli.options import TASK
 from gradkeel.language import heard, say, shown
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Command(TyperCommand):
 def command(
     task: Annotated[
         str | None,
-        typer.Argument(metavar="TASK", help=f"{TASKS}; char-lstm unless given"),
+        typer.Argument(metavar="TASK", help=f"{TASK}; char-lstm unless given"),
     ] = None,
     policy: Annotated[
         list[str] | None,
@@ -173,13 +173,12 @@ def _only_json_on_stdout() -> Iterator[None]:
 def _refuse_beside_run(**given: object) -> None:
     for name, value in given.items():
         if value is not None:
-            raise typer.BadParameter(
-                say(
-                    "{name} has no effect on a command of your own; write it into the command: "
-                    "--run 'python train.py --lr 0.1'",
-                    name=name,
-                )
+            told = say(
+                "{name} has no effect on a command of your own; write it into the command: "
+                "--run 'python train.py --lr 0.1'",
+                name=name,
             )
+            raise typer.BadParameter(shown(told))
 
 
 def _deliver(result: "Comparison", out: Path, *, as_json: bool) -> None:

@@ -28,9 +28,8 @@ def command(
 
     for value in bound or ():
         if not 0 < value < float("inf"):
-            raise typer.BadParameter(
-                say("{value} is not a positive finite number", value=value), param_hint="--bound"
-            )
+            told = say("{value} is not a positive finite number", value=value)
+            raise typer.BadParameter(shown(told), param_hint="--bound")
     explanation = explain(run, bounds=bound or ())
     if as_json:
         import json

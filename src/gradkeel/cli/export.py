@@ -28,7 +28,8 @@ def command(
     from gradkeel.record import Reader, export
 
     if out.suffix not in {".csv", ".parquet"}:
-        raise typer.BadParameter(say("{path} must end in .csv or .parquet", path=out), param_hint="--out")
+        told = say("{path} must end in .csv or .parquet", path=out)
+        raise typer.BadParameter(shown(told), param_hint="--out")
     with Reader(run) as reader:
         rows = export(reader, out, parameters=parameters, long=long)
         note_damage(reader)

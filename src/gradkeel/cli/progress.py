@@ -13,7 +13,7 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 
 from gradkeel.cli.screen import console, sentences, tables
-from gradkeel.language import padded, say, shown
+from gradkeel.language import padded, say, shown, width
 
 if TYPE_CHECKING:
     from gradkeel.compare.plan import Comparison, Plan
@@ -78,9 +78,10 @@ def print_result(comparison: "Comparison") -> None:
     here = console()
     here.print(_tables(comparison, comparison.plan.target or "", here.width))
     *lines, (label, command) = findings(comparison).lines()
-    here.print(sentences(lines, style="bold cyan"))
+    here.print(sentences([(f"{shown(name)} ", text) for name, text in lines], style="bold cyan"))
     # A command is not wrapped: it must survive being copied.
-    here.print(Text(padded(shown(label), 9), style="bold cyan"), Text(command), sep="", soft_wrap=True)
+    columns = max(width(shown(name)) for name, _ in lines) + 2
+    here.print(Text(padded(shown(label), columns), style="bold cyan"), Text(command), sep="", soft_wrap=True)
     here.print()
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gradkeel.cli.errors import reported
-from gradkeel.cli.options import TASKS
+from gradkeel.cli.options import TASK
 from gradkeel.language import heard, say, shown
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @reported
 def command(
-    task: Annotated[str, typer.Argument(metavar="TASK", help=TASKS)] = "char-lstm",
+    task: Annotated[str, typer.Argument(metavar="TASK", help=TASK)] = "char-lstm",
     policy: Annotated[
         str | None,
         typer.Option("--policy", metavar="SPEC", help="a policy, such as none or global-norm:0.25"),
@@ -64,7 +64,9 @@ def command(
         return
     from gradkeel.cli.screen import console, sentences
 
-    console().print(sentences([(line.label, line.text) for line in words(run)], style="bold cyan"))
+    console().print(
+        sentences([(f"{shown(line.label)} ", line.text) for line in words(run)], style="bold cyan")
+    )
     print(shown(say("Written: {paths}", paths=", ".join(map(str, written)))))
 
 
