@@ -19,6 +19,8 @@ from gradkeel.tensors import entries_by_position, entries_to_read
 BLOCK = 4096
 """Entries that torch's own kernel may sum in float32; longer sums are made of such blocks, in float64."""
 
+_HOST = torch.device("cpu")
+
 # Squares of float32 entries overflow above 1.8e19 and lose digits below 1e-19; norms outside this range are redone.
 _SAFE = {torch.float64: (1e-140, 1e150)}
 _SAFE_FLOAT32 = (1e-15, 1e18)
@@ -33,14 +35,14 @@ class Reading:
         units: [u] norm of each unit, tensor after tensor, where asked for.
         peaks: [k, 2] each tensor's lowest and highest entry, where asked for; 0, 0 for an empty one.
         total: norm of all of them together, where it is known already: a number of the host's, or [] on an accelerator.
-        are_apart: whether it is known that no two of them begin at one address.
+        table: where they lie, if the native kernels have read them as they are and no two begin at one address.
     """
 
     norms: Tensor
     units: Tensor | None = None
     peaks: Tensor | None = None
     total: Tensor | float | None = None
-    are_apart: bool = False
+    table: native.Table | None = None
 
 
 def read(
@@ -56,7 +58,7 @@ def read(
     A tensor whose entries are all finite has finite norms; a NaN or inf entry gives NaN or inf. On an accelerator all
     sums are float64 to begin with, and the host is not synced.
     """
-    kernels = native.kernels() if device.type == "cpu" and native.has_norm(norm_type) else None
+    kernels = native.kernels() if device == _HOST and native.has_norm(norm_type) else None
     if kernels is not None:
         reading = _native_reading(kernels, tensors, norm_type, unit_dim=unit_dim, with_peaks=with_peaks)
         if reading is not None:
@@ -156,7 +158,7 @@ def _native_reading(
     """The same by the native kernels; None where one of the tensors is not for them."""
     if unit_dim is None and not with_peaks:
         if (found := kernels.norms(list(tensors), norm_type)) is not None:
-            return Reading(found[0], total=found[1], are_apart=found[2])
+            return Reading(found[0], total=found[1], table=found[2])
         found = kernels.norms([entries_to_read(tensor) for tensor in tensors], norm_type)
         return None if found is None else Reading(found[0], total=found[1])
     # What sparse, complex and sharded tensors hold is dense, but not cut into units as they are.

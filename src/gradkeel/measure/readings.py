@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from gradkeel.kernels.native import Table
 from gradkeel.measure.powers import Reading, read, unit_count, wide_dtype
 from gradkeel.norms import GradientNorms, Needs, combine
 from gradkeel.selection import Selection
@@ -22,7 +23,7 @@ class Readings:
         norms, units, peaks: as in `gradkeel.norms.GradientNorms`; n parameters, u units.
         weights, unit_weights: of the parameters themselves, where asked for.
         total: norm of all of them together, where it is known already: a number of the host's, or [] on an accelerator.
-        are_apart: whether it is known that no two of the gradients begin at one address.
+        table: as in `gradkeel.measure.powers.Reading`; None where a parameter has no gradient.
     """
 
     present: tuple[bool, ...]
@@ -32,7 +33,7 @@ class Readings:
     weights: Tensor | None = None
     unit_weights: Tensor | None = None
     total: Tensor | float | None = None
-    are_apart: bool = False
+    table: Table | None = None
 
 
 class Members(Protocol):
@@ -118,7 +119,7 @@ def readings(selection: Selection, needs: Needs, device: torch.device) -> Readin
                 reading.units,
                 reading.peaks,
                 total=reading.total,
-                are_apart=reading.are_apart,
+                table=reading.table,
             )
     else:
         present = tuple(parameter.grad is not None for parameter in selection.parameters)
@@ -146,13 +147,16 @@ def true_norms(
     """``blank`` with the norms of the true gradients of a step: those of the stored ones times ``prescale``."""
     if not blank.names:
         return blank
-    norms = _times(found.norms, prescale)
-    total: Any
-    if isinstance(found.total, Tensor):
-        total = _times(found.total, prescale)
-    elif found.total is not None and isinstance(prescale, float):
-        total = found.total * prescale
-    else:
+    norms, units, peaks = found.norms, found.units, found.peaks
+    total: Any = found.total
+    if not (isinstance(prescale, float) and prescale == 1.0):
+        norms = norms * prescale
+        units = None if units is None else units * prescale
+        peaks = None if peaks is None else peaks * prescale
+        # What the host knows stays a number of the host's.
+        is_known = isinstance(total, Tensor) or isinstance(prescale, float)
+        total = total * prescale if total is not None and is_known else None
+    if total is None:
         total = combine(norms, blank.norm_type)
     return GradientNorms(
         names=blank.names,
@@ -163,11 +167,11 @@ def true_norms(
         step=step,
         sizes=blank.sizes,
         weights=found.weights,
-        units=None if found.units is None else _times(found.units, prescale),
+        units=units,
         unit_weights=found.unit_weights,
         unit_counts=blank.unit_counts,
         unit_sizes=blank.unit_sizes,
-        peaks=None if found.peaks is None else _times(found.peaks, prescale),
+        peaks=peaks,
         loss=loss,
     )
 
@@ -189,7 +193,3 @@ def _spread_units(values: Tensor, counts: list[int], present: tuple[bool, ...]) 
             for count, here in zip(counts, present, strict=True)
         ]
     )
-
-
-def _times(values: Tensor, prescale: Tensor | float) -> Tensor:
-    return values if isinstance(prescale, float) and prescale == 1.0 else values * prescale

@@ -111,11 +111,10 @@ class Cell(Cells):
 
 def plain_cells(measured: GradientNorms, scope: Scope) -> Sequence[Cell]:
     """The cells in plain numbers, where they are few and on the host; else none."""
-    norms = measured.norms
-    if not is_on_host(norms) or norms.dtype != torch.float64:
-        return ()
-    total = measured.known_total
-    if isinstance(total, Tensor):
+    norms, total = measured.norms, measured.known_total
+    if isinstance(total, Tensor):  # else it was the host that read the gradients
+        if not is_on_host(norms) or norms.dtype != torch.float64:
+            return ()
         total = total.item()
     if scope == "global":
         return (Cell(measured, scope, 0, total, total),)

@@ -114,7 +114,6 @@ class Recorder:
         self._problems: list[str] = []
         self._file: RecordFile | None = None
         self._outbox: Outbox | None = None
-        self._taken_over = False
         self._open()
 
     def _open(self) -> None:
@@ -145,7 +144,10 @@ class Recorder:
             and self._file.is_at(path)
         ):
             self.close()
-            self._taken_over = True
+            self._problems.append(
+                f"recording stopped: another guard of this process records to {self.path} now; give each optimizer a "
+                "record of its own; training goes on"
+            )
 
     def bind(self, guard: Guarded) -> None:
         """Learn from the guard what is recorded: names, shapes, policy, optimizer; opens what was closed."""
@@ -177,12 +179,6 @@ class Recorder:
         """Take note of a step; does not sync the host."""
         if self._problems:
             self._warn_of_problems()
-        if self._taken_over:
-            self._taken_over = False
-            _warn(
-                f"recording stopped: another guard of this process records to {self.path} now; give each optimizer a "
-                "record of its own; training goes on"
-            )
         sample = None if self._before is None else self._before.sample()
         self._before = None
         if self._outbox is None or not self._outbox.is_open:

@@ -39,21 +39,24 @@ class Sampling:
         self._seen += 1
         step = measured.step
         jump = self._jump(measured) if measured.norms.is_cpu else 0.0
-        if not jump <= ALARM or (
-            rate is not None and self._rate is not None and rate > RATE_ALARM * self._rate
-        ):
+        if rate != self._rate:
+            if rate is not None and self._rate is not None and rate > RATE_ALARM * self._rate:
+                self._alarmed_until = step + AFTER_ALARM
+            self._rate = rate
+        if not jump <= ALARM:
             self._alarmed_until = step + AFTER_ALARM
-        self._rate = rate
         updates = self._seen <= FIRST_STEPS or step % EVERY == 0 or step <= self._alarmed_until
         return updates or not jump <= SUSPICION, updates
 
     def _jump(self, measured: GradientNorms) -> float:
-        """The norm relative to the highest of the last steps; NaN where it is not finite."""
-        total = float(measured.known_total)
-        highest = max(self._recent, default=math.inf)
+        """The norm relative to the highest of the last steps, or to the last; NaN where it is not finite."""
+        total, recent = float(measured.known_total), self._recent
         if not math.isfinite(total):
             return math.nan
-        self._recent.append(total)
+        highest = recent[-1] if recent else math.inf
+        if total > SUSPICION * highest:  # the last alone says too little
+            highest = max(recent)
+        recent.append(total)
         return total / highest if highest > 0 else 0.0
 
 
