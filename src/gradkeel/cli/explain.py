@@ -44,12 +44,12 @@ def _tell(explanation: "Explanation") -> None:
 
     from rich.text import Text
 
-    from gradkeel.cli.screen import console, sentences, tables
+    from gradkeel.cli.screen import console, flowing, sentences, tables
     from gradkeel.explain import words
 
     here = console()
     for i, (title, lines) in enumerate(words.paragraphs(explanation)):
-        here.print(Text(shown(title), style="bold" if i == 1 else ""))
+        here.print(flowing(Text(shown(title), style="bold" if i == 1 else "")))
         here.print(sentences([("  -", line) for line in lines]), end="")
         here.print()
     if explanation.threshold is not None:

@@ -56,7 +56,7 @@ def _told(run: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         return run(*args, **kwargs)
     except UsageError as error:
-        if language() == "en":
+        if language() == "en" or type(error).__name__ == "NoArgsIsHelpError":
             raise
         if error.ctx is not None:
             hint = say("Try '{command} --help' for help.", command=error.ctx.command_path)

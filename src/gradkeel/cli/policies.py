@@ -64,12 +64,12 @@ def _list(chosen: "tuple[PolicyDescription, ...]") -> None:
 def _tell(one: "PolicyDescription") -> None:
     from rich.text import Text
 
-    from gradkeel.cli.screen import console, sentences
+    from gradkeel.cli.screen import console, flowing, sentences
 
     here = console()
     here.print(_heading(one))
     for paragraph in one.details.split("\n\n"):
-        here.print(_text(heard(paragraph)))
+        here.print(flowing(_text(heard(paragraph))))
     here.print()
     formula, spec, cost, source = _facts(one)
     parameters = []

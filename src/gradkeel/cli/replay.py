@@ -6,7 +6,7 @@ import typer
 
 from gradkeel.cli.errors import note_damage, reported
 from gradkeel.cli.options import Run
-from gradkeel.language import say, shown
+from gradkeel.language import say
 
 if TYPE_CHECKING:
     from gradkeel.explain import Replay
@@ -48,17 +48,17 @@ def command(
             )
         )
         return
-    from gradkeel.cli.screen import console, tables
+    from gradkeel.cli.screen import console, flowing, tables
 
     here = console()
-    here.print(shown(about), "", sep="\n", markup=False)
+    here.print(flowing(about), "", sep="\n")
     head = [
         say("policy"), say("clipped"), say("skipped"), say("mean coefficient"), say("differs from live in"),
     ]  # fmt: skip
     for piece in tables(head, [_cells(result) for result in replays], width=here.width):
         here.print(piece, "", sep="\n")
     exact = say("Exact for this trajectory only: under another policy the norms would have been others.")
-    here.print(shown(exact))
+    here.print(flowing(exact))
 
 
 def _cells(result: "Replay") -> list[str]:

@@ -85,9 +85,16 @@ def sentences(lines: Sequence[tuple[str, "str | Text"]], *, style: str = "dim", 
     grid.add_column(min_width=label, no_wrap=True)
     grid.add_column(overflow="fold")
     for name, words in lines:
-        text = Text(shown(words)) if isinstance(words, str) else words
-        grid.add_row(Text(shown(name), style=style), text if language() == "en" else _Chinese(text))
+        grid.add_row(Text(shown(name), style=style), flowing(words))
     return grid
+
+
+def flowing(words: "str | Text") -> "Text | _Chinese":
+    """A paragraph in the reader's language, wrapped as that language is."""
+    from rich.text import Text
+
+    text = Text(shown(words)) if isinstance(words, str) else words
+    return text if language() == "en" else _Chinese(text)
 
 
 class _Chinese:

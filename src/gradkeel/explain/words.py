@@ -252,7 +252,7 @@ def _run(explanation: "Explanation") -> str:
         first=explanation.first_step,
         last=explanation.last_step,
         parameters=explanation.parameters,
-        optimizer=f"{explanation.optimizer}, " if explanation.optimizer else "",
+        optimizer=say("{optimizer}, ", optimizer=explanation.optimizer) if explanation.optimizer else "",
         policy=explanation.policy,
         clipped=explanation.clipped,
         skipped=explanation.skipped,

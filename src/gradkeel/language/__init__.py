@@ -22,6 +22,9 @@ _WIDE = "\u3000-\u303f\u4e00-\u9fff\uff00-\uffef"
 # What a line may not be broken within: a word, or a Chinese character, with the punctuation that belongs to it.
 _PIECE = re.compile(rf"[（《“]*(?:[^\s{_WIDE}“”]+|[{_WIDE}])[，。；：、）》”！？]*\s*|\s+")
 
+# A space of the template beside Chinese that was filled in, where a number or a name was expected.
+_GAP = re.compile(rf" \0(?=[{_WIDE}])|(?<=[{_WIDE}])\0 ")
+
 _chosen: dict[str, str] = {}
 
 
@@ -74,12 +77,17 @@ def shown(text: str) -> str:
         return text
     if language() == "en":
         return str(text)
-    values = {name: shown(value) if isinstance(value, str) else value for name, value in text.values.items()}
+    if not text.values:
+        return _translated(str(text))
+    values = {
+        name: f"\0{shown(value)}\0" if isinstance(value, Said) else value
+        for name, value in text.values.items()
+    }
     if text.template is None:
-        return "".join(map(str, values.values()))
-    if not values:
-        return _translated(text.template)
-    return _table().get(text.template, text.template).format(**values)
+        result = "".join(map(str, values.values()))
+    else:
+        result = _table().get(text.template, text.template).format(**values)
+    return _GAP.sub("", result).replace("\0", "")
 
 
 def language() -> str:
@@ -147,7 +155,7 @@ def _table() -> dict[str, str]:
 @functools.cache
 def _shapes() -> list[tuple[re.Pattern[str], str]]:
     return [
-        (re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>.+?)", re.escape(english)), re.DOTALL), chinese)
+        (re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>.*?)", re.escape(english)), re.DOTALL), chinese)
         for english, chinese in _sections()[OTHERS].items()
         if "{" in english
     ]
