@@ -49,11 +49,11 @@ def _find(name: str) -> "PolicyDescription":
 
 
 def _list(chosen: "tuple[PolicyDescription, ...]") -> None:
-    from gradkeel.cli.screen import console, sentences
+    from gradkeel.cli.screen import console, flowing, sentences
 
     here = console()
     for one in chosen:
-        here.print(_heading(one))
+        here.print(flowing(_heading(one)))
         here.print(sentences(_facts(one), label=9))
         here.print()
     more = say("gradkeel policies NAME tells one in full; POLICY,exclude=*.bias leaves parameters out")
@@ -67,7 +67,7 @@ def _tell(one: "PolicyDescription") -> None:
     from gradkeel.cli.screen import console, flowing, sentences
 
     here = console()
-    here.print(_heading(one))
+    here.print(flowing(_heading(one)))
     for paragraph in one.details.split("\n\n"):
         here.print(flowing(_text(heard(paragraph))))
     here.print()

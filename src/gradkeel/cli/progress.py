@@ -78,9 +78,9 @@ def print_result(comparison: "Comparison") -> None:
     here = console()
     here.print(_tables(comparison, comparison.plan.target or "", here.width))
     *lines, (label, command) = findings(comparison).lines()
-    here.print(sentences([(f"{shown(name)} ", text) for name, text in lines], style="bold cyan"))
+    columns = max(width(shown(name)) for name in (label, *(name for name, _ in lines))) + 2
+    here.print(sentences([(shown(name), text) for name, text in lines], style="bold cyan", label=columns - 1))
     # A command is not wrapped: it must survive being copied.
-    columns = max(width(shown(name)) for name, _ in lines) + 2
     here.print(Text(padded(shown(label), columns), style="bold cyan"), Text(command), sep="", soft_wrap=True)
     here.print()
 

@@ -1,5 +1,6 @@
 """What commands print: tables and wrapped sentences, on terminals of any width; rich is imported when it is needed."""
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -104,10 +105,10 @@ class _Chinese:
         self._text = text
 
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "Iterator[RenderableType]":
-        from rich.text import Text
-
-        for line in wrapped(self._text.plain, options.max_width):
-            yield Text(line, style=self._text.style)
+        ends = itertools.accumulate(map(len, wrapped(self._text.plain, options.max_width)))
+        for line in self._text.divide(list(ends)[:-1]):
+            line.rstrip()
+            yield line
 
     def __rich_measure__(self, console: "Console", options: "ConsoleOptions") -> "Measurement":
         from rich.measure import Measurement

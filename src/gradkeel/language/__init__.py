@@ -78,7 +78,7 @@ def shown(text: str) -> str:
     if language() == "en":
         return str(text)
     if not text.values:
-        return _translated(str(text))
+        return _translated(text.template or "")
     values = {
         name: f"\0{shown(value)}\0" if isinstance(value, Said) else value
         for name, value in text.values.items()
@@ -118,7 +118,10 @@ def padded(text: str, columns: int, *, right: bool = False) -> str:
 
 
 def wrapped(text: str, columns: int) -> list[str]:
-    """Lines of so many columns: Chinese is broken between any two characters, but not before its punctuation."""
+    """Lines of so many columns, which together are the text.
+
+    Chinese is broken between any two characters, but not before its punctuation. Spaces at a line's end may stand out.
+    """
     lines = [""]
     for piece in _PIECE.findall(text):
         if width(lines[-1] + piece.rstrip()) > columns and lines[-1]:
@@ -127,7 +130,7 @@ def wrapped(text: str, columns: int) -> list[str]:
             if width(lines[-1] + character) > columns and character.strip():
                 lines.append("")
             lines[-1] += character
-    return [line.rstrip() for line in lines]
+    return lines
 
 
 def _translated(text: str) -> str:
