@@ -135,7 +135,7 @@ def _norm(reader: Reader, steps: Tensor, marks: list[Mark]) -> Section:
     bounds = reader.bounds()
     if bool(torch.isfinite(bounds).any()):
         lines.append(Trace(say("bound"), bucket(steps, bounds, COLUMNS), GREY, "dash"))
-    kind = "inf-norm" if math.isinf(reader.norm_type) else f"{reader.norm_type:g}-norm"
+    kind = say("{p:g}-norm", p=reader.norm_type)
     told = say("The {kind} of the gradients that the main policy looks at, taken together.", kind=kind)
     text = join([told, say("The strips below mark steps.") if strips else "", _bucketed(raw)])
     figure = traces(lines, y_title=say("gradient norm"), marks=marks, strips=strips)

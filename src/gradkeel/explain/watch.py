@@ -10,7 +10,7 @@ from zlib import crc32
 
 from gradkeel.errors import RecordError
 from gradkeel.explain.run_page import run_page
-from gradkeel.language import heard, language, say, shown
+from gradkeel.language import heard, say, shown
 from gradkeel.record import Reader
 
 # New figures take the place of the old ones in their elements, so that a zoom stays; plotly's script, megabytes, is not
@@ -95,7 +95,7 @@ class RunPage:
             if self._path.exists():
                 words = say("Nothing to show: {error}", error=heard(error.args[0]))
         return (
-            f"<!doctype html><html lang='{language()}'><head><meta charset='utf-8'><title>gradkeel</title></head>\n"
+            f"<!doctype html><html><head><meta charset='utf-8'><title>gradkeel</title></head>\n"
             f"<body>{escape(shown(words))}</body></html>"
         )
 

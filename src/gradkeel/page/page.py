@@ -9,6 +9,7 @@ from typing import Any
 from gradkeel.errors import MissingExtraError
 from gradkeel.language import language, shown
 
+_TAGS = {"en": "en", "zh": "zh-Hans"}  # of languages, as HTML has them
 _CONFIG = {
     "responsive": True,
     "displaylogo": False,
@@ -66,7 +67,7 @@ def page(title: str, subtitle: str, lines: Sequence[Line], sections: Sequence[Se
     heads = "".join(f"<dt>{_escaped(line.label)}</dt><dd>{_text(line)}</dd>" for line in lines)
     body = "\n".join(_section(section, i) for i, section in enumerate(sections))
     return (
-        f'<!doctype html>\n<html lang="{language()}">\n<head>\n<meta charset="utf-8">\n'
+        f'<!doctype html>\n<html lang="{_TAGS[language()]}">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{_escaped(title)}</title>\n<style>{_STYLE}</style>\n{script}\n</head>\n<body>\n<main>\n"
