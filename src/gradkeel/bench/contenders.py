@@ -10,6 +10,7 @@ from gradkeel.attaching import attach
 from gradkeel.bench.stopwatch import Contender
 from gradkeel.bench.workload import Gradients
 from gradkeel.functional import clip_grad_norm_
+from gradkeel.language import say
 from gradkeel.policies import ClipByGlobalNorm, Policy
 
 TORCH = "torch clip_grad_norm_"
@@ -72,7 +73,7 @@ def steps(gradients: Gradients, bound: float) -> list[Contender]:
     return [
         torch_clip_and_step(gradients, bound, torchs),
         guarded_step(gradients, ClipByGlobalNorm(bound), own),
-        Contender("step without clipping", plain.step, gradients.refill),
+        Contender(say("step without clipping"), plain.step, gradients.refill),
     ]
 
 

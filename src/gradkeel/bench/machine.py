@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from gradkeel.doctor import accelerator_route, cpu_route
+from gradkeel.language import say
 
 
 def machine(device: torch.device) -> str:
@@ -14,12 +15,17 @@ def machine(device: torch.device) -> str:
     if route is None:
         route = cpu_route()
     name = route.name or processor()
-    threads = f", {route.threads} threads" if route.threads else ""
-    path = {"native": f"native kernels ({route.level})", "torch": "torch's operations"}.get(
-        route.path, route.path
+    path = {
+        "native": say("native kernels ({level})", level=route.level), "torch": say("torch's operations")
+    }.get(route.path, route.path)  # fmt: skip
+    return say(
+        "{name}{threads}, gradkeel's {path}, Python {python}, torch {torch}",
+        name=name,
+        threads=say(", {n} threads", n=route.threads) if route.threads else "",
+        path=path,
+        python=platform.python_version(),
+        torch=torch.__version__,
     )
-    python = platform.python_version()
-    return f"{name}{threads}, gradkeel's {path}, Python {python}, torch {torch.__version__}"
 
 
 def processor() -> str:

@@ -12,6 +12,7 @@ from gradkeel.bench.contenders import clips, steps
 from gradkeel.bench.stopwatch import AGAIN, Race, Table, race
 from gradkeel.bench.workload import READ, SHAPES, Gradients, Shapes
 from gradkeel.compare.task import BUILTIN, Task, TaskError, load_task, named_object, unknown
+from gradkeel.language import say
 
 
 def shapes_of(model: str) -> Shapes:
@@ -65,11 +66,14 @@ def bench(gradients: Gradients, *, rounds: int, seconds: float | None = None) ->
         race, rounds=rounds, seconds=seconds, synchronize=synchronizer(gradients.device)
     )
     tables = []
-    for factor, words in ((2.0, "below"), (1 / 3, "above")):
+    for factor, titles in (
+        (2.0, (say("clip, norm below the bound"), say("clip and AdamW step, norm below the bound"))),
+        (1 / 3, (say("clip, norm above the bound"), say("clip and AdamW step, norm above the bound"))),
+    ):
         bound = factor * gradients.norm
         tables += [
-            Table(f"clip, norm {words} the bound", timed(clips(gradients, bound))),
-            Table(f"clip and AdamW step, norm {words} the bound", timed(steps(gradients, bound))),
+            Table(titles[0], timed(clips(gradients, bound))),
+            Table(titles[1], timed(steps(gradients, bound))),
         ]
     return tables
 

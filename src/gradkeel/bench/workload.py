@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from gradkeel.bench.stopwatch import Contender
+from gradkeel.language import say
 
 Shapes = Sequence[tuple[int, ...]]
 
-READ = "one read of the gradients"
+READ = say("one read of the gradients")
 """The limit: no clip can be faster than to look at every gradient once."""
 
 
