@@ -45,10 +45,10 @@ def _without_option(args: list[str]) -> tuple[list[str], str | None]:
     kept, chosen, words = [], None, iter(args[:stop])
     for word in words:
         name, equals, value = word.partition("=")
-        if name != OPTION:
+        if name == OPTION:
+            chosen = value if equals else next(words, "")
+        else:
             kept.append(word)
-        elif (chosen := value if equals else next(words, None)) is None:
-            kept.append(word)  # Typer says that it needs a value
     return [*kept, *args[stop:]], chosen
 
 
