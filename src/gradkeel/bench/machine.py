@@ -1,4 +1,4 @@
-"""On what something was measured, in words."""
+"""This module says in words on what something was measured."""
 
 import platform
 from pathlib import Path
@@ -10,7 +10,7 @@ from gradkeel.language import say
 
 
 def machine(device: torch.device) -> str:
-    """Processor, threads, versions, and which code measures the gradients there."""
+    """Name processor, threads, versions, and which code measures the gradients there."""
     route = accelerator_route() if device.type != "cpu" else None
     if route is None:
         route = cpu_route()
@@ -29,7 +29,7 @@ def machine(device: torch.device) -> str:
 
 
 def processor() -> str:
-    """The processor's name, as far as it tells."""
+    """Return the processor's name, as far as it tells."""
     info = Path("/proc/cpuinfo")
     for line in info.read_text(encoding="utf-8").splitlines() if info.exists() else ():
         key, _, value = line.partition(":")

@@ -1,4 +1,4 @@
-"""The short form of the benchmarks: the user's own machine, and the user's own model."""
+"""The short form of the benchmarks takes the user's own machine, and the user's own model."""
 
 import functools
 import math
@@ -16,7 +16,7 @@ from gradkeel.language import say
 
 
 def shapes_of(model: str) -> Shapes:
-    """The shapes of a model's parameters.
+    """Return the shapes of a model's parameters.
 
     Args:
         model: a name in ``SHAPES``, a built-in task's, or ``package.module:name`` of a module, a `Task`, or a function
@@ -79,12 +79,12 @@ def bench(gradients: Gradients, *, rounds: int, seconds: float | None = None) ->
 
 
 def synchronizer(device: torch.device) -> Callable[[], None]:
-    """Waits until the device has done its work."""
+    """Return a function that waits until the device has done its work."""
     return (lambda: None) if device.type == "cpu" else lambda: torch.accelerator.synchronize(device)
 
 
 def document(model: str, machine: str, gradients: Gradients, tables: Sequence[Table]) -> dict[str, Any]:
-    """The result, as JSON has it: times in milliseconds, ratios as quartiles."""
+    """Return the result as JSON has it: times in milliseconds, ratios as quartiles."""
     return {
         "version": 1,
         "model": model,

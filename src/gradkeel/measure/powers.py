@@ -1,4 +1,4 @@
-"""Norms of local tensors, exact to float64's last digits but for the rounding of 4096-entry blocks.
+"""Norms of local tensors are exact to float64's last digits but for the rounding of 4096-entry blocks.
 
 On CPU the native kernels read where they are in use, torch's own operations elsewhere; the choice is made here.
 """
@@ -28,7 +28,7 @@ _SAFE_FLOAT32 = (1e-15, 1e18)
 
 @dataclass(slots=True, eq=False)
 class Reading:
-    """What one read of k tensors gave, in float64 (float32 on devices without it).
+    """One read of k tensors gave this, in float64 (float32 on devices without it).
 
     Attributes:
         norms: [k] norm of each tensor.
@@ -53,7 +53,7 @@ def read(
     unit_dim: int | None = None,
     with_peaks: bool = False,
 ) -> Reading:
-    """Norms of tensors of any layout, and those of the units along ``unit_dim`` and the peaks where asked for.
+    """Return norms of tensors of any layout, and those of the units along ``unit_dim`` and the peaks where asked for.
 
     A tensor whose entries are all finite has finite norms; a NaN or inf entry gives NaN or inf. On an accelerator all
     sums are float64 to begin with, and the host is not synced.
@@ -79,7 +79,7 @@ def _reading(
     unit_dim: int | None,
     with_peaks: bool,
 ) -> Reading:
-    """The same of real strided tensors by torch's operations and Triton's kernels.
+    """Read real strided tensors by torch's operations and Triton's kernels.
 
     ``placed`` has each entry at its place: units are cut of these. CPU-offloaded tensors may stand beside those on an
     accelerator: each device reads its own.
@@ -133,17 +133,17 @@ def _units_in_order(
 
 
 def tensor_norms(tensors: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
-    """[k] norm of each tensor: `read` for norms alone."""
+    """Return [k] the norm of each tensor: `read` for norms alone."""
     return read(tensors, norm_type, device).norms
 
 
 def unit_count(shape: Sequence[int], dim: int) -> int:
-    """How many units a tensor of this shape has: its size along ``dim``, or 1 with at most one dimension."""
+    """Count the units of a tensor of this shape: its size along ``dim``, or 1 with at most one dimension."""
     return 1 if len(shape) <= 1 else shape[dim]
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
-    """The dtype in which norms are combined: float64, or float32 on devices that have no float64."""
+    """Return the dtype in which norms are combined: float64, or float32 on devices that have no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -155,7 +155,7 @@ def _native_reading(
     unit_dim: int | None,
     with_peaks: bool,
 ) -> Reading | None:
-    """The same by the native kernels; None where one of the tensors is not for them."""
+    """Read by the native kernels; None where one of the tensors is not for them."""
     if unit_dim is None and not with_peaks:
         if (found := kernels.norms(list(tensors), norm_type)) is not None:
             return Reading(found[0], total=found[1], table=found[2])
@@ -182,7 +182,7 @@ def _cpu_reading(tensors: Sequence[Tensor], norm_type: float, *, unit_dim: int |
 
 
 def _cpu_norms(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-    """[k] float64 norms of CPU tensors: long ones by blocks, the rest in one foreach call a dtype."""
+    """Return [k] float64 norms of CPU tensors: long ones by blocks, the rest in one foreach call a dtype."""
     result = torch.zeros(len(tensors), dtype=torch.float64, device="cpu")
     short: dict[torch.dtype, list[int]] = {}
     # Other powers are rare, and their float32 sums lose more; they are summed in float64 throughout, which is slow.
@@ -216,14 +216,14 @@ def _blocked_norm(tensor: Tensor, norm_type: float) -> Tensor:
 
 
 def _storage_order(tensor: Tensor) -> Tensor:
-    """All entries as a flat tensor, without a copy where they lie densely in memory in another order."""
+    """Return all entries as a flat tensor, without a copy where they lie densely in memory in another order."""
     strides = tensor.stride()
     order = sorted(range(tensor.dim()), key=lambda dim: -strides[dim])
     return tensor.permute(order).reshape(-1)
 
 
 def _redone(norms: Tensor, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-    """Norms with those outside the safe range of their sums computed again in float64, relative to what counts most.
+    """Compute norms outside the safe range of their sums again in float64, relative to what counts most.
 
     That is max |g|, and min |g| for a negative order.
     """
@@ -245,7 +245,7 @@ def _redone(norms: Tensor, tensors: Sequence[Tensor], norm_type: float) -> Tenso
 
 
 def unit_norms(tensor: Tensor, units: int, dim: int, norm_type: float) -> Tensor:
-    """[units] float64 norm of each slice along ``dim`` of a CPU tensor; ``units == 1`` takes it as one unit."""
+    """Return [units] the float64 norm of each slice along ``dim`` of a CPU tensor; ``units == 1`` takes it as one."""
     rows = tensor.reshape(1, -1) if units == 1 else tensor.movedim(dim, 0).flatten(1)
     if tensor.dtype == torch.float64 or rows.shape[1] > BLOCK or not rows.numel():
         return foreach.row_norms(rows, norm_type, torch.float64)

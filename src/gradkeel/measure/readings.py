@@ -16,7 +16,7 @@ from gradkeel.tensors import local_parts
 
 @dataclass(slots=True, eq=False)
 class Readings:
-    """The norms of a selection's stored gradients, without prescale: one rank's, or all ranks' together.
+    """Readings are norms of a selection's stored gradients, without prescale: one rank's, or all ranks' together.
 
     Attributes:
         present: which of the parameters have a gradient.
@@ -41,18 +41,18 @@ class Members(Protocol):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Their names."""
+        """They have these names."""
 
     @property
     def groups(self) -> tuple[int, ...]:
-        """Their groups' indices in the optimizer."""
+        """Their groups have these indices in the optimizer."""
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Their numbers of entries."""
+        """They have so many entries."""
 
     def units(self, dim: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """How many units along ``dim`` each has, and how many entries a unit."""
+        """Return how many units along ``dim`` each has, and how many entries a unit."""
 
 
 @torch.no_grad()
@@ -65,7 +65,7 @@ def measure(
     step: int = 1,
     loss: Tensor | None = None,
 ) -> tuple[GradientNorms, tuple[bool, ...]]:
-    """Norms of a selection's gradients times ``prescale``, and which of its parameters had a gradient.
+    """Return norms of a selection's gradients times ``prescale``, and which of its parameters had a gradient.
 
     Args:
         selection: n parameters; one without a gradient gets the norm 0.
@@ -83,7 +83,7 @@ def measure(
 
 
 def blank_norms(members: Members, needs: Needs, device: torch.device) -> GradientNorms:
-    """Norms of the right shapes on which nothing has been measured: all 0."""
+    """Return norms of the right shapes, all 0."""
     counts, unit_sizes = members.units(needs.unit_dim)
     zeros = partial(torch.zeros, dtype=wide_dtype(device), device=device)
     count, has_units = len(members.names), needs.unit_dim is not None
@@ -105,7 +105,7 @@ def blank_norms(members: Members, needs: Needs, device: torch.device) -> Gradien
 
 
 def readings(selection: Selection, needs: Needs, device: torch.device) -> Readings:
-    """Norms of a selection's gradients as they are stored on this rank; does not sync the host on an accelerator."""
+    """Read a selection's gradients as they are stored on this rank; does not sync the host on an accelerator."""
     held = [gradient for parameter in selection.parameters if (gradient := parameter.grad) is not None]
     reading = read(
         local_parts(held), needs.norm_type, device, unit_dim=needs.unit_dim, with_peaks=needs.peaks
@@ -144,7 +144,7 @@ def readings(selection: Selection, needs: Needs, device: torch.device) -> Readin
 def true_norms(
     blank: GradientNorms, found: Readings, prescale: Tensor | float, *, step: int, loss: Tensor | None
 ) -> GradientNorms:
-    """``blank`` with the norms of the true gradients of a step: those of the stored ones times ``prescale``."""
+    """Return ``blank`` with the norms of a step's true gradients: those of the stored ones times ``prescale``."""
     if not blank.names:
         return blank
     norms, units, peaks = found.norms, found.units, found.peaks

@@ -51,7 +51,7 @@ def total_norm(
 
 
 def measure_total(tensors: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
-    """[] float64 norm of all these tensors; see `total_norm`."""
+    """Return [] the float64 norm of all these tensors; see `total_norm`."""
     return torch.as_tensor(total_norm(tensors, norm_type, device)[0], dtype=torch.float64)
 
 
@@ -63,7 +63,7 @@ def _over_ranks(
     norm_type: float,
     device: torch.device,
 ) -> Tensor:
-    """[] the norm over all ranks; ``alike`` lie in all the ways that any rank's tensors do."""
+    """Return [] the norm over all ranks; ``alike`` lie in all the ways that any rank's tensors do."""
     counting = {
         key: is_first_copy(one) if is_distributed(one) else ranks.here == 0
         for key, one in {placement_key(one): one for one in alike}.items()
@@ -77,7 +77,7 @@ def _over_ranks(
 
 
 def _here(parts: Sequence[Tensor], counts: Sequence[bool], norm_type: float, device: torch.device) -> Tensor:
-    """[] the norm of what counts on this rank, and of what is not finite; of nothing what changes no norm."""
+    """Return [] the norm of what counts on this rank, or is not finite here; of nothing, what changes no norm."""
     held = [(part, is_counted) for part, is_counted in zip(parts, counts, strict=True) if part.numel()]
     nothing = math.inf if norm_type < 0 else 0.0
     if not held:

@@ -64,6 +64,18 @@ class Kept:
     clipped_total: Tensor | None
     sample: Sample | None
 
+    @classmethod
+    def of(
+        cls, report: StepReport, time: float, scalars: dict[str, Tensor | float], sample: Sample | None
+    ) -> "Kept":
+        """Take from a report what must be taken at once: what reads gradients, and tensors that are the user's."""
+        main = report.selections[0]
+        for name, value in scalars.items():
+            if type(value) is not float:
+                scalars[name] = _own(value, main.measured.norms)
+        total = None if main.decision.clamp is None else main.clipped_total()
+        return cls(report, time, scalars, total, sample)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
@@ -107,15 +119,6 @@ class Rows:
             columns[name] = (self.series["verdict"] & bit).bool().double().tolist()
         for i, step in enumerate(self.steps):
             yield step, {name: column[i] for name, column in columns.items() if not math.isnan(column[i])}
-
-
-def keep(report: StepReport, time: float, scalars: dict[str, Tensor | float], sample: Sample | None) -> Kept:
-    """Take from a report what must be taken at once: what reads gradients, and tensors that are the user's."""
-    main = report.selections[0]
-    for name, value in scalars.items():
-        if type(value) is not float:
-            scalars[name] = _own(value, main.measured.norms)
-    return Kept(report, time, scalars, None if main.decision.clamp is None else main.clipped_total(), sample)
 
 
 def _own(value: Tensor | float, like: Tensor) -> Tensor | float:
