@@ -45,10 +45,10 @@ def _without_option(args: list[str]) -> tuple[list[str], str | None]:
     kept, chosen, words = [], None, iter(args[:stop])
     for word in words:
         name, equals, value = word.partition("=")
-        if name != OPTION:
+        if name == OPTION:
+            chosen = value if equals else next(words, "")
+        else:
             kept.append(word)
-        elif (chosen := value if equals else next(words, None)) is None:
-            kept.append(word)  # Typer says that it needs a value
     return [*kept, *args[stop:]], chosen
 
 
@@ -67,6 +67,12 @@ def _told(run: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _line(text: str | None) -> str:
     return " ".join((text or "").split())
+
+
+def _of_option(text: str) -> str:
+    """An option's help, and what Typer writes after it in brackets."""
+    found = re.fullmatch(r"(.*?) \\?\[((?:default|required).*)", text)
+    return f"{shown(heard(found[1]))}  [{shown(heard(found[2]))}" if found else shown(heard(text))
 
 
 def _context(context: type[Any], formatter: type[Any]) -> type[Any]:
@@ -94,14 +100,12 @@ def _formatter(formatter: type[Any]) -> type[Any]:
             first = min(max(width(name) for name, _ in rows), col_max) + col_spacing
             left = " " * self.current_indent
             for name, text in rows:
-                help_text, space, more = text.partition("  [")
-                words = shown(heard(_line(help_text))) + space + shown(heard(more))
-                lines = wrapped(words, max(self.width - first - 2, 10))
+                lines = wrapped(_of_option(_line(text)), max(self.width - first - 2, 10))
                 head = padded(name, first)
                 if width(name) > first - col_spacing:
                     self.write(f"{left}{name}\n")
                     head = " " * first
-                for line in lines or [""]:
+                for line in lines:
                     self.write(f"{left}{head}{line}".rstrip() + "\n")
                     head = " " * first
 

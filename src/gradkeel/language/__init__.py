@@ -20,10 +20,10 @@ OTHERS = "words of others"
 
 _WIDE = "\u3000-\u303f\u4e00-\u9fff\uff00-\uffef"
 # What a line may not be broken within: a word, or a Chinese character, with the punctuation that belongs to it.
-_PIECE = re.compile(rf"[（《“]*(?:[^\s{_WIDE}“”]+|[{_WIDE}])[，。；：、）》”！？]*\s*|\s+")
+_PIECE = rf"[（《“]*(?:[^\s{_WIDE}“”]+|[{_WIDE}])[，。；：、）》”！？]*\s*|\s+"
 
 # A space of the template beside Chinese that was filled in, where a number or a name was expected.
-_GAP = re.compile(rf" \0(?=[{_WIDE}])|(?<=[{_WIDE}])\0 ")
+_GAP = rf" \0(?=[{_WIDE}])|(?<=[{_WIDE}])\0 "
 
 _chosen: dict[str, str] = {}
 
@@ -87,7 +87,7 @@ def shown(text: str) -> str:
         result = "".join(map(str, values.values()))
     else:
         result = _table().get(text.template, text.template).format(**values)
-    return _GAP.sub("", result).replace("\0", "")
+    return re.sub(_GAP, "", result).replace("\0", "")
 
 
 def language() -> str:
@@ -123,7 +123,7 @@ def wrapped(text: str, columns: int) -> list[str]:
     Chinese is broken between any two characters, but not before its punctuation. Spaces at a line's end may stand out.
     """
     lines = [""]
-    for piece in _PIECE.findall(text):
+    for piece in re.findall(_PIECE, text):
         if width(lines[-1] + piece.rstrip()) > columns and lines[-1]:
             lines.append("")
         for character in piece:
