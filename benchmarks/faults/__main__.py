@@ -10,8 +10,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks.faults.judge import score_one, tables
-from benchmarks.faults.plant import scenarios
-from benchmarks.faults.programs import PROGRAMS
+from benchmarks.faults.plant import PROGRAMS, scenarios
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "faults.md"
 

@@ -339,6 +339,14 @@ class Accumulator:
         """[] what sums are multiplied by: 1 / total weight, float16's divisor and the average over ranks undone."""
         return self._open.factor((self._divisor or 1.0) * self._sync.divisor, self.guard.device)
 
+    def mean_of(self, total: float) -> float:
+        """What turns sums of another such total weight, accumulated by backwards of their own, into their mean."""
+        return self._sync.divisor / total if total else 0.0
+
+    def is_of_one(self) -> bool:
+        """Whether all sums are divided by the same number."""
+        return len(self.per) == 1
+
     def is_empty(self) -> bool | Tensor:
         """Whether the window's total weight is 0."""
         return self._open.total == 0

@@ -13,7 +13,9 @@ Restore = Callable[[], None]
 
 
 @contextmanager
-def undisturbed(parameters: Sequence[Tensor], module: nn.Module | None) -> Iterator[Restore]:
+def undisturbed(
+    parameters: Sequence[Tensor], module: nn.Module | None, *, in_place: bool = False
+) -> Iterator[Restore]:
     """Restore parameters, buffers, gradients and randomness bit by bit at the end, after an exception as well.
 
     Yields a function that puts buffers and randomness back to what they were at the beginning, so that each
@@ -25,8 +27,11 @@ def undisturbed(parameters: Sequence[Tensor], module: nn.Module | None) -> Itera
         parameters: the tensors that the caller moves, written through ``.data`` so that a graph that still waits for
             its backward stays valid.
         module: whose buffers are kept; None where there is no module.
+        in_place: copy gradients as well, for a backward inside may write to where they lie, as into the buckets of
+            DistributedDataParallel.
     """
     gradients = [parameter.grad for parameter in parameters]
+    copies = [gradient.clone() if in_place and gradient is not None else None for gradient in gradients]
     values = [parameter.detach().clone() for parameter in parameters]
     restore_buffers = _buffers(module)
     restore_randomness = randomness(parameters)
@@ -40,8 +45,10 @@ def undisturbed(parameters: Sequence[Tensor], module: nn.Module | None) -> Itera
             parameter.grad = None
         yield restart
     finally:
-        for parameter, value, gradient in zip(parameters, values, gradients, strict=True):
+        for parameter, value, gradient, copy in zip(parameters, values, gradients, copies, strict=True):
             parameter.data.copy_(value)
+            if gradient is not None and copy is not None:
+                gradient.data.copy_(copy)  # which nobody takes for a change of the gradient
             parameter.grad = gradient
         restart()
 

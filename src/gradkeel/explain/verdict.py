@@ -18,6 +18,7 @@ TAIL = 10
 HIDDEN = 0.01
 """Clipping that multiplies by less than this hides what the gradients do."""
 _NOISE = 4.0  # times the usual change from step to step
+_SIGNIFICANT = 5.0  # standard errors between two levels of the loss
 _RETURNED = 0.3  # of what training had gained: more than this lost again is not recovered
 _FLAT = 0.02  # of the first loss
 
@@ -50,6 +51,8 @@ class Diagnosis:
         confidence: from 0 to 1; lower where evidence that would have decided was not recorded.
         missing: what was not recorded and would have helped, each with how to record it.
         reasons: the evidence, in sentences.
+        cause: what did it, where that is known: of `AutopsyResult.cause`, or "initialization", "loss_scale",
+            "second_moment_lag", "weights_changed"; else None.
     """
 
     verdict: Verdict
@@ -58,6 +61,7 @@ class Diagnosis:
     confidence: float
     missing: tuple[str, ...]
     reasons: tuple[str, ...]
+    cause: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +105,13 @@ class Signals:
 
 @dataclass(frozen=True, slots=True)
 class _Loss:
-    """What the loss did: its levels at the beginning, at its best and at the end, its noise, and where it left."""
+    """What the loss did: its levels at the beginning, at its best and at the end, what is noise, where it left."""
 
     first: float
     best: float
     last: float
     noise: float
+    error: float
     left: int | None
     is_finite: bool
     is_sudden: bool = True
@@ -125,7 +130,7 @@ class _Loss:
         """Whether it ended far above its best."""
         lost = self.last - self.best
         return not self.is_finite or (
-            lost > max(_NOISE * self.noise, _FLAT * abs(self.first))
+            lost > max(self.error, _FLAT * abs(self.first))
             and lost > _RETURNED * max(self.first - self.best, 0)
         )
 
@@ -350,26 +355,28 @@ def _loss(signals: Signals) -> _Loss | None:
     values, steps = losses[known], signals.steps[known]
     width = min(TAIL, max(1, len(values) // 4))
     first = float(values[0])
-    changes = values.diff().abs()
-    noise = float(changes[: max(1, 3 * len(changes) // 4)].median()) if len(changes) else 0.0
     levels = values.unfold(0, width, 1).median(dim=1).values
     best = int(levels.argmin())
-    last = float(levels[-1]) if len(values) < 3 * TAIL else float(values[-TAIL:].median())
+    tail = width if len(values) < 3 * TAIL else max(TAIL, len(values) // 10)
+    last = float(values[-tail:].median())
     is_finite = not bool(bad[-1])
     lowest = float(levels[best])
-    left = _left(values, best, lowest, last, noise)
+    # What is usual is what was so until the best: a sick run must not hide itself.
+    changes = values[: max(best + width, 2 * TAIL)].diff().abs()
+    noise = float(changes.median()) if len(changes) else 0.0
+    # Standard error of a median of so many, from the usual change between two values.
+    error = _SIGNIFICANT * 1.3 * noise / math.sqrt(width) if len(values) >= 3 * TAIL else _NOISE * noise
+    left = _left(values, best, lowest, last) if last - lowest > error else None
     if left is None:
         onset = None if is_finite else int(signals.steps[bad][0])
-        return _Loss(first, lowest, last, noise, onset, is_finite)
+        return _Loss(first, lowest, last, noise, error, onset, is_finite)
     before, after = values[max(0, left - TAIL) : left], values[left : left + TAIL]
     jump = float(after.median() - before.median()) if len(before) else math.inf
-    return _Loss(first, lowest, last, noise, int(steps[left]), is_finite, jump > 0.5 * (last - lowest))
+    return _Loss(first, lowest, last, noise, error, int(steps[left]), is_finite, jump > 0.5 * (last - lowest))
 
 
-def _left(values: Tensor, best: int, lowest: float, last: float, noise: float) -> int | None:
-    """The first row after the best stretch from which on the loss is above it for good; None where it is not."""
-    if not last - lowest > _NOISE * noise:
-        return None
+def _left(values: Tensor, best: int, lowest: float, last: float) -> int | None:
+    """The first row after the best stretch from which on the loss is above it for good."""
     middle = lowest + 0.4 * (last - lowest)
     lower = (values[best:] <= middle).nonzero().flatten()
     after = best + (int(lower[-1]) + 1 if len(lower) else 0)

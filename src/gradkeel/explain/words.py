@@ -55,15 +55,16 @@ def missing(diagnosis: Diagnosis) -> list[str]:
 def experiments(result: AutopsyResult) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table of an autopsy's experiments."""
     rows = [
-        [e.change, readable(e.norm, 4), "still there" if e.is_bad else "gone"] for e in result.experiments
+        [e.change, readable(e.norm, 4), readable(e.loss, 4), "still there" if e.is_bad else "gone"]
+        for e in result.experiments
     ]
-    return ["changed", "gradient norm", "the fault was"], rows
+    return ["changed", "gradient norm", "loss", "the fault was"], rows
 
 
 def _experiments(result: AutopsyResult) -> list[str]:
     return [
-        f"{change}: gradient norm {norm}, the fault was {outcome}"
-        for change, norm, outcome in experiments(result)[1]
+        f"{change}: gradient norm {norm}, loss {loss}, the fault was {outcome}"
+        for change, norm, loss, outcome in experiments(result)[1]
     ]
 
 
