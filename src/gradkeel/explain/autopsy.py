@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gradkeel.errors import GradkeelWarning
 from gradkeel.explain.inspection import Inspection, in_float32, samples_of, take
+from gradkeel.explain.losses import FEWEST, PAST, loss_limit
 from gradkeel.explain.readable import readable
 from gradkeel.explain.undisturbed import Restore, randomness, undisturbed
 from gradkeel.guard import Guard, SkipReason, StepReport
@@ -28,9 +29,9 @@ from gradkeel.tensors import is_distributed
 Batch = TypeVar("Batch")
 Cause = Literal["sample", "batch", "numerics", "state", "transient", "learning_rate"]
 NOTE = "autopsy."
-_PAST, _FEWEST = 32, 8
+_FEWEST = 8  # norms
 _RATE_ROSE = 2.0
-_LOSS_ROSE, _LOST = 3.0, 0.3  # times the usual spread above the median; of what was learned
+_MOST_LEFT_OUT = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,9 @@ class AutopsyResult:
     def __str__(self) -> str:
         """It in words."""
         size = "the norm was not finite"
-        if self.loss is not None:
+        if self.loss is not None and not math.isfinite(self.loss):
+            size = "the loss was not finite"
+        elif self.loss is not None:
             size = f"the loss was {readable(self.loss)}, its usual {readable(self.usual_loss or 0.0)}"
         elif math.isfinite(self.norm):
             times = f", {readable(self.norm / self.usual)} times its usual" if self.usual else ""
@@ -136,7 +139,7 @@ class Autopsy(Generic[Batch]):
         loss: gives the [] loss of a batch that backward is run on, autocast included, a loss scale not; in a window
             the sum or the mean, as the accumulator's ``reduction`` says. Called again in experiments.
         max_reruns: the step is run again at most so many times for one autopsy.
-        max_autopsies: at most so many in a run.
+        max_autopsies: at most so many in a run of steps that are not finite, and as many of others.
         ratio: how many times the usual a norm is an alarm.
 
     Attributes:
@@ -169,10 +172,11 @@ class Autopsy(Generic[Batch]):
             )
         self.last: AutopsyResult | None = None
         self._guard, self._loss = guard, loss
-        self._max_reruns, self._left, self._ratio = max_reruns, max_autopsies, ratio
-        self._norms: deque[float] = deque(maxlen=_PAST)
-        self._losses: deque[float] = deque(maxlen=_PAST)
-        self._rates: deque[float] = deque(maxlen=_PAST)
+        self._max_reruns, self._ratio = max_reruns, ratio
+        self._left = [max_autopsies, max_autopsies]  # of steps that are not finite, and of those that are
+        self._norms: deque[float] = deque(maxlen=PAST)
+        self._losses: deque[float] = deque(maxlen=PAST)
+        self._rates: deque[float] = deque(maxlen=PAST)
         self._first_loss = math.nan
         self._now: list[tuple[Batch, Restore, Tensor | float]] = []
         self._good: list[_Micro] = []
@@ -226,37 +230,35 @@ class Autopsy(Generic[Batch]):
             return
         step = _weighed(now, guard.window)
         self._rates.append(float(guard.optimizer.param_groups[0].get("lr", 0.0)))
-        norm, loss = report.norm, math.nan
-        if guard.ranks is None:
-            given = report.scalars.get("loss", told)
-            loss = math.nan if given is None else float(given)
+        given = report.scalars.get("loss", told) if guard.ranks is None else None
+        norm, loss = report.norm, math.nan if given is None else float(given)
         usual = statistics.median(self._norms) if len(self._norms) >= _FEWEST else None
         limits = math.inf if usual is None else self._ratio * usual, self._loss_limit()
-        if math.isfinite(norm) and not (norm > limits[0] or loss > limits[1]):
+        is_finite = math.isfinite(norm) and (given is None or math.isfinite(loss))
+        if is_finite and not (norm > limits[0] or loss > limits[1]):
             self._norms.append(norm)
             self._losses.append(loss)
             self._first_loss = loss if math.isnan(self._first_loss) else self._first_loss
             self._good = step
             return
-        if not self._left or not (guard.window is None or guard.window.is_of_one()):
+        if not self._left[is_finite] or not (guard.window is None or guard.window.is_of_one()):
             return
-        self._left -= 1
+        self._left[is_finite] -= 1
         rose = any(b > _RATE_ROSE * a for a, b in itertools.combinations(self._rates, 2))
         with undisturbed(guard.parameters, guard.model, in_place=True) as restart, torch.enable_grad():
             trials = _Trials(guard, self._loss, restart, step, limits, self._max_reruns)
-            result = _examine(trials, report, self._good, usual, rate_rose=rose)
+            result = _examine(trials, report, self._good, usual, is_finite=is_finite, rate_rose=rose)
         if math.isfinite(norm) and not norm > limits[0]:
-            usual_loss = statistics.median(self._losses)
+            usual_loss = statistics.median(self._losses) if self._losses else 0.0
             result = dataclasses.replace(result, loss=loss, usual_loss=usual_loss)
         self.last = self._unwritten = result
 
     def _loss_limit(self) -> float:
-        """From there on a loss is an alarm: by far the highest of the last ones, and a loss of what was learned."""
         known = [loss for loss in self._losses if math.isfinite(loss)]
-        if len(known) < _PAST // 2:
+        if len(known) < FEWEST:
             return math.inf
-        usual, highest = statistics.median(known), max(known)
-        return usual + max(_LOSS_ROSE * (highest - usual), abs(usual), _LOST * (self._first_loss - usual))
+        usual, highest = (torch.tensor(one) for one in (statistics.median(known), max(known)))
+        return float(loss_limit(usual, highest, self._first_loss))
 
     def record(self, report: StepReport) -> None:
         """Write the result into the record, and warn; one of the ranks does."""
@@ -341,7 +343,7 @@ class _Trials:
             )
             loss /= sum(weights) or 1.0
         norm = max(self.told(norm), key=lambda one: math.inf if math.isnan(one) else one)
-        is_bad = not math.isfinite(norm) or norm > self._limits[0] or loss > self._limits[1]
+        is_bad = not math.isfinite(norm + loss) or norm > self._limits[0] or loss > self._limits[1]
         self.done.append(Experiment(change, norm, is_bad, loss))
         return is_bad
 
@@ -383,7 +385,13 @@ class _Trials:
 
 
 def _examine(
-    trials: _Trials, report: StepReport, good: Sequence[_Micro], usual: float | None, *, rate_rose: bool
+    trials: _Trials,
+    report: StepReport,
+    good: Sequence[_Micro],
+    usual: float | None,
+    *,
+    is_finite: bool,
+    rate_rose: bool,
 ) -> AutopsyResult:
     found = _Culprit()
     cause: Cause = "batch"
@@ -391,7 +399,7 @@ def _examine(
     with contextlib.suppress(_EndedError):
         if not trials.run("the same again", trials.step, look.watching()):
             cause = "transient"
-        elif not math.isfinite(report.norm) and not trials.run("in float32", trials.step, in_float32()):
+        elif not is_finite and not trials.run("in float32", trials.step, in_float32()):
             cause = "numerics"
         elif not good or trials.run("the last good batch", good, look.comparing()):
             cause = _of_weights(trials, look, rate_rose=rate_rose)
@@ -487,7 +495,8 @@ def _halved(size: int, is_bad: Callable[[int, int], bool]) -> int | None:
 def _bad_sample(size: int, is_bad: Callable[[str, Sequence[int]], bool]) -> int | None:
     """Index of the one sample that does it; None where there is not exactly one, or they cannot be told apart.
 
-    By halves, and at last by leaving out one: a single sample has no variance, which batch normalization needs.
+    By halves, and at last by leaving out each of those left: a single sample has no variance, which batch normalization
+    needs, and a few of them may look bad by chance.
     """
     if size < 2:
         return None
@@ -497,12 +506,16 @@ def _bad_sample(size: int, is_bad: Callable[[str, Sequence[int]], bool]) -> int 
         halves = [(low, middle), (middle, high)]
         bad = [is_bad(f"samples {a} to {b - 1} alone", range(a, b)) for a, b in halves]
         if sum(bad) != 1:
-            return None
+            break
         low, high = halves[bad.index(True)]
-    for sample in range(low, high):
-        if not is_bad(f"without sample {sample}", [i for i in range(size) if i != sample]):
-            return sample
-    return None
+    if high - low > _MOST_LEFT_OUT:
+        return None
+    gone = [
+        sample
+        for sample in range(low, high)
+        if not is_bad(f"without sample {sample}", [i for i in range(size) if i != sample])
+    ]
+    return gone[0] if len(gone) == 1 else None
 
 
 def _module_of(report: StepReport) -> str | None:
@@ -525,7 +538,10 @@ def of_note(note: Mapping[str, Any]) -> AutopsyResult:
         Experiment(str(e["change"]), _number(e["norm"]), bool(e["is_bad"]), _number(e.get("loss")))
         for e in note["experiments"]
     )
-    return AutopsyResult(**{**note, "norm": _number(note["norm"]), "experiments": experiments})
+    told = {**note, "norm": _number(note["norm"]), "experiments": experiments}
+    if told.get("usual_loss") is not None:
+        told["loss"] = _number(note["loss"])
+    return AutopsyResult(**told)
 
 
 def _number(value: Any) -> float:

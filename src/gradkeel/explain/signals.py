@@ -10,13 +10,13 @@ import torch
 
 from gradkeel.explain.autopsy import AutopsyResult
 from gradkeel.explain.course import Course
-from gradkeel.explain.events import find_events
 from gradkeel.explain.explosion import Explosion, larger_updates
 from gradkeel.explain.fading import Fading
+from gradkeel.explain.losses import find_losses
+from gradkeel.explain.updates import LARGE
 from gradkeel.explain.verdict import EARLY, Diagnosis, Sign, Signals, Verdict, judge
 
 _NEAR = 3  # steps between an onset and the autopsy of it
-_HEIGHT = 0.3  # of what training has gained: a loss that rises by less is not told of
 _DIVERGED = (
     Verdict.DIVERGED_FROM_START, Verdict.DIVERGED_IN_WARMUP, Verdict.DIVERGED, Verdict.CLIPPING_HIDES_DIVERGENCE,
     Verdict.STALLED,
@@ -58,9 +58,11 @@ def diagnose(
             shares=shares,
             signs=sorted([*map(partial(_sign, course), events), *_of_losses(course, events)], key=_step),
             hardly=faded,
+            weights=len(matrices),
         )
     )
-    for autopsy in autopsies:
+    onset = diagnosis.onset or 0
+    for autopsy in sorted(autopsies, key=lambda one: abs(one.step - onset)):
         if diagnosis.onset is not None and abs(autopsy.step - diagnosis.onset) <= _NEAR:
             if diagnosis.verdict in _EARLY and autopsy.step > diagnosis.onset:
                 continue  # updates had overwritten the weights before
@@ -89,9 +91,13 @@ def _cause(
             "initialization" if diagnosis.verdict in _DIVERGED and set(found) & set(diagnosis.where) else None
         )
     rose = len(course.rates) and _rose(course, onset)
-    overwrote = any(event.overwritten for event in events)
+    _, weights, updates = course.samples
+    large = torch.linalg.vector_norm(updates, dim=1) > LARGE * torch.linalg.vector_norm(weights, dim=1)
+    overwrote = any(event.overwritten for event in events) or bool(
+        large[course.samples[0] <= onset + EARLY].any()
+    )
     blamed = any(one.cause == "learning_rate" and one.step <= onset for one in autopsies)
-    if diagnosis.verdict in _DIVERGED and (early or rose or overwrote or blamed):
+    if (diagnosis.verdict in _DIVERGED and (rose or overwrote or blamed)) or (early and overwrote):
         return "learning_rate"
     return diagnosis.cause
 
@@ -125,20 +131,11 @@ def _unusual_weights(course: Course) -> list[str]:
 
 
 def _of_losses(course: Course, events: Sequence[Explosion]) -> Iterator[Sign]:
-    """Where the loss left its own past, found as it is for norms; a loss below zero has no logarithm, and none."""
-    losses = course.losses
-    known = losses[torch.isfinite(losses)]
-    if len(known) < 2 or not bool((known > 0).all()):
-        return
-    gained = float(known[0] - known.median())
-    for event in find_events(losses, torch.zeros_like(course.nonfinite)):
-        step = course.step(event.start)
-        is_told = any(-EARLY < (one.step or 0) - step < EARLY for one in events)
-        if event.baseline is None or is_told:
-            continue
-        height = float(losses[event.start : event.stop].nan_to_num(nan=0.0).amax()) - event.baseline.norm
-        if height > _HEIGHT * gained:
-            yield Sign("loss", step, (), event.ended == "recovered")
+    """Where the loss left its own past, and the gradients did not."""
+    for row, is_over in find_losses(course.losses):
+        step = course.step(row)
+        if not any(-EARLY < (one.step or 0) - step < EARLY for one in events):
+            yield Sign("loss", step, (), is_over)
 
 
 def _sign(course: Course, event: Explosion) -> Sign:

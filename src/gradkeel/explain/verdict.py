@@ -20,7 +20,9 @@ HIDDEN = 0.01
 _NOISE = 4.0  # times the usual change from step to step
 _SIGNIFICANT = 5.0  # standard errors between two levels of the loss
 _RETURNED = 0.3  # of what training had gained: more than this lost again is not recovered
+_WORSE = 0.15  # likewise, after an event that is known of
 _FLAT = 0.02  # of the first loss
+_NOTHING = 1e-9  # of the first gradient
 
 
 class Verdict(StrEnum):
@@ -88,6 +90,7 @@ class Signals:
         shares: steps, and the norm of the whole update over that of all weights.
         signs: what the norms and weights showed, in order.
         hardly: weights that hardly learn, with the step since when.
+        weights: how many weights there are, biases left out.
     """
 
     steps: Tensor
@@ -101,6 +104,7 @@ class Signals:
     shares: Sequence[tuple[int, float]] = ()
     signs: Sequence[Sign] = ()
     hardly: Sequence[tuple[str, int]] = ()
+    weights: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +157,9 @@ class _Judge:
 
     def verdict(self) -> Diagnosis:
         """The first of these that holds."""
-        for ask in (self._born_bad, self._from_start, self._not_finite, self._lost, self._spiked, self._idle):
+        for ask in (
+            self._born_bad, self._from_start, self._not_finite, self._lost, self._died, self._spiked, self._idle,
+        ):  # fmt: skip
             found = ask()
             if found is not None:
                 return found
@@ -230,7 +236,7 @@ class _Judge:
         else:
             left = loss.left if loss.left is not None and loss.left - first < early + EARLY else None
             failed = loss.is_clearly_above or (warmup and loss.is_lost and left is not None)
-            failed = failed or (not loss.has_learned and large is not None)
+            failed = failed or ((not loss.has_learned or self._collapsed()) and large is not None)
             bad = bool(failed) and (left is not None or (large is not None and large - first < early))
             large = min((step for step in (large, left) if step is not None), default=None) if bad else large
         if not bad or large is None:
@@ -241,8 +247,13 @@ class _Judge:
             self.reasons.append(
                 f"At step {step} the update of {name} was {readable(ratio)} times its weights."
             )
-        verdict = Verdict.DIVERGED_IN_WARMUP if warmup and large - first > 1 else Verdict.DIVERGED_FROM_START
+        verdict = Verdict.DIVERGED_IN_WARMUP if warmup and large > first else Verdict.DIVERGED_FROM_START
         return self._diverged(verdict, large, where)
+
+    def _collapsed(self) -> bool:
+        """Whether hardly any gradient was left after the first steps, of whatever loss."""
+        totals = self.signals.totals
+        return bool((totals[1:EARLY] < _NOTHING * totals[:1]).any())
 
     def _warmup_end(self) -> int | None:
         """How many steps the learning rate rose from the beginning; None where it did not."""
@@ -309,11 +320,44 @@ class _Judge:
         sign = next((one for one in faults if not one.is_over), faults[0])
         if sign.kind == "drift":
             return self._say(Verdict.DRIFT, sign.step, sign.where, 0.7)
+        if self._is_worse_since(sign.step):
+            return self._say(Verdict.SPIKE_UNRECOVERED, sign.step, sign.where, 0.7)
         if sign.is_over or self.loss is not None:
             return self._say(Verdict.SPIKE_RECOVERED, sign.step, sign.where, 0.8)
         if sign.kind == "initialization":
             return self._diverged(Verdict.DIVERGED_FROM_START, sign.step, sign.where)
         return self._diverged(Verdict.DIVERGED, sign.step, sign.where)
+
+    def _is_worse_since(self, step: int) -> bool:
+        """Whether the loss, after an event, ended higher than before it."""
+        s, loss = self.signals, self.loss
+        if loss is None:
+            return False
+        past = s.losses[: int(torch.searchsorted(s.steps, step))]
+        past = past[torch.isfinite(past)][-2 * TAIL :]
+        if not len(past):
+            return False
+        before = float(past.median())
+        return loss.last - before > max(loss.error, _WORSE * (loss.first - before), _FLAT * abs(loss.first))
+
+    def _died(self) -> Diagnosis | None:
+        """Most weights get no gradient any more, and did before: what they were was overwritten."""
+        s, loss = self.signals, self.loss
+        if not s.hardly or 2 * len(s.hardly) < s.weights or (loss is not None and loss.has_learned):
+            return None
+        since, early = min(step for _, step in s.hardly), self._overwrites()
+        first, warmup = int(s.steps[0]), self._warmup_end()
+        if early is None and warmup and first < since <= warmup + EARLY:
+            early = since
+        if early is None:
+            return None
+        onset = min(early, since)
+        where = [name for name, step, _ in s.larger if step <= onset + 3]
+        self.reasons.append(f"{len(s.hardly)} of {s.weights} weights hardly learn since about step {since}.")
+        if warmup and first < onset <= warmup + EARLY:
+            return self._diverged(Verdict.DIVERGED_IN_WARMUP, onset, where)
+        is_early = onset - first < EARLY
+        return self._diverged(Verdict.DIVERGED_FROM_START if is_early else Verdict.DIVERGED, onset, where)
 
     def _idle(self) -> Diagnosis | None:
         """Nothing happened, and in part nothing was learned."""
@@ -354,7 +398,9 @@ def _loss(signals: Signals) -> _Loss | None:
     bad = _lost_losses(losses)
     values, steps = losses[known], signals.steps[known]
     width = min(TAIL, max(1, len(values) // 4))
-    first = float(values[0])
+    first = min(
+        float(values[0]), float(values[:3].median())
+    )  # one batch may be odd, and so may the steps after it
     levels = values.unfold(0, width, 1).median(dim=1).values
     best = int(levels.argmin())
     tail = width if len(values) < 3 * TAIL else max(TAIL, len(values) // 10)

@@ -40,6 +40,25 @@ _VERDICT = {
 }
 
 
+_CAUSE = {
+    "learning_rate": "the learning rate",
+    "initialization": "the initial weights",
+    "sample": "one sample of a batch",
+    "batch": "the batch",
+    "numerics": "an operation that left the range of its numbers",
+    "state": "the weights, on any batch",
+    "transient": "something that did not happen again",
+    "loss_scale": "the loss scale",
+    "second_moment_lag": "a second moment that lags behind the gradients",
+    "weights_changed": "something that wrote to the weights",
+}
+
+
+def cause(diagnosis: Diagnosis) -> list[str]:
+    """What did it, where that is known, in one sentence."""
+    return [] if diagnosis.cause is None else [f"The cause: {_CAUSE[diagnosis.cause]}."]
+
+
 def verdict(diagnosis: Diagnosis) -> str:
     """The verdict on a run, in one sentence."""
     onset = "" if diagnosis.onset is None else f", from step {diagnosis.onset} on"
@@ -168,7 +187,7 @@ def paragraphs(explanation: "Explanation") -> Iterator[tuple[str, list[str]]]:
     """All of it but the table of bounds: what each paragraph begins with, and its sentences."""
     explosion, diagnosis = explanation.explosion, explanation.diagnosis
     yield _run(explanation), []
-    yield f"Verdict: {verdict(diagnosis)}", [*diagnosis.reasons, *missing(diagnosis)]
+    yield f"Verdict: {verdict(diagnosis)}", [*cause(diagnosis), *diagnosis.reasons, *missing(diagnosis)]
     if explosion.found or diagnosis.verdict is Verdict.HEALTHY:
         yield headline(explosion), [*explosion.evidence, *progress(explosion)]
     lists = [
