@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gradkeel.errors import GradkeelWarning
 from gradkeel.explain.inspection import Inspection, in_float32, samples_of, take
-from gradkeel.explain.losses import FEWEST, PAST, loss_limit
+from gradkeel.explain.losses import FEWEST, PAST, loss_rises
 from gradkeel.explain.readable import readable
 from gradkeel.explain.undisturbed import Restore, randomness, undisturbed
 from gradkeel.guard import Guard, SkipReason, StepReport
@@ -186,10 +186,10 @@ class Autopsy(Generic[Batch]):
         guard.recorders.append(self)
 
     def __call__(self, batch: Batch) -> Self:
-        """Keep a reference to a batch of the coming step, and the random states before its forward pass."""
+        """Keep a reference to a batch of the coming step, and Python's and torch's random states before its pass."""
         window = self._guard.window
         weighed = 0.0 if window is None else window.weight()
-        self._now.append((batch, randomness(self._guard.parameters), weighed))
+        self._now.append((batch, randomness(self._guard.parameters, numpy=False), weighed))
         return self
 
     def __enter__(self) -> Self:
@@ -257,8 +257,8 @@ class Autopsy(Generic[Batch]):
         known = [loss for loss in self._losses if math.isfinite(loss)]
         if len(known) < FEWEST:
             return math.inf
-        usual, highest = (torch.tensor(one) for one in (statistics.median(known), max(known)))
-        return float(loss_limit(usual, highest, self._first_loss))
+        usual = statistics.median(known)
+        return usual + max(loss_rises(usual, max(known), self._first_loss))
 
     def record(self, report: StepReport) -> None:
         """Write the result into the record, and warn; one of the ranks does."""
@@ -501,7 +501,7 @@ def _bad_sample(size: int, is_bad: Callable[[str, Sequence[int]], bool]) -> int 
     if size < 2:
         return None
     low, high = 0, size
-    while high - low > 2:
+    while high - low > 3:
         middle = (low + high) // 2
         halves = [(low, middle), (middle, high)]
         bad = [is_bad(f"samples {a} to {b - 1} alone", range(a, b)) for a, b in halves]

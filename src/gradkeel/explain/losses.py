@@ -1,10 +1,12 @@
 """Where the loss leaves its own past; during training, for an autopsy, and in a record."""
 
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+Number = TypeVar("Number", float, Tensor)
 PAST = 32
 FEWEST = PAST // 2
 _ROSE, _LOST = 3.0, 0.3
@@ -12,15 +14,14 @@ _HOP = 8  # steps after which the past is looked at anew
 _CALM, _ONE_EVENT = 5, 20
 
 
-def loss_limit(usual: Tensor, highest: Tensor, first: float) -> Tensor:
-    """From there on a loss is an alarm: by far the highest of the last ones, and what was learned is in part lost.
+def loss_rises(usual: Number, highest: Number, first: float) -> tuple[Number, Number, Number]:
+    """A loss is an alarm that is above ``usual`` by more than each of these: by far the highest, and much is lost.
 
     Args:
-        usual, highest: [...] median and maximum of the last losses.
+        usual, highest: median and maximum of the last losses.
         first: the run's first loss.
     """
-    rise = torch.maximum(torch.maximum(_ROSE * (highest - usual), usual.abs()), _LOST * (first - usual))
-    return usual + rise
+    return _ROSE * (highest - usual), abs(usual), _LOST * (first - usual)
 
 
 def find_losses(losses: Tensor) -> list[tuple[int, bool]]:
@@ -36,7 +37,8 @@ def find_losses(losses: Tensor) -> list[tuple[int, bool]]:
     before = torch.where(torch.isfinite(before), before, torch.nan)
     enough = (~before.isnan()).sum(dim=1) >= FEWEST
     highest = before.nan_to_num(nan=-torch.inf).amax(dim=1)
-    limits = loss_limit(before.nanmedian(dim=1).values, highest, float(known[0]))
+    usual = before.nanmedian(dim=1).values
+    limits = usual + torch.stack(loss_rises(usual, highest, float(known[0]))).amax(dim=0)
     limits = torch.where(enough, limits, torch.inf).repeat_interleave(_HOP)[: len(losses)]
     rows = (losses > limits).nonzero().flatten().tolist()
     starts = rows[:1] + [b for a, b in pairwise(rows) if b - a > _ONE_EVENT]
