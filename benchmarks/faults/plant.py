@@ -17,7 +17,7 @@ from gradkeel.errors import TooManySkipsError
 from benchmarks.faults.held_out import HELD_OUT
 from benchmarks.faults.programs import DEVELOPMENT, Batch, Program
 
-PROGRAMS = DEVELOPMENT | HELD_OUT
+PROGRAMS = HELD_OUT | DEVELOPMENT
 
 STEPS = 200
 WARM_UP = 80
@@ -134,6 +134,9 @@ class Run:
         model, high = self.program.model, self.fault.startswith(("lr", "warmup"))
         frozen = f"{self.program.place}.weight" if self.fault == "frozen" else ""
         named = [(name, p) for name, p in model.named_parameters() if name != frozen]
+        matrices = [p for name, p in named if p.dim() == 2 and "embed" not in name]
+        if self.kind == "Muon" and not matrices:
+            self.kind = "AdamW"  # it is for matrices alone
         still = [{"params": [model.get_parameter(frozen)], "lr": 0.0}] if frozen else []
         if self.kind == "SGD":
             groups = [{"params": [p for _, p in named]}, *still]
@@ -144,7 +147,6 @@ class Run:
             more = {"betas": betas} if self.kind == "AdamW" else {}
             make = getattr(torch.optim, self.kind)
             return [make([{"params": [p for _, p in named]}, *still], lr=rate, **more)]
-        matrices = [p for name, p in named if p.dim() == 2 and "embed" not in name]
         others = [p for _, p in named if all(p is not m for m in matrices)]
         muon = torch.optim.Muon(matrices, lr=1.0 if high else 0.01)
         return [muon, torch.optim.AdamW([{"params": others}, *still], lr=rate, betas=betas)]
