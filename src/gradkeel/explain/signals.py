@@ -8,10 +8,10 @@ from operator import attrgetter
 
 import torch
 
-from gradkeel.explain.autopsy import AutopsyResult
 from gradkeel.explain.course import Course
 from gradkeel.explain.explosion import Explosion, larger_updates
 from gradkeel.explain.fading import Fading
+from gradkeel.explain.findings import AutopsyResult
 from gradkeel.explain.losses import find_losses
 from gradkeel.explain.updates import LARGE
 from gradkeel.explain.verdict import EARLY, Diagnosis, Sign, Signals, Verdict, judge

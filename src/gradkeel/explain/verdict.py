@@ -1,6 +1,5 @@
 """The one verdict on a run, from everything that was recorded of it: the loss first, for it is what training is for."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -8,20 +7,16 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
+from gradkeel.explain.losses import FLAT, TAIL, loss_course, not_finite
 from gradkeel.explain.readable import readable
 from gradkeel.explain.updates import LARGE
 from gradkeel.guard import SkipReason
 
 EARLY = 20
 """Steps within which a run diverges from its start."""
-TAIL = 10
 HIDDEN = 0.01
 """Clipping that multiplies by less than this hides what the gradients do."""
-_NOISE = 4.0  # times the usual change from step to step
-_SIGNIFICANT = 5.0  # standard errors between two levels of the loss
-_RETURNED = 0.3  # of what training had gained: more than this lost again is not recovered
-_WORSE = 0.15  # likewise, after an event that is known of
-_FLAT = 0.02  # of the first loss
+_WORSE = 0.15  # of what training had gained: so much more after an event is not recovered
 _NOTHING = 1e-9  # of the first gradient
 
 
@@ -107,42 +102,6 @@ class Signals:
     weights: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Loss:
-    """What the loss did: its levels at the beginning, at its best and at the end, what is noise, where it left."""
-
-    first: float
-    best: float
-    last: float
-    noise: float
-    error: float
-    left: int | None
-    is_finite: bool
-    is_sudden: bool = True
-
-    @property
-    def is_above(self) -> bool:
-        """Whether it ended above where it began."""
-        return not self.is_finite or self.last > self.first
-
-    @property
-    def is_clearly_above(self) -> bool:
-        return not self.is_finite or self.last > self.first + max(self.noise / 2, _FLAT * abs(self.first))
-
-    @property
-    def is_lost(self) -> bool:
-        """Whether it ended far above its best."""
-        lost = self.last - self.best
-        return not self.is_finite or (
-            lost > max(self.error, _FLAT * abs(self.first))
-            and lost > _RETURNED * max(self.first - self.best, 0)
-        )
-
-    @property
-    def has_learned(self) -> bool:
-        return self.is_finite and self.last < self.first - max(2 * self.noise, 2 * _FLAT * abs(self.first))
-
-
 def judge(signals: Signals) -> Diagnosis:
     """The verdict on a run."""
     return _Judge(signals).verdict()
@@ -151,7 +110,7 @@ def judge(signals: Signals) -> Diagnosis:
 class _Judge:
     def __init__(self, signals: Signals) -> None:
         self.signals = signals
-        self.loss = _loss(signals)
+        self.loss = loss_course(signals.steps, signals.losses)
         self.reasons: list[str] = []
         self._first_bad = _first_bad(signals)
 
@@ -338,7 +297,7 @@ class _Judge:
         if not len(past):
             return False
         before = float(past.median())
-        return loss.last - before > max(loss.error, _WORSE * (loss.first - before), _FLAT * abs(loss.first))
+        return loss.last - before > max(loss.error, _WORSE * (loss.first - before), FLAT * abs(loss.first))
 
     def _died(self) -> Diagnosis | None:
         """Most weights get no gradient any more, and did before: what they were was overwritten."""
@@ -375,61 +334,8 @@ class _Judge:
         return None
 
 
-def _lost_losses(losses: Tensor) -> Tensor:
-    """[k] bool: losses that were logged and not finite; where most steps have one, a NaN is a loss too."""
-    known = ~losses.isnan()
-    before = known.double().cumsum(0) - known.double()
-    count = torch.arange(len(losses), dtype=torch.float64)
-    return losses.isinf() | (~known & (before >= 0.9 * count) & (count >= 4))
-
-
 def _first_bad(signals: Signals) -> int | None:
     """The first row at which something was not finite, a loss scale's overflows left out."""
-    bad = (signals.nonfinite | _lost_losses(signals.losses)).nonzero().flatten().tolist()
+    bad = (signals.nonfinite | not_finite(signals.losses)).nonzero().flatten().tolist()
     reasons, steps = signals.skips, signals.steps
     return next((row for row in bad if reasons.get(int(steps[row])) is not SkipReason.LOSS_SCALE), None)
-
-
-def _loss(signals: Signals) -> _Loss | None:
-    losses = signals.losses
-    known = torch.isfinite(losses)
-    if int(known.sum()) < 2:
-        return None
-    bad = _lost_losses(losses)
-    values, steps = losses[known], signals.steps[known]
-    width = min(TAIL, max(1, len(values) // 4))
-    first = min(
-        float(values[0]), float(values[:3].median())
-    )  # one batch may be odd, and so may the steps after it
-    levels = values.unfold(0, width, 1).median(dim=1).values
-    best = int(levels.argmin())
-    tail = width if len(values) < 3 * TAIL else max(TAIL, len(values) // 10)
-    last = float(values[-tail:].median())
-    is_finite = not bool(bad[-1])
-    lowest = float(levels[best])
-    # What is usual is what was so until the best: a sick run must not hide itself.
-    changes = values[: max(best + width, 2 * TAIL)].diff().abs()
-    noise = float(changes.median()) if len(changes) else 0.0
-    # Standard error of a median of so many, from the usual change between two values.
-    error = _SIGNIFICANT * 1.3 * noise / math.sqrt(width) if len(values) >= 3 * TAIL else _NOISE * noise
-    left = _left(values, best, lowest, last) if last - lowest > error else None
-    if left is None:
-        onset = None if is_finite else int(signals.steps[bad][0])
-        return _Loss(first, lowest, last, noise, error, onset, is_finite)
-    before, after = values[max(0, left - TAIL) : left], values[left : left + TAIL]
-    jump = float(after.median() - before.median()) if len(before) else math.inf
-    return _Loss(first, lowest, last, noise, error, int(steps[left]), is_finite, jump > 0.5 * (last - lowest))
-
-
-def _left(values: Tensor, best: int, lowest: float, last: float) -> int | None:
-    """The first row after the best stretch from which on the loss is above it for good."""
-    middle = lowest + 0.4 * (last - lowest)
-    lower = (values[best:] <= middle).nonzero().flatten()
-    after = best + (int(lower[-1]) + 1 if len(lower) else 0)
-    # Single batches that happen to fit do not bring a loss back: the last of a few is not the last of many.
-    spans = (values[best:].unfold(0, min(5, len(values) - best), 1).median(dim=1).values <= middle).nonzero()
-    stay = best + (int(spans[-1]) + min(5, len(values) - best) // 2 + 1 if len(spans) else 0)
-    row = min(after, stay)
-    while row < len(values) - 1 and float(values[row]) <= middle:
-        row += 1
-    return row if row < len(values) else None

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from gradkeel.explain.autopsy import AutopsyResult
 from gradkeel.explain.explosion import Explosion
 from gradkeel.explain.fading import Fading
+from gradkeel.explain.findings import AutopsyResult
 from gradkeel.explain.readable import readable
 from gradkeel.explain.threshold import Estimate, ThresholdAdvice
 from gradkeel.explain.verdict import Diagnosis, Verdict
