@@ -175,7 +175,7 @@ class Accumulator:
         if not self._open.is_open:
             raise WindowError("accumulate.finish(): no window is open")
         if self._sync.is_needed and not self._open.is_complete:
-            words = "ranks exchange gradients in a window's last backward, which was not made; call accumulate.drop()"
+            words = "gradients have not been exchanged between ranks, as a last backward does; call accumulate.drop()"
             raise WindowError(f"accumulate.finish(): {words}")
         self._complete()
 
