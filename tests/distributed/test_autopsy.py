@@ -109,7 +109,7 @@ def test_all_ranks_name_the_same(ranks, tmp_path, wrap, window, fault):
         assert (first.cause, first.op) == ("numerics", "log")
     elif fault == "refuses":
         assert (first.cause, first.rank, first.sample) == ("batch", 1, None)
-        assert "(failed: on rank 1)" in first.experiments[-1].change
+        assert "(failed: rank 1)" in first.experiments[-1].change
     else:
         assert (first.cause, first.rank, first.sample) == ("sample", 1, 5)
         assert first.micro == (window - 1 if window else None)

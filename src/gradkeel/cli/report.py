@@ -7,6 +7,7 @@ import typer
 
 from gradkeel.cli.errors import note_damage, reported
 from gradkeel.cli.options import Run
+from gradkeel.language import say, shown
 
 
 @reported
@@ -40,7 +41,7 @@ def command(
         text = run_page(reader)
         note_damage(reader)
     out.write_text(text, encoding="utf-8")
-    print(f"Wrote {out}")
+    print(shown(say("Wrote {path}", path=out)))
     if show:
         import webbrowser
 
@@ -51,7 +52,9 @@ def _serve(run: Path, port: int, *, show: bool) -> None:
     from gradkeel.explain.watch import address, make_server
 
     server = make_server(run, port=port)
-    print(f"Watching {run} at {address(server)} (Ctrl-C ends)", flush=True)
+    print(
+        shown(say("Watching {run} at {address} (Ctrl-C ends)", run=run, address=address(server))), flush=True
+    )
     if show:
         import webbrowser
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from gradkeel.explain.readable import readable
+from gradkeel.language import heard, say
 
 Cause = Literal["sample", "batch", "numerics", "state", "transient", "learning_rate"]
 NOTE = "autopsy."
@@ -64,26 +65,45 @@ class AutopsyResult:
 
     def __str__(self) -> str:
         """It in words."""
-        size = "the norm was not finite"
+        return str(self.words())
+
+    def words(self) -> str:
+        """It in a sentence that can be translated."""
+        return say(
+            "Step {step}: {size}. {what}{place}{operation}.",
+            step=self.step,
+            size=self._size(),
+            what=self._what(),
+            place=say("; first in module {module!r}", module=self.module) if self.module else "",
+            operation=say(", operation {op}", op=heard(self.op)) if self.op else "",
+        )
+
+    def _size(self) -> str:
         if self.loss is not None and not math.isfinite(self.loss):
-            size = "the loss was not finite"
-        elif self.loss is not None:
-            size = f"the loss was {readable(self.loss)}, its usual {readable(self.usual_loss or 0.0)}"
-        elif math.isfinite(self.norm):
-            times = f", {readable(self.norm / self.usual)} times its usual" if self.usual else ""
-            size = f"the norm was {readable(self.norm)}{times}"
-        batch = "" if self.micro is None else f" {self.micro}"
-        batch += "" if self.rank is None else f" of rank {self.rank}"
-        what = {
-            "sample": f"Sample {self.sample} of {f'batch{batch}' if batch else 'the batch'} does it",
-            "batch": f"{f'Batch{batch}' if batch else 'This batch'} does it: another one is sound",
-            "numerics": "Numerics do it: weights and data are finite",
-            "learning_rate": "The weights do it, on any batch, after the learning rate had risen",
-            "state": "The weights do it, on any batch",
-            "transient": "The same step again was sound: hardware, or something that is not deterministic",
+            return say("the loss was not finite")
+        if self.loss is not None:
+            usual = readable(self.usual_loss or 0.0)
+            return say("the loss was {loss}, its usual {usual}", loss=readable(self.loss), usual=usual)
+        if not math.isfinite(self.norm):
+            return say("the norm was not finite")
+        ratio = readable(self.norm / self.usual) if self.usual else ""
+        times = say(", {ratio} times its usual", ratio=ratio) if ratio else ""
+        return say("the norm was {norm}{times}", norm=readable(self.norm), times=times)
+
+    def _what(self) -> str:
+        batch = say("the batch") if self.micro is None else say("batch {micro}", micro=self.micro)
+        if self.rank is not None:
+            batch = say("{batch} of rank {rank}", batch=batch, rank=self.rank)
+        return {
+            "sample": say("Sample {sample} of {batch} does it", sample=self.sample, batch=batch),
+            "batch": say("It is {batch}: another one is sound", batch=batch),
+            "numerics": say("Numerics do it: weights and data are finite"),
+            "learning_rate": say("The weights do it, on any batch, after the learning rate had risen"),
+            "state": say("The weights do it, on any batch"),
+            "transient": say(
+                "The same step again was sound: hardware, or something that is not deterministic"
+            ),
         }[self.cause]
-        place = f"; first in module {self.module!r}" if self.module else ""
-        return f"Step {self.step}: {size}. {what}{place}{f', operation {self.op}' if self.op else ''}."
 
 
 def of_note(note: Mapping[str, Any]) -> AutopsyResult:

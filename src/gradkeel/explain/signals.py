@@ -68,7 +68,7 @@ def diagnose(
                 continue  # updates had overwritten the weights before
             own = [name for name in course.reader.names if name.startswith(f"{autopsy.module}.")]
             where = tuple(own[:3]) if autopsy.module and own else diagnosis.where
-            reasons = (*diagnosis.reasons, str(autopsy))
+            reasons = (*diagnosis.reasons, autopsy.words())
             diagnosis = dataclasses.replace(diagnosis, where=where, reasons=reasons, cause=autopsy.cause)
             break
     return dataclasses.replace(diagnosis, cause=_cause(course, diagnosis, events, autopsies))

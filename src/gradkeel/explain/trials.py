@@ -106,7 +106,7 @@ class Trials:
             why = (
                 type(failure).__name__
                 if self.ranks is None
-                else f"on rank {self.ranks.members[told.index(1.0)]}"
+                else f"rank {self.ranks.members[told.index(1.0)]}"
             )
             self.done.append(Experiment(f"{change} (failed: {why})", math.nan, is_bad=True))
             raise _EndedError from failure
