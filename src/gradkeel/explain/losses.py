@@ -120,15 +120,17 @@ def loss_course(all_steps: Tensor, losses: Tensor) -> LossCourse | None:
         return None
     bad = not_finite(losses)
     values, steps = losses[known], all_steps[known]
-    width = min(TAIL, max(1, len(values) // 4))
+    # The lowest of very many short stretches would be low by chance alone.
+    width = min(max(TAIL, len(values) // 100), max(1, len(values) // 4))
+    hop = max(1, width // TAIL)
     # One batch may be odd, and so may the steps after it.
     first = min(float(values[0]), float(values[:3].median()))
-    levels = values.unfold(0, width, 1).median(dim=1).values
+    levels = values.unfold(0, width, hop).median(dim=1).values
     best = int(levels.argmin())
     tail = width if len(values) < 3 * TAIL else max(TAIL, len(values) // 10)
     last = float(values[-tail:].median())
     is_finite = not bool(bad[-1])
-    lowest = float(levels[best])
+    lowest, best = float(levels[best]), best * hop
     # What is usual is what was so until the best: a sick run must not hide itself.
     changes = values[: max(best + width, 2 * TAIL)].diff().abs()
     noise = float(changes.median()) if len(changes) else 0.0
