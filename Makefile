@@ -12,6 +12,7 @@ VENV    ?= .venv
 PEERS   ?= .venv-peers
 OUTSIDE ?= .venv-optimizers
 FAULTS  ?= .venv-faults
+FLOORS  ?= .venv-floors
 DOCS    ?= .venv-docs
 WORKERS ?= 2
 TRITON  ?= 3.9.0
@@ -72,6 +73,11 @@ test-optimizers: $(OUTSIDE)/optimizers.stamp ## every optimizer of a dozen packa
 	$(if $(findstring --write,$(ARGS)),$(OUTSIDE)/bin/python -m benchmarks.optimizers --write)
 	$(OUTSIDE)/bin/python -m pytest -m optimizers tests/peers/test_optimizers.py $(filter-out --write,$(ARGS))
 
+.PHONY: test-floors
+test-floors: $(FLOORS)/floors.stamp ## the tests of the extras, each extra at the lowest version that it may have (minutes)
+	$(FLOORS)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(or $(ARGS),tests/test_cli*.py tests/compare \
+	    tests/explain tests/integrations tests/page tests/record/test_export.py)
+
 .PHONY: test-triton
 test-triton: $(VENV)/triton-$(TRITON).stamp ## the GPU kernels, in Triton's interpreter; needs no GPU, but 1 GB for Triton
 	PYTHONPATH=$(abspath $(VENV)/triton) $(pytest) tests/kernels/test_triton.py $(ARGS)
@@ -104,7 +110,7 @@ sanitize: ## the native kernels on random tensors under the address, undefined-b
 
 .PHONY: clean
 clean: ## remove the environments, caches and builds
-	rm -rf $(VENV) $(PEERS) $(OUTSIDE) $(FAULTS) $(DOCS) .venv-torch-* build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) $(OUTSIDE) $(FAULTS) $(FLOORS) $(DOCS) .venv-torch-* build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # -- environments ------------------------------------------------------------------------------------------
@@ -117,8 +123,8 @@ define new-venv
 	$(PYTHON) -m venv $(@D)/..
 endef
 
-$(VENV)/bin/python $(PEERS)/bin/python $(OUTSIDE)/bin/python $(FAULTS)/bin/python $(DOCS)/bin/python \
-    $(other)/bin/python:
+$(VENV)/bin/python $(PEERS)/bin/python $(OUTSIDE)/bin/python $(FAULTS)/bin/python $(FLOORS)/bin/python \
+    $(DOCS)/bin/python $(other)/bin/python:
 	$(new-venv)
 
 # numpy: torch warns on import without it.
@@ -138,6 +144,15 @@ $(other)/dev.stamp: pyproject.toml constraints.txt $(native) | $(other)/bin/pyth
 
 # In a folder of its own: the other tests run without it, as torch's CPU builds do. Its version is not among the
 # constraints, for a torch that is built for GPUs requires its own.
+$(FLOORS)/floors.stamp: pyproject.toml constraints.txt $(native) | $(FLOORS)/bin/python
+	sed -n '/^cli = /,/^all = /p' pyproject.toml | grep -oE '[a-z]+(\[[a-z]+\])?>=[0-9.]+' | \
+	    sed 's/\[.*\]//; s/>=/==/' > $(FLOORS)/floors.txt
+	grep '^torch==' constraints.txt >> $(FLOORS)/floors.txt
+	echo 'pyparsing<3.3' >> $(FLOORS)/floors.txt # warns of how old matplotlibs call it
+	$(FLOORS)/bin/python -m pip install --quiet -c $(FLOORS)/floors.txt -e '.[all]' hypothesis pytest pytest-timeout \
+	    pytest-xdist selenium
+	touch $@
+
 $(VENV)/triton-$(TRITON).stamp: | $(VENV)/dev.stamp
 	$(python) -m pip install --quiet --no-deps --upgrade --target $(VENV)/triton triton==$(TRITON)
 	touch $@
