@@ -22,6 +22,7 @@ EXTRAS = {
     "accelerate",
     "lightning",
     "matplotlib",
+    "mlflow",
     "plotly",
     "pyarrow",
     "pytorch_lightning",
@@ -147,7 +148,7 @@ def test_every_extra_is_watched():
     requirement = re.compile(r"[A-Za-z0-9_-]+")
     extras = PROJECT["optional-dependencies"]
     named = {
-        requirement.match(text)[0].replace("scikit-learn", "sklearn")
+        requirement.match(text)[0].replace("scikit-learn", "sklearn").removesuffix("-skinny")
         for extra, texts in extras.items()
         if extra not in ("all", "dev")
         for text in texts
