@@ -8,6 +8,7 @@ import torch
 from gradkeel.errors import RecordError
 from gradkeel.explain.run_figures import BLUE, GREEN, ORANGE, Trace, heat_map, traces
 from gradkeel.page.figures import _plotly
+from gradkeel.page.page import CONFIG
 from gradkeel.record import Reader, bucket, bucket_norms
 
 _COLUMNS = 400
@@ -61,4 +62,18 @@ def plot(run: str | os.PathLike[str] | Reader) -> Any:
     whole.data[-1].colorbar.update(len=domain[1] - domain[0], y=sum(domain) / 2)
     whole.update_xaxes(title="step", row=len(parts), col=1)
     title = f"{run.path.name}: {len(run):,} steps, {run.policy}"
-    return whole.update_layout(height=260 * len(parts), title=title, legend={"orientation": "h", "y": -0.08})
+    whole.update_layout(height=260 * len(parts), title=title, legend={"orientation": "h", "y": -0.08})
+    return _without_logo(whole)
+
+
+def _without_logo(figure: Any) -> Any:
+    """The figure, shown without plotly's own buttons; plotly takes that from whoever shows it, not from a figure."""
+
+    class Figure(type(figure)):  # type: ignore[misc]  # plotly ships no types
+        def show(self, *arguments: Any, **settings: Any) -> Any:
+            return super().show(*arguments, **{"config": CONFIG, **settings})
+
+        def _ipython_display_(self) -> None:
+            self.show()
+
+    return Figure(figure)

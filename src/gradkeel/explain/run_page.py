@@ -10,6 +10,7 @@ from gradkeel.explain import Explanation, explain, words
 from gradkeel.explain.readable import readable
 from gradkeel.explain.run_figures import (
     BLUE,
+    FEW,
     GREEN,
     GREY,
     ORANGE,
@@ -28,11 +29,12 @@ COLUMNS = 600
 _MOST_CELLS = 120_000  # of the heat map: some 3 MB of page
 
 
-def run_page(reader: Reader) -> str:
+def run_page(reader: Reader, *, script: str | None = None) -> str:
     """The page of a record, as HTML that needs nothing else.
 
     Args:
         reader: an open record with at least one step.
+        script: as in `gradkeel.page.page.page`.
 
     Raises:
         RecordError: it holds no steps yet.
@@ -45,7 +47,7 @@ def run_page(reader: Reader) -> str:
         Section(f"Autopsy of step {one.step}", str(one), Table(*words.experiments(one)))
         for one in explanation.autopsies
     ]
-    sections += [_norm(reader, steps, marks), _heat(reader, steps, marks), *_spread(explanation)]
+    sections += [_norm(reader, steps, marks), _heat(reader, steps, marks, explanation), *_spread(explanation)]
     sections += _loss(reader, steps, marks)
     sections += _coefficient(reader, steps, marks)
     sections += _updates(reader, marks)
@@ -54,7 +56,8 @@ def run_page(reader: Reader) -> str:
         if name not in {"loss", "lr"}:
             sections += _scalar(reader, steps, marks, name, name, BLUE)
     sections += _threshold(reader, explanation)
-    return page(f"Run {reader.path.name}", _subtitle(reader, explanation), _lines(explanation), sections)
+    subtitle, lines = _subtitle(reader, explanation), _lines(explanation)
+    return page(f"Run {reader.path.name}", subtitle, lines, sections, script=script)
 
 
 def _subtitle(reader: Reader, explanation: Explanation) -> str:
@@ -147,7 +150,7 @@ def _shares(happened: Tensor) -> Tensor:
     return torch.stack([part.double().mean() for part in happened.split(width)])
 
 
-def _heat(reader: Reader, steps: Tensor, marks: list[Mark]) -> Section:
+def _heat(reader: Reader, steps: Tensor, marks: list[Mark], explanation: Explanation) -> Section:
     columns = max(40, min(COLUMNS, _MOST_CELLS // max(1, len(reader.names))))
     buckets = bucket_norms(reader, columns)
     bad = steps[reader.nonfinite()]
@@ -161,7 +164,14 @@ def _heat(reader: Reader, steps: Tensor, marks: list[Mark]) -> Section:
         text += " The red marks on top show gradients that were not finite."
     if int(buckets.last[0]) > int(buckets.first[0]):
         text += f" Each cell is the highest norm of {int(buckets.last[0] - buckets.first[0]) + 1} steps."
-    return Section("Every parameter", text, figure=heat_map(reader.names, buckets, touched, marks=marks))
+    if len(reader.names) > 1:
+        text += " A row marked ▸ is a whole module; click on it to see what is in it."
+    where = explanation.explosion.spread
+    figure = heat_map(
+        reader.names, buckets, touched, marks=marks, norm_type=reader.norm_type,
+        onset=where[0].parameter if where else None,
+    )  # fmt: skip
+    return Section("Every parameter", text, figure=figure)
 
 
 def _spread(explanation: Explanation) -> list[Section]:
@@ -190,7 +200,8 @@ def _scalar(
     known = values[torch.isfinite(values)]
     if not len(known) or (name == "lr" and bool((known == known[0]).all())):
         return []
-    figure = traces([Trace(name, bucket(steps, values, COLUMNS), color)], y_title=title.lower(), marks=marks)
+    line, above = Trace(name, bucket(steps, values, COLUMNS), color), bool((known > 0).all())
+    figure = traces([line], y_title=title.lower(), logarithmic=above, marks=marks)
     return [Section(title, figure=figure)]
 
 
@@ -219,11 +230,16 @@ def _updates(reader: Reader, marks: list[Mark]) -> list[Section]:
     largest = ratios[known].nan_to_num(nan=0.0).amax(dim=1)
     middle = ratios[known].nanmedian(dim=1).values
     lines = [
-        Trace("largest", bucket(steps[known], largest, COLUMNS), RED),
-        Trace("median parameter", bucket(steps[known], middle, COLUMNS), BLUE),
+        Trace("largest", bucket(steps[known], largest, COLUMNS), RED, sampled=True),
+        Trace("median parameter", bucket(steps[known], middle, COLUMNS), BLUE, sampled=True),
     ]
-    text = "Norm of the update over the norm of the weights it changed. Above 1 an update overwrites what was there."
+    text = (
+        f"Norm of the update over the norm of the weights it changed, at the {int(known.sum()):,} steps where it was "
+        "measured. Above 1 an update overwrites what was there."
+    )
     figure = traces(lines, y_title="update / weights", marks=marks)
+    if len(reader) > FEW:  # as in the other figures, whose lines need no room at their ends
+        figure.update_xaxes(range=[int(reader.steps()[0]), reader.last_step])
     figure.add_hline(y=1, line={"dash": "dot", "width": 1, "color": GREY}, row=1, col=1)
     return [Section("Updates", text, figure=figure)]
 
