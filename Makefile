@@ -76,7 +76,8 @@ test-optimizers: $(OUTSIDE)/optimizers.stamp ## every optimizer of a dozen packa
 .PHONY: test-floors
 test-floors: $(FLOORS)/floors.stamp ## the tests of the extras, each extra at the lowest version that it may have (minutes)
 	$(FLOORS)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(or $(ARGS),tests/test_cli*.py tests/compare \
-	    tests/explain tests/integrations tests/page tests/record/test_export.py)
+	    tests/explain/test_plot.py tests/explain/test_run_page.py tests/explain/test_smoothness.py tests/integrations tests/page \
+	    tests/record/test_export.py)
 
 .PHONY: test-triton
 test-triton: $(VENV)/triton-$(TRITON).stamp ## the GPU kernels, in Triton's interpreter; needs no GPU, but 1 GB for Triton
