@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import venv
 import zipfile
@@ -129,6 +130,18 @@ def test_wheel_holds_the_types_marker_the_version_and_the_license(wheel):
         "Requires-Dist: torch>=2.6"
     ]
     assert not [name for name in names if not name.startswith(("gradkeel/", "gradkeel-"))]
+
+
+def test_sdist_holds_what_git_does(tmp_path):
+    known = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=False)
+    if known.returncode:
+        pytest.skip("no git, or no clone")
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path, ROOT)
+    (built,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(built) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    files = {name for name in known.stdout.splitlines() if (ROOT / name).exists()}
+    assert {name for name in files - names if not name.startswith(".")} == set()
 
 
 def test_wheel_guards_an_optimizer_with_torch_alone(python_with_torch_alone):
