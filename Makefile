@@ -166,7 +166,7 @@ $(RECIPES)/recipes.stamp: pyproject.toml constraints.txt constraints-recipes.txt
 	touch $@
 
 $(FLOORS)/floors.stamp: pyproject.toml constraints.txt $(native) | $(FLOORS)/bin/python
-	sed -n '/^cli = /,/^all = /p' pyproject.toml | grep -oE '[a-z]+(\[[a-z]+\])?>=[0-9.]+' | \
+	sed -n '/^cli = /,/^all = /p' pyproject.toml | grep -oE '[a-z-]+(\[[a-z]+\])?>=[0-9.]+' | \
 	    sed 's/\[.*\]//; s/>=/==/' > $(FLOORS)/floors.txt
 	grep '^torch==' constraints.txt >> $(FLOORS)/floors.txt
 	echo 'pyparsing<3.3' >> $(FLOORS)/floors.txt # warns of how old matplotlibs call it
@@ -206,7 +206,8 @@ $(OUTSIDE)/optimizers.stamp: pyproject.toml constraints.txt constraints-optimize
 	$(OUTSIDE)/bin/python -m pip install --quiet --no-deps -c constraints.txt -c constraints-optimizers.txt $(outside)
 	touch $@
 
-# It reads the sources and imports nothing of them, so it needs no torch; ruff lays out signatures.
+# It reads the sources and imports nothing of them, so it needs no torch; ruff lays out signatures, jieba finds the words
+# of Chinese sentences for the search.
 $(DOCS)/docs.stamp: constraints.txt constraints-docs.txt | $(DOCS)/bin/python
-	$(DOCS)/bin/python -m pip install --quiet -c constraints.txt -c constraints-docs.txt mkdocs-material mkdocstrings-python ruff
+	$(DOCS)/bin/python -m pip install --quiet -c constraints.txt -c constraints-docs.txt mkdocs-material mkdocstrings-python jieba ruff
 	touch $@

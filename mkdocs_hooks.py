@@ -15,7 +15,9 @@ OUTSIDE = {
     "index.md": "README.md",
     "zh/index.md": "README.zh.md",
     "changelog.md": "CHANGELOG.md",
+    "zh/changelog.md": "CHANGELOG.md",
     "contributing.md": "CONTRIBUTING.md",
+    "zh/contributing.md": "CONTRIBUTING.zh.md",
 }
 trees: dict[str, Navigation] = {}
 
@@ -42,8 +44,26 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
         files.append(File.generated(config, f"examples/{example.name}.txt", content=content))
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Point links to examples at their copies, which a browser shows."""
+def with_tables(chinese: str, english: str) -> str:
+    """Fill in what a command wrote between two marks of the English page, where the Chinese one has the marks alone."""
+
+    def between(marks: re.Match[str]) -> str:
+        begin, end = marks.groups()
+        tables = english.partition(begin)[2].partition(end)[0]
+        return begin + re.sub(r"\]\((?=images/|data/)", "](../", tables) + end
+
+    return re.sub(r"^(<!-- .* -->)\n(<!-- .* -->)$", between, chinese, flags=re.MULTILINE)
+
+
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Fill in the tables of Chinese pages; point links to examples at their copies, which a browser shows."""
+    english = ROOT / "docs" / page.file.src_uri.removeprefix("zh/")
+    if language_of(page) == "zh" and english.exists():
+        markdown = with_tables(markdown, english.read_text(encoding="utf-8"))
+    # Sentences stand on lines of their own, between which a browser puts a space, which Chinese does not have.
+    markdown = re.sub(
+        r"(?<=[\u3001\u3002\uff01-\uff1f])\n {0,3}(?=\S)(?!```|[-|#>!<:]|\* |\d+\.)", "", markdown
+    )
     return re.sub(r"\]\((?:\.\./)?((?:\.\./)*examples/\w+\.py)\)", r"](\1.txt)", markdown)
 
 

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,13 +26,14 @@ from gradkeel.compare.task import Task, endless
 from gradkeel.compare.tasks.simple_mlp import SimpleMLP, SimpleMLPAdam
 from gradkeel.compare.tasks.tiny_transformer import TinyTransformer
 
+from benchmarks.pages import put
+
 TASKS: dict[str, type[Task]] = {
     "simple-mlp": SimpleMLP,
     "simple-mlp-adam": SimpleMLPAdam,
     "tiny-transformer": TinyTransformer,
 }
 MODES = ("exact", "full batch", "mean of means", "undivided sum")
-BEGIN, END = "<!-- costs:begin -->", "<!-- costs:end -->"
 
 
 def window_loss(task: Task, model: nn.Module, window: list[Any], mode: str, accumulate: Any) -> float:
@@ -185,10 +185,7 @@ def main() -> None:
     text = "\n".join(lines)
     sys.stdout.write(text + "\n")
     if chosen.write:
-        path = Path("docs/accumulation.md")
-        page = path.read_text()
-        before, rest = page.split(BEGIN)
-        path.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+        put("accumulation.md", "costs", text)
 
 
 if __name__ == "__main__":

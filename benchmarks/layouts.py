@@ -15,18 +15,17 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import gradkeel as gk
 
+from benchmarks.pages import put
 from tests.distributed import layouts
 from tests.distributed.pool import Pool, RankError
 from tests.policy_rows import GROUPS, Run, gradients
 
-BEGIN, END = "<!-- layouts:begin -->", "<!-- layouts:end -->"
 BOUND = 0.5
 SECONDS = 20  # for a case; a rank that waits in vain gives up after half of them
 
@@ -186,15 +185,6 @@ def table() -> list[str]:
     return lines
 
 
-def write(text: str, path: Path) -> None:
-    """Put the table between its markers."""
-    page = path.read_text(encoding="utf-8")
-    if BEGIN not in page:
-        page = f"{page.rstrip()}\n\n{BEGIN}\n{END}\n"
-    before, rest = page.split(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
-
-
 def main() -> None:
     """Run everything and print it."""
     arguments = argparse.ArgumentParser(
@@ -203,8 +193,6 @@ def main() -> None:
     arguments.add_argument("--write", action="store_true", help="write the table into docs/comparison.md")
     chosen = arguments.parse_args()
     lines = [
-        "## The norm on each layout of ranks",
-        "",
         f"Written by `python -m benchmarks.layouts --write` on {datetime.now(UTC).date().isoformat()}",
         f"with torch {torch.__version__} on gloo ranks.",
         "Right is the norm of the gathered gradients, told on every rank, and gradients clipped by it.",
@@ -214,7 +202,7 @@ def main() -> None:
     text = "\n".join(lines)
     sys.stdout.write(text + "\n")
     if chosen.write:
-        write(text, Path("docs/comparison.md"))
+        put("comparison.md", "layouts", text)
 
 
 if __name__ == "__main__":

@@ -380,9 +380,7 @@ def page(rows: list[tuple[Case, Row]]) -> str:
     lines = [
         "# Optimizers from outside torch",
         "",
-        f"{len(rows)} optimizers of {len(PACKAGES)} packages under the guard, as `make test-optimizers` finds them; "
-        f"torch {torch.__version__.partition('+')[0]}, CPU, {datetime.now(UTC):%Y-%m-%d}.",
-        "This page is written by `make test-optimizers ARGS=--write`.",
+        "What `make test-optimizers` finds; `ARGS=--write` writes this page.",
         "",
         "Asked of each, on a small network:",
         "",
@@ -393,6 +391,10 @@ def page(rows: list[tuple[Case, Row]]) -> str:
         "- **skip**: is everything bit-identical after a NaN in the first and in the third step: parameters, state, "
         "settings of the groups, and the optimizer's own counters?",
         "- **state**: are the keys of `state_dict()` those without a guard, and does a loaded one go on alike?",
+        "",
+        "<!-- figures -->",
+        f"{len(rows)} optimizers of {len(PACKAGES)} packages under the guard, as `make test-optimizers` finds them; "
+        f"torch {torch.__version__.partition('+')[0]}, CPU, {datetime.now(UTC):%Y-%m-%d}.",
         "",
         "| package | version | all four hold for |",
         "|---|---|---|",
@@ -408,6 +410,7 @@ def page(rows: list[tuple[Case, Row]]) -> str:
     lines += ["", "Not tried:", "", "| optimizer | why |", "|---|---|"]
     lines += [f"| {name} | {why} |" for name, why in LEFT_OUT.items()]
     lines += [
+        "<!-- end of figures -->",
         "",
         "SAM and its kin are guarded where `step` is given a closure; the gradient along which they perturb belongs to "
         "the loop, and is neither measured nor clipped.",

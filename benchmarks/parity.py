@@ -14,7 +14,6 @@ import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,9 +21,10 @@ from torch import Tensor
 import gradkeel as gk
 from gradkeel import policies as gp
 
+from benchmarks.pages import put
+
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
-BEGIN, END = "<!-- parity:begin -->", "<!-- parity:end -->"
 
 SHAPES = [(8, 4), (4,), (2, 4), (1,), (6, 3, 2, 2)]
 BOUNDS = [0.01, 1.0, 1e4]  # every tensor clipped, some of them, none
@@ -194,8 +194,6 @@ def table(pairs: Sequence[Pair]) -> str:
     names = sorted({"paddlepaddle" if pair.library == "paddle" else pair.library for pair in installed})
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     lines = [
-        "## The same formula, the same gradients",
-        "",
         f"Written by `python -m benchmarks.parity --write` on {datetime.now(UTC).date().isoformat()}",
         f"with Python {platform.python_version()}, {versions}, float32 on CPU.",
         f"Each cell is the largest relative difference of an entry, at bounds of {', '.join(f'{b:g}' for b in BOUNDS)}",
@@ -220,15 +218,7 @@ def main() -> None:
     text = table(PAIRS)
     print(text)
     if arguments.parse_args().write:
-        path = Path("docs/comparison.md")
-        page = path.read_text(encoding="utf-8") if path.exists() else "# Comparison with peers\n"
-        block = f"{BEGIN}\n{text}\n{END}"
-        if BEGIN in page:
-            before, _, rest = page.partition(BEGIN)
-            page = before + block + rest.partition(END)[2]
-        else:
-            page = f"{page.rstrip()}\n\n{block}\n"
-        path.write_text(page, encoding="utf-8")
+        put("comparison.md", "parity", text)
 
 
 if __name__ == "__main__":

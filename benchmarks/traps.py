@@ -31,9 +31,8 @@ from torch import Tensor, nn
 
 import gradkeel as gk
 
+from benchmarks.pages import put
 from benchmarks.trap_trainers import TRAINERS, Batch, Train, exact, make_batches, make_model
-
-BEGIN, END = "<!-- traps:begin -->", "<!-- traps:end -->"
 
 
 @dataclass(frozen=True)
@@ -470,15 +469,6 @@ def versions() -> str:
     return ", ".join(found)
 
 
-def write(text: str, path: Path) -> None:
-    """Put the tables between their markers."""
-    page = path.read_text() if path.exists() else f"# Comparison with peers\n\n{BEGIN}\n{END}\n"
-    if BEGIN not in page:
-        page = f"{page.rstrip()}\n\n{BEGIN}\n{END}\n"
-    before, rest = page.split(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
-
-
 def main() -> None:
     """Run everything and print it."""
     arguments = argparse.ArgumentParser(
@@ -498,8 +488,6 @@ def main() -> None:
         if cells
     )
     lines = [
-        "## Who falls into which trap",
-        "",
         f"Written by `python -m benchmarks.traps --write` on {datetime.now(UTC).date().isoformat()}",
         f"with {versions()}{others}.",
         "Each cell is a run; the oracle is float64, one process, the window's items as one batch.",
@@ -515,7 +503,7 @@ def main() -> None:
     text = "\n".join(lines)
     sys.stdout.write(text + "\n")
     if chosen.write:
-        write(text, Path("docs/comparison.md"))
+        put("comparison.md", "traps", text)
 
 
 if __name__ == "__main__":

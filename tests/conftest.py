@@ -36,6 +36,7 @@ def _same_start(monkeypatch):
     torch.manual_seed(0)
     for name in [name for name in os.environ if name.startswith("GRADKEEL_")]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("GRADKEEL_LANG", "en")  # whatever the locale
     for name in ("COLUMNS", "LINES", "FORCE_COLOR", "TTY_COMPATIBLE"):  # other libraries leave them behind
         monkeypatch.delenv(name, raising=False)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 
+import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -42,6 +43,8 @@ def inverted(tensor):
 
 def without_device(monkeypatch):
     """Put in place what torch would ask the device for."""
+    if torch.version.cuda is not None:
+        pytest.skip("a build of torch for CUDA asks for the driver behind our back; one for the CPU does not")
     monkeypatch.setattr(torch, "Event", Event)
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: None)
     # torch's own asks for the device's context

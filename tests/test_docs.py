@@ -74,21 +74,56 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().split()) < 500
 
 
-CHINESE = sorted(page.name for page in ROOT.glob("docs/zh/*.md"))
+def navigation():
+    """The pages of mkdocs.yml's two trees, in their order."""
+    english, chinese = (
+        (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("  - English:\n")[1].split("  - 中文:\n")
+    )
+    return [re.findall(r"[\w/-]+\.md$", tree, flags=re.MULTILINE) for tree in (english, chinese)]
 
 
-@pytest.mark.parametrize("name", CHINESE)
-def test_the_chinese_page_has_the_same_code_tables_and_sections(name):
-    def parts(page):
-        text = page.read_text(encoding="utf-8")
-        code = re.findall(r"^```.*?^```", text, flags=re.DOTALL | re.MULTILINE)
-        rows = [line.count(" |") for line in text.splitlines() if line.startswith("|")]
-        headings = re.findall(
-            r"^#+", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE
-        )
-        return code, rows, headings
+def test_the_chinese_navigation_is_the_english_one():
+    english, chinese = navigation()
+    assert chinese == [f"zh/{page}" for page in english]
 
-    assert parts(ROOT / "docs/zh" / name) == parts(ROOT / "docs" / name)
+
+# Pages that lie in the repository's root, and their Chinese versions.
+IN_THE_ROOT = {"index.md": "README", "contributing.md": "CONTRIBUTING"}
+
+
+# The changelog is English in both.
+@pytest.mark.parametrize("name", [name for name in navigation()[0] if name != "changelog.md"])
+def test_the_chinese_page_says_what_the_english_one_says(name):
+    root = IN_THE_ROOT.get(name)
+    english, chinese = (
+        (ROOT / path).read_text(encoding="utf-8")
+        for path in ((f"{root}.md", f"{root}.zh.md") if root else (f"docs/{name}", f"docs/zh/{name}"))
+    )
+    for begin, end in re.findall(r"^(<!-- .* -->)\n(<!-- .* -->)$", chinese, flags=re.MULTILINE):
+        before, written, after = re.split(
+            f"{begin}|{end}", english
+        )  # the site fills this in from the English page
+        assert written.strip()
+        english = f"{before}{begin}\n{end}{after}"
+    own = f"{root}.md" if root else name.split("/")[-1]  # the two pages of a pair may link to each other
+    assert parts(chinese, own) == parts(english, own)
+
+
+def parts(text, own):
+    """What a translation keeps: code without comments, tables' shapes, levels of headings, what `:::` documents; and,
+    in whatever order, code in the text, figures, and which files are linked or shown.
+    """
+    code = re.findall(r"^(```.*?^```|    .*?)$", text, flags=re.DOTALL | re.MULTILINE)
+    code = [re.sub(r" +#.*", "", block) for block in code]
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    rows = [line.count(" |") for line in prose.splitlines() if line.startswith("|")]
+    headings = re.findall(r"^#+(?= )", prose, flags=re.MULTILINE)
+    documented = re.findall(r"^:::.*$", prose, flags=re.MULTILINE)
+    links = {link.split("/")[-1].replace(".zh", "") for link in re.findall(r"\]\(([^)#\s]+)", prose)}
+    spans = set(re.findall(r"`[^`\n]+`", prose))
+    plain = re.sub(r"`[^`\n]+`|\]\([^)]*\)|<!--.*-->", "", prose)
+    figures = {figure.replace(",", "") for figure in re.findall(r"\d[\d,.]*\d|\d", plain)}
+    return code, rows, headings, documented, links - {own}, spans, figures
 
 
 def test_the_api_reference_has_every_public_name():

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "src" / "gradkeel"
 LAYERS = (
     "version",
     "errors",
+    "language",
     "norms",
     "outcome",
     "tensors",

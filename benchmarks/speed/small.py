@@ -4,6 +4,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from torch import nn
 
 import gradkeel as gk
 from gradkeel.bench import Gradients, Quartiles, Race, Table, race
@@ -55,6 +56,41 @@ def clipped(gradients: Gradients, folder: Path, *, active: bool, rounds: int) ->
     )
 
 
+def trained(folder: Path, rounds: int) -> Race:
+    """Whole training steps of the MLP: each contender its own, of the same weights."""
+
+    def loop(
+        name: str, policy: Policy | None, record: Path | None = None, *, torchs: bool = False
+    ) -> Contender:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 10))
+        inputs, targets = torch.randn(64, 32), torch.randint(10, (64,))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        if policy is not None:
+            gk.attach(optimizer, policy, model=model, record=record)
+
+        def step() -> None:
+            nn.functional.cross_entropy(model(inputs), targets).backward()
+            if torchs:
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        for _ in range(FIRST):
+            step()
+        return Contender(name, step)
+
+    constant = ClipByGlobalNorm(1.0)
+    contenders = [
+        loop(TORCH, None, torchs=True),
+        loop(GUARDED, constant),
+        loop(ADAPTIVE, ZClip()),
+        loop(RECORDED, constant, folder / "trained.keel"),
+        loop("no clipping", None),
+    ]
+    return race(contenders, rounds=rounds * TIMES)
+
+
 def cost(found: Race, name: str, to: str) -> Quartiles:
     """What a guard adds to a step, as a multiple of a function's time, or of what another guard adds."""
     seconds = found.seconds
@@ -64,7 +100,7 @@ def cost(found: Race, name: str, to: str) -> Quartiles:
 
 
 def ask(rounds: int) -> Answer:
-    """Three small models, below and above the bound."""
+    """Three small models, below and above the bound; and whole training steps of the smallest."""
     with TemporaryDirectory() as folder:
         return _asked(rounds, Path(folder))
 
@@ -89,6 +125,17 @@ def _asked(rounds: int, folder: Path) -> Answer:
                     targets.append(Target(f"{words}, zclip to a constant bound", 1.05, adaptive))
                     record = found.ratio(RECORDED, GUARDED)
                     targets.append(Target(f"{words}, recorded to not recorded", 1.05, record))
+        found = trained(folder, rounds)
+        tables.append(Table("MLP, 4 tensors, whole training steps", found))
+        targets += [
+            target("MLP, whole training steps, guarded to torch", 1.0, found, GUARDED),
+            Target(
+                "MLP, whole training steps, zclip to a constant bound", 1.05, found.ratio(ADAPTIVE, GUARDED)
+            ),
+            Target(
+                "MLP, whole training steps, recorded to not recorded", 1.05, found.ratio(RECORDED, GUARDED)
+            ),
+        ]
     finally:
         torch.set_num_threads(threads)
     return Answer(tables, targets)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gradkeel.apply import clamp, scale, separate
 from gradkeel.errors import NonFiniteGradientError
 from gradkeel.kernels.graph import Entry, Graph, Graphs, can_capture, tell_autograd
+from gradkeel.kernels.native import Table
 from gradkeel.ranks.total import total_norm
 from gradkeel.tensors import are_plain, is_distributed, on_mesh_of, settle, whole
 
@@ -76,8 +77,8 @@ def _clipped(
 ) -> Tensor:
     """The norm before clipping, of gradients that are clipped now."""
     gradients = settle(parameters)
-    total = _total(gradients, norm_type, error_if_nonfinite, among=parameters)
-    _scale(parameters, bound, total)
+    total, table = _total(gradients, norm_type, error_if_nonfinite, among=parameters)
+    _scale(parameters, bound, total, table)
     # A rank without gradients must return what the others do.
     return _narrowed(total, gradients or [p for p in parameters if is_distributed(p)])
 
@@ -203,7 +204,7 @@ def get_total_norm(
             "get_total_norm(tensors=...): parameters were given, whose norm is that of the weights; pass the gradients "
             "[p.grad for p in parameters if p.grad is not None], or [p.detach() for p in parameters] for the weights"
         )
-    return _narrowed(_total(given, float(norm_type), error_if_nonfinite), given)
+    return _narrowed(_total(given, float(norm_type), error_if_nonfinite)[0], given)
 
 
 def _parameters(function: str, parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
@@ -256,29 +257,32 @@ def _bound(function: str, argument: str, value: float) -> float:
 
 def _total(
     gradients: list[Tensor], norm_type: float, error_if_nonfinite: bool, *, among: Sequence[Tensor] = ()
-) -> Tensor | float:
-    """The norm of all gradients; a number where the host knows it."""
+) -> tuple[Tensor | float, Table | None]:
+    """The norm of all gradients, a number where the host knows it; and where they lie, if that is known."""
     if math.isnan(norm_type):
         raise ValueError(f"norm_type={norm_type!r}: norm_type must be a number or inf")
     device = next((t.device for t in (*gradients, *among)), torch.device("cpu"))
     if norm_type < 0:  # an empty tensor has no smallest entry
         gradients = [gradient for gradient in gradients if gradient.numel()]
-    total = total_norm(gradients, norm_type, device, among=among)
+    total, table = total_norm(gradients, norm_type, device, among=among)
     if error_if_nonfinite and not math.isfinite(total):
         raise NonFiniteGradientError(
             f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
             "clipped; nothing has been modified. To get the norm without this error set `error_if_nonfinite=False`"
         )
-    return total
+    return total, table
 
 
-def _scale(parameters: list[Tensor], bound: float | Tensor, total: Tensor | float) -> None:
+def _scale(
+    parameters: list[Tensor], bound: float | Tensor, total: Tensor | float, table: Table | None = None
+) -> None:
     if isinstance(total, float):
         assert isinstance(bound, float), "both are known on the host"
         factor = min(1.0, bound / (total + _TORCH_EPS)) if math.isfinite(total) else 1.0
         if factor != 1.0:
-            separate(parameters)
-            scale(parameters, factor)
+            if table is None:
+                separate(parameters)
+            scale(parameters, factor, table)
         return
     separate(parameters)
     coefficient = (bound / (total + _TORCH_EPS)).clamp(max=1.0)

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from gradkeel.language import padded, say, shown, width
 from gradkeel.ranks.total import measure_total
+
+_HEAD = (say("parameter"), say("shape"), say("weight norm"), say("gradient norm"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,7 @@ class GradientTable:
         return [
             (
                 row.name,
-                "x".join(map(str, row.shape)) or "scalar",
+                "x".join(map(str, row.shape)) or shown(say("scalar")),
                 f"{row.weight_norm:.6g}",
                 "None" if row.gradient_norm is None else f"{row.gradient_norm:.6g}",
             )
@@ -66,19 +69,18 @@ class GradientTable:
         ]
 
     def __repr__(self) -> str:
-        """A table in plain text."""
-        cells = [("parameter", "shape", "weight norm", "gradient norm"), *self._cells()]
-        widths = [max(len(row[i]) for row in cells) for i in range(4)]
+        """A table in plain text, with heads in the reader's language."""
+        cells = [[*map(shown, _HEAD)], *self._cells()]
+        widths = [max(map(width, column)) for column in zip(*cells, strict=True)]
         return "\n".join(
-            f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {weight:>{widths[2]}}  {gradient:>{widths[3]}}"
-            for name, shape, weight, gradient in cells
+            "  ".join(padded(cell, widths[i], right=i > 1) for i, cell in enumerate(row)) for row in cells
         )
 
     def _repr_html_(self) -> str:
         """A table for notebooks."""
         from html import escape  # seldom needed, and slow to import
 
-        head = "<tr><th>parameter</th><th>shape</th><th>weight norm</th><th>gradient norm</th></tr>"
+        head = f"<tr>{''.join(f'<th>{shown(name)}</th>' for name in _HEAD)}</tr>"
         rows = "".join(
             f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in self._cells()
         )

@@ -13,7 +13,7 @@ _PLAIN = {Tensor, nn.Parameter}
 
 
 def entries_to_read(gradient: Tensor) -> Tensor:
-    """The gradient's entries on this rank as a real strided tensor; the sum over duplicate indices where sparse.
+    """Return the gradient's entries here as a real strided tensor; the sum over duplicate indices where sparse.
 
     Shares memory with the gradient except where an uncoalesced sparse gradient must be summed first, and where a
     conjugate view's imaginary parts are stored with the other sign.
@@ -25,7 +25,7 @@ def entries_to_read(gradient: Tensor) -> Tensor:
 
 
 def entries_to_scale(gradient: Tensor) -> Tensor:
-    """The entries as they are stored, to be multiplied in place: real, strided, sharing the gradient's memory.
+    """Return the entries as stored, to be multiplied in place: real, strided, sharing the gradient's memory.
 
     Those of conjugate and negative views are the memory behind them, in which signs differ.
     """
@@ -40,12 +40,12 @@ def entries_to_scale(gradient: Tensor) -> Tensor:
 
 
 def entries_by_position(tensor: Tensor) -> Tensor:
-    """The entries on this rank as a real strided tensor in which each stands at its place: sparse ones made dense."""
+    """Return the entries here as a real strided tensor in which each stands at its place: sparse ones made dense."""
     return entries_to_read(tensor.detach().to_dense() if tensor.layout != torch.strided else tensor)
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, in its own memory: all of a plain one."""
+    """Return what this rank holds of a tensor, in its own memory: all of a plain one."""
     if not is_distributed(tensor):
         return tensor.detach()
     with torch.no_grad():
@@ -53,19 +53,19 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def _local(tensor: Any) -> Tensor:
-    """What this rank holds of a distributed tensor."""
+    """Return what this rank holds of a distributed tensor."""
     local: Any = tensor.to_local()
     # Where it is still on its way from an asynchronous collective, it is waited for.
     return local if type(local) in _PLAIN or not hasattr(local, "wait") else local.wait()
 
 
 def are_plain(tensors: Iterable[Tensor]) -> bool:
-    """Whether none of the tensors is of a subclass, which may hold its entries elsewhere."""
+    """Tell whether none of the tensors is of a subclass, which may hold its entries elsewhere."""
     return set(map(type, tensors)) <= _PLAIN
 
 
 def local_parts(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """What this rank holds of each tensor; plain ones are passed on as they are."""
+    """Return what this rank holds of each tensor; plain ones are passed on as they are."""
     if are_plain(tensors):
         return tensors
     with torch.no_grad():
@@ -73,7 +73,7 @@ def local_parts(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def is_distributed(tensor: Tensor) -> bool:
-    """Whether the tensor is a DTensor: one tensor, whose entries lie on a mesh of ranks."""
+    """Tell whether the tensor is a DTensor: one tensor, whose entries lie on a mesh of ranks."""
     if type(tensor) in _PLAIN:
         return False
     module = sys.modules.get("torch.distributed.tensor")  # where it was never imported there are none
@@ -81,7 +81,7 @@ def is_distributed(tensor: Tensor) -> bool:
 
 
 def are_distributed(tensors: Sequence[Tensor]) -> bool:
-    """Whether any of the tensors is a DTensor."""
+    """Tell whether any of the tensors is a DTensor."""
     return not are_plain(tensors) and any(map(is_distributed, tensors))
 
 
@@ -97,11 +97,11 @@ class Seen:
         self._reference, self._version = TensorWeakRef(tensor), tensor._version
 
     def is_tensor(self, tensor: Tensor | None) -> bool:
-        """Whether this is the tensor that was seen."""
+        """Tell whether this is the tensor that was seen."""
         return tensor is not None and self._reference() is tensor
 
     def unchanged(self) -> Tensor | None:
-        """The tensor, if it is still there and nobody has written to it."""
+        """Return the tensor, if it is still there and nobody has written to it."""
         tensor: Tensor | None = self._reference()
         return tensor if tensor is not None and tensor._version == self._version else None
 
@@ -128,7 +128,7 @@ def settle(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 
 def settled(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The tensors, those that are ``Partial`` reduced: a collective for each of them."""
+    """Return the tensors, those that are ``Partial`` reduced: a collective for each of them."""
     if are_plain(tensors):
         return tensors
     result = []
@@ -143,7 +143,7 @@ def settled(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def coordinate(tensor: Tensor) -> tuple[int, ...] | None:
-    """Which piece of a distributed tensor this rank holds, as its place on each mesh axis that splits it.
+    """Tell which piece of a distributed tensor this rank holds, by its place on each mesh axis that splits it.
 
     Ranks with equal coordinates hold copies of one piece. () for a plain tensor, which is one piece; None for a rank
     that is not on the mesh.
@@ -156,20 +156,20 @@ def coordinate(tensor: Tensor) -> tuple[int, ...] | None:
 
 
 def split_axes(tensor: Tensor) -> tuple[int, ...]:
-    """The mesh axes that split a distributed tensor; the others hold copies. None of them for a plain tensor."""
+    """Return the mesh axes that split a distributed tensor; the others hold copies. A plain tensor has none."""
     given: Any = tensor
     return tuple(_split_axes(given.placements)) if is_distributed(tensor) else ()
 
 
 def is_first_copy(tensor: Tensor) -> bool:
-    """Whether this rank holds the first of the copies of its piece of a distributed tensor."""
+    """Tell whether this rank holds the first of the copies of its piece of a distributed tensor."""
     given: Any = tensor
     here, axes = given.device_mesh.get_coordinate(), split_axes(tensor)
     return here is not None and not any(place for axis, place in enumerate(here) if axis not in axes)
 
 
 def is_split(tensor: Tensor) -> bool:
-    """Whether a tensor lies in more than one piece that has entries."""
+    """Tell whether a tensor lies in more than one piece that has entries."""
     given: Any = tensor
     return bool(tensor.numel()) and any(
         given.device_mesh.size(axis) > 1 and tensor.shape[given.placements[axis].dim] > 1
@@ -178,7 +178,7 @@ def is_split(tensor: Tensor) -> bool:
 
 
 def units_here(tensor: Tensor, unit_dim: int) -> Sequence[int]:
-    """Of which units this rank holds something: their indices in the whole tensor, in the order in which they lie."""
+    """Return the indices, in the whole tensor, of the units of which this rank holds something, as they lie."""
     if tensor.dim() <= 1:
         return (0,)
     given: Any = tensor
@@ -190,13 +190,13 @@ def units_here(tensor: Tensor, unit_dim: int) -> Sequence[int]:
 
 
 def mesh_of(tensor: Tensor) -> Any:
-    """The mesh of a distributed tensor; None for a plain one."""
+    """Return the mesh of a distributed tensor; None for a plain one."""
     given: Any = tensor
     return given.device_mesh if is_distributed(tensor) else None
 
 
 def on_mesh_of(tensors: Sequence[Tensor], number: Tensor) -> Tensor:
-    """A [] number that all ranks know, as a replicated DTensor where all the tensors lie on one mesh."""
+    """Return a [] number that all ranks know, as a replicated DTensor where all the tensors lie on one mesh."""
     meshes = {mesh_of(tensor) for tensor in tensors} if not are_plain(tensors) else {None}
     mesh = meshes.pop()
     if mesh is None or meshes:
@@ -209,14 +209,14 @@ def on_mesh_of(tensors: Sequence[Tensor], number: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A distributed tensor with the entries of all ranks, a collective unless it is replicated; others as they are."""
+    """Return all ranks' entries of a distributed tensor, a collective unless it is replicated; others as they are."""
     given: Any = tensor
     full: Tensor = given.full_tensor() if is_distributed(tensor) else tensor
     return full
 
 
 def shard_groups(tensor: Tensor) -> list[Any]:
-    """The process group of each mesh axis over which a distributed tensor is split; none for a plain tensor."""
+    """Return the process group of each mesh axis over which a distributed tensor is split; none for a plain tensor."""
     if not is_distributed(tensor):
         return []
     given: Any = tensor
@@ -227,19 +227,19 @@ def shard_groups(tensor: Tensor) -> list[Any]:
 
 
 def placement_key(tensor: Tensor) -> object:
-    """Equal for distributed tensors that lie alike on the same mesh; None for a plain tensor."""
+    """Return a key that is equal for distributed tensors that lie alike on one mesh; None for a plain tensor."""
     given: Any = tensor
     return (given.device_mesh, tuple(given.placements)) if is_distributed(tensor) else None
 
 
 def is_member(tensor: Tensor) -> bool:
-    """Whether this rank is on the mesh of a distributed tensor."""
+    """Tell whether this rank is on the mesh of a distributed tensor."""
     given: Any = tensor
     return given.device_mesh.get_coordinate() is not None
 
 
 def mesh_ranks(tensor: Tensor) -> tuple[int, ...]:
-    """The ranks over which a distributed tensor is spread; none for a plain tensor."""
+    """Return the ranks over which a distributed tensor is spread; none for a plain tensor."""
     given: Any = tensor
     return tuple(given.device_mesh.mesh.flatten().tolist()) if is_distributed(tensor) else ()
 
@@ -249,7 +249,7 @@ def _split_axes(placements: Sequence[Any]) -> list[int]:
 
 
 def _held(indices: Sequence[int], dim: int, mesh: Any, placements: Sequence[Any]) -> Sequence[int]:
-    """Which of the indices along ``dim`` this rank holds: each mesh axis splits what the earlier left."""
+    """Return the indices along ``dim`` that this rank holds: each mesh axis splits what the earlier left."""
     here = mesh.get_coordinate()
     for axis in _split_axes(placements):
         if placements[axis].dim == dim:
@@ -261,7 +261,7 @@ def _held(indices: Sequence[int], dim: int, mesh: Any, placements: Sequence[Any]
 
 
 def _chunk(indices: Sequence[int], count: int, which: int) -> Sequence[int]:
-    """Part ``which`` of ``count``, as ``torch.chunk`` cuts: equal parts, then a shorter one, then empty ones."""
+    """Return part ``which`` of ``count``, as ``torch.chunk`` cuts: equal parts, then a shorter one, then empty ones."""
     length = -(-len(indices) // count)
     return indices[which * length : (which + 1) * length]
 
@@ -271,7 +271,7 @@ def _chunks(indices: Sequence[int], count: int) -> list[Sequence[int]]:
 
 
 def is_only_a_view(gradient: Tensor) -> bool:
-    """Whether entries cannot be written to where they lie.
+    """Tell whether entries cannot be written to where they lie.
 
     Several lie in one place, as after ``expand``, or what is stored has other signs, as in conjugate views.
     """
@@ -281,7 +281,7 @@ def is_only_a_view(gradient: Tensor) -> bool:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the entries of a strided tensor fill one piece of memory, in whatever order."""
+    """Tell whether the entries of a strided tensor fill one piece of memory, in whatever order."""
     if tensor.is_contiguous():
         return True
     width = 1

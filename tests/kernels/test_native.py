@@ -98,9 +98,9 @@ def test_norms_and_units_are_their_float64_twins(norm_type, kinds, seed, level):
 @pytest.mark.parametrize("size", [5, 300_000])  # read in the call that looks for them, and in a second one
 def test_norms_and_their_total_in_one_call(kernels, size, norm_type):
     tensors = [torch.randn(size), torch.randn(3, 4).half(), torch.randn(7, dtype=torch.float64) * 1e200]
-    norms, total, are_apart = kernels.norms(tensors, norm_type)
-    assert are_apart
-    assert not kernels.norms([tensors[0], *tensors], norm_type)[2] or not tensors[0].numel()
+    norms, total, table = kernels.norms(tensors, norm_type)
+    assert table.tensors is tensors
+    assert kernels.norms([tensors[0], *tensors], norm_type)[2] is None
     assert torch.equal(norms, kernels.read(kernels.table(tensors), norm_type)[0])
     assert total == pytest.approx(reference.norm(tensors, norm_type), rel=1e-12)
     small = [tensor * 1e-300 for tensor in tensors[2:]] * 2
@@ -120,11 +120,12 @@ def test_the_total_is_not_finite_exactly_where_an_entry_is(kernels, bad):
 
 @needs_kernels
 @pytest.mark.parametrize("size", [5, 300_000])
-def test_all_are_multiplied_by_one_factor_in_one_call(kernels, size):
+def test_all_are_multiplied_by_one_factor_where_they_were_read(kernels, size):
     tensors = [torch.randn(size), torch.randn(3, 4).half(), torch.randn(4, 3).t()]
+    table = kernels.norms(tensors, 2.0)[2]
     wanted = [tensor * 0.3 for tensor in tensors]
     versions = [tensor._version for tensor in tensors]
-    assert kernels.scale_all(tensors, 0.3)
+    kernels.scale(table, 0.3)
     for tensor, right in zip(tensors, wanted, strict=True):
         assert torch.equal(tensor, right)
     assert [tensor._version for tensor in tensors] == [version + 1 for version in versions]
@@ -134,7 +135,7 @@ def test_all_are_multiplied_by_one_factor_in_one_call(kernels, size):
 def test_what_is_not_fit_is_not_touched(kernels):
     fit, unfit = torch.ones(3), torch.ones(6)[::2]
     assert kernels.norms([fit, unfit], 2.0) is None
-    assert kernels.scale_all([fit, unfit], 0.5) is False
+    assert native.scale([fit, unfit], 0.5) is False
     assert torch.equal(fit, torch.ones(3))
 
 

@@ -214,7 +214,7 @@ class Accumulator:
         return self._noise.value()
 
     def _enter(self) -> None:
-        """Before a micro-batch: is everything as the last one left it?"""
+        """Make sure, before a micro-batch, that everything is as the last one left it."""
         if self._is_inside:
             raise WindowError("`with micro:` inside of another micro-batch's; end that one first")
         self._check_unbroken()
@@ -236,7 +236,7 @@ class Accumulator:
             raise WindowError(f"{self._open.broken}; call accumulate.drop() to go on") from self._open.cause
 
     def _choose_divisor(self, weight: Tensor | float | None, *, is_half: bool) -> float:
-        """Power of two near a window's weight, by which float16 losses are divided; chosen once, 1 elsewhere.
+        """Choose once a power of two near a window's weight, by which float16 losses are divided; 1 elsewhere.
 
         Gradients of sums would leave float16's range. Dividing by a power of two is exact, and `factor` undoes it.
         """
@@ -251,7 +251,7 @@ class Accumulator:
         return self._divisor
 
     def _leave(self, *, last: bool) -> None:
-        """After a micro-batch's backward."""
+        """Take in a micro-batch whose backward has run."""
         self._open.is_open = True
         self._open.count += 1
         if self._noise is not None:
@@ -327,7 +327,7 @@ class Accumulator:
         return self._sync.ranks
 
     def weight(self) -> Tensor | float:
-        """[] this rank's weight of the window."""
+        """Return [] this rank's weight of the window."""
         return self._open.weight
 
     def agree(self, weight: Tensor, loss: Tensor | None) -> None:
@@ -336,11 +336,11 @@ class Accumulator:
         self._last_loss = self._last_loss if loss is None else loss
 
     def factor(self) -> Tensor | float:
-        """[] what sums are multiplied by: 1 / total weight, float16's divisor and the average over ranks undone."""
+        """Return [] the factor of sums: 1 / total weight, float16's divisor and the average over ranks undone."""
         return self._open.factor((self._divisor or 1.0) * self._sync.divisor, self.guard.device)
 
     def is_empty(self) -> bool | Tensor:
-        """Whether the window's total weight is 0."""
+        """Tell whether the window's total weight is 0."""
         return self._open.total == 0
 
     def closed(self, *, stepped: bool | Tensor) -> None:
@@ -351,7 +351,7 @@ class Accumulator:
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The open window, its gradients included, so that a run killed inside it resumes bitwise equal.
+        """Return the open window, its gradients included, so that a run killed inside it resumes bitwise equal.
 
         With several ranks it can be saved between windows only, and raises a `CheckpointError` inside of one.
         Loadable with ``torch.load(weights_only=True)``. Between windows it holds no tensors.

@@ -1,4 +1,4 @@
-"""What belongs to an accumulator's checkpoint, and what does not fit."""
+"""This module knows what belongs to an accumulator's checkpoint, and refuses what does not fit."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,13 +10,13 @@ from gradkeel.guard.guard import Guard
 
 
 def by_names(guard: Guard, held: Mapping[Tensor, Tensor]) -> dict[str, Tensor]:
-    """Copies of what is held for each parameter, under its name."""
+    """Copy what is held for each parameter, under its name."""
     pairs = zip(guard.names, guard.parameters, strict=True)
     return {name: held[parameter].detach().clone() for name, parameter in pairs if parameter in held}
 
 
 def saved_sums(guard: Guard, sums: Mapping[str, Mapping[Tensor, Tensor]]) -> dict[str, Any]:
-    """What is kept apart from ``.grad``; by denominator, where there are several."""
+    """Return what is kept apart from ``.grad``; by denominator, where there are several."""
     named = {per: by_names(guard, held) for per, held in sums.items()}
     is_one = len(named) <= 1
     return {"sums": next(iter(named.values()), {}) if is_one else {}, "apart": {} if is_one else named}

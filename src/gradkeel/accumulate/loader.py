@@ -1,4 +1,4 @@
-"""Going through a loader: is there more, on this rank or on any other."""
+"""This module goes through a loader, and knows whether there is more, on this rank or on any other."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
@@ -47,7 +47,7 @@ class Lookahead(Generic[Batch]):
         return self.fetch() if self._length is None else self._taken < self._length
 
     def take(self) -> Batch:
-        """The item that ``fetch`` found."""
+        """Return the item that ``fetch`` found."""
         self._taken += 1
         return self._fetched.pop()
 
@@ -55,7 +55,7 @@ class Lookahead(Generic[Batch]):
 def ahead(
     loader: Iterable[Batch], sync: GradientSync, device: torch.device, *, opens_window: Callable[[], bool]
 ) -> Lookahead[Batch]:
-    """The way to go through a loader, alone or together with other ranks."""
+    """Choose how to go through a loader, alone or together with other ranks."""
     if sync.ranks is None:
         return Lookahead(loader, by_length=sync.is_needed)
     return Together(loader, sync.ranks, device, opens_window=opens_window)
@@ -69,7 +69,7 @@ def _length(loader: Iterable[Any]) -> int | None:
 
 
 class Together(Lookahead[Batch]):
-    """The same for ranks that must go on together: the end comes when no rank has more.
+    """A look ahead for ranks that must go on together: the end comes when no rank has more.
 
     Where every rank's loader has a length, the lengths are told once. Else, whenever a window opens, ranks tell
     whether they have another item, and whoever has fewer than a window of them repeats its last one.
@@ -127,7 +127,7 @@ class Together(Lookahead[Batch]):
         return self._total is None or self._taken < self._total
 
     def take(self) -> Batch:
-        """The item that ``fetch`` found, or the last one again."""
+        """Return the item that ``fetch`` found, or the last one again."""
         self._taken += 1
         self.is_filler = not self._fetched
         if not self.is_filler:

@@ -128,7 +128,7 @@ class MicroBatch(Generic[Batch]):
         self._told = name, amount
 
     def _share(self, weight: Tensor | float | None, per: str | None) -> tuple[str, Tensor | float | None]:
-        """The denominator of a term, and the micro-batch's weight in it."""
+        """Return the denominator of a term, and the micro-batch's weight in it."""
         if not (self._was_entered and self._owner._is_inside):
             raise WindowError("micro.backward() and micro.weigh() belong inside the `with micro:` block")
         name, amount = _one_of(self._owner.per, per), _checked(weight)
@@ -172,7 +172,7 @@ class MicroBatch(Generic[Batch]):
             raise
 
     def _run_put_off(self) -> None:
-        """The one backward of all terms that a model exchanges."""
+        """Run the one backward of all terms that a model exchanges."""
         terms, self._put_off = self._put_off, []
         if len(self._owner.per) == 1:
             self._run(*(scaled for _, _, scaled, _ in terms))
@@ -234,7 +234,7 @@ class MicroBatch(Generic[Batch]):
                 self._break(kind)
 
     def _close(self) -> None:
-        """After a micro-batch that nothing has interrupted."""
+        """Take in a micro-batch that nothing has interrupted."""
         owner = self._owner
         has_changed = owner._watch.change() is not None
         if self._told is not None:
@@ -255,7 +255,7 @@ class MicroBatch(Generic[Batch]):
 
     @property
     def _is_awaited(self) -> bool:
-        """Whether other ranks wait for this one's backward."""
+        """Tell whether other ranks wait for this one's backward."""
         sync = self._owner._sync
         return sync.needs_every_backward or (sync.is_needed and self._last is True)
 
@@ -280,7 +280,7 @@ def _one_of(names: Sequence[str], per: str | None) -> str:
 
 
 def _checked(weight: Tensor | float | None) -> Tensor | float | None:
-    """A weight as a number, or as a [] tensor on an accelerator, where the host does not look at it."""
+    """Return a weight as a number, or as a [] tensor on an accelerator, where the host does not look at it."""
     if isinstance(weight, Tensor):
         weight = weight.detach()
         if weight.numel() != 1:

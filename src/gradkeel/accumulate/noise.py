@@ -46,7 +46,7 @@ class NoiseMeter:
             self.value()
 
     def value(self) -> NoiseScale:
-        """The estimate over all closed windows."""
+        """Return the estimate over all closed windows."""
         for window, total in self._closed:
             counts, norms, before = [], [], 0.0
             for weight_so_far, norm in window:

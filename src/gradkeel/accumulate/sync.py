@@ -1,4 +1,4 @@
-"""When a distributed model exchanges gradients, between which ranks, and by what it divides them."""
+"""This module knows when a distributed model exchanges gradients, between whom, and by what it divides them."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
@@ -80,7 +80,7 @@ class GradientSync:
         return any(map(is_fsdp1, self._ddp))
 
     def around(self, *, last: bool) -> AbstractContextManager[Any]:
-        """The context for forward and backward of one micro-batch, which exchanges gradients if it is the last."""
+        """Return the context around one micro-batch, which exchanges gradients if it is the last."""
         if last and self._hooks != (found := self._count_hooks()):  # one was registered later
             self.divisor, self._hooks = self._read_divisor(), found
         context = ExitStack()
@@ -92,7 +92,7 @@ class GradientSync:
         return context
 
     def added(self, weights: Tensor) -> Tensor:
-        """[k] the sum of all ranks' weights [k]."""
+        """Return [k] the sum of all ranks' weights [k]."""
         return weights if self.ranks is None else self.ranks.added(weights.clone())
 
     def drop(self) -> None:
@@ -103,14 +103,14 @@ class GradientSync:
                 parameter._unsharded_param.grad = None
 
     def largest(self, weight: float, device: torch.device) -> float:
-        """The largest such weight of all ranks, on all of them; syncs the host."""
+        """Return the largest such weight of all ranks, on all of them; syncs the host."""
         if self.ranks is None:
             return weight
         row = torch.full((1,), weight, dtype=torch.float64, device=device)
         return float(self.ranks.gather(row).amax())
 
     def _read_divisor(self) -> float:
-        """By what the sum of the ranks' gradients has been divided when it arrives: their number, as a rule."""
+        """Return by what the sum of the ranks' gradients has been divided when it arrives: their number, as a rule."""
         found = {self._divided_by(part) for part in self._ddp}
         found |= {float(mesh.size()) if factor is None else factor for mesh, factor in _meshes(self._fsdp)}
         if len(found) > 1:
@@ -143,12 +143,12 @@ def _hooks(part: Any) -> list[Any]:
 
 
 def _is_average(hook: Any) -> bool:
-    """Whether this is one of torch's hooks that average, as DistributedDataParallel itself does."""
+    """Tell whether this is one of torch's hooks that average, as DistributedDataParallel itself does."""
     return getattr(hook, "__module__", "").startswith(_TORCH) and getattr(hook, "__name__", "") in _AVERAGES
 
 
 def _outermost(model: nn.Module) -> Iterator[nn.Module]:
-    """The parts of a model, itself perhaps, that exchange gradients and are not inside of another such part."""
+    """Return a model's outermost parts that exchange gradients, perhaps the model itself."""
     if hasattr(model, "set_requires_gradient_sync") or hasattr(model, "no_sync"):
         yield model
         return
@@ -157,7 +157,7 @@ def _outermost(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _param_groups(parts: list[Any]) -> Iterator[Any]:
-    """The groups of parameters that FSDP2 exchanges together."""
+    """Return the groups of parameters that FSDP2 exchanges together."""
     for state in (
         m._get_fsdp_state() for part in parts for m in part.modules() if hasattr(m, "_get_fsdp_state")
     ):
@@ -167,7 +167,7 @@ def _param_groups(parts: list[Any]) -> Iterator[Any]:
 
 
 def _meshes(parts: list[Any]) -> list[tuple[Any, float | None]]:
-    """For each group of FSDP parameters: its data-parallel ranks, and the divisor where one was set."""
+    """Return, for each group of FSDP parameters, its data-parallel ranks, and the divisor where one was set."""
     return [
         (_data_parallel(group.mesh_info), getattr(group, "gradient_divide_factor", None))
         for group in _param_groups(parts)

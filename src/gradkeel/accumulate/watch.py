@@ -1,4 +1,4 @@
-"""Who touched the gradients: the one way to see a zero_grad or a foreign clip in the middle of a window."""
+"""This module sees who touched the gradients: a zero_grad or a foreign clip in the middle of a window."""
 
 from collections.abc import Callable, Sequence
 
@@ -24,7 +24,7 @@ class GradientWatch:
         self._seen = []
 
     def change(self) -> str | None:
-        """What happened to the gradients since ``note``: "cleared", "modified", or None."""
+        """Tell what happened to the gradients since ``note``: "cleared", "modified", or None."""
         changed = [(seen, gradient) for seen, gradient in self._pairs() if not _is_as(seen, gradient)]
         if not changed:
             return None
@@ -53,12 +53,12 @@ class GradientWatch:
             )
 
     def any_unchanged(self) -> bool:
-        """Whether some gradient is still there just as it was noted."""
+        """Tell whether some gradient is still there just as it was noted."""
         return any(gradient is not None and _is_as(seen, gradient) for seen, gradient in self._pairs())
 
 
 def _is_as(seen: Seen | None, gradient: Tensor | None) -> bool:
-    """Whether a gradient is just as it was noted: there and unchanged, or not there."""
+    """Tell whether a gradient is just as it was noted: there and unchanged, or not there."""
     if seen is None or gradient is None:
         return seen is None and gradient is None
     return seen.is_tensor(gradient) and seen.unchanged() is not None

@@ -64,7 +64,7 @@ class WideSums:
 
 
 def add_(sums: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    """``sum += gradient`` for each pair, whose gradient may be narrower than its sum."""
+    """Do ``sum += gradient`` for each pair, whose gradient may be narrower than its sum."""
     if all(map(_lie_alike, sums, gradients)) and native.add(sums, gradients):
         return
     for total, gradient in zip(sums, gradients, strict=True):
@@ -72,7 +72,7 @@ def add_(sums: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
 
 
 def _lie_alike(total: Tensor, gradient: Tensor) -> bool:
-    """Whether the kernel may add them entry by entry, as they lie in memory."""
+    """Tell whether the kernel may add them entry by entry, as they lie in memory."""
     return (
         total.dtype in (torch.float32, torch.float64)
         and total.shape == gradient.shape
@@ -83,7 +83,7 @@ def _lie_alike(total: Tensor, gradient: Tensor) -> bool:
 
 
 def _add_one(total: Tensor, gradient: Tensor) -> None:
-    """By chunks: ``add_`` of mixed dtypes is not vectorised on CPU."""
+    """Add by chunks: ``add_`` of mixed dtypes is not vectorised on CPU."""
     if total.dtype == gradient.dtype or total.device.type != "cpu" or not total.is_contiguous():
         total.add_(gradient)
         return

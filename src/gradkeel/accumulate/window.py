@@ -1,4 +1,4 @@
-"""The sums of one window: how many micro-batches, what they weigh, what they lose."""
+"""A window has the sums of its micro-batches: how many they are, what they weigh, what they lose."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -70,12 +70,12 @@ class OpenWindow:
 
     @classmethod
     def empty(cls, names: Iterable[str]) -> "OpenWindow":
-        """A window in which nothing has been accumulated."""
+        """Return a window in which nothing has been accumulated."""
         return cls({name: Denominator() for name in names})
 
     @classmethod
     def loaded(cls, state: Mapping[str, Any], names: Iterable[str]) -> "OpenWindow":
-        """The window that ``saved`` gave."""
+        """Return the window that ``saved`` gave."""
         told = state.get("denominators") or [(state["weight"], state["loss"], state["weighs"])]
         count, window = int(state["count"]), cls.empty(list(names)[: len(told)])
         for one, (weight, loss, weighs) in zip(window.per.values(), told, strict=True):
@@ -84,7 +84,7 @@ class OpenWindow:
         return window
 
     def saved(self) -> dict[str, Any]:
-        """What a checkpoint must hold of it."""
+        """Return what a checkpoint must hold of it."""
         told = [(one.weight, one.loss, one.weighs) for one in self.per.values()]
         weight, loss, weighs = told[0]
         return {
@@ -118,7 +118,7 @@ class OpenWindow:
         )
 
     def merge(self, totals: Tensor, whole: float, ranks: int) -> Tensor:
-        """[denominators] what each one's sums are multiplied by, to be divided by one number from now on.
+        """Return [denominators] what each one's sums are multiplied by, to be divided by one number from now on.
 
         Args:
             totals: [denominators] all ranks' weights.
@@ -136,7 +136,7 @@ class OpenWindow:
         return factors
 
     def factor(self, scale: float, device: torch.device) -> Tensor | float:
-        """[] ``scale / total``, or 0 for an empty window."""
+        """Return [] ``scale / total``, or 0 for an empty window."""
         if isinstance(self.total, Tensor):
             total = self.total.to(device, wide_dtype(device))
             return torch.where(total > 0, scale / _nonzero(total), torch.zeros_like(total))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from gradkeel.apply import device, host
+from gradkeel.kernels.native import Table
 from gradkeel.norms import Decision, GradientNorms
 
 
@@ -48,18 +49,19 @@ def factors(decision: Decision, prescale: Tensor | float) -> Tensor | float:
     return factor.item() if isinstance(factor, Tensor) and factor.is_cpu and factor.dim() == 0 else factor
 
 
-def scale(parameters: Sequence[Tensor], factor: Tensor | float) -> None:
+def scale(parameters: Sequence[Tensor], factor: Tensor | float, table: Table | None = None) -> None:
     """Multiply all gradients by one factor, or each by its own, in place; a factor that the host knows may be a number.
 
     Args:
         parameters: n parameters; those without a gradient are passed over.
         factor: a number, [] or [n].
+        table: where all the gradients lie, where that is known.
     """
     if isinstance(factor, float):
         if factor != 1.0:
-            host.scale(parameters, factor)
+            host.scale(parameters, factor, table)
     elif factor.is_cpu:
-        host.scale(parameters, factor.item() if factor.dim() == 0 else factor)
+        host.scale(parameters, factor.item() if factor.dim() == 0 else factor, table)
     else:
         device.scale(parameters, factor)
 

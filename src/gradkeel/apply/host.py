@@ -15,19 +15,22 @@ LEAST = torch.finfo(torch.float32).tiny
 _FIRST = 2.0**-100
 
 
-def scale(parameters: Sequence[Tensor], factor: Tensor | float) -> None:
+def scale(parameters: Sequence[Tensor], factor: Tensor | float, table: native.Table | None = None) -> None:
     """Multiply each gradient whose factor is not 1.
 
     Args:
         parameters: n parameters; those without a gradient are passed over.
         factor: a number for all of them, or [n].
+        table: where all the gradients lie, where that is known.
     """
     if isinstance(factor, float):
         if factor == 1.0:
             return
         if 0.0 < factor < LEAST:
-            scale(parameters, _FIRST)
-            scale(parameters, factor / _FIRST)
+            scale(parameters, _FIRST, table)
+            scale(parameters, factor / _FIRST, table)
+            return
+        if table is not None and native.scale(table, factor):
             return
         gradients = [p.grad for p in parameters if p.grad is not None]
         numbers: Tensor | float = factor

@@ -1,4 +1,4 @@
-"""Those that every benchmark has: torch's ``clip_grad_norm_``, gradkeel's, and a guard."""
+"""Every benchmark has these contenders: torch's ``clip_grad_norm_``, gradkeel's, and a guard."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +10,7 @@ from gradkeel.attaching import attach
 from gradkeel.bench.stopwatch import Contender
 from gradkeel.bench.workload import Gradients
 from gradkeel.functional import clip_grad_norm_
+from gradkeel.language import say
 from gradkeel.policies import ClipByGlobalNorm, Policy
 
 TORCH = "torch clip_grad_norm_"
@@ -29,19 +30,19 @@ class NoStep(Optimizer):
 
 
 def torch_clip(gradients: Gradients, bound: float) -> Contender:
-    """Torch's clip by global norm."""
+    """Clip by global norm as torch does."""
     return clip_function(TORCH, torch.nn.utils.clip_grad_norm_, gradients, bound)
 
 
 def own_clip(gradients: Gradients, bound: float) -> Contender:
-    """Gradkeel's function of the same signature."""
+    """Clip by gradkeel's function of the same signature."""
     return clip_function(FUNCTION, clip_grad_norm_, gradients, bound)
 
 
 def clip_function(
     name: str, function: Callable[..., object], gradients: Gradients, bound: float
 ) -> Contender:
-    """Any ``clip_grad_norm_(parameters, max_norm)``."""
+    """Make a contender of any ``clip_grad_norm_(parameters, max_norm)``."""
     return Contender(
         name,
         lambda: function(gradients.parameters, bound),
@@ -53,26 +54,26 @@ def clip_function(
 def guard_alone(
     gradients: Gradients, policy: Policy, error: Callable[[], float], name: str = GUARD
 ) -> Contender:
-    """A guarded step of an optimizer that does nothing: norms per tensor, the decision, skipping, the report."""
+    """Guard an optimizer that does nothing: norms per tensor, the decision, skipping, the report."""
     optimizer = NoStep(gradients.parameters)
     attach(optimizer, policy)
     return Contender(name, optimizer.step, gradients.refill, error)
 
 
 def clips(gradients: Gradients, bound: float) -> list[Contender]:
-    """All that clip by the global norm, torch's first, and the limit."""
+    """Return all that clip by the global norm, torch's first, and the limit."""
     guard = guard_alone(gradients, ClipByGlobalNorm(bound), lambda: gradients.error(bound))
     return [torch_clip(gradients, bound), own_clip(gradients, bound), guard, gradients.read()]
 
 
 def steps(gradients: Gradients, bound: float) -> list[Contender]:
-    """Clip and AdamW's step, fused where it can be; torch's first, and last the step without clipping."""
+    """Return clip and AdamW's step, fused where it can be; torch's first, and last the step without clipping."""
     fused = gradients.device.type in {"cpu", "cuda"}
     torchs, own, plain = (torch.optim.AdamW(gradients.parameters, lr=1e-9, fused=fused) for _ in range(3))
     return [
         torch_clip_and_step(gradients, bound, torchs),
         guarded_step(gradients, ClipByGlobalNorm(bound), own),
-        Contender("step without clipping", plain.step, gradients.refill),
+        Contender(say("step without clipping"), plain.step, gradients.refill),
     ]
 
 

@@ -1,4 +1,4 @@
-"""On what something was measured, in words."""
+"""This module says in words on what something was measured."""
 
 import platform
 from pathlib import Path
@@ -6,24 +6,30 @@ from pathlib import Path
 import torch
 
 from gradkeel.doctor import accelerator_route, cpu_route
+from gradkeel.language import say
 
 
 def machine(device: torch.device) -> str:
-    """Processor, threads, versions, and which code measures the gradients there."""
+    """Name processor, threads, versions, and which code measures the gradients there."""
     route = accelerator_route() if device.type != "cpu" else None
     if route is None:
         route = cpu_route()
     name = route.name or processor()
-    threads = f", {route.threads} threads" if route.threads else ""
-    path = {"native": f"native kernels ({route.level})", "torch": "torch's operations"}.get(
-        route.path, route.path
+    path = {
+        "native": say("native kernels ({level})", level=route.level), "torch": say("torch's operations")
+    }.get(route.path, route.path)  # fmt: skip
+    return say(
+        "{name}{threads}, gradkeel's {path}, Python {python}, torch {torch}",
+        name=name,
+        threads=say(", {n} threads", n=route.threads) if route.threads else "",
+        path=path,
+        python=platform.python_version(),
+        torch=torch.__version__,
     )
-    python = platform.python_version()
-    return f"{name}{threads}, gradkeel's {path}, Python {python}, torch {torch.__version__}"
 
 
 def processor() -> str:
-    """The processor's name, as far as it tells."""
+    """Return the processor's name, as far as it tells."""
     info = Path("/proc/cpuinfo")
     for line in info.read_text(encoding="utf-8").splitlines() if info.exists() else ():
         key, _, value = line.partition(":")

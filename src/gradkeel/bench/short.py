@@ -1,4 +1,4 @@
-"""The short form of the benchmarks: the user's own machine, and the user's own model."""
+"""The short form of the benchmarks takes the user's own machine, and the user's own model."""
 
 import functools
 import math
@@ -12,10 +12,11 @@ from gradkeel.bench.contenders import clips, steps
 from gradkeel.bench.stopwatch import AGAIN, Race, Table, race
 from gradkeel.bench.workload import READ, SHAPES, Gradients, Shapes
 from gradkeel.compare.task import BUILTIN, Task, TaskError, load_task, named_object, unknown
+from gradkeel.language import say
 
 
 def shapes_of(model: str) -> Shapes:
-    """The shapes of a model's parameters.
+    """Return the shapes of a model's parameters.
 
     Args:
         model: a name in ``SHAPES``, a built-in task's, or ``package.module:name`` of a module, a `Task`, or a function
@@ -65,22 +66,25 @@ def bench(gradients: Gradients, *, rounds: int, seconds: float | None = None) ->
         race, rounds=rounds, seconds=seconds, synchronize=synchronizer(gradients.device)
     )
     tables = []
-    for factor, words in ((2.0, "below"), (1 / 3, "above")):
+    for factor, titles in (
+        (2.0, (say("clip, norm below the bound"), say("clip and AdamW step, norm below the bound"))),
+        (1 / 3, (say("clip, norm above the bound"), say("clip and AdamW step, norm above the bound"))),
+    ):
         bound = factor * gradients.norm
         tables += [
-            Table(f"clip, norm {words} the bound", timed(clips(gradients, bound))),
-            Table(f"clip and AdamW step, norm {words} the bound", timed(steps(gradients, bound))),
+            Table(titles[0], timed(clips(gradients, bound))),
+            Table(titles[1], timed(steps(gradients, bound))),
         ]
     return tables
 
 
 def synchronizer(device: torch.device) -> Callable[[], None]:
-    """Waits until the device has done its work."""
+    """Return a function that waits until the device has done its work."""
     return (lambda: None) if device.type == "cpu" else lambda: torch.accelerator.synchronize(device)
 
 
 def document(model: str, machine: str, gradients: Gradients, tables: Sequence[Table]) -> dict[str, Any]:
-    """The result, as JSON has it: times in milliseconds, ratios as quartiles."""
+    """Return the result as JSON has it: times in milliseconds, ratios as quartiles."""
     return {
         "version": 1,
         "model": model,

@@ -54,17 +54,17 @@ class Race:
     errors: Mapping[str, float]
 
     def time(self, name: str) -> Quartiles:
-        """Seconds of one contender."""
+        """Return the seconds of one contender."""
         return quartiles(self.seconds[name])
 
     def ratio(self, name: str, to: str | None = None) -> Quartiles:
-        """Time of one contender as a multiple of another's (the baseline's) in the same round."""
+        """Return a contender's time as a multiple of another's (the baseline's) in the same round."""
         other = self.seconds[to or self.baseline]
         return quartiles([own / its for own, its in zip(self.seconds[name], other, strict=True)])
 
     @property
     def control(self) -> Quartiles:
-        """The baseline against itself: what a ratio of 1 looks like in this race."""
+        """Compare the baseline with itself: what a ratio of 1 looks like in this race."""
         return self.ratio(self.baseline + AGAIN)
 
 
@@ -136,7 +136,7 @@ def race(
 
 
 def quartiles(values: Sequence[float]) -> Quartiles:
-    """Quartiles of at least one number."""
+    """Return the quartiles of at least one number."""
     if len(values) == 1:
         return Quartiles(values[0], values[0], values[0])
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")

@@ -1,4 +1,4 @@
-"""What is clipped in a benchmark: parameters of a model's shapes, and gradients that can be written anew."""
+"""A benchmark clips parameters of a model's shapes, whose gradients can be written anew."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from gradkeel.bench.stopwatch import Contender
+from gradkeel.language import say
 
 Shapes = Sequence[tuple[int, ...]]
 
-READ = "one read of the gradients"
+READ = say("one read of the gradients")
 """The limit: no clip can be faster than to look at every gradient once."""
 
 
@@ -81,7 +82,7 @@ class Gradients:
 
     @property
     def entries(self) -> int:
-        """How many entries all gradients have."""
+        """All gradients together have so many entries."""
         return sum(gradient.numel() for gradient in self.true)
 
     @torch.no_grad()
@@ -93,15 +94,15 @@ class Gradients:
         torch._foreach_copy_(self.left(), self.true)
 
     def left(self) -> list[Tensor]:
-        """The gradients that the parameters have."""
+        """Return the gradients that the parameters have."""
         return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
 
     def error(self, bound: float) -> float:
-        """Relative error of what stands in the gradients, were they to be clipped to the global norm ``bound``."""
+        """Return the relative error of the gradients, were they to be clipped to the global norm ``bound``."""
         return relative_error(self.left(), self.true, min(1.0, bound / self.norm))
 
     def read(self) -> Contender:
-        """The limit: the largest of as many bytes in one piece, taken as int32, which runs at the memory's speed."""
+        """Find the largest int32 of as many bytes in one piece, which runs at the memory's speed: the limit."""
         size = self.entries * self.true[0].element_size()
         # Not zeros, for these may take no memory.
         block = torch.ones(-(-size // 4), dtype=torch.int32, device=self.device)
@@ -109,7 +110,7 @@ class Gradients:
 
 
 def square(tensor: Tensor) -> Tensor:
-    """[] sum of squares in float64."""
+    """Return [] the sum of squares in float64."""
     return tensor.double().square().sum()
 
 

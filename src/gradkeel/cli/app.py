@@ -1,13 +1,15 @@
 """The typer application: every command registers here."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from gradkeel import __version__
 from gradkeel.cli import bench, compare, doctor, explain, export, policies, replay, report, smoothness
+from gradkeel.cli.language import Commands
 
 app = typer.Typer(
+    cls=Commands,
     help="Gradient clipping for PyTorch: compare policies, and see why a run diverged.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -26,6 +28,14 @@ def _commands(
     version: Annotated[
         bool, typer.Option("--version", help="print the version", callback=_version, is_eager=True)
     ] = False,
+    lang: Annotated[
+        Literal["en", "zh"] | None,
+        typer.Option(
+            "--lang",
+            metavar="LANG",
+            help="en or zh, before or after any command (default: GRADKEEL_LANG, or the locale)",
+        ),
+    ] = None,
 ) -> None:
     pass
 

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from gradkeel.cli.errors import reported
+from gradkeel.language import count, heard, say, shown
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from gradkeel.bench import Table
 
 
@@ -50,17 +53,23 @@ def command(
         where = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
         reason = str(error).partition("\n")[0]
-        raise typer.BadParameter(f"{device!r} cannot be used: {reason}", param_hint="--device") from None
+        told = say("{device!r} cannot be used: {reason}", device=device, reason=reason)
+        raise typer.BadParameter(shown(told), param_hint="--device") from None
     if where.type == "meta":
-        raise typer.BadParameter("'meta' cannot be used: it has no numbers", param_hint="--device")
+        told = say("'meta' cannot be used: it has no numbers")
+        raise typer.BadParameter(shown(told), param_hint="--device")
     gradients = Gradients(shapes_of(model), dtype=getattr(torch, dtype), device=where)
     here = machine(where)
-    heading = (
-        f"{model}: {gradients.entries:,} entries in {len(gradients.true):,} "
-        f"tensor{'s' * (len(gradients.true) != 1)}, {dtype}\n{here}"
-    )
     if not as_json:
-        print(heading, flush=True)
+        tensors = count(len(gradients.true), "{n:,} tensor", "{n:,} tensors")
+        heading = say(
+            "{model}: {entries:,} entries in {tensors}, {dtype}",
+            model=model,
+            entries=gradients.entries,
+            tensors=tensors,
+            dtype=dtype,
+        )
+        print(shown(heading), shown(here), sep="\n", flush=True)
     tables = bench(gradients, rounds=rounds, seconds=seconds)
     if as_json:
         print(json.dumps(document(model, here, gradients, tables), allow_nan=False))
@@ -71,12 +80,11 @@ def command(
 def _show(found: "Sequence[Table]") -> None:
     from rich.text import Text
 
-    from gradkeel.bench.stopwatch import AGAIN
     from gradkeel.bench.workload import READ
     from gradkeel.cli.screen import console, tables
 
     here = console()
-    head = ["", "ms", "x torch", "", "x one read", "error"]
+    head = ["", "ms", say("x torch"), "", say("x one read"), say("error")]
     for one in found:
         race = one.race
         rows: list[list[str | Text]] = []
@@ -84,21 +92,36 @@ def _show(found: "Sequence[Table]") -> None:
             ratio = race.ratio(name)
             rows.append(
                 [
-                    Text(name.replace(AGAIN, ", again"), style="dim" if name.endswith(AGAIN) else ""),
+                    _named(name),
                     f"{race.time(name).median * 1e3:.3g}",
                     f"{ratio.median:.2f}",
-                    Text(f"{ratio.low:.2f} to {ratio.high:.2f}", style="dim"),
+                    Text(
+                        shown(say("{low} to {high}", low=f"{ratio.low:.2f}", high=f"{ratio.high:.2f}")),
+                        style="dim",
+                    ),
                     f"{race.ratio(name, READ).median:.2f}" if READ in race.seconds else "",
                     f"{race.errors[name]:.0e}" if name in race.errors else "",
                 ]
             )
-        for piece in tables(head, rows, width=here.width, title=one.title):
+        for piece in tables(head, rows, width=here.width, title=heard(one.title)):
             here.print(piece)
     control = [table.race.control for table in found]
     worst = max(max(one.median, 1 / one.median) for one in control) - 1
-    words = f"torch against itself is off by {worst:.0%} at most, so differences below that mean nothing."
-    here.print(Text(words, style="yellow" if worst > 0.05 else "dim"))
+    words = say(
+        "torch against itself is off by {worst:.0%} at most, so differences below that mean nothing.",
+        worst=worst,
+    )
+    here.print(Text(shown(words), style="yellow" if worst > 0.05 else "dim"))
     if worst > 0.05:
-        here.print(
-            Text("Something else is running here: try again when the machine is idle.", style="yellow")
-        )
+        busy = say("Something else is running here: try again when the machine is idle.")
+        here.print(Text(shown(busy), style="yellow"))
+
+
+def _named(contender: str) -> "Text":
+    from rich.text import Text
+
+    from gradkeel.bench.stopwatch import AGAIN
+
+    name = shown(heard(contender.removesuffix(AGAIN)))
+    again = contender.endswith(AGAIN)
+    return Text(shown(say("{name}, again", name=name)) if again else name, style="dim" if again else "")

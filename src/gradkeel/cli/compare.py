@@ -14,7 +14,8 @@ import typer
 from typer.core import TyperCommand
 
 from gradkeel.cli.errors import reported
-from gradkeel.cli.options import TASKS
+from gradkeel.cli.options import TASK
+from gradkeel.language import heard, say, shown
 
 if TYPE_CHECKING:
     from gradkeel.compare.plan import Comparison
@@ -41,9 +42,7 @@ class Command(TyperCommand):
 def command(
     task: Annotated[
         str | None,
-        typer.Argument(
-            metavar="TASK", help=f"{TASKS}, or yours: mypkg.mymodule:make_task; char-lstm unless given"
-        ),
+        typer.Argument(metavar="TASK", help=f"{TASK}; char-lstm unless given"),
     ] = None,
     policy: Annotated[
         list[str] | None,
@@ -154,7 +153,7 @@ def _check_writable(out: Path) -> None:
 
 
 def _say(words: str) -> None:
-    print(f"gradkeel: {words}", file=sys.stderr, flush=True)
+    print(f"gradkeel: {shown(words)}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -174,10 +173,12 @@ def _only_json_on_stdout() -> Iterator[None]:
 def _refuse_beside_run(**given: object) -> None:
     for name, value in given.items():
         if value is not None:
-            raise typer.BadParameter(
-                f"{name} has no effect on a command of your own; write it into the command: "
-                "--run 'python train.py --lr 0.1'"
+            told = say(
+                "{name} has no effect on a command of your own; write it into the command: "
+                "--run 'python train.py --lr 0.1'",
+                name=name,
             )
+            raise typer.BadParameter(shown(told))
 
 
 def _deliver(result: "Comparison", out: Path, *, as_json: bool) -> None:
@@ -194,12 +195,15 @@ def _deliver(result: "Comparison", out: Path, *, as_json: bool) -> None:
         print(text)
     else:
         print_result(result)
-        print(f"Written: {', '.join(map(str, written))}")
+        print(shown(say("Written: {paths}", paths=", ".join(map(str, written)))))
     if result.interrupted:
         planned = len(result.plan.trials)
-        print(
-            f"Interrupted: {len(result.runs)} of {planned} runs had finished, and are kept.", file=sys.stderr
+        told = say(
+            "Interrupted: {done} of {planned} runs had finished, and are kept.",
+            done=len(result.runs),
+            planned=planned,
         )
+        print(shown(told), file=sys.stderr)
         raise typer.Exit(INTERRUPTED)
 
 
@@ -215,7 +219,7 @@ def _write_page(result: "Comparison", path: Path) -> list[Path]:
     try:
         html = compare_page(result, summarize(result.runs, result.plan.target_loss), findings(result))
     except MissingExtraError as error:
-        print(f"No page was written: {error}", file=sys.stderr)
+        print(shown(say("No page was written: {error}", error=heard(str(error)))), file=sys.stderr)
         return []
     path.write_text(html, encoding="utf-8")
     return [path]

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gradkeel.cli.errors import reported
+from gradkeel.language import count, heard, say, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
 Line = tuple[str, str, str]
 """Label, words and the words' style."""
+
+_SWITCHES = {"native": "GRADKEEL_NATIVE", "triton": "GRADKEEL_TRITON"}
 
 
 @reported
@@ -43,9 +46,20 @@ def _tell(diagnosis: "Diagnosis") -> None:
     here = console()
     here.print(
         Text(f"gradkeel {diagnosis.gradkeel}", style="bold cyan"),
-        Text(f"with torch {diagnosis.torch}, Python {diagnosis.python}, {diagnosis.platform}"),
+        Text(
+            shown(
+                say(
+                    "with torch {torch}, Python {python}, {platform}",
+                    torch=diagnosis.torch,
+                    python=diagnosis.python,
+                    platform=diagnosis.platform,
+                )
+            )
+        ),
     )
-    lines = [(f"  {label} ", Text(words, style=style)) for label, words, style in _lines(diagnosis)]
+    lines = [
+        (f"  {shown(label)} ", Text(shown(words), style=style)) for label, words, style in _lines(diagnosis)
+    ]
     here.print(sentences(lines))
 
 
@@ -53,69 +67,93 @@ def _lines(diagnosis: "Diagnosis") -> "Iterator[Line]":
     yield "CPU", _cpu(diagnosis.cpu), ""
     yield from _why(diagnosis.cpu)
     if diagnosis.accelerator is None:
-        yield "GPU", f"none that torch {diagnosis.torch} can use", ""
+        yield "GPU", say("none that torch {torch} can use", torch=diagnosis.torch), ""
     else:
         yield "GPU", _gpu(diagnosis.accelerator), ""
         yield from _why(diagnosis.accelerator)
     for route, check in zip((diagnosis.cpu, diagnosis.accelerator), diagnosis.checks, strict=False):
         assert route is not None, "what has been checked is there"
         yield from _verdict(route, check)
-    yield "extras", _extras(diagnosis.missing), ""
+    yield say("extras"), _extras(diagnosis.missing), ""
 
 
 def _cpu(route: "Route") -> str:
-    threads = "one thread" if route.threads == 1 else f"{route.threads} threads"
+    threads = count(route.threads or 1, "one thread", "{n} threads")
     if route.path == "torch":
-        return f"torch's operations, on {threads}; the native kernels would be faster"
+        return say("torch's operations, on {threads}; the native kernels would be faster", threads=threads)
     if route.shares_threads:
-        return f"native kernels ({route.level}), on {threads} of torch's OpenMP"
-    return (
-        f"native kernels ({route.level}), on one thread: torch's OpenMP library is of another kind than GNU's"
+        return say(
+            "native kernels ({level}), on {threads} of torch's OpenMP", level=route.level, threads=threads
+        )
+    return say(
+        "native kernels ({level}), on one thread: torch's OpenMP library is of another kind than GNU's",
+        level=route.level,
     )
 
 
 def _gpu(route: "Route") -> str:
-    return f"{'Triton kernels' if route.path == 'triton' else 'torch foreach operations'}, on {route.name}"
+    if route.path == "triton":
+        return say("Triton kernels, on {device}", device=route.name)
+    return say("torch foreach operations, on {device}", device=route.name)
 
 
 def _why(route: "Route") -> "Iterator[Line]":
     if route.reason is not None:
-        yield "  why", route.reason, ""
+        yield _indented(say("why")), heard(route.reason), ""
     if route.remedy is not None:
-        yield "  to do", route.remedy, "yellow"
+        yield _indented(say("to do")), heard(route.remedy), "yellow"
+
+
+def _indented(label: str) -> str:
+    return f"  {shown(label)}"
 
 
 def _verdict(route: "Route", check: "Check") -> "Iterator[Line]":
-    label = f"check {'CPU' if check.device == 'cpu' else 'GPU'}"
+    label = say("check {device}", device="CPU" if check.device == "cpu" else "GPU")
     if check.is_right:
-        error = (
-            f"off by {check.norm_error:.1e} of themselves at most"
-            if check.norm_error
-            else "equal to those in float64"
+        off = say("off by {error:.1e} of themselves at most", error=check.norm_error)
+        words = say(
+            "right: {n} norms {error}, scaling exact, NaN and inf seen",
+            n=check.tensors,
+            error=off if check.norm_error else say("equal to those in float64"),
         )
-        words = f"right: {check.tensors} norms {error}, scaling exact, NaN and inf seen"
         yield label, words, "green"
         return
-    yield label, f"WRONG: {check.failure or '; '.join(_faults(check))}", "bold red"
-    instead = {"native": "set GRADKEEL_NATIVE=off, and ", "triton": "set GRADKEEL_TRITON=off, and "}
-    yield "  to do", f"{instead.get(route.path, '')}report this page as a bug", "yellow"
+    yield (
+        label,
+        say("WRONG: {faults}", faults=check.failure or "; ".join(map(shown, _faults(check)))),
+        "bold red",
+    )
+    if route.path in _SWITCHES:
+        remedy = say("set {variable}=off, and report this page as a bug", variable=_SWITCHES[route.path])
+    else:
+        remedy = say("report this page as a bug")
+    yield _indented(say("to do")), remedy, "yellow"
 
 
 def _faults(check: "Check") -> "Iterator[str]":
     if not check.norm_error <= check.tolerance:
-        yield f"a norm is off by {check.norm_error:.1e} of itself, where {check.tolerance:.0e} is allowed"
+        yield say(
+            "a norm is off by {error:.1e} of itself, where {allowed:.0e} is allowed",
+            error=check.norm_error,
+            allowed=check.tolerance,
+        )
     if check.wrong_entries:
-        yield f"{check.wrong_entries} entries were scaled wrongly"
+        yield say("{n} entries were scaled wrongly", n=check.wrong_entries)
     if check.unseen:
-        yield f"{check.unseen} of 3 tensors with NaN or inf have a finite norm"
+        yield say("{n} of 3 tensors with NaN or inf have a finite norm", n=check.unseen)
 
 
 def _extras(missing: dict[str, tuple[str, ...]]) -> str:
     if not missing:
-        return "unknown: gradkeel is imported without being installed"
+        return say("unknown: gradkeel is imported without being installed")
     there = [extra for extra, lacking in missing.items() if not lacking]
     absent = [extra for extra, lacking in missing.items() if lacking]
     if not absent:
-        return "all installed"
-    known = f"{', '.join(there)} installed; " if there else ""
-    return f"{known}not {', '.join(absent)}: pip install 'gradkeel[{','.join(absent)}]'"
+        return say("all installed")
+    return say(
+        "{known}not {names}: pip install 'gradkeel[{extras}]'",
+        known=say("{names} installed; ", names=", ".join(there)) if there else "",
+        names=", ".join(absent),
+        extras=",".join(absent),
+    )

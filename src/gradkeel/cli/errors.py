@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ParamSpec
 
+from gradkeel.language import heard, shown
+
 if TYPE_CHECKING:
     from gradkeel.record import Reader
 
@@ -26,7 +28,8 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         except (GradkeelError, OSError) as error:
-            print(f"gradkeel: {error}", file=sys.stderr)
+            told = error.args[0] if isinstance(error, GradkeelError) else str(error)
+            print(f"gradkeel: {shown(heard(told))}", file=sys.stderr)
             sys.exit(2)
 
     return wrapped
@@ -35,4 +38,4 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
 def note_damage(reader: "Reader") -> None:
     """Say on stderr what of a record could not be read."""
     if reader.damage:
-        print(f"gradkeel: {reader.damage}", file=sys.stderr)
+        print(f"gradkeel: {shown(heard(reader.damage))}", file=sys.stderr)

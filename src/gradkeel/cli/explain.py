@@ -6,6 +6,7 @@ import typer
 
 from gradkeel.cli.errors import reported
 from gradkeel.cli.options import Run
+from gradkeel.language import say, shown
 
 if TYPE_CHECKING:
     from gradkeel.explain import Explanation
@@ -27,7 +28,8 @@ def command(
 
     for value in bound or ():
         if not 0 < value < float("inf"):
-            raise typer.BadParameter(f"{value} is not a positive finite number", param_hint="--bound")
+            told = say("{value} is not a positive finite number", value=value)
+            raise typer.BadParameter(shown(told), param_hint="--bound")
     explanation = explain(run, bounds=bound or ())
     if as_json:
         import json
@@ -42,12 +44,12 @@ def _tell(explanation: "Explanation") -> None:
 
     from rich.text import Text
 
-    from gradkeel.cli.screen import console, sentences, tables
+    from gradkeel.cli.screen import console, flowing, sentences, tables
     from gradkeel.explain import words
 
     here = console()
     for i, (title, lines) in enumerate(words.paragraphs(explanation)):
-        here.print(Text(title, style="bold" if i == 1 else ""))
+        here.print(flowing(Text(shown(title), style="bold" if i == 1 else "")))
         here.print(sentences([("  -", line) for line in lines]), end="")
         here.print()
     if explanation.threshold is not None:
@@ -56,4 +58,5 @@ def _tell(explanation: "Explanation") -> None:
             here.print(piece)
             here.print()
     # Not wrapped: it must survive being copied.
-    here.print(Text(f"See it: gradkeel report {shlex.quote(explanation.path)}"), soft_wrap=True)
+    command = f"gradkeel report {shlex.quote(explanation.path)}"
+    here.print(Text(shown(say("See it: {command}", command=command))), soft_wrap=True)

@@ -7,6 +7,7 @@ import typer
 
 from gradkeel.cli.errors import note_damage, reported
 from gradkeel.cli.options import Run
+from gradkeel.language import say, shown
 
 
 @reported
@@ -27,8 +28,9 @@ def command(
     from gradkeel.record import Reader, export
 
     if out.suffix not in {".csv", ".parquet"}:
-        raise typer.BadParameter(f"{out} must end in .csv or .parquet", param_hint="--out")
+        told = say("{path} must end in .csv or .parquet", path=out)
+        raise typer.BadParameter(shown(told), param_hint="--out")
     with Reader(run) as reader:
         rows = export(reader, out, parameters=parameters, long=long)
         note_damage(reader)
-    print(f"Wrote {rows} steps to {out}")
+    print(shown(say("Wrote {n} steps to {path}", n=rows, path=out)))

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gradkeel.cli.errors import reported
+from gradkeel.language import heard, say, shown
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -48,34 +49,51 @@ def _find(name: str) -> "PolicyDescription":
 
 
 def _list(chosen: "tuple[PolicyDescription, ...]") -> None:
-    from gradkeel.cli.screen import console, sentences
+    from gradkeel.cli.screen import console, flowing, sentences
 
     here = console()
     for one in chosen:
-        here.print(_heading(one))
-        facts = ("formula", one.formula), ("spec", one.spec), ("cost", one.cost), ("source", one.source)
-        here.print(sentences([(f"  {name}", _text(words)) for name, words in facts], label=9))
+        here.print(flowing(_heading(one)))
+        here.print(sentences(_facts(one), label=9))
         here.print()
-    more = "gradkeel policies NAME tells one in full; POLICY,exclude=*.bias leaves parameters out"
-    nothing = "clips nothing: gradients are measured and reported only"
-    here.print(sentences([("  none", nothing), ("  more", more)], label=9))
+    more = say("gradkeel policies NAME tells one in full; POLICY,exclude=*.bias leaves parameters out")
+    nothing = say("clips nothing: gradients are measured and reported only")
+    here.print(sentences([("  none", nothing), (_label(say("more")), more)], label=9))
 
 
 def _tell(one: "PolicyDescription") -> None:
-    from gradkeel.cli.screen import console, sentences
+    from rich.text import Text
+
+    from gradkeel.cli.screen import console, flowing, sentences
 
     here = console()
-    here.print(_heading(one))
+    here.print(flowing(_heading(one)))
     for paragraph in one.details.split("\n\n"):
-        here.print(_text(paragraph))
+        here.print(flowing(_text(heard(paragraph))))
     here.print()
-    lines = [("formula", one.formula), ("spec", one.spec), ("python", f"gradkeel.policies.{one.class_name}")]
+    formula, spec, cost, source = _facts(one)
+    parameters = []
     for parameter in one.parameters:
-        default = "required" if parameter.default is None else f"default {parameter.default}"
-        lines.append((f"  {parameter.name}", f"({default}) {parameter.meaning}"))
-    example = f"gradkeel compare --policy none --policy {_example(one)}"
-    lines += [("cost", one.cost), ("source", one.source), ("try", example)]
-    here.print(sentences([(f"  {name}", _text(words)) for name, words in lines], label=9))
+        default = say("default {value}", value=parameter.default) if parameter.default else say("required")
+        words = say("({default}) {meaning}", default=default, meaning=heard(parameter.meaning))
+        parameters.append((f"    {parameter.name}", _text(words)))
+    python = ("  python", Text(f"gradkeel.policies.{one.class_name}"))
+    example = (_label(say("try")), Text(f"gradkeel compare --policy none --policy {_example(one)}"))
+    here.print(sentences([formula, spec, python, *parameters, cost, source, example], label=9))
+
+
+def _facts(one: "PolicyDescription") -> "list[tuple[str, Text]]":
+    """What the list of policies says of each."""
+    return [
+        (_label(say("formula")), _text(heard(one.formula))),
+        (_label(say("spec")), _text(heard(one.spec))),
+        (_label(say("cost")), _text(heard(one.cost))),
+        (_label(say("source")), _text(one.source)),
+    ]
+
+
+def _label(name: str) -> str:
+    return f"  {shown(name)}"
 
 
 def _example(description: "PolicyDescription") -> str:
@@ -90,11 +108,11 @@ def _example(description: "PolicyDescription") -> str:
 def _heading(description: "PolicyDescription") -> "Text":
     from rich.text import Text
 
-    return Text.assemble((description.name, "bold cyan"), " ", _text(description.summary))
+    return Text.assemble((description.name, "bold cyan"), " ", _text(heard(description.summary)))
 
 
 def _text(words: str) -> "Text":
-    """Docstring prose without its markup: ``code`` and `names` lose their quotes."""
+    """Docstring prose, in the reader's language, without its markup: ``code`` and `names` lose their quotes."""
     from rich.text import Text
 
-    return Text(words.replace("``", "").replace("`", ""))
+    return Text(shown(words).replace("``", "").replace("`", ""))

@@ -13,6 +13,7 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 
 from gradkeel.cli.screen import console, sentences, tables
+from gradkeel.language import padded, say, shown, width
 
 if TYPE_CHECKING:
     from gradkeel.compare.plan import Comparison, Plan
@@ -33,9 +34,9 @@ class Progress:
         self._what = f"{plan.target}: " if plan.target else ""
         self._bar = Bar(
             TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False), console=self._console,
+            TextColumn(shown(say("left"))), TimeRemainingColumn(elapsed_when_finished=False), console=self._console,
         )  # fmt: skip
-        self._task = self._bar.add_task(f"{self._what}starting workers", total=self._total)
+        self._task = self._bar.add_task(self._what + shown(say("starting workers")), total=self._total)
 
     def __enter__(self) -> Self:
         """Start the display."""
@@ -43,7 +44,7 @@ class Progress:
             self._live = Live(self._bar, console=self._console, refresh_per_second=8, transient=True)
             self._live.start()
         elif not self._quiet:
-            self._console.print(f"{self._what}{self._total} runs ...")
+            self._console.print(self._what + shown(say("{n} runs ...", n=self._total)))
         return self
 
     def __exit__(
@@ -58,14 +59,13 @@ class Progress:
         if self._quiet:
             return
         done = len(comparison.runs)
-        self._bar.update(self._task, completed=done, description=f"{self._what}running")
+        self._bar.update(self._task, completed=done, description=self._what + shown(say("running")))
         if self._live is not None:
-            self._live.update(Group(_tables(comparison, "so far", self._console.width), self._bar))
+            self._live.update(Group(_tables(comparison, say("so far"), self._console.width), self._bar))
         elif time.monotonic() > self._due and done < self._total:
             self._due = time.monotonic() + EVERY
-            self._console.print(
-                _tables(comparison, f"so far: {done} of {self._total} runs", self._console.width)
-            )
+            title = say("so far: {done} of {planned} runs", done=done, planned=self._total)
+            self._console.print(_tables(comparison, title, self._console.width))
 
 
 def print_result(comparison: "Comparison") -> None:
@@ -73,14 +73,15 @@ def print_result(comparison: "Comparison") -> None:
     from gradkeel.compare.findings import findings
 
     if not comparison.runs:
-        print("No run finished.", file=sys.stderr)
+        print(shown(say("No run finished.")), file=sys.stderr)
         return
     here = console()
     here.print(_tables(comparison, comparison.plan.target or "", here.width))
     *lines, (label, command) = findings(comparison).lines()
-    here.print(sentences([(f"{name} ", text) for name, text in lines], style="bold cyan"))
+    columns = max(width(shown(name)) for name in (label, *(name for name, _ in lines))) + 2
+    here.print(sentences([(shown(name), text) for name, text in lines], style="bold cyan", label=columns - 1))
     # A command is not wrapped: it must survive being copied.
-    here.print(Text(f"{label:<9}", style="bold cyan"), Text(command), sep="", soft_wrap=True)
+    here.print(Text(padded(shown(label), columns), style="bold cyan"), Text(command), sep="", soft_wrap=True)
     here.print()
 
 

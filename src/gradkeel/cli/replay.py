@@ -6,6 +6,7 @@ import typer
 
 from gradkeel.cli.errors import note_damage, reported
 from gradkeel.cli.options import Run
+from gradkeel.language import say
 
 if TYPE_CHECKING:
     from gradkeel.explain import Replay
@@ -30,7 +31,13 @@ def command(
 
     with Reader(run) as reader:
         replays = [replay(reader, spec) for spec in policy]
-        live = f"{reader.policy}, over {len(reader):,} steps"
+        about = say(
+            "Open-loop: what each policy would have done to the norms of {run}, recorded under {policy}, over "
+            "{steps:,} steps.",
+            run=run,
+            policy=reader.policy,
+            steps=len(reader),
+        )
         note_damage(reader)
     if as_json:
         import json
@@ -41,26 +48,28 @@ def command(
             )
         )
         return
-    from gradkeel.cli.screen import console, tables
+    from gradkeel.cli.screen import console, flowing, tables
 
     here = console()
-    about = f"Open-loop: what each policy would have done to the norms of {run}, recorded under {live}."
-    here.print(about, "", sep="\n", markup=False)
-    head = ["policy", "clipped", "skipped", "mean coefficient", "differs from live in"]
+    here.print(flowing(about), "", sep="\n")
+    head = [
+        say("policy"), say("clipped"), say("skipped"), say("mean coefficient"), say("differs from live in"),
+    ]  # fmt: skip
     for piece in tables(head, [_cells(result) for result in replays], width=here.width):
         here.print(piece, "", sep="\n")
-    here.print("Exact for this trajectory only: under another policy the norms would have been others.")
+    exact = say("Exact for this trajectory only: under another policy the norms would have been others.")
+    here.print(flowing(exact))
 
 
 def _cells(result: "Replay") -> list[str]:
     from gradkeel.explain.readable import readable
 
     return [
-        f"{result.policy}{' (live)' if result.is_live else ''}",
+        say("{policy} (live)", policy=result.policy) if result.is_live else result.policy,
         f"{result.clip_rate:.1%}",
         f"{result.skip_rate:.1%}",
         readable(result.mean_coefficient),
-        f"{int(result.differs.sum()):,} steps",
+        say("{n:,} steps", n=int(result.differs.sum())),
     ]
 
 

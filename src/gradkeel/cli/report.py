@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from gradkeel.cli.errors import note_damage, reported
+from gradkeel.language import say, shown
 
 
 @reported
@@ -51,10 +52,12 @@ def command(
     from gradkeel.record.schema import refuse_record
 
     if len({run.resolve() for run in runs}) < len(runs):
-        raise typer.BadParameter("the same record is given twice", param_hint="RUN")
+        raise typer.BadParameter(shown(say("the same record is given twice")), param_hint="RUN")
     if watch:
         if len(runs) > 1:
-            raise typer.BadParameter("it shows one record; leave the others out", param_hint="--watch")
+            raise typer.BadParameter(
+                shown(say("it shows one record; leave the others out")), param_hint="--watch"
+            )
         _serve(runs[0], port, show=show)
         return
     out = out or (runs[0].with_suffix(".html") if len(runs) == 1 else runs[0].with_name("report.html"))
@@ -66,7 +69,8 @@ def command(
         for reader in readers:
             note_damage(reader)
     out.write_text(text, encoding="utf-8")
-    print(f"Wrote {out}" + (f", which needs {script} beside it" if script else ""))
+    said = say("Wrote {path}, which needs {script} beside it", path=out, script=script) if script else ""
+    print(shown(said or say("Wrote {path}", path=out)))
     if show:
         import webbrowser
 
@@ -77,7 +81,9 @@ def _serve(run: Path, port: int, *, show: bool) -> None:
     from gradkeel.explain.watch import address, make_server
 
     server = make_server(run, port=port)
-    print(f"Watching {run} at {address(server)} (Ctrl-C ends)", flush=True)
+    print(
+        shown(say("Watching {run} at {address} (Ctrl-C ends)", run=run, address=address(server))), flush=True
+    )
     if show:
         import webbrowser
 

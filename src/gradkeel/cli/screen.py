@@ -1,11 +1,16 @@
 """What commands print: tables and wrapped sentences, on terminals of any width; rich is imported when it is needed."""
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from gradkeel.language import language, shown, wrapped
+from gradkeel.language import width as cells_of
+
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.measure import Measurement
     from rich.table import Table
     from rich.text import Text
 
@@ -41,16 +46,18 @@ def tables(
     from rich.table import Table
     from rich.text import Text
 
-    cells = [[Text(cell) if isinstance(cell, str) else cell for cell in row] for row in (head, *rows)]
+    cells = [[Text(shown(cell)) if isinstance(cell, str) else cell for cell in row] for row in (head, *rows)]
     widths = [max(cell.cell_len for cell in column) for column in zip(*cells, strict=True)]
     for columns in _pieces(widths, width):
         piece = Table(
-            title=title, title_justify="left", title_style="bold", box=None, padding=(0, len(PIECES), 0, 0),
+            title=shown(title), title_justify="left", title_style="bold", box=None, padding=(0, len(PIECES), 0, 0),
             pad_edge=False, header_style="dim",
         )  # fmt: skip
         for i in columns:
             justify: Any = "left" if i < left else "right"
-            piece.add_column(head[i], justify=justify, overflow="fold", no_wrap=i > 0 and widths[i] < width)
+            piece.add_column(
+                cells[0][i], justify=justify, overflow="fold", no_wrap=i > 0 and widths[i] < width
+            )
         for row in cells[1:]:
             piece.add_row(*(row[i] for i in columns))
         yield piece
@@ -79,5 +86,31 @@ def sentences(lines: Sequence[tuple[str, "str | Text"]], *, style: str = "dim", 
     grid.add_column(min_width=label, no_wrap=True)
     grid.add_column(overflow="fold")
     for name, words in lines:
-        grid.add_row(Text(name, style=style), Text(words) if isinstance(words, str) else words)
+        grid.add_row(Text(shown(name), style=style), flowing(words))
     return grid
+
+
+def flowing(words: "str | Text") -> "Text | _Chinese":
+    """A paragraph in the reader's language, wrapped as that language is."""
+    from rich.text import Text
+
+    text = Text(shown(words)) if isinstance(words, str) else words
+    return text if language() == "en" else _Chinese(text)
+
+
+class _Chinese:
+    """Text broken between any two Chinese characters: rich breaks at spaces, of which Chinese has few."""
+
+    def __init__(self, text: "Text") -> None:
+        self._text = text
+
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "Iterator[RenderableType]":
+        ends = itertools.accumulate(map(len, wrapped(self._text.plain, options.max_width)))
+        for line in self._text.divide(list(ends)[:-1]):
+            line.rstrip()
+            yield line
+
+    def __rich_measure__(self, console: "Console", options: "ConsoleOptions") -> "Measurement":
+        from rich.measure import Measurement
+
+        return Measurement(min(20, options.max_width), min(cells_of(self._text.plain), options.max_width))

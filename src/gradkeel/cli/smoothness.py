@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gradkeel.cli.errors import reported
-from gradkeel.cli.options import TASKS
+from gradkeel.cli.options import TASK
+from gradkeel.language import heard, say, shown
 
 if TYPE_CHECKING:
     from gradkeel.compare.smoothness import ProbedRun
@@ -16,9 +17,7 @@ if TYPE_CHECKING:
 
 @reported
 def command(
-    task: Annotated[
-        str, typer.Argument(metavar="TASK", help=f"{TASKS}, or yours: mypkg.mymodule:make_task")
-    ] = "char-lstm",
+    task: Annotated[str, typer.Argument(metavar="TASK", help=TASK)] = "char-lstm",
     policy: Annotated[
         str | None,
         typer.Option("--policy", metavar="SPEC", help="a policy, such as none or global-norm:0.25"),
@@ -65,8 +64,10 @@ def command(
         return
     from gradkeel.cli.screen import console, sentences
 
-    console().print(sentences([(f"{line.label} ", line.text) for line in words(run)], style="bold cyan"))
-    print(f"Written: {', '.join(map(str, written))}")
+    console().print(
+        sentences([(f"{shown(line.label)} ", line.text) for line in words(run)], style="bold cyan")
+    )
+    print(shown(say("Written: {paths}", paths=", ".join(map(str, written)))))
 
 
 def _write_figures(run: "ProbedRun", out: Path) -> list[Path]:
@@ -83,5 +84,5 @@ def _write_figures(run: "ProbedRun", out: Path) -> list[Path]:
             save_smoothness(path, run.measurements, run.fit, title=f"{run.task}, {run.policy}, lr {run.lr:g}")
             written.append(path)
     except MissingExtraError as error:
-        print(f"Not everything was written: {error}", file=sys.stderr)
+        print(shown(say("Not everything was written: {error}", error=heard(str(error)))), file=sys.stderr)
     return written

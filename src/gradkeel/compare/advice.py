@@ -5,7 +5,8 @@ import statistics
 
 from gradkeel.compare.contest import Contest
 from gradkeel.compare.starts import in_words
-from gradkeel.compare.words import bound_of, count, is_unclipped, number, without_exclude
+from gradkeel.compare.words import bound_of, is_unclipped, number, without_exclude
+from gradkeel.language import count, join, say
 
 MOSTLY = 0.9  # a bound that clips in more of the steps than this sets their length
 
@@ -21,9 +22,16 @@ def caution(contest: Contest) -> str:
         _edge_words(contest),
     ]
     words = [words for words in found if words]
-    seeds = len({run.seed for run in contest.runs})
-    general = f"This is one task and {count(seeds, 'seed')}"
-    return " ".join(words[:2]) or f"{general}; differences smaller than the ranges in the table mean little."
+    if words:
+        return join(words[:2])
+    return say(
+        "This is one task and {seeds}; differences smaller than the ranges in the table mean little.",
+        seeds=_seeds(contest),
+    )
+
+
+def _seeds(contest: Contest) -> str:
+    return count(len({run.seed for run in contest.runs}), "{n} seed", "{n} seeds")
 
 
 def _excluded(contest: Contest) -> str:
@@ -32,9 +40,13 @@ def _excluded(contest: Contest) -> str:
     for row in contest.rows:
         whole = rows.get(without_exclude(row.policy))
         if whole is not None and whole is not row and row.diverged > whole.diverged:
-            return (
-                f"Look at what is excluded: {row.policy} diverged in {row.diverged} of {count(row.runs, 'run')}, "
-                f"{whole.policy} in {whole.diverged}."
+            return say(
+                "Look at what is excluded: {policy} diverged in {n} of {runs}, {other} in {others}.",
+                policy=row.policy,
+                n=row.diverged,
+                runs=count(row.runs, "{n} run", "{n} runs"),
+                other=whole.policy,
+                others=whole.diverged,
             )
     return ""
 
@@ -44,32 +56,44 @@ def _lengths(contest: Contest) -> str:
     if is_unclipped(row.policy):
         return ""
     if row.clip_rate == 0:
-        return f"{row.policy} never clipped at its best learning rate, so its result there is that of no clipping."
+        return say(
+            "{policy} never clipped at its best learning rate, so its result there is that of no clipping.",
+            policy=row.policy,
+        )
     if row.clip_rate <= MOSTLY:
         return ""
-    share = f"{row.policy} clipped in {row.clip_rate:.0%} of the steps"
+    share = say("{policy} clipped in {share:.0%} of the steps", policy=row.policy, share=row.clip_rate)
     optimizer = next((run.optimizer for run in contest.runs if run.policy == row.policy), "")
     if optimizer and optimizer != "SGD":
-        return f"{share}; {optimizer} rescales gradients itself, so this evens steps out more than it shortens them."
+        return say(
+            "{clipped}; {optimizer} rescales gradients itself, so this evens steps out more than it shortens them.",
+            clipped=share,
+            optimizer=optimizer,
+        )
     bound = bound_of(row.policy)
-    product = "" if bound is None or row.lr is None else f" (here {number(row.lr * bound)})"
-    kind = (
-        "which is nearly normalized SGD"
-        if row.policy.startswith("global-norm")
-        else "so the bound sets their length"
+    product = "" if bound is None or row.lr is None else say(" (here {n})", n=number(row.lr * bound))
+    normalized = row.policy.startswith("global-norm")
+    kind = say("which is nearly normalized SGD" if normalized else "so the bound sets their length")
+    return say(
+        "{clipped}, {kind}: lr x bound{product} is what you tune.", clipped=share, kind=kind, product=product
     )
-    return f"{share}, {kind}: lr x bound{product} is what you tune."
 
 
 def _interrupted(contest: Contest) -> str:
     done, planned = len(contest.runs), len(contest.comparison.plan.trials)
-    interrupted = contest.comparison.interrupted
-    return f"Interrupted: {done} of {planned} runs finished, and the table may change." if interrupted else ""
+    if not contest.comparison.interrupted:
+        return ""
+    return say(
+        "Interrupted: {done} of {planned} runs finished, and the table may change.",
+        done=done,
+        planned=planned,
+    )
 
 
 def _few(contest: Contest) -> str:
     seeds = len({run.seed for run in contest.runs})
-    return f"Only {count(seeds, 'seed')}: how much of this is chance is not known." if seeds < 3 else ""
+    few = say("Only {seeds}: how much of this is chance is not known.", seeds=_seeds(contest))
+    return few if seeds < 3 else ""
 
 
 def _edge(contest: Contest) -> float | None:
@@ -81,10 +105,11 @@ def _edge(contest: Contest) -> float | None:
 
 
 def _edge_words(contest: Contest) -> str:
-    side = {2.0: "highest", 0.5: "lowest", None: ""}[_edge(contest)]
-    winner = contest.winner
-    return (
-        side and f"The best lr of {winner.policy} is the {side} that was tried; its optimum may lie beyond."
+    side = {2.0: say("highest"), 0.5: say("lowest"), None: ""}[_edge(contest)]
+    return side and say(
+        "The best lr of {policy} is the {side} that was tried; its optimum may lie beyond.",
+        policy=contest.winner.policy,
+        side=side,
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
+from gradkeel import language
 from gradkeel.attaching import POLICY_VARIABLE, RECORD_VARIABLE, SEED_VARIABLE
 from gradkeel.compare.run import Onset, Run, Trial, divergence, set_aside
 from gradkeel.compare.task import TaskError
@@ -18,7 +19,7 @@ from gradkeel.errors import RecordError
 from gradkeel.explain import explain
 from gradkeel.record import Reader
 
-_NEEDED = (
+_NEEDED = language.say(
     "its training loop needs one line before it, guard = gradkeel.attach(optimizer, None, model=model), and must call "
     "optimizer.step()"
 )
@@ -70,7 +71,9 @@ def _unguarded(command: str) -> str:
     beside = itertools.islice(script.resolve().parent.rglob("*.py"), _MOST_FILES)
     if any(b"gradkeel" in path.read_bytes() for path in (script, *beside) if path.is_file()):
         return ""
-    return f"{script} and the files beside it do not speak of gradkeel: {_NEEDED}"
+    return language.say(
+        "{script} and the files beside it do not speak of gradkeel: {needed}", script=script, needed=_NEEDED
+    )
 
 
 def _run(
@@ -97,7 +100,13 @@ def _run(
             code = process.wait(_ATTACHED_WITHIN)
         except subprocess.TimeoutExpired:
             if not record.exists():
-                say(f"--run {command!r} has attached no guard in {_ATTACHED_WITHIN:g} seconds: {_NEEDED}")
+                words = language.say(
+                    "--run {command!r} has attached no guard in {seconds:g} seconds: {needed}",
+                    command=command,
+                    seconds=_ATTACHED_WITHIN,
+                    needed=_NEEDED,
+                )
+                say(words)
             code = process.wait()
         alive.discard(process)
     return _result(command, trial, record, output, code)
@@ -115,15 +124,22 @@ def _result(command: str, trial: Trial, record: Path, output: Path, code: int) -
         pass
     if code:
         raise _failed(command, trial, output, code)
-    raise TaskError(f"--run {command!r} guarded no step; {_NEEDED}")
+    raise TaskError(
+        language.say("--run {command!r} guarded no step; {needed}", command=command, needed=_NEEDED)
+    )
 
 
 def _failed(command: str, trial: Trial, output: Path, code: int) -> TaskError:
     words = output.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_WORDS:]
-    return TaskError(
-        f"--run {command!r} exited with {code} under {trial.policy}; its last output, whole in {output}:\n"
-        + "\n".join(words)
+    told = language.say(
+        "--run {command!r} exited with {code} under {policy}; its last output, whole in {output}:\n{words}",
+        command=command,
+        code=code,
+        policy=trial.policy,
+        output=output,
+        words="\n".join(words),
     )
+    return TaskError(told)
 
 
 def _read(trial: Trial, reader: Reader) -> Run:

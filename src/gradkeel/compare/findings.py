@@ -2,15 +2,16 @@
 
 import math
 import shlex
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from gradkeel.compare.advice import caution, next_command
 from gradkeel.compare.contest import Contest, contest_of
 from gradkeel.compare.plan import Comparison
 from gradkeel.compare.run import Run
 from gradkeel.compare.summary import Row
-from gradkeel.compare.words import capital, count, named, number
+from gradkeel.compare.words import capital, named, number
 from gradkeel.explain.readable import readable
+from gradkeel.language import count, heard, join, say
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,9 @@ class Findings:
 
     def lines(self) -> list[tuple[str, str]]:
         """Label and text of each line."""
-        return [(field.name.upper(), getattr(self, field.name)) for field in fields(self)]
+        return [
+            (say("FOUND"), self.found), (say("WHY"), self.why), (say("CAUTION"), self.caution), (say("NEXT"), self.next)
+        ]  # fmt: skip
 
 
 def findings(comparison: Comparison) -> Findings:
@@ -47,30 +50,46 @@ def findings(comparison: Comparison) -> Findings:
 def _found(contest: Contest) -> str:
     winner, rival = contest.winner, contest.rival
     if rival is None:
-        return (
-            f"Only {winner.policy} was run: it diverged in {winner.diverged} of {count(winner.runs, 'run')}."
+        return say(
+            "Only {policy} was run: it diverged in {n} of {runs}.",
+            policy=winner.policy,
+            n=winner.diverged,
+            runs=count(winner.runs, "{n} run", "{n} runs"),
         )
     if math.isinf(winner.loss) and math.isinf(rival.loss):
-        return "No difference found: every policy diverged in most seeds, at every learning rate tried."
+        return say("No difference found: every policy diverged in most seeds, at every learning rate tried.")
     lower, higher, seeds = contest.wins()
+    of_seeds = count(seeds, "{n} seed", "{n} seeds")
     rescue = _rescue(contest)
     if math.isnan(winner.loss) or math.isnan(rival.loss):
-        missing = "No loss is known: guard.log(loss=...) in the script, before optimizer.step(), gives one."
-        return f"{rescue} {missing}".strip()
+        missing = say(
+            "No loss is known: guard.log(loss=...) in the script, before optimizer.step(), gives one."
+        )
+        return join([rescue, missing])
     if max(lower, higher) < seeds or not seeds:
-        result = (
-            f"No difference found between {_at_best(winner, contest)} and {_at_best(rival, contest)}: the first "
-            f"ended lower in {lower} of {count(seeds, 'seed')}, higher in {higher}."
+        result = say(
+            "No difference found between {one} and {other}: the first ended lower in {lower} of {seeds}, higher in "
+            "{higher}.",
+            one=_at_best(winner, contest),
+            other=_at_best(rival, contest),
+            lower=lower,
+            seeds=of_seeds,
+            higher=higher,
         )
     else:
         better, worse = (winner, rival) if lower else (rival, winner)
-        result = (
-            f"{capital(_at_best(better, contest))} ended with the lower loss in {seeds} of {count(seeds, 'seed')}: "
-            f"median {number(better.loss)}"
+        against = say(
+            ", against {loss} for {policy}", loss=number(worse.loss), policy=_at_best(worse, contest)
         )
-        against = f", against {number(worse.loss)} for {_at_best(worse, contest)}."
-        result += "." if math.isinf(worse.loss) else against
-    return f"{rescue} {result}".strip()
+        result = say(
+            "{policy} ended with the lower loss in {n} of {seeds}: median {loss}{against}.",
+            policy=capital(_at_best(better, contest)),
+            n=seeds,
+            seeds=of_seeds,
+            loss=number(better.loss),
+            against="" if math.isinf(worse.loss) else against,
+        )
+    return join([rescue, result])
 
 
 def _rescue(contest: Contest) -> str:
@@ -83,25 +102,29 @@ def _rescue(contest: Contest) -> str:
         seeds = contest.seeds(ours, theirs)
         failed = sum(theirs[seed].diverged for seed in seeds)
         if failed > best[0] and not any(ours[seed].diverged for seed in seeds):
-            at = "" if lr is None else f"at lr {number(lr)} "
-            best = (
-                failed,
-                f"{at}{named(rival.policy)} diverged in {failed} of {count(len(seeds), 'seed')}, "
-                f"{named(winner.policy)} in 0.",
+            told = say(
+                "{at}{rival} diverged in {n} of {seeds}, {winner} in 0.",
+                at="" if lr is None else say("at lr {lr} ", lr=number(lr)),
+                rival=named(rival.policy),
+                n=failed,
+                seeds=count(len(seeds), "{n} seed", "{n} seeds"),
+                winner=named(winner.policy),
             )
+            best = (failed, told)
     return capital(best[1])
 
 
 def _at_best(row: Row, contest: Contest) -> str:
     several = len({run.lr for run in contest.runs}) > 1
-    best = f" at its best lr ({number(row.lr)})" if several and row.lr is not None else ""
-    return f"{named(row.policy)}{best}"
+    if not several or row.lr is None:
+        return named(row.policy)
+    return say("{policy} at its best lr ({lr})", policy=named(row.policy), lr=number(row.lr))
 
 
 def _why(contest: Contest) -> str:
     failed = [run for run in contest.runs if run.diverged]
     if not failed:
-        return "No run diverged, so there is no blow-up to explain."
+        return say("No run diverged, so there is no blow-up to explain.")
     rival, winner = contest.rival, contest.winner
 
     def twin(run: Run) -> Run | None:
@@ -121,13 +144,19 @@ def _why(contest: Contest) -> str:
         )
 
     run = min(failed, key=known)
-    where = (
-        f"{capital(named(run.policy))}, "
-        + ("" if run.lr is None else f"lr {number(run.lr)}, ")
-        + f"seed {run.seed}: "
+    told = say(
+        "{policy}, {lr}seed {seed}: {what}",
+        policy=capital(named(run.policy)),
+        lr="" if run.lr is None else say("lr {lr}, ", lr=number(run.lr)),
+        seed=run.seed,
+        what=_blow_up(run),
     )
-    verdict = f" Explain's verdict: {run.verdict.replace('_', ' ')}." if run.verdict else ""
-    return where + _blow_up(run) + verdict + _contrast(run, twin(run))
+    verdict = (
+        say("Explain's verdict: {verdict}.", verdict=heard(run.verdict.replace("_", " ")))
+        if run.verdict
+        else ""
+    )
+    return join([told, verdict, _contrast(run, twin(run))])
 
 
 def _contrast(run: Run, twin: Run | None) -> str:
@@ -135,24 +164,36 @@ def _contrast(run: Run, twin: Run | None) -> str:
     if run.onset is None or twin is None or twin.diverged:
         return ""
     if twin.onset is None:
-        return f" Under {named(twin.policy)} no update was that large."
-    times, step = readable(twin.onset.ratio), twin.onset.step
-    return f" Under {named(twin.policy)} the first such update, at step {step}, was {times} times as large."
+        return say("Under {policy} no update was that large.", policy=named(twin.policy))
+    return say(
+        "Under {policy} the first such update, at step {step}, was {times} times as large.",
+        policy=named(twin.policy),
+        step=twin.onset.step,
+        times=readable(twin.onset.ratio),
+    )
 
 
 def _blow_up(run: Run) -> str:
     finite = math.isfinite(run.losses[-1]) if run.losses else True
-    end = "the loss was no longer finite" if not finite else "the loss stayed above where it began"
-    if finite and not all(math.isfinite(norm) for norm in run.norms):
-        end = "the gradient was no longer finite"
-    end = f"after step {run.diverged_at} {end}."
+    step = run.diverged_at
+    if not finite:
+        end = say("after step {step} the loss was no longer finite", step=step)
+    elif not all(math.isfinite(norm) for norm in run.norms):
+        end = say("after step {step} the gradient was no longer finite", step=step)
+    else:
+        end = say("after step {step} the loss stayed above where it began", step=step)
     if run.onset is None:
-        return f"no update was larger than the weights it changed; {end}"
-    times = (
-        f"{readable(run.onset.ratio)} times as large as"
-        if math.isfinite(run.onset.ratio)
-        else "not finite, unlike"
-    )
+        return say("no update was larger than the weights it changed; {end}.", end=end)
+    if math.isfinite(run.onset.ratio):
+        size = say("{ratio} times as large as its weights", ratio=readable(run.onset.ratio))
+    else:
+        size = say("not finite, unlike its weights")
     norm = run.norms[run.onset.step - 1] if run.onset.step <= len(run.norms) else math.nan
-    gradient = f" (gradient norm {number(norm)})" if math.isfinite(norm) else ""
-    return f"at step {run.onset.step} the update of {run.onset.parameter} was {times} its weights{gradient}; {end}"
+    return say(
+        "at step {step} the update of {parameter} was {size}{gradient}; {end}.",
+        step=run.onset.step,
+        parameter=run.onset.parameter,
+        size=size,
+        gradient=say(" (gradient norm {norm})", norm=number(norm)) if math.isfinite(norm) else "",
+        end=end,
+    )

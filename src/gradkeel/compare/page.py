@@ -12,8 +12,9 @@ from gradkeel.compare.run import Run
 from gradkeel.compare.starts import same_starts
 from gradkeel.compare.summary import Row, best_runs
 from gradkeel.compare.sweep import LOOSE, TIGHT, WORKS, SweepPoint, sweep_points
-from gradkeel.compare.words import count, number
+from gradkeel.compare.words import number
 from gradkeel.explain.readable import readable
+from gradkeel.language import count, join, say
 from gradkeel.page.figures import Band, Curves, Point, Series, against, curves
 from gradkeel.page.page import Line, Section, Table, page
 
@@ -22,10 +23,12 @@ _KINDS = {TIGHT: "weak", WORKS: "good", LOOSE: "bad"}
 
 def table(rows: Sequence[Row], comparison: Comparison) -> Table:
     """The summary as text, in the order of ``rows``."""
-    scored = "val. loss" if any(run.validation_loss is not None for run in comparison.runs) else "final loss"
+    validated = any(run.validation_loss is not None for run in comparison.runs)
     target = rows[0].target_loss if rows else math.nan
-    steps = f"steps to {number(target)}"
-    headers = ["policy", "best lr", scored, "range", "diverged", "clipped", steps, "volatility", "ms/step"]
+    headers = [
+        say("policy"), say("best lr"), say("val. loss" if validated else "final loss"), say("range"), say("diverged"),
+        say("clipped"), say("steps to {loss}", loss=number(target)), say("volatility"), say("ms/step"),
+    ]  # fmt: skip
     return Table(headers, [_cells(row) for row in rows])
 
 
@@ -34,7 +37,7 @@ def _cells(row: Row) -> list[str]:
     return [
         row.policy,
         number(row.lr),
-        "diverged" if failed else number(row.loss),
+        say("diverged") if failed else number(row.loss),
         "–" if math.isnan(row.lowest) else f"{readable(row.lowest)}–{readable(row.highest)}",
         f"{row.diverged}/{row.runs}",
         f"{row.clip_rate:.0%}",
@@ -47,7 +50,7 @@ def _cells(row: Row) -> list[str]:
 def _steps(row: Row) -> str:
     if math.isnan(row.target_loss):
         return "–"
-    return "never" if math.isinf(row.steps_to_target) else f"{row.steps_to_target:.0f}"
+    return say("never") if math.isinf(row.steps_to_target) else f"{row.steps_to_target:.0f}"
 
 
 def compare_page(comparison: Comparison, rows: Sequence[Row], words: Findings) -> str:
@@ -64,53 +67,59 @@ def compare_page(comparison: Comparison, rows: Sequence[Row], words: Findings) -
         row for row in rows if plan.sweep is None or row is rows[0] or row.policy not in plan.sweep.policies
     ]
     best = {row.policy: best_runs(runs, row.policy) for row in shown}
-    at_best = "Loss, each policy at its best learning rate" if len(plan.learning_rates) > 1 else "Loss"
+    several = len(plan.learning_rates) > 1
+    at_best = say("Loss, each policy at its best learning rate" if several else "Loss")
     sections += _losses(at_best, best, colors)
     winner = next((row for row in rows if row.policy != "none"), rows[0])
     common = {
         row.policy: [run for run in runs if (run.policy, run.lr) == (row.policy, winner.lr)] for row in shown
     }
-    where = "" if winner.lr is None else f" at lr {number(winner.lr)}"
+    where = "" if winner.lr is None else say(" at lr {lr}", lr=number(winner.lr))
     if any([run.lr for run in best[policy]] != [run.lr for run in common[policy]] for policy in best):
-        sections += _losses(f"Loss, every policy{where}", common, colors)
-    if figure := _drawn(common, colors, lambda run: run.norms, "gradient norm"):
-        text = (
-            f"The true gradients{where}, before clipping. A thin line is a seed, the thick one their median."
+        sections += _losses(say("Loss, every policy{where}", where=where), common, colors)
+    if figure := _drawn(common, colors, lambda run: run.norms, say("gradient norm")):
+        text = say(
+            "The true gradients{where}, before clipping. A thin line is a seed, the thick one their median.",
+            where=where,
         )
-        sections.append(Section("Gradient norm", text, figure=figure))
+        sections.append(Section(say("Gradient norm"), text, figure=figure))
     title = f"gradkeel compare {shlex.join(plan.arguments)}"
     return page(title, _subtitle(comparison), lines, sections)
 
 
 def _subtitle(comparison: Comparison) -> str:
     plan = comparison.plan
-    words = [
-        count(len(plan.policies), "policy").replace("policys", "policies"),
-        count(len(plan.learning_rates), "learning rate") if plan.learning_rates else "",
-        count(len(plan.seeds), "seed"),
-        count(plan.steps, "step") if plan.steps else "",
-        f"each on {plan.accumulate} accumulated batches" if plan.accumulate > 1 else "",
-    ]
-    text = ", ".join(word for word in words if word)
+    rates, batches = len(plan.learning_rates), plan.accumulate
     if not plan.is_command:
-        text += "; the same initial weights and batches for every policy."
+        starts = say("the same initial weights and batches for every policy")
     elif same_starts(comparison.runs):
-        text += "; every policy of a seed began with the same loss and gradient norm."
+        starts = say("every policy of a seed began with the same loss and gradient norm")
     else:
-        text += "; not known to begin from the same weights and batches."
-    if comparison.interrupted:
-        text += f" Interrupted after {len(comparison.runs)} of {len(plan.trials)} runs."
-    return text
+        starts = say("not known to begin from the same weights and batches")
+    text = say(
+        "{policies}{rates}{seeds}{steps}{batches}; {starts}.",
+        policies=count(len(plan.policies), "{n} policy", "{n} policies"),
+        rates=count(rates, ", {n} learning rate", ", {n} learning rates") if rates else "",
+        seeds=count(len(plan.seeds), ", {n} seed", ", {n} seeds"),
+        steps=count(plan.steps, ", {n} step", ", {n} steps") if plan.steps else "",
+        batches=say(", each on {n} accumulated batches", n=batches) if batches > 1 else "",
+        starts=starts,
+    )
+    if not comparison.interrupted:
+        return text
+    done, planned = len(comparison.runs), len(plan.trials)
+    return join([text, say("Interrupted after {done} of {planned} runs.", done=done, planned=planned)])
 
 
 def _ranking(comparison: Comparison, rows: Sequence[Row]) -> Section:
-    loss = "validation" if any(run.validation_loss is not None for run in comparison.runs) else "final"
-    text = (
-        f"Ranked by {loss} loss (median over seeds) at each policy's own best learning rate. "
-        "Diverged counts all its runs: a loss or a weight was not finite, or the loss ended above where it began. "
-        "Volatility is the mean change of the loss from step to step, relative to the loss, over the second half."
+    validated = any(run.validation_loss is not None for run in comparison.runs)
+    text = say(
+        "Ranked by {loss} (median over seeds) at each policy's own best learning rate. Diverged counts all its runs: a "
+        "loss or a weight was not finite, or the loss ended above where it began. Volatility is the mean change of the "
+        "loss from step to step, relative to the loss, over the second half.",
+        loss=say("validation loss" if validated else "final loss"),
     )
-    return Section("Result", text, table(rows, comparison))
+    return Section(say("Result"), text, table(rows, comparison))
 
 
 def _rates(comparison: Comparison, rows: Sequence[Row], colors: dict[str, int]) -> list[Section]:
@@ -122,23 +131,24 @@ def _rates(comparison: Comparison, rows: Sequence[Row], colors: dict[str, int]) 
         groups = [(lr, [r for r in comparison.runs if (r.policy, r.lr) == (row.policy, lr)]) for lr in rates]
         points = [_score_point(lr, group) for lr, group in groups if group]
         series.append(Series(row.policy, points, colors[row.policy]))
-    figure = against(series, x_title="learning rate", y_title="loss after training", failed="diverged")
-    text = "Median over seeds, and range. A cross: most seeds diverged."
-    return [Section("Which learning rates work", text, figure=figure)]
+    x_title, y_title = say("learning rate"), say("loss after training")
+    figure = against(series, x_title=x_title, y_title=y_title, failed=say("diverged"))
+    text = say("Median over seeds, and range. A cross: most seeds diverged.")
+    return [Section(say("Which learning rates work"), text, figure=figure)]
 
 
 def _score_point(x: float, group: Sequence[Run]) -> Point:
     scores = [run.score for run in group]
     finite = [score for score in scores if math.isfinite(score)]
-    note = f"diverged: {sum(run.diverged for run in group)} of {len(group)}"
+    note = say("diverged: {n} of {runs}", n=sum(run.diverged for run in group), runs=len(group))
     return Point(
         x, statistics.median(scores), min(finite, default=math.nan), max(finite, default=math.nan), note
     )
 
 
 def _losses(title: str, groups: dict[str, list[Run]], colors: dict[str, int]) -> list[Section]:
-    figure = _drawn(groups, colors, lambda run: run.losses, "training loss")
-    text = (
+    figure = _drawn(groups, colors, lambda run: run.losses, say("training loss"))
+    text = say(
         "A thin line is a seed, the thick one their median; a cross marks a loss that stopped being finite."
     )
     return [Section(title, text, figure=figure)] if figure else []
@@ -155,7 +165,7 @@ def _drawn(
     ]
     if not any(any(map(math.isfinite, line)) for group in drawn for line in group.lines):
         return None
-    figure: object = curves(drawn, x_title="step", y_title=y_title)
+    figure: object = curves(drawn, x_title=say("step"), y_title=y_title)
     return figure
 
 
@@ -166,23 +176,25 @@ def _sweeps(comparison: Comparison) -> list[Section]:
         return []
     series = []
     for i, lr in enumerate(dict.fromkeys(point.lr for point in points)):
-        name = sweep.name if lr is None else f"{sweep.name}, lr {number(lr)}"
+        name = sweep.name if lr is None else say("{policy}, lr {lr}", policy=sweep.name, lr=number(lr))
         series.append(Series(name, [_sweep_point(p) for p in points if p.lr == lr], i))
     bands = _bands(points) if len(series) == 1 else []
-    figure = against(series, x_title="bound", y_title="final loss", failed="not finite", bands=bands)
-    text = (
+    figure = against(
+        series, x_title=say("bound"), y_title=say("final loss"), failed=say("not finite"), bands=bands
+    )
+    text = say(
         "Final training loss against the bound: median over seeds, and range. Works: fewer than half of the seeds "
         "diverged, and the loss came down at least half as far as under the best bound. "
         "There may be more than one such range."
     )
     return [
-        Section("Which bounds work", text, figure=figure),
-        Section("Each bound in numbers", table=_sweep_table(points)),
+        Section(say("Which bounds work"), text, figure=figure),
+        Section(say("Each bound in numbers"), table=_sweep_table(points)),
     ]
 
 
 def _sweep_point(point: SweepPoint) -> Point:
-    note = f"{point.region}; diverged: {point.diverged} of {point.runs}"
+    note = say("{region}; diverged: {n} of {runs}", region=point.region, n=point.diverged, runs=point.runs)
     return Point(point.bound, point.final_loss, point.lowest, point.highest, note)
 
 
@@ -203,4 +215,4 @@ def _sweep_table(points: Sequence[SweepPoint]) -> Table:
         [number(p.bound), number(p.lr), number(p.final_loss), f"{p.diverged}/{p.runs}", p.region]
         for p in points
     ]
-    return Table(["bound", "lr", "final loss", "diverged", "region"], rows)
+    return Table([say("bound"), say("lr"), say("final loss"), say("diverged"), say("region")], rows)

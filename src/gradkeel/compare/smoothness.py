@@ -8,10 +8,11 @@ import torch
 
 import gradkeel as gk
 from gradkeel.compare.task import Task, endless
-from gradkeel.compare.words import bound_of, count
+from gradkeel.compare.words import bound_of
 from gradkeel.explain.smoothness.figures import smoothness_figure
 from gradkeel.explain.smoothness.fit import SmoothnessFit
 from gradkeel.explain.smoothness.probe import LocalSmoothness, SmoothnessProbe
+from gradkeel.language import count, say
 from gradkeel.page.page import Line, Section, page
 from gradkeel.policies import parse
 
@@ -104,35 +105,48 @@ def default_policy(task: Task) -> str:
 def words(run: ProbedRun) -> list[Line]:
     """What was found, the constants, and which bound follows, as labelled lines."""
     fit, bound = run.fit, bound_of(run.policy)
-    lines = [Line("FOUND", fit.reason)]
+    lines = [Line(say("FOUND"), fit.reason)]
     if not fit.related:
         return [
             *lines,
             Line(
-                "BOUND",
-                "none follows from these measurements; see gradkeel explain for the norms' own advice",
+                say("BOUND"),
+                say("none follows from these measurements; see gradkeel explain for the norms' own advice"),
             ),
         ]
     l0, l1 = fit.envelope
-    fitted = (
-        f"L0 = {fit.L0:.3g} ({fit.L0_interval[0]:.3g} to {fit.L0_interval[1]:.3g}), L1 = {fit.L1:.3g} "
-        f"({fit.L1_interval[0]:.3g} to {fit.L1_interval[1]:.3g}); no measurement exceeds L0 = {l0:.3g}, L1 = {l1:.3g}"
+    fitted = say(
+        "L0 = {L0:.3g} ({L0_low:.3g} to {L0_high:.3g}), L1 = {L1:.3g} ({L1_low:.3g} to {L1_high:.3g}); no measurement "
+        "exceeds L0 = {l0:.3g}, L1 = {l1:.3g}",
+        L0=fit.L0,
+        L0_low=fit.L0_interval[0],
+        L0_high=fit.L0_interval[1],
+        L1=fit.L1,
+        L1_low=fit.L1_interval[0],
+        L1_high=fit.L1_interval[1],
+        l0=l0,
+        l1=l1,
     )
     safe = fit.safe_bound(run.lr)
     if safe is None:
-        advice = (
-            f"none makes lr {run.lr:g} safe: it is above 1 / L0 = {1 / l0:.3g}; take a lower learning rate"
+        advice = say(
+            "none makes lr {lr:g} safe: it is above 1 / L0 = {limit:.3g}; take a lower learning rate",
+            lr=run.lr,
+            limit=1 / l0,
         )
     else:
-        advice = (
-            f"{safe:.3g} or less at lr {run.lr:g}: no step then increases the loss of its own batch, by the largest "
-            "smoothness measured; conservative, training often goes well above it"
+        advice = say(
+            "{bound:.3g} or less at lr {lr:g}: no step then increases the loss of its own batch, by the largest "
+            "smoothness measured; conservative, training often goes well above it",
+            bound=safe,
+            lr=run.lr,
         )
-    used = "" if bound is None else f"; this run had lr * bound = {run.lr * bound:.3g}"
-    step = (
-        f"lr * bound below {fit.max_step:.3g} at any learning rate: when you halve lr, double the bound{used}"
+    step = say(
+        "lr * bound below {limit:.3g} at any learning rate: when you halve lr, double the bound{used}",
+        limit=fit.max_step,
+        used="" if bound is None else say("; this run had lr * bound = {n:.3g}", n=run.lr * bound),
     )
-    return [*lines, Line("FIT", fitted), Line("BOUND", advice), Line("STEP", step)]
+    return [*lines, Line(say("FIT"), fitted), Line(say("BOUND"), advice), Line(say("STEP"), step)]
 
 
 def document(run: ProbedRun) -> dict[str, Any]:
@@ -159,11 +173,15 @@ def smoothness_page(run: ProbedRun) -> str:
     Raises:
         MissingExtraError: without plotly.
     """
-    subtitle = (
-        f"{run.policy} at lr {run.lr:g}, seed {run.seed}: {count(len(run.losses), 'step')}, "
-        f"{count(len(run.measurements), 'measurement')}"
+    subtitle = say(
+        "{policy} at lr {lr:g}, seed {seed}: {steps}, {measurements}",
+        policy=run.policy,
+        lr=run.lr,
+        seed=run.seed,
+        steps=count(len(run.losses), "{n} step", "{n} steps"),
+        measurements=count(len(run.measurements), "{n} measurement", "{n} measurements"),
     )
-    text = (
+    text = say(
         "Each point is one step: how fast the gradient changed along it, against the gradient's norm where it began, "
         "both on the batch that the step was made with. The line is the fit, the dotted one its smallest multiple "
         "that no point exceeds."
@@ -173,5 +191,5 @@ def smoothness_page(run: ProbedRun) -> str:
         f"gradkeel smoothness {run.task}",
         subtitle,
         words(run),
-        [Section("Smoothness and gradient norm", text, figure=figure)],
+        [Section(say("Smoothness and gradient norm"), text, figure=figure)],
     )

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from gradkeel.compare.plan import Comparison
 from gradkeel.compare.run import Run
+from gradkeel.language import say
 
 
 def first_step(run: Run) -> tuple[float, ...]:
@@ -40,12 +41,12 @@ def in_words(comparison: Comparison) -> str:
     if not comparison.plan.is_command:
         return ""
     if ignores_seed(comparison.runs):
-        return (
+        return say(
             "The script ignores GRADKEEL_SEED: its runs of different seeds began with the same loss and norm, so they "
             "are one seed."
         )
     if same_starts(comparison.runs) is False:
-        return (
+        return say(
             "Policies of one seed did not begin with the same loss and norm: the script does not set its weights and "
             "batches by GRADKEEL_SEED, so policies are not all that differs."
         )

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from gradkeel.compare.run import Run, tail_median
 from gradkeel.errors import PolicySpecError
+from gradkeel.language import say
 
-TIGHT, WORKS, LOOSE = "too tight", "works", "too loose"
+TIGHT, WORKS, LOOSE = say("too tight"), say("works"), say("too loose")
 
 
 @dataclass(frozen=True)

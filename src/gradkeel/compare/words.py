@@ -3,6 +3,7 @@
 import math
 
 from gradkeel.explain.readable import readable
+from gradkeel.language import Said, say
 from gradkeel.policies import parse
 
 _BOUNDED = {"global-norm", "norm", "tensor-norm", "value", "block-rms", "smooth"}
@@ -13,19 +14,17 @@ def number(value: float | None) -> str:
     return "–" if value is None or math.isnan(value) else readable(value, 4)
 
 
-def count(n: int, noun: str) -> str:
-    """``1 seed``, ``2 seeds``."""
-    return f"{n} {noun}{'' if n == 1 else 's'}"
-
-
 def capital(text: str) -> str:
     """The text with its first letter in upper case, unless it begins with a policy's name."""
-    return text if ":" in text.split(" ", 1)[0] else text[:1].upper() + text[1:]
+    if ":" in text.split(" ", 1)[0]:
+        return text
+    english = text[:1].upper() + text[1:]
+    return Said(english, text.template, text.values) if isinstance(text, Said) else english
 
 
 def named(policy: str) -> str:
     """The policy as a sentence has it: "none" would be read as a number."""
-    return "unclipped training" if is_unclipped(policy) else policy
+    return say("unclipped training") if is_unclipped(policy) else policy
 
 
 def is_unclipped(policy: str) -> bool:

@@ -19,6 +19,7 @@ from gradkeel.explain.inspection import Inspection, in_float32, samples_of, take
 from gradkeel.explain.readable import readable
 from gradkeel.explain.undisturbed import Restore, randomness, undisturbed
 from gradkeel.guard import Guard, SkipReason, StepReport
+from gradkeel.language import heard, say
 from gradkeel.record.notes import write_note
 
 Batch = TypeVar("Batch")
@@ -71,22 +72,33 @@ class AutopsyResult:
 
     def __str__(self) -> str:
         """It in words."""
+        return str(self.words())
+
+    def words(self) -> str:
+        """It in a sentence that can be translated."""
         if not math.isfinite(self.norm):
-            size = "was not finite"
+            size = say("was not finite")
         else:
-            times = f", {readable(self.norm / self.usual)} times its usual" if self.usual else ""
-            size = f"was {readable(self.norm)}{times}"
+            ratio = readable(self.norm / self.usual) if self.usual else ""
+            times = say(", {ratio} times its usual", ratio=ratio) if ratio else ""
+            size = say("was {norm}{times}", norm=readable(self.norm), times=times)
         what = {
-            "sample": f"Sample {self.sample} of the batch does it",
-            "batch": "This batch does it: another one is sound",
-            "numerics": "Numerics do it: weights and data are finite",
-            "learning_rate": "The weights do it, on any batch, after the learning rate had risen",
-            "state": "The weights do it, on any batch",
-            "transient": "The same step again was sound: hardware, or something that is not deterministic",
+            "sample": say("Sample {sample} of the batch does it", sample=self.sample),
+            "batch": say("This batch does it: another one is sound"),
+            "numerics": say("Numerics do it: weights and data are finite"),
+            "learning_rate": say("The weights do it, on any batch, after the learning rate had risen"),
+            "state": say("The weights do it, on any batch"),
+            "transient": say(
+                "The same step again was sound: hardware, or something that is not deterministic"
+            ),
         }[self.cause]
-        place = f"; first in module {self.module!r}" if self.module else ""
-        return (
-            f"Step {self.step}: the norm {size}. {what}{place}{f', operation {self.op}' if self.op else ''}."
+        return say(
+            "Step {step}: the norm {size}. {what}{place}{operation}.",
+            step=self.step,
+            size=size,
+            what=what,
+            place=say("; first in module {module!r}", module=self.module) if self.module else "",
+            operation=say(", operation {op}", op=heard(self.op)) if self.op else "",
         )
 
 

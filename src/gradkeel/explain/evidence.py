@@ -9,6 +9,7 @@ from gradkeel.explain.jumps import Jump
 from gradkeel.explain.readable import readable
 from gradkeel.explain.spread import Reached
 from gradkeel.explain.updates import Overwrite
+from gradkeel.language import count, heard, say
 
 _BACK = 50  # steps before an event in which a change of the learning rate is told
 
@@ -19,14 +20,23 @@ def later(
     """Of an explosion that left a past."""
     assert event.baseline is not None
     step, norm = course.step(event.start), float(course.totals[event.start])
-    usual = f"{readable(event.baseline.norm)}, the median of the steps before"
+    usual = readable(event.baseline.norm)
     if math.isfinite(norm):
-        rise = (
-            f"At step {step} the gradient norm was {readable(norm)}, {readable(norm / event.baseline.norm)} times "
-            f"{usual}: a robust z-score of {event.baseline.score(norm):.1f} on the log norm."
+        rise = say(
+            "At step {step} the gradient norm was {norm}, {times} times {usual}, the median of the steps before: a "
+            "robust z-score of {score:.1f} on the log norm.",
+            step=step,
+            norm=readable(norm),
+            times=readable(norm / event.baseline.norm),
+            usual=usual,
+            score=event.baseline.score(norm),
         )
     else:
-        rise = f"At step {step} the gradient was not finite; its norm had been {usual}."
+        rise = say(
+            "At step {step} the gradient was not finite; its norm had been {usual}, the median of the steps before.",
+            step=step,
+            usual=usual,
+        )
     causes = [*map(jump, jumps), rates(course, event.start), *([overwrite(before)] if before else [])]
     sentences = [*causes, rise, _order(course, reached, step), _losses(course, event)]
     return tuple(words for words in (*sentences, _skipped(course, event), _ending(course, event)) if words)
@@ -35,52 +45,84 @@ def later(
 def initial(course: Course, event: Event, onsets: list[tuple[str, int, float]]) -> tuple[str, ...]:
     """Of an explosion from the first steps on."""
     norms = ", ".join(map(readable, course.totals[:5].tolist()))
-    sentences = [
-        f"There is no past to compare with: the gradient norm grew from the first steps on ({norms}"
-        f"{', ...' if len(course.totals) > 5 else ''})."
+    norms += ", ..." if len(course.totals) > 5 else ""
+    sentences: list[str] = [
+        say(
+            "There is no past to compare with: the gradient norm grew from the first steps on ({norms}).",
+            norms=norms,
+        )
     ]
     if onsets:
         name, step, ratio = onsets[0]
-        size = f"{readable(ratio)} times" if math.isfinite(ratio) else "beyond all measure"
+        finite = math.isfinite(ratio)
+        size = say("{ratio} times", ratio=readable(ratio)) if finite else say("beyond all measure")
         sentences.append(
-            f"The first update larger than the weights it changed was that of {name} at step {step}: {size}."
+            say(
+                "The first update larger than the weights it changed was that of {name} at step {step}: {size}.",
+                name=name,
+                step=step,
+                size=size,
+            )
         )
     sentences.append(
-        "Gradient norms do not tell why; initial weights and learning rate are what acted until then."
+        say("Gradient norms do not tell why; initial weights and learning rate are what acted until then.")
     )
     return tuple(words for words in (*sentences, _losses(course, event), _ending(course, event)) if words)
 
 
 def jump(jump: Jump) -> str:
     """Of weights that changed without an update."""
-    when = f"at step {jump.step}"
+    when = say("at step {step}", step=jump.step)
     if not jump.is_exact:
-        when = f"between steps {jump.after} and {jump.until}, judging by the gradients {when}"
-    return (
-        f"The weights of {jump.parameter} changed {when}. Their norm went from {readable(jump.before_norm)} to "
-        f"{readable(jump.after_norm)} ({readable(jump.ratio)} times), and no update explains it: "
-        "something else wrote to them."
+        when = say(
+            "between steps {after} and {until}, judging by the gradients at step {step}",
+            after=jump.after,
+            until=jump.until,
+            step=jump.step,
+        )
+    return say(
+        "The weights of {parameter} changed {when}. Their norm went from {before} to {after} ({times} times), and no "
+        "update explains it: something else wrote to them.",
+        parameter=jump.parameter,
+        when=when,
+        before=readable(jump.before_norm),
+        after=readable(jump.after_norm),
+        times=readable(jump.ratio),
     )
 
 
 def overwrite(overwrite: Overwrite) -> str:
     """Of updates as large as the weights."""
-    sentence = (
-        f"The update at step {overwrite.step} was {readable(overwrite.ratio)} times as large as the weights that it "
-        f"changed (usual before: {readable(overwrite.before, 2)})"
-    )
+    most = ""
     if overwrite.parameters:
         name, ratio = overwrite.parameters[0]
-        sentence += f", most of all in {name}: {readable(ratio)} times"
-    return sentence + "."
+        most = say(", most of all in {name}: {ratio} times", name=name, ratio=readable(ratio))
+    return say(
+        "The update at step {step} was {ratio} times as large as the weights that it changed (usual before: {before})"
+        "{most}.",
+        step=overwrite.step,
+        ratio=readable(overwrite.ratio),
+        before=readable(overwrite.before, 2),
+        most=most,
+    )
 
 
 def drift(drift: Drift) -> tuple[str, ...]:
     """Of a slow rise."""
     return (
-        f"The level of the gradient norm (its median over {drift.stretch} steps) rose from {readable(drift.before)} to "
-        f"{readable(drift.after)}, {readable(drift.after / drift.before)} times, without a jump.",
-        f"The level of {drift.parameter} rose most: {readable(drift.growths[0][1])} times.",
+        say(
+            "The level of the gradient norm (its median over {stretch} steps) rose from {before} to {after}, {times} "
+            "times, without a jump.",
+            stretch=drift.stretch,
+            before=readable(drift.before),
+            after=readable(drift.after),
+            times=readable(drift.after / drift.before),
+        ),
+        say(
+            "The level of {parameter} rose most: {times} times.",
+            parameter=drift.parameter,
+            times=readable(drift.growths[0][1]),
+        ),
     )
 
 
@@ -88,8 +130,13 @@ def _order(course: Course, reached: list[Reached], step: int) -> str:
     if not reached:
         return ""
     at_once = sum(r.step <= step for r in reached)
-    together = f"{at_once} of {len(course.reader.names)} parameters were reached at step {step}"
-    return f"{together}, and {len(reached)} within the event." if len(reached) > at_once else f"{together}."
+    return say(
+        "{n} of {parameters} parameters were reached at step {step}{later}.",
+        n=at_once,
+        parameters=len(course.reader.names),
+        step=step,
+        later=say(", and {n} within the event", n=len(reached)) if len(reached) > at_once else "",
+    )
 
 
 def rates(course: Course, row: int) -> str:
@@ -100,9 +147,11 @@ def rates(course: Course, row: int) -> str:
     if not len(growth) or float(growth.max()) < 1.5:
         return ""
     row = first + int(growth.argmax())
-    return (
-        f"The learning rate rose from {readable(float(course.rates[row - 1]))} to {readable(float(course.rates[row]))} "
-        f"at step {course.step(row)}."
+    return say(
+        "The learning rate rose from {before} to {after} at step {step}.",
+        before=readable(float(course.rates[row - 1])),
+        after=readable(float(course.rates[row])),
+        step=course.step(row),
     )
 
 
@@ -112,7 +161,8 @@ def _losses(course: Course, event: Event) -> str:
     before = float(course.losses[max(0, event.start - 1)])
     if not len(finite) or not float(finite.max()) > before:
         return ""
-    return f"The loss rose from {readable(before)} to {readable(float(finite.max()))}."
+    highest = readable(float(finite.max()))
+    return say("The loss rose from {before} to {highest}.", before=readable(before), highest=highest)
 
 
 def _skipped(course: Course, event: Event) -> str:
@@ -120,12 +170,14 @@ def _skipped(course: Course, event: Event) -> str:
     reasons = [reason for step, reason in course.skips.items() if first <= step <= last]
     if not reasons:
         return ""
-    return f"{len(reasons)} step{'s were' if len(reasons) > 1 else ' was'} skipped; the first: {reasons[0]}."
+    skipped = count(len(reasons), "{n} step was skipped", "{n} steps were skipped")
+    return say("{skipped}; the first: {reason}.", skipped=skipped, reason=heard(reasons[0]))
 
 
 def _ending(course: Course, event: Event) -> str:
     last = course.step(event.stop - 1)
     if event.ended == "recovered":
-        return f"After step {last} the norm was back."
-    state = "not finite" if event.ended == "non-finite" else "still high"
-    return f"It was {state} at step {last}, the last one recorded."
+        return say("After step {step} the norm was back.", step=last)
+    if event.ended == "non-finite":
+        return say("It was not finite at step {step}, the last one recorded.", step=last)
+    return say("It was still high at step {step}, the last one recorded.", step=last)

@@ -7,6 +7,7 @@ import torch
 
 from gradkeel.errors import RecordError
 from gradkeel.explain.run_figures import BLUE, GREEN, ORANGE, Trace, heat_map, traces
+from gradkeel.language import say, shown
 from gradkeel.page.figures import _plotly
 from gradkeel.page.page import CONFIG
 from gradkeel.record import Reader, bucket, bucket_norms
@@ -40,19 +41,25 @@ def plot(run: str | os.PathLike[str] | Reader) -> Any:
     from plotly.subplots import make_subplots
 
     steps = run.steps()
-    norm = [Trace("before clipping", bucket(steps, run.totals(), _COLUMNS), BLUE)]
+    norm = [Trace(say("before clipping"), bucket(steps, run.totals(), _COLUMNS), BLUE)]
     if bool(run.clipped().any()):
-        norm.append(Trace("after clipping", bucket(steps, run.clipped_totals(), _COLUMNS), GREEN))
-    parts = [("gradient norm", traces(norm, y_title=""))]
+        norm.append(Trace(say("after clipping"), bucket(steps, run.clipped_totals(), _COLUMNS), GREEN))
+    parts = [(say("gradient norm"), traces(norm, y_title=""))]
     if "loss" in run.scalar_names:
-        loss = Trace("loss", bucket(steps, run.losses(), _COLUMNS), ORANGE)
-        parts.append(("loss", traces([loss], y_title="")))
+        loss = Trace(say("loss"), bucket(steps, run.losses(), _COLUMNS), ORANGE)
+        parts.append((say("loss"), traces([loss], y_title="")))
     norms = bucket_norms(run, _COLUMNS)
     parts.append(
-        ("every parameter", heat_map(run.names, norms, torch.zeros(len(norms.first), dtype=torch.bool)))
+        (say("every parameter"), heat_map(run.names, norms, torch.zeros(len(norms.first), dtype=torch.bool)))
     )
-    titles = [title for title, _ in parts]
-    whole = make_subplots(rows=len(parts), shared_xaxes=True, vertical_spacing=0.06, subplot_titles=titles)
+    titles = [shown(title) for title, _ in parts]
+    whole = make_subplots(
+        rows=len(parts),
+        shared_xaxes=True,
+        vertical_spacing=0.06,
+        subplot_titles=titles,
+        figure=_without_logo(),
+    )
     for row, (_, part) in enumerate(parts, start=1):
         for trace in part.data:
             whole.add_trace(trace, row=row, col=1)
@@ -60,20 +67,21 @@ def plot(run: str | os.PathLike[str] | Reader) -> Any:
         whole.update_yaxes({k: v for k, v in axis.items() if k not in ("domain", "anchor")}, row=row, col=1)
     domain = whole.layout[f"yaxis{len(parts)}"].domain
     whole.data[-1].colorbar.update(len=domain[1] - domain[0], y=sum(domain) / 2)
-    whole.update_xaxes(title="step", row=len(parts), col=1)
-    title = f"{run.path.name}: {len(run):,} steps, {run.policy}"
-    whole.update_layout(height=260 * len(parts), title=title, legend={"orientation": "h", "y": -0.08})
-    return _without_logo(whole)
+    whole.update_xaxes(title=shown(say("step")), row=len(parts), col=1)
+    told = say("{name}: {steps:,} steps, {policy}", name=run.path.name, steps=len(run), policy=run.policy)
+    return whole.update_layout(
+        height=260 * len(parts), title=shown(told), legend={"orientation": "h", "y": -0.08}
+    )
 
 
-def _without_logo(figure: Any) -> Any:
-    """The figure, shown without plotly's own buttons; plotly takes that from whoever shows it, not from a figure."""
+def _without_logo() -> Any:
+    """A figure that is shown without plotly's own buttons, which is for whoever shows it to say, not for a figure."""
 
-    class Figure(type(figure)):  # type: ignore[misc]  # plotly ships no types
+    class Figure(_plotly().Figure):  # type: ignore[misc]  # plotly ships no types
         def show(self, *arguments: Any, **settings: Any) -> Any:
             return super().show(*arguments, **{"config": CONFIG, **settings})
 
         def _ipython_display_(self) -> None:
             self.show()
 
-    return Figure(figure)
+    return Figure()

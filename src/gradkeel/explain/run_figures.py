@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradkeel.page.figures import COLORS, _plotly, _style
+from gradkeel.language import say, shown
+from gradkeel.page.figures import COLORS, _plotly, _style, hover
 from gradkeel.record import Buckets
 
 RED, BLUE, ORANGE, GREEN, VIOLET, GREY = COLORS[:6]
 HOTTEST = "Inferno"
-NOT_FINITE = "not finite"
 FEW = 60
 """So few steps are drawn as points too."""
 _LONGEST_NAME = 26
@@ -79,7 +79,7 @@ def traces(
         _line(figure, line)
     values = torch.cat([values for line in lines for values in (line.buckets.low, line.buckets.high)])
     values = values[torch.isfinite(values)]
-    _style(figure, "step", y_title, values.tolist())
+    _style(figure, say("step"), y_title, values.tolist())
     if y_range is not None or not logarithmic or bool((values < 0).any()):
         figure.update_yaxes(type="linear", dtick=None, range=y_range, row=1)
     if strips:
@@ -87,7 +87,7 @@ def traces(
     for mark in marks:
         figure.add_vline(x=mark.at, line={"dash": "dot", "width": 1.5, "color": mark.color}, row=1, col=1)
         figure.add_annotation(
-            x=mark.at, y=1, yref="y domain", yanchor="bottom", text=html.escape(mark.text), showarrow=False,
+            x=mark.at, y=1, yref="y domain", yanchor="bottom", text=_escaped(mark.text), showarrow=False,
             font={"size": 12},
         )  # fmt: skip
     _whole_steps(figure, lines[0].buckets)
@@ -96,13 +96,13 @@ def traces(
 
 
 def _line(figure: Any, line: Trace) -> None:
-    buckets, name = line.buckets, html.escape(line.name)
+    buckets, name = line.buckets, _escaped(line.name)
     few = "lines+markers" if len(buckets.first) <= FEW else "lines"
     figure.add_scatter(
         x=_listed(buckets.first), y=_numbers(buckets.median), name=name, legendgroup=name,
         mode="markers" if line.sampled else few, marker={"color": line.color, "size": 5 if line.sampled else 6},
         line={"color": line.color, "width": 1.6, "dash": line.dash}, customdata=_exact(buckets),
-        hovertemplate=f"{name}<br>%{{customdata}}<extra></extra>", row=1, col=1,
+        hovertemplate=hover(name, "%{customdata}"), row=1, col=1,
     )  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def _shade(figure: Any, line: Trace) -> None:
     for values, fill in ((buckets.high, None), (buckets.low, "tonexty")):
         figure.add_scatter(
             x=_listed(buckets.first), y=_numbers(values), mode="lines", line={"width": 0, "color": line.color},
-            fill=fill, opacity=0.5, hoverinfo="skip", showlegend=False, legendgroup=html.escape(line.name),
+            fill=fill, opacity=0.5, hoverinfo="skip", showlegend=False, legendgroup=_escaped(line.name),
             row=1, col=1,
         )  # fmt: skip
 
@@ -127,12 +127,12 @@ def _strips(figure: Any, buckets: Buckets, strips: Sequence[tuple[str, Tensor, s
         figure.add_heatmap(
             x=_listed(buckets.first), y=[i], z=[_numbers(share)], zmin=0, zmax=1, showscale=False,
             colorscale=[[0, clear], [0.001, _faint(color)], [1, color]], customdata=[spans], ygap=2,
-            hovertemplate=f"{html.escape(name)}: %{{z:.0%}} of the steps<br>%{{customdata}}<extra></extra>",
+            hovertemplate=hover(say("{name}: {share} of the steps", name=name, share="%{z:.0%}"), "%{customdata}"),
             row=2, col=1,
         )  # fmt: skip
     figure.update_yaxes(
         type="linear", row=2, col=1, title=None, showgrid=False, ticks="", tickfont={"size": 11}, dtick=None,
-        tickvals=list(range(len(strips))), ticktext=[html.escape(name) for name, _, _ in strips],
+        tickvals=list(range(len(strips))), ticktext=[_escaped(name) for name, _, _ in strips],
         range=[len(strips) - 0.5, -0.5],
     )  # fmt: skip
     figure.update_xaxes(title=None, row=1, col=1, ticks="")
@@ -160,39 +160,49 @@ def heat_map(
     """
     figure = _plotly().Figure()
     high = buckets.high.T
+    controls = (
+        say("filter: mlp or *.bias"), say("every parameter"), say("modules, {depth} deep", depth="#"),
+        say("each row by its own median"),
+    )  # fmt: skip
     if bool(nonfinite.any()):
-        names = [NOT_FINITE, *names]
+        not_finite = shown(say("not finite"))
+        names = [not_finite, *names]
         high = torch.cat([high.new_full((1, high.shape[1]), math.nan), high])
-    shown = [html.escape(name) for name in names]
+    rows = [html.escape(name) for name in names]
     logs = torch.where(high > 0, high, math.nan).log10()
     low, top = _range(logs)
     width = int(buckets.last[0] - buckets.first[0]) + 1 if len(buckets.first) else 1
-    when = "step %{x}" if width == 1 else f"highest of {width} steps from %{{x}} on"
+    when = say("step {step}", step="%{x}")
+    if width > 1:
+        when = say("highest of {width} steps from {step} on", width=width, step="%{x}")
     figure.add_heatmap(
-        x=_listed(buckets.first), y=shown, z=[_numbers(row, 4) for row in logs], zmin=low, zmax=top,
+        x=_listed(buckets.first), y=rows, z=[_numbers(row, 4) for row in logs], zmin=low, zmax=top,
         colorscale=HOTTEST, colorbar=_colorbar(low, top), hoverongaps=False,
-        meta={"power": norm_type if math.isfinite(norm_type) else None, "onset": onset},
+        meta={
+            "power": norm_type if math.isfinite(norm_type) else None, "onset": onset,
+            "marked": bool(nonfinite.any()), "words": list(map(shown, controls)),
+        },
         customdata=[_numbers(row, 5) for row in high],
-        hovertemplate=f"<b>%{{y}}</b><br>{when}: %{{customdata}}<extra></extra>",
+        hovertemplate=hover("<b>%{y}</b>", say("{when}: {norm}", when=when, norm="%{customdata}")),
     )  # fmt: skip
     if bool(nonfinite.any()):
         x = _listed(buckets.first[nonfinite])
         figure.add_scatter(
-            x=x, y=[NOT_FINITE] * len(x), mode="markers", showlegend=False,
+            x=x, y=[not_finite] * len(x), mode="markers", showlegend=False,
             marker={"symbol": "square", "size": 7, "color": RED},
-            hovertemplate="step %{x}: a gradient was not finite<extra></extra>",
+            hovertemplate=hover(say("step {step}: a gradient was not finite", step="%{x}")),
         )  # fmt: skip
-    _style(figure, "step", "")
+    _style(figure, say("step"), "")
     step = math.ceil(len(names) / 48)
     figure.update_yaxes(
-        type="category", categoryorder="array", categoryarray=shown, autorange="reversed", tickvals=shown[::step],
+        type="category", categoryorder="array", categoryarray=rows, autorange="reversed", tickvals=rows[::step],
         ticktext=[html.escape(_short(name)) for name in names[::step]], showgrid=False, dtick=None, ticks="",
         tickfont={"size": 11},
     )  # fmt: skip
     figure.update_xaxes(showgrid=False)
     _whole_steps(figure, buckets)
     for mark in marks:  # no line: it would hide the column that it is about
-        text = f"{html.escape(mark.text)}<br>▼"
+        text = f"{_escaped(mark.text)}<br>▼"
         figure.add_annotation(x=mark.at, y=1, yref="paper", yanchor="bottom", text=text, showarrow=False)
     figure.update_layout(height=min(1000, max(260, 140 + 20 * len(names))), margin={"t": 44})
     return figure
@@ -209,24 +219,25 @@ def distribution(norms: Tensor, marks: Sequence[Mark], *, x_title: str) -> Any:
         counts = torch.histc(logs, bins=60, min=low, max=high)
         edges = torch.linspace(low, high, 61, dtype=torch.float64)
         spans = [
-            f"{10**a:.3g} to {10**b:.3g}"
+            shown(say("{low} to {high}", low=f"{10**a:.3g}", high=f"{10**b:.3g}"))
             for a, b in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)
         ]
         figure.add_bar(
             x=((edges[:-1] + edges[1:]) / 2).tolist(), y=(counts / counts.sum()).tolist(),
             width=[(high - low) / 60] * 60, marker={"color": BLUE, "line": {"width": 0}}, customdata=spans,
-            hovertemplate="%{customdata}: %{y:.2%} of the steps<extra></extra>", showlegend=False,
+            hovertemplate=hover(say("{name}: {share} of the steps", name="%{customdata}", share="%{y:.2%}")),
+            showlegend=False,
         )  # fmt: skip
-    _style(figure, x_title, "share of the steps")
+    _style(figure, x_title, say("share of the steps"))
     figure.update_yaxes(type="linear", tickformat=".0%", dtick=None)
-    shown = [mark for mark in marks if 0 < mark.at < math.inf]
-    for i, mark in enumerate(sorted(shown, key=lambda mark: mark.at)):
+    drawn = [mark for mark in marks if 0 < mark.at < math.inf]
+    for i, mark in enumerate(sorted(drawn, key=lambda mark: mark.at)):
         figure.add_vline(x=math.log10(mark.at), line={"dash": "dot", "width": 1.5, "color": mark.color})
         figure.add_annotation(
             x=math.log10(mark.at), y=1, yref="paper", yanchor="bottom", yshift=14 * (i % 2),
-            text=html.escape(mark.text), showarrow=False, font={"size": 12},
+            text=_escaped(mark.text), showarrow=False, font={"size": 12},
         )  # fmt: skip
-    reach = [*(math.log10(mark.at) for mark in shown), *(logs.tolist()[:1])]
+    reach = [*(math.log10(mark.at) for mark in drawn), *(logs.tolist()[:1])]
     ticks = _decades(min([*reach, *([float(logs.min())] if len(logs) else [])], default=0.0),
                      max([*reach, *([float(logs.max())] if len(logs) else [])], default=1.0))  # fmt: skip
     figure.update_xaxes(tickvals=[math.log10(t) for t in ticks], ticktext=[f"{t:g}" for t in ticks])
@@ -290,25 +301,36 @@ def _numbers(values: Tensor, digits: int = 6) -> list[float | None]:
 
 
 def _number(value: float) -> str:
-    return f"{value:.5g}" if math.isfinite(value) else "not finite"
+    return f"{value:.5g}" if math.isfinite(value) else say("not finite")
+
+
+def _escaped(text: str) -> str:
+    return html.escape(shown(text))
 
 
 def _spans(buckets: Buckets) -> list[str]:
-    """Which steps each bucket holds, in words."""
+    """Which steps each bucket holds, in the reader's words."""
     return [
-        f"step {first}" if first == last else f"steps {first} to {last}"
+        shown(
+            say("step {step}", step=first)
+            if first == last
+            else say("steps {first} to {last}", first=first, last=last)
+        )
         for first, last in zip(buckets.first.tolist(), buckets.last.tolist(), strict=True)
     ]
 
 
 def _exact(buckets: Buckets) -> list[str]:
-    """Steps and values of each bucket, in words."""
+    """Steps and values of each bucket, in the reader's words."""
     rows = zip(
         _spans(buckets), buckets.low.tolist(), buckets.median.tolist(), buckets.high.tolist(), strict=True
     )
     return [
-        f"{span}: {_number(middle)}" if low == high or not math.isfinite(low) else
-        f"{span}: {_number(low)} to {_number(high)}, median {_number(middle)}"
+        shown(
+            say("{when}: {norm}", when=span, norm=_number(middle)) if low == high or not math.isfinite(low) else
+            say("{when}: {low} to {high}, median {median}", when=span, low=_number(low), high=_number(high),
+                median=_number(middle))
+        )
         for span, low, middle, high in rows
     ]  # fmt: skip
 

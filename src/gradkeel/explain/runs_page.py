@@ -11,6 +11,7 @@ from gradkeel.explain import explain, words
 from gradkeel.explain.readable import readable
 from gradkeel.explain.run_figures import Trace, traces
 from gradkeel.explain.run_page import COLUMNS
+from gradkeel.language import say
 from gradkeel.page.figures import COLORS
 from gradkeel.page.page import Line, Section, Table, page
 from gradkeel.record import Reader, bucket
@@ -49,22 +50,27 @@ def runs_page(readers: Sequence[Reader], *, script: str | None = None) -> str:
                 f"{one.skipped:,}",
             ]
         )
-    head = ["run", "policy", "steps", "last loss", "median norm", "clipped", "skipped"]
+    head = [
+        say("run"), say("policy"), say("steps"), say("last loss"), say("median norm"), say("clipped"), say("skipped"),
+    ]  # fmt: skip
     sections = [
-        Section("In numbers", table=Table(head, rows)),
-        *_drawn(runs, "Loss", Reader.losses),
-        *_drawn(runs, "Gradient norm", Reader.totals, "Before clipping."),
-        *_drawn(runs, "Coefficient", Reader.coefficients, "What clipping multiplied the gradients by."),
+        Section(say("In numbers"), table=Table(head, rows)),
+        *_drawn(runs, say("Loss"), Reader.losses),
+        *_drawn(runs, say("Gradient norm"), Reader.totals, say("Before clipping.")),
+        *_drawn(
+            runs, say("Coefficient"), Reader.coefficients, say("What clipping multiplied the gradients by.")
+        ),
     ]
     scalars = dict.fromkeys(itertools.chain(*(reader.scalar_names for reader in readers)))
     for name in scalars:
         if name != "loss":
-            title = "Learning rate" if name == "lr" else name
+            title = say("Learning rate") if name == "lr" else name
             sections += _drawn(runs, title, operator.methodcaller("scalar", name))
-    subtitle = (
-        f"{len(runs)} records; a click on a name in a legend hides the run, a double click shows it alone."
+    subtitle = say(
+        "{n} records; a click on a name in a legend hides the run, a double click shows it alone.",
+        n=len(runs),
     )
-    return page(f"Runs {', '.join(runs)}", subtitle, lines, sections, script=script)
+    return page(say("Runs {names}", names=", ".join(runs)), subtitle, lines, sections, script=script)
 
 
 def _names(readers: Sequence[Reader]) -> list[str]:
@@ -83,8 +89,4 @@ def _drawn(
         if len(finite := drawn[torch.isfinite(drawn)]):
             lines.append(Trace(name, bucket(reader.steps(), drawn, COLUMNS), color, dash))
             above &= bool((finite > 0).all())
-    return (
-        [Section(title, text, figure=traces(lines, y_title=title.lower(), logarithmic=above))]
-        if lines
-        else []
-    )
+    return [Section(title, text, figure=traces(lines, y_title="", logarithmic=above))] if lines else []

@@ -53,7 +53,7 @@ def diagnose(
         if diagnosis.onset is not None and abs(autopsy.step - diagnosis.onset) <= _NEAR:
             own = [name for name in course.reader.names if name.startswith(f"{autopsy.module}.")]
             where = tuple(own[:3]) if autopsy.module and own else diagnosis.where
-            return dataclasses.replace(diagnosis, where=where, reasons=(*diagnosis.reasons, str(autopsy)))
+            return dataclasses.replace(diagnosis, where=where, reasons=(*diagnosis.reasons, autopsy.words()))
     return diagnosis
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gradkeel.explain.explosion import Explosion
 from gradkeel.explain.readable import readable
+from gradkeel.language import say
 from gradkeel.record import Reader
 
 SGD_LIKE = frozenset({"SGD", "ASGD"})
@@ -254,32 +255,45 @@ def _drift(norms: Tensor) -> Estimate | None:
     return _estimate(ratios, last.median() / first.median())
 
 
-def _remarks(cancels: bool | None, candidates: Sequence[Candidate], optimizer: str) -> list[str]:
+def _remarks(cancels: bool | None, candidates: Sequence[Candidate], optimizer: str) -> Sequence[str]:
     remarks = [
-        "All of this describes the norms of this very run (open-loop): another bound would have led elsewhere, and "
-        "loosening a bound near instability would clip more than is said here."
+        say(
+            "All of this describes the norms of this very run (open-loop): another bound would have led elsewhere, and "
+            "loosening a bound near instability would clip more than is said here."
+        )
     ]
     often = [candidate for candidate in candidates if candidate.clips_nearly_always]
     if cancels:
         remarks.append(
-            f"Under {optimizer} a constant factor on the gradients cancels: a bound acts only through the differences "
-            "between steps, so look at the clip rate and the spread of the coefficients, not at an effective "
-            "learning rate."
+            say(
+                "Under {optimizer} a constant factor on the gradients cancels: a bound acts only through the "
+                "differences between steps, so look at the clip rate and the spread of the coefficients, not at an "
+                "effective learning rate.",
+                optimizer=optimizer,
+            )
         )
     elif cancels is None:
         remarks.append(
-            f"What a smaller gradient does under {optimizer or 'this optimizer'} is not known here, so no effective "
-            "learning rate is given."
+            say(
+                "What a smaller gradient does under {optimizer} is not known here, so no effective learning rate is "
+                "given.",
+                optimizer=optimizer or say("this optimizer"),
+            )
         )
     for candidate in often:
-        tuned = "normalized SGD, effective lr = lr * bound / norm: what you tune is lr x bound"
+        tuned = say("normalized SGD, effective lr = lr * bound / norm: what you tune is lr x bound")
+        lost = say("the size of the gradient hardly enters the update any more")
         remarks.append(
-            f"The bound {readable(candidate.bound)} clips more than 90% of the steps: "
-            + (tuned if cancels is False else "the size of the gradient hardly enters the update any more")
-            + "."
+            say(
+                "The bound {bound} clips more than 90% of the steps: {meaning}.",
+                bound=readable(candidate.bound),
+                meaning=tuned if cancels is False else lost,
+            )
         )
     remarks.append(
-        "Which bound trains best, and to what loss, cannot be said from norms: compare them "
-        "(gradkeel compare), or measure the smoothness (gradkeel smoothness)."
+        say(
+            "Which bound trains best, and to what loss, cannot be said from norms: compare them (gradkeel compare), or "
+            "measure the smoothness (gradkeel smoothness)."
+        )
     )
     return remarks

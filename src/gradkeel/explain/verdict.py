@@ -11,6 +11,7 @@ from torch import Tensor
 from gradkeel.explain.readable import readable
 from gradkeel.explain.updates import LARGE
 from gradkeel.guard import SkipReason
+from gradkeel.language import say
 
 EARLY = 20
 """Steps within which a run diverges from its start."""
@@ -162,12 +163,12 @@ class _Judge:
         return Diagnosis(verdict, onset, tuple(where[:3]), round(sure, 3), missing, (*self.reasons, *reasons))
 
     def _missing(self) -> tuple[str, ...]:
-        missing = []
+        missing: list[str] = []
         if self.loss is None:
-            missing.append("the loss: guard.log(loss=loss) before optimizer.step()")
+            missing.append(say("the loss: guard.log(loss=loss) before optimizer.step()"))
         if not self.signals.shares and not self.signals.larger:
             missing.append(
-                "updates relative to the weights: record='run.keel' without sharding, or per_rank=True"
+                say("updates relative to the weights: record='run.keel' without sharding, or per_rank=True")
             )
         return tuple(missing)
 
@@ -185,12 +186,14 @@ class _Judge:
             return None
         step = int(self.signals.steps[row])
         where = next((sign.where for sign in self.signals.signs if sign.step == step), ())
-        words = "All gradients were hit at once: it came with the loss, or the batch."
+        words = say("All gradients were hit at once: it came with the loss, or the batch.")
         if where:
-            words = f"It began in {where[0]}: backward runs from the end, and was finite until there."
-        return self._say(
-            Verdict.NON_FINITE, step, where, 0.95, f"At step {step} the first number was not finite.", words
-        )
+            words = say(
+                "It began in {parameter}: backward runs from the end, and was finite until there.",
+                parameter=where[0],
+            )
+        first = say("At step {step} the first number was not finite.", step=step)
+        return self._say(Verdict.NON_FINITE, step, where, 0.95, first, words)
 
     def _rose_before(self, row: int) -> bool:
         """Whether norm or loss had left their past before a row, so that it only ends what had begun."""
@@ -233,9 +236,11 @@ class _Judge:
         where = [name for name, step, _ in s.larger if step <= large + 3]
         if s.larger:
             name, step, ratio = s.larger[0]
-            self.reasons.append(
-                f"At step {step} the update of {name} was {readable(ratio)} times its weights."
-            )
+            told = say(
+                "At step {step} the update of {name} was {times} times its weights.",
+                step=step, name=name, times=readable(ratio),
+            )  # fmt: skip
+            self.reasons.append(told)
         verdict = Verdict.DIVERGED_IN_WARMUP if warmup and large - first > 1 else Verdict.DIVERGED_FROM_START
         return self._diverged(verdict, large, where)
 
@@ -256,15 +261,21 @@ class _Judge:
         row = int(torch.searchsorted(s.steps, onset))
         hidden = float((s.coefficients[row:] < HIDDEN).double().mean()) if row < len(s.steps) else 0.0
         if loss is not None:
-            end = readable(loss.last) if loss.is_finite else "not finite"
             self.reasons.append(
-                f"The loss began at {readable(loss.first)}, was {readable(loss.best)} at best, and ended at {end}."
+                say(
+                    "The loss began at {first}, was {best} at best, and ended at {end}.",
+                    first=readable(loss.first),
+                    best=readable(loss.best),
+                    end=readable(loss.last) if loss.is_finite else say("not finite"),
+                )
             )
         if hidden > 0.5:
             verdict = Verdict.CLIPPING_HIDES_DIVERGENCE
-            self.reasons.append(
-                f"In {hidden:.0%} of the steps since, clipping multiplied by less than {HIDDEN:g}."
-            )
+            told = say(
+                "In {share:.0%} of the steps since, clipping multiplied by less than {limit:g}.",
+                share=hidden, limit=HIDDEN,
+            )  # fmt: skip
+            self.reasons.append(told)
         return self._say(verdict, onset, where, 0.9 if loss is not None else 0.7)
 
     # ---- later ---------------------------------------------------------------------------------------------------
@@ -288,9 +299,11 @@ class _Judge:
             return self._say(Verdict.DRIFT, onset, where, 0.8)
         if loss.is_clearly_above:
             return self._diverged(Verdict.DIVERGED, onset, where)
-        self.reasons.append(
-            f"The loss was {readable(loss.best)} at best, and ended at {readable(loss.last)}: it did not come back."
+        best, end = readable(loss.best), readable(loss.last)
+        told = say(
+            "The loss was {best} at best, and ended at {end}: it did not come back.", best=best, end=end
         )
+        self.reasons.append(told)
         return self._say(Verdict.SPIKE_UNRECOVERED, onset, where, 0.85 if sign else 0.7)
 
     def _spiked(self) -> Diagnosis | None:
@@ -321,7 +334,8 @@ class _Judge:
             return None
         tiny = bool(self.signals.shares) and max(share for _, share in self.signals.shares) < 1e-5
         if loss.is_above or (tiny and not loss.has_learned):
-            words = f"The loss began at {readable(loss.first)} and ended at {readable(loss.last)}."
+            first, last = readable(loss.first), readable(loss.last)
+            words = say("The loss began at {first} and ended at {last}.", first=first, last=last)
             return self._say(Verdict.STALLED, int(self.signals.steps[0]), (), 0.6, words)
         return None
 

@@ -10,6 +10,7 @@ from zlib import crc32
 
 from gradkeel.errors import RecordError
 from gradkeel.explain.run_page import run_page
+from gradkeel.language import heard, say, shown
 from gradkeel.record import Reader
 
 # New figures take the place of the old ones in their elements, so that a zoom stays; plotly's script, megabytes, is not
@@ -87,17 +88,17 @@ class RunPage:
             return self._version, self._page
 
     def _draw(self) -> str:
-        words = "Nothing recorded yet."
+        words = say("Nothing recorded yet.")
         try:
             with Reader(self._path) as reader:
                 if len(reader):
                     return run_page(reader)
         except RecordError as error:
             if self._path.exists():
-                words = f"Nothing to show: {error}"
+                words = say("Nothing to show: {error}", error=heard(error.args[0]))
         return (
-            f"<!doctype html><html><head><meta charset='utf-8'><title>gradkeel</title></head>\n<body>{escape(words)}"
-            "</body></html>"
+            f"<!doctype html><html><head><meta charset='utf-8'><title>gradkeel</title></head>\n"
+            f"<body>{escape(shown(words))}</body></html>"
         )
 
 

@@ -9,60 +9,76 @@ from gradkeel.explain.fading import Fading
 from gradkeel.explain.readable import readable
 from gradkeel.explain.threshold import Estimate, ThresholdAdvice
 from gradkeel.explain.verdict import Diagnosis, Verdict
+from gradkeel.language import heard, join, padded, say, shown, width
 
 if TYPE_CHECKING:
     from gradkeel.explain.explanation import Explanation
 
 _KIND = {
-    "explosion": "The gradients exploded",
-    "spike": "The gradients spiked",
-    "initialization": "The gradients exploded from the initialization on",
-    "overflow": "The loss scale overflowed, which GradScaler provokes by design",
-    "weights": "A parameter was changed by something other than the optimizer",
-    "updates": "Updates overwrote the weights",
-    "drift": "The gradients grew slowly, without a jump",
+    "explosion": say("The gradients exploded"),
+    "spike": say("The gradients spiked"),
+    "initialization": say("The gradients exploded from the initialization on"),
+    "overflow": say("The loss scale overflowed, which GradScaler provokes by design"),
+    "weights": say("A parameter was changed by something other than the optimizer"),
+    "updates": say("Updates overwrote the weights"),
+    "drift": say("The gradients grew slowly, without a jump"),
 }
 
 
 _VERDICT = {
-    Verdict.HEALTHY: "healthy",
-    Verdict.DIVERGED_FROM_START: "diverged from the start: the learning rate, or the initialization, is too large",
-    Verdict.DIVERGED_IN_WARMUP: "diverged during warm-up: the learning rate passed what the loss allows",
-    Verdict.DIVERGED: "diverged",
-    Verdict.CLIPPING_HIDES_DIVERGENCE: "diverged, and clipping hides it",
-    Verdict.SPIKE_RECOVERED: "spiked, and recovered",
-    Verdict.SPIKE_UNRECOVERED: "spiked, and did not recover",
-    Verdict.DRIFT: "the gradients grew slowly",
-    Verdict.NON_FINITE: "not finite",
-    Verdict.LOSS_SCALE_OVERFLOW: "the loss scale overflowed, which GradScaler provokes by design",
-    Verdict.VANISHING: "weights hardly learn",
-    Verdict.STALLED: "stalled: the loss did not fall",
+    Verdict.HEALTHY: say("healthy"),
+    Verdict.DIVERGED_FROM_START: say(
+        "diverged from the start: the learning rate, or the initialization, is too large"
+    ),
+    Verdict.DIVERGED_IN_WARMUP: say("diverged during warm-up: the learning rate passed what the loss allows"),
+    Verdict.DIVERGED: say("diverged"),
+    Verdict.CLIPPING_HIDES_DIVERGENCE: say("diverged, and clipping hides it"),
+    Verdict.SPIKE_RECOVERED: say("spiked, and recovered"),
+    Verdict.SPIKE_UNRECOVERED: say("spiked, and did not recover"),
+    Verdict.DRIFT: say("the gradients grew slowly"),
+    Verdict.NON_FINITE: say("not finite"),
+    Verdict.LOSS_SCALE_OVERFLOW: say("the loss scale overflowed, which GradScaler provokes by design"),
+    Verdict.VANISHING: say("weights hardly learn"),
+    Verdict.STALLED: say("stalled: the loss did not fall"),
 }
+
+
+_ORIGIN = {"live": say("live"), "given": say("given")}
 
 
 def verdict(diagnosis: Diagnosis) -> str:
     """The verdict on a run, in one sentence."""
-    onset = "" if diagnosis.onset is None else f", from step {diagnosis.onset} on"
-    where = f", first in {', '.join(diagnosis.where)}" if diagnosis.where else ""
-    return f"{_VERDICT[diagnosis.verdict]}{onset}{where} (confidence {diagnosis.confidence:.2g})."
+    return say(
+        "{verdict}{onset}{where} (confidence {confidence:.2g}).",
+        verdict=_VERDICT[diagnosis.verdict],
+        onset="" if diagnosis.onset is None else say(", from step {step} on", step=diagnosis.onset),
+        where=say(", first in {names}", names=", ".join(diagnosis.where)) if diagnosis.where else "",
+        confidence=diagnosis.confidence,
+    )
 
 
 def missing(diagnosis: Diagnosis) -> list[str]:
     """What was not recorded and would have helped, a sentence each."""
-    return [f"Not recorded, and would have helped: {what}." for what in diagnosis.missing]
+    return [say("Not recorded, and would have helped: {what}.", what=what) for what in diagnosis.missing]
 
 
 def experiments(result: AutopsyResult) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table of an autopsy's experiments."""
-    rows = [
-        [e.change, readable(e.norm, 4), "still there" if e.is_bad else "gone"] for e in result.experiments
+    rows: list[list[str]] = [
+        [heard(e.change), readable(e.norm, 4), say("still there" if e.is_bad else "gone")]
+        for e in result.experiments
     ]
-    return ["changed", "gradient norm", "the fault was"], rows
+    return [say("changed"), say("gradient norm"), say("the fault was")], rows
 
 
 def _experiments(result: AutopsyResult) -> list[str]:
     return [
-        f"{change}: gradient norm {norm}, the fault was {outcome}"
+        say(
+            "{change}: gradient norm {norm}, the fault was {outcome}",
+            change=change,
+            norm=norm,
+            outcome=outcome,
+        )
         for change, norm, outcome in experiments(result)[1]
     ]
 
@@ -70,14 +86,16 @@ def _experiments(result: AutopsyResult) -> list[str]:
 def headline(explosion: Explosion) -> str:
     """What happened, in one sentence."""
     if not explosion.found or explosion.kind is None:
-        return "No explosion was found."
+        return say("No explosion was found.")
+    kind, step, parameter = _KIND[explosion.kind], explosion.step, explosion.parameter
     if explosion.kind == "initialization":
-        where = f"in {explosion.parameter} " if explosion.parameter else ""
-        return f"{_KIND[explosion.kind]}: first {where}at step {explosion.step}."
-    where = f", first in {explosion.parameter}" if explosion.parameter else ""
-    about = "from about" if explosion.kind == "drift" else "at"
-    after = "; they came back afterwards" if explosion.kind == "spike" else ""
-    return f"{_KIND[explosion.kind]} {about} step {explosion.step}{where}{after}."
+        where = say("in {parameter} ", parameter=parameter) if parameter else ""
+        return say("{kind}: first {where}at step {step}.", kind=kind, where=where, step=step)
+    where = say(", first in {names}", names=parameter) if parameter else ""
+    if explosion.kind == "drift":
+        return say("{kind} from about step {step}{where}.", kind=kind, step=step, where=where)
+    after = say("; they came back afterwards") if explosion.kind == "spike" else ""
+    return say("{kind} at step {step}{where}{after}.", kind=kind, step=step, where=where, after=after)
 
 
 def progress(explosion: Explosion) -> list[str]:
@@ -85,29 +103,42 @@ def progress(explosion: Explosion) -> list[str]:
     sentences = []
     if explosion.growth_per_step is not None and explosion.peak_norm is not None:
         sentences.append(
-            f"The norm grew by a factor of {readable(explosion.growth_per_step)} a step, to "
-            f"{readable(explosion.peak_norm)} at step {explosion.peak_step}."
+            say(
+                "The norm grew by a factor of {factor} a step, to {peak} at step {step}.",
+                factor=readable(explosion.growth_per_step),
+                peak=readable(explosion.peak_norm),
+                step=explosion.peak_step,
+            )
         )
     if len(explosion.spread) > 1:
         order = [f"{reached.parameter} ({reached.step})" for reached in explosion.spread[:8]]
-        more = f", and {len(explosion.spread) - 8} more" if len(explosion.spread) > 8 else ""
-        sentences.append(f"Order (step): {', '.join(order)}{more}.")
+        more = say(", and {n} more", n=len(explosion.spread) - 8) if len(explosion.spread) > 8 else ""
+        sentences.append(say("Order (step): {order}{more}.", order=", ".join(order), more=more))
     return sentences
 
 
 def fading(fading: Fading) -> list[str]:
     """What hardly learns, a sentence each."""
     sentences = [
-        f"The gradient of {faded.parameter} is vanishing: {faded.share:.1g} of the median parameter's since about step "
-        f"{faded.since}."
+        say(
+            "The gradient of {parameter} is vanishing: {share:.1g} of the median parameter's since about step {step}.",
+            parameter=faded.parameter,
+            share=faded.share,
+            step=faded.since,
+        )
         for faded in fading.vanishing
     ]
     sentences += [
-        f"The gradient of {faded.parameter} is dead: exactly zero since about step {faded.since}."
+        say(
+            "The gradient of {parameter} is dead: exactly zero since about step {step}.",
+            parameter=faded.parameter,
+            step=faded.since,
+        )
         for faded in fading.dead
     ]
     return sentences + [
-        f"{name} is frozen: it got no gradient, or no update moved it." for name in fading.frozen
+        say("{name} is frozen: it got no gradient, or no update moved it.", name=name)
+        for name in fading.frozen
     ]
 
 
@@ -115,11 +146,15 @@ def rolled_back(explanation: "Explanation") -> list[str]:
     """What was recorded again later, a sentence each."""
     sentences = []
     for old in explanation.rolled_back:
-        what = " ".join(headline(event) for event in old.events) or "No explosion was found in them."
-        sentences.append(
-            f"Steps {old.step} to {old.last_step} were recorded again from step {old.step} on (session {old.session}), "
-            f"and do not count above. {what}"
+        again = say(
+            "Steps {first} to {last} were recorded again from step {first} on (session {session}), and do not count "
+            "above.",
+            first=old.step,
+            last=old.last_step,
+            session=old.session,
         )
+        found = [headline(event) for event in old.events] or [say("No explosion was found in them.")]
+        sentences.append(join([again, *found]))
     return sentences
 
 
@@ -130,35 +165,50 @@ def estimate(value: Estimate, form: Callable[[float], str] = readable) -> str:
 
 def threshold_table(advice: ThresholdAdvice) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table of candidate bounds."""
-    head = ["bound", "which", "clipped", "mean coefficient", "coefficients 5%-95%"]
+    head = [
+        say("bound"), say("which"), say("clipped"), say("mean coefficient"), say("coefficients 5%-95%"),
+    ]  # fmt: skip
     has_lr = any(candidate.effective_lr is not None for candidate in advice.candidates)
     rows = []
     for candidate in advice.candidates:
         low, high = candidate.coefficient_spread
-        row = [
+        row: list[str] = [
             readable(candidate.bound, 4),
-            candidate.origin,
+            _ORIGIN.get(candidate.origin, candidate.origin),
             estimate(candidate.clip_rate, "{:.1%}".format),
             estimate(candidate.mean_coefficient),
-            f"{readable(low)} to {readable(high)}",
+            say("{low} to {high}", low=readable(low), high=readable(high)),
         ]
         if has_lr:
             row.append("" if candidate.effective_lr is None else estimate(candidate.effective_lr))
         rows.append(row)
-    return [*head, "effective lr"] if has_lr else head, rows
+    return [*head, say("effective lr")] if has_lr else head, rows
 
 
 def distribution(advice: ThresholdAdvice) -> list[str]:
     """The distribution of the norms, in sentences."""
-    what = "" if advice.scope == "global" else " (of single parameters' gradients)"
+    what = "" if advice.scope == "global" else say(" (of single parameters' gradients)")
     middle, *others = ((level, readable(advice.quantiles[level].value)) for level in (0.5, 0.9, 0.99))
-    rest = " and ".join(f"{level:.0%} below {value}" for level, value in others)
+    (high, below), (highest, below_highest) = others
     sentences = [
-        f"Over {advice.steps:,} steps the median norm{what} was {middle[1]}; {rest}, before clipping."
+        say(
+            "Over {steps:,} steps the median norm{what} was {median}; {high:.0%} below {below} and {highest:.0%} below "
+            "{below_highest}, before clipping.",
+            steps=advice.steps,
+            what=what,
+            median=middle[1],
+            high=high,
+            below=below,
+            highest=highest,
+            below_highest=below_highest,
+        )
     ]
     if advice.drift is not None:
         sentences.append(
-            f"Its level in the last quarter is {estimate(advice.drift)} times that in the first (95% interval)."
+            say(
+                "Its level in the last quarter is {times} times that in the first (95% interval).",
+                times=estimate(advice.drift),
+            )
         )
     return sentences
 
@@ -167,43 +217,50 @@ def paragraphs(explanation: "Explanation") -> Iterator[tuple[str, list[str]]]:
     """All of it but the table of bounds: what each paragraph begins with, and its sentences."""
     explosion, diagnosis = explanation.explosion, explanation.diagnosis
     yield _run(explanation), []
-    yield f"Verdict: {verdict(diagnosis)}", [*diagnosis.reasons, *missing(diagnosis)]
+    yield say("Verdict: {verdict}", verdict=verdict(diagnosis)), [*diagnosis.reasons, *missing(diagnosis)]
     if explosion.found or diagnosis.verdict is Verdict.HEALTHY:
         yield headline(explosion), [*explosion.evidence, *progress(explosion)]
     lists = [
-        *((f"Autopsy: {one}", _experiments(one)) for one in explanation.autopsies),
-        ("Also:", [headline(event) for event in explanation.events if event is not explosion]),
-        ("Rolled back:", rolled_back(explanation)),
-        ("Hardly learning:", fading(explanation.fading)),
+        *((say("Autopsy: {what}", what=one.words()), _experiments(one)) for one in explanation.autopsies),
+        (say("Also:"), [headline(event) for event in explanation.events if event is not explosion]),
+        (say("Rolled back:"), rolled_back(explanation)),
+        (say("Hardly learning:"), fading(explanation.fading)),
     ]
     if explanation.threshold is not None:
-        lists.append(("Threshold:", [*distribution(explanation.threshold), *explanation.threshold.remarks]))
+        lists.append(
+            (say("Threshold:"), [*distribution(explanation.threshold), *explanation.threshold.remarks])
+        )
     yield from ((title, sentences) for title, sentences in lists if sentences)
     if explanation.damage:
-        yield f"Not all could be read: {explanation.damage}.", []
+        yield say("Not all could be read: {damage}.", damage=heard(explanation.damage)), []
 
 
 def as_text(explanation: "Explanation") -> str:
-    """All of it, in plain text."""
-    parts = ["\n  - ".join([title, *sentences]) for title, sentences in paragraphs(explanation)]
+    """All of it, in plain text, in the reader's language."""
+    parts = ["\n  - ".join(map(shown, [title, *sentences])) for title, sentences in paragraphs(explanation)]
     if explanation.threshold is not None:
         parts.append("\n".join(table(*threshold_table(explanation.threshold))))
     return "\n\n".join(parts)
 
 
 def _run(explanation: "Explanation") -> str:
-    optimizer = f"{explanation.optimizer}, " if explanation.optimizer else ""
-    return (
-        f"{explanation.path}: {explanation.steps:,} steps ({explanation.first_step} to {explanation.last_step}), "
-        f"{explanation.parameters:,} parameters, {optimizer}policy {explanation.policy}; "
-        f"{explanation.clipped:.1%} of the steps clipped, {explanation.skipped} skipped."
+    return say(
+        "{path}: {steps:,} steps ({first} to {last}), {parameters:,} parameters, {optimizer}policy {policy}; "
+        "{clipped:.1%} of the steps clipped, {skipped} skipped.",
+        path=explanation.path,
+        steps=explanation.steps,
+        first=explanation.first_step,
+        last=explanation.last_step,
+        parameters=explanation.parameters,
+        optimizer=say("{optimizer}, ", optimizer=explanation.optimizer) if explanation.optimizer else "",
+        policy=explanation.policy,
+        clipped=explanation.clipped,
+        skipped=explanation.skipped,
     )
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table with aligned columns."""
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in (head, *rows)
-    ]
+    """Lines of a table with aligned columns, in the reader's language."""
+    cells = [[shown(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(map(width, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(map(padded, row, widths)).rstrip() for row in cells]

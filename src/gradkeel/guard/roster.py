@@ -82,6 +82,7 @@ class Roster:
         names: names of all parameters on this rank, selection after selection.
         parameters: all parameters on this rank, likewise.
         device: where norms are put together.
+        is_on_cuda: whether that is a CUDA device, whose steps can be graphs.
         clips: whether there is a policy, and not only something to measure.
         exchange: tells the ranks' norms to each other; None where every rank knows all it needs.
     """
@@ -158,6 +159,7 @@ class Roster:
         self.names = tuple(name for selection in selections for name in selection.names)
         self.parameters = parameters
         self.device = _device_of(self.parameters)
+        self.is_on_cuda = self.device.type == "cuda"
         self._distributed = [parameter for parameter in self.parameters if is_distributed(parameter)]
         needs = [self._needs(policy) for policy in policies]
         words = [in_words(policy) for policy in policies]

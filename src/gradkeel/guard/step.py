@@ -14,6 +14,7 @@ from gradkeel.apply.fused import Folding, can_fold, kernel_scale
 from gradkeel.guard.prescale import LossScale, prescale
 from gradkeel.guard.report import SelectionReport
 from gradkeel.guard.roster import Part, Roster
+from gradkeel.kernels.native import Table
 from gradkeel.measure import Readings, true_norms
 from gradkeel.norms import Decision, GradientNorms, State, Window
 from gradkeel.ranks.exchange import Agreed, Told
@@ -57,8 +58,9 @@ def measure_all(
     loss: Tensor | float | None,
 ) -> Measured:
     """The true norms of all parts from what this rank has read; one collective where ranks share parameters."""
-    has_gradients = any(True in one.present for one in found)
-    agreed, scalars, found_inf = None, dict[str, Tensor](), loss_scale.found_inf
+    has_gradients = any([True in one.present for one in found])  # noqa: C419  # a third of the time
+    scalars: dict[str, Tensor] = {}
+    agreed, found_inf = None, loss_scale.found_inf
     if roster.exchange is not None:
         weight = None if window is None or window.ranks is None else window.weight()
         gradients = sum(sum(one.present) for one in found)
@@ -169,12 +171,11 @@ def carry_out(
     reports: Sequence[SelectionReport],
     prescale: Tensor | float,
     folding: Folding,
-    *,
-    are_apart: bool = False,
+    table: Table | None = None,
 ) -> Tensor | None:
     """Apply the decisions; returns the scale where one was folded into the optimizer's kernel, to be set on it.
 
-    Nothing is folded where ``optimizer`` is None; with ``are_apart`` no two gradients are known to share memory.
+    Nothing is folded where ``optimizer`` is None; with a ``table`` of all gradients no two of them share memory.
     """
     todo = []
     for i in roster.here:
@@ -185,7 +186,7 @@ def carry_out(
         factor = factors(decision, prescale) if is_one_pass else None
         if not _is_one(factor):
             todo.append((roster.parts[i], reports[i], decision, measured, factor, local is None))
-    if todo and not are_apart:
+    if todo and table is None:
         separate(roster.parameters)
     for part, report, decision, measured, factor, is_whole in todo:
         parameters = part.selection.parameters
@@ -193,7 +194,7 @@ def carry_out(
             is_one = len(roster.here) == 1 and (isinstance(factor, float) or factor.dim() == 0)
             if is_one and optimizer is not None and can_fold(optimizer, parameters) and folding.pays(factor):
                 return kernel_scale(factor, roster.device)
-            scale(parameters, factor)
+            scale(parameters, factor, table)
             continue
         unit_dim = None if part.policy is None else part.needs.unit_dim
         apply(parameters, decision, measured, prescale=prescale, unit_dim=unit_dim)

@@ -481,7 +481,7 @@ __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))) static vo
 #endif
 
 /* Raised with every change of what is exported, so that native.py never calls a library of another time. */
-EXPORT int32_t gradkeel_interface(void) { return 6; }
+EXPORT int32_t gradkeel_interface(void) { return 7; }
 
 /* How many of the levels baseline, AVX2 and AVX-512 this processor has: from 1 to 3. */
 EXPORT int32_t gradkeel_levels(void) {
@@ -688,19 +688,6 @@ EXPORT int32_t gradkeel_scale(const struct tensor *table, int64_t count, const d
     struct job *jobs = run(&task, table, count, team);
     free(jobs);
     return jobs == NULL ? -1 : 0;
-}
-
-/* Describes the tensors of a Python list as gradkeel_table does, and multiplies them at once by one factor if they are
- * few entries; needs the GIL. Returns how many were taken; *is_done tells whether they were multiplied, as is_read does.
- */
-EXPORT int64_t gradkeel_scale_all(void *list, int64_t count, item_of_list item, export_tensor export, double factor,
-                                  struct tensor *table, int32_t *is_done, const struct team *team) {
-    int64_t rows, entries = 0, taken = gradkeel_table(list, count, item, export, -1, table, &rows);
-    *is_done = 0;
-    if (taken < count) return taken;
-    for (int64_t i = 0; i < count; i++) entries += table[i].entries;
-    if (entries < GRAIN) *is_done = gradkeel_scale(table, count, &factor, OF_ALL, team) == 0 ? 1 : -1;
-    return taken;
 }
 
 /* Clamps every entry into [low, high]; NaN stays. */

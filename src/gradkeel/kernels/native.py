@@ -24,6 +24,7 @@ _OFF, _ON = {"off", "0", "no", "false"}, {"", "on", "1", "yes", "true"}
 _NORMS = {math.inf: 0, 1.0: 1, 2.0: 2}
 _BYTES_OF_A_TENSOR = 32
 _OF_TENSOR, _OF_ROW, _OF_ALL = range(3)
+_NOTHING = torch.empty(0, dtype=torch.float64, device="cpu")
 # What torch raises for a tensor without memory of its own: sparse, meta, wrapped.
 _NO_ADDRESS = (RuntimeError, BufferError, TypeError, ValueError)
 
@@ -40,7 +41,7 @@ class _Answer(ctypes.Structure):
     _fields_ = (("total", ctypes.c_double), ("is_read", ctypes.c_int32), ("are_apart", ctypes.c_int32))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Table:
     """Addresses, sizes and dtypes of dense CPU tensors; valid while none of them is resized.
 
@@ -48,11 +49,13 @@ class Table:
         tensors: the tensors, so that they live as long.
         address: the table as the library reads it.
         rows: how many units the tensors have; each is one where it was not cut.
+        are_few: whether there are so few entries that the interpreter's lock need not be released for them.
     """
 
     tensors: list[Tensor]
     address: Any
     rows: int
+    are_few: bool = False
 
 
 class Kernels:
@@ -90,12 +93,6 @@ class Kernels:
             ctypes.py_object, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p,
             ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p,
         )  # fmt: skip
-        self._scale_all = held.gradkeel_scale_all
-        self._scale_all.restype = ctypes.c_int64
-        self._scale_all.argtypes = (
-            ctypes.py_object, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_double, ctypes.c_void_p,
-            ctypes.c_void_p, ctypes.c_void_p,
-        )  # fmt: skip
         self._locate = held.gradkeel_locate
         self._locate.restype = ctypes.c_int64
         self._locate.argtypes = (
@@ -107,8 +104,9 @@ class Kernels:
         self._total.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)
         self._read = library.gradkeel_read
         self._read.argtypes = (pointer, ctypes.c_int64, integer, pointer, pointer, pointer, pointer)
-        self._scale = library.gradkeel_scale
-        self._scale.argtypes = (pointer, ctypes.c_int64, pointer, integer, pointer)
+        self._scale, self._scale_few = library.gradkeel_scale, held.gradkeel_scale
+        for function in (self._scale, self._scale_few):
+            function.argtypes = (pointer, ctypes.c_int64, pointer, integer, pointer)
         self._clamp = library.gradkeel_clamp
         self._clamp.argtypes = (pointer, ctypes.c_int64, ctypes.c_double, ctypes.c_double, pointer)
         self._add = library.gradkeel_add
@@ -131,7 +129,7 @@ class Kernels:
             otherwise: where a tensor is not fit as it is, the table is of what this makes of each of them.
         """
         held = list(tensors)
-        address = ctypes.create_string_buffer(_BYTES_OF_A_TENSOR * len(held) + 1)
+        address = _buffer(len(held))()
         rows = ctypes.c_int64()
         dim = -1 if unit_dim is None else unit_dim
         if self._fill(held, dim, address, rows):
@@ -170,15 +168,15 @@ class Kernels:
             return -1
         return found
 
-    def norms(self, tensors: list[Tensor], norm_type: float) -> tuple[Tensor, float, bool] | None:
-        """[k] float64 norm of each tensor, that of all, and whether no two share an address; None if one is not fit.
+    def norms(self, tensors: list[Tensor], norm_type: float) -> tuple[Tensor, float, Table | None] | None:
+        """[k] float64 norm of each, that of all, and their table if no two share an address; None if one is unfit.
 
         Few entries are read in the same call that looks where they lie; for more the interpreter's lock is released.
         """
         if not are_plain(tensors):
             return None
         count = len(tensors)
-        norms = torch.empty(count, dtype=torch.float64, device="cpu")
+        norms = _NOTHING.new_empty(count)
         address = _buffer(count)()
         answer = _Answer()
         pointer, norm, team = norms.data_ptr(), _NORMS[norm_type], self._team()
@@ -190,11 +188,14 @@ class Kernels:
             return None
         if taken != count:
             return None
-        if answer.is_read == 0:
+        are_few = answer.is_read != 0
+        if are_few:
+            self._check(answer.is_read - 1)
+            total = answer.total
+        else:
             self._check(self._read(address, count, norm, pointer, None, None, team))
-            return norms, self._total(pointer, count, norm), answer.are_apart == 1
-        self._check(answer.is_read - 1)
-        return norms, answer.total, answer.are_apart == 1
+            total = self._total(pointer, count, norm)
+        return norms, total, Table(tensors, address, count, are_few) if answer.are_apart else None
 
     def read(
         self, table: Table, norm_type: float, *, units: bool = False, peaks: bool = False
@@ -223,29 +224,9 @@ class Kernels:
         else:
             held = factors.to(torch.float64).contiguous()
             pointer, share = held.data_ptr(), _OF_ROW if by_unit else _OF_TENSOR
-        self._check(self._scale(table.address, len(table.tensors), pointer, share, self._team()))
+        function = self._scale_few if table.are_few else self._scale
+        self._check(function(table.address, len(table.tensors), pointer, share, self._team()))
         torch.autograd.graph.increment_version(table.tensors)
-
-    def scale_all(self, tensors: list[Tensor], factor: float) -> bool:
-        """Multiply all tensors by one factor in place, few entries in one call; whether they were fit for it."""
-        if not are_plain(tensors):
-            return False
-        count, is_done = len(tensors), ctypes.c_int32()
-        address, team = _buffer(count)(), self._team()
-        try:
-            taken = self._scale_all(
-                tensors, count, self._item, self._export, factor, address, ctypes.byref(is_done), team
-            )
-        except _NO_ADDRESS:
-            return False
-        if taken != count:
-            return False
-        if is_done.value == 0:
-            self.scale(Table(tensors, address, count), factor)
-            return True
-        self._check(is_done.value - 1)
-        torch.autograd.graph.increment_version(tensors)
-        return True
 
     def clamp(self, table: Table, low: float, high: float) -> None:
         """Clamp each entry into ``[low, high]`` in place; NaN stays."""
@@ -278,13 +259,11 @@ class Kernels:
             raise MemoryError("gradkeel: no memory for the list of jobs")
 
 
-def scale(tensors: Sequence[Tensor], factors: Tensor | float, unit_dim: int | None = None) -> bool:
+def scale(tensors: Sequence[Tensor] | Table, factors: Tensor | float, unit_dim: int | None = None) -> bool:
     """Multiply all tensors by one factor, or each, or each of their units, by its own; whether the kernels did it."""
     own = kernels()
-    if own is not None and isinstance(factors, float):
-        return own.scale_all(list(tensors), factors)
-    table = None if own is None else own.table(tensors, unit_dim)
-    if own is None or table is None:
+    table = tensors if own is None or isinstance(tensors, Table) else own.table(tensors, unit_dim)
+    if own is None or not isinstance(table, Table):
         return False
     own.scale(table, factors, by_unit=unit_dim is not None)
     return True

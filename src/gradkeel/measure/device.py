@@ -1,4 +1,4 @@
-"""What is read of tensors on one accelerator, in float64 and without a sync of the host."""
+"""This module reads tensors on one accelerator, in float64 and without a sync of the host."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from gradkeel.kernels.addresses import miss
 def read(
     tensors: Sequence[Tensor], norm_type: float, *, wide: torch.dtype, unit_dim: int | None, peaks: bool
 ) -> triton_host.Read:
-    """Norms of the tensors, those of their units along ``unit_dim``, and extremes, where wanted.
+    """Return norms of the tensors, those of their units along ``unit_dim``, and extremes, where wanted.
 
     A tensor with at most one dimension is one unit.
     """

@@ -1,4 +1,4 @@
-"""Norms of local tensors, exact to float64's last digits but for the rounding of 4096-entry blocks.
+"""Norms of local tensors are exact to float64's last digits but for the rounding of 4096-entry blocks.
 
 On CPU the native kernels read where they are in use, torch's own operations elsewhere; the choice is made here.
 """
@@ -19,6 +19,8 @@ from gradkeel.tensors import entries_by_position, entries_to_read
 BLOCK = 4096
 """Entries that torch's own kernel may sum in float32; longer sums are made of such blocks, in float64."""
 
+_HOST = torch.device("cpu")
+
 # Squares of float32 entries overflow above 1.8e19 and lose digits below 1e-19; norms outside this range are redone.
 _SAFE = {torch.float64: (1e-140, 1e150)}
 _SAFE_FLOAT32 = (1e-15, 1e18)
@@ -26,21 +28,21 @@ _SAFE_FLOAT32 = (1e-15, 1e18)
 
 @dataclass(slots=True, eq=False)
 class Reading:
-    """What one read of k tensors gave, in float64 (float32 on devices without it).
+    """One read of k tensors gave this, in float64 (float32 on devices without it).
 
     Attributes:
         norms: [k] norm of each tensor.
         units: [u] norm of each unit, tensor after tensor, where asked for.
         peaks: [k, 2] each tensor's lowest and highest entry, where asked for; 0, 0 for an empty one.
         total: norm of all of them together, where it is known already: a number of the host's, or [] on an accelerator.
-        are_apart: whether it is known that no two of them begin at one address.
+        table: where they lie, if the native kernels have read them as they are and no two begin at one address.
     """
 
     norms: Tensor
     units: Tensor | None = None
     peaks: Tensor | None = None
     total: Tensor | float | None = None
-    are_apart: bool = False
+    table: native.Table | None = None
 
 
 def read(
@@ -51,12 +53,12 @@ def read(
     unit_dim: int | None = None,
     with_peaks: bool = False,
 ) -> Reading:
-    """Norms of tensors of any layout, and those of the units along ``unit_dim`` and the peaks where asked for.
+    """Return norms of tensors of any layout, and those of the units along ``unit_dim`` and the peaks where asked for.
 
     A tensor whose entries are all finite has finite norms; a NaN or inf entry gives NaN or inf. On an accelerator all
     sums are float64 to begin with, and the host is not synced.
     """
-    kernels = native.kernels() if device.type == "cpu" and native.has_norm(norm_type) else None
+    kernels = native.kernels() if device == _HOST and native.has_norm(norm_type) else None
     if kernels is not None:
         reading = _native_reading(kernels, tensors, norm_type, unit_dim=unit_dim, with_peaks=with_peaks)
         if reading is not None:
@@ -77,7 +79,7 @@ def _reading(
     unit_dim: int | None,
     with_peaks: bool,
 ) -> Reading:
-    """The same of real strided tensors by torch's operations and Triton's kernels.
+    """Read real strided tensors by torch's operations and Triton's kernels.
 
     ``placed`` has each entry at its place: units are cut of these. CPU-offloaded tensors may stand beside those on an
     accelerator: each device reads its own.
@@ -131,17 +133,17 @@ def _units_in_order(
 
 
 def tensor_norms(tensors: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
-    """[k] norm of each tensor: `read` for norms alone."""
+    """Return [k] the norm of each tensor: `read` for norms alone."""
     return read(tensors, norm_type, device).norms
 
 
 def unit_count(shape: Sequence[int], dim: int) -> int:
-    """How many units a tensor of this shape has: its size along ``dim``, or 1 with at most one dimension."""
+    """Count the units of a tensor of this shape: its size along ``dim``, or 1 with at most one dimension."""
     return 1 if len(shape) <= 1 else shape[dim]
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
-    """The dtype in which norms are combined: float64, or float32 on devices that have no float64."""
+    """Return the dtype in which norms are combined: float64, or float32 on devices that have no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -153,10 +155,10 @@ def _native_reading(
     unit_dim: int | None,
     with_peaks: bool,
 ) -> Reading | None:
-    """The same by the native kernels; None where one of the tensors is not for them."""
+    """Read by the native kernels; None where one of the tensors is not for them."""
     if unit_dim is None and not with_peaks:
         if (found := kernels.norms(list(tensors), norm_type)) is not None:
-            return Reading(found[0], total=found[1], are_apart=found[2])
+            return Reading(found[0], total=found[1], table=found[2])
         found = kernels.norms([entries_to_read(tensor) for tensor in tensors], norm_type)
         return None if found is None else Reading(found[0], total=found[1])
     # What sparse, complex and sharded tensors hold is dense, but not cut into units as they are.
@@ -180,7 +182,7 @@ def _cpu_reading(tensors: Sequence[Tensor], norm_type: float, *, unit_dim: int |
 
 
 def _cpu_norms(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-    """[k] float64 norms of CPU tensors: long ones by blocks, the rest in one foreach call a dtype."""
+    """Return [k] float64 norms of CPU tensors: long ones by blocks, the rest in one foreach call a dtype."""
     result = torch.zeros(len(tensors), dtype=torch.float64, device="cpu")
     short: dict[torch.dtype, list[int]] = {}
     # Other powers are rare, and their float32 sums lose more; they are summed in float64 throughout, which is slow.
@@ -214,14 +216,14 @@ def _blocked_norm(tensor: Tensor, norm_type: float) -> Tensor:
 
 
 def _storage_order(tensor: Tensor) -> Tensor:
-    """All entries as a flat tensor, without a copy where they lie densely in memory in another order."""
+    """Return all entries as a flat tensor, without a copy where they lie densely in memory in another order."""
     strides = tensor.stride()
     order = sorted(range(tensor.dim()), key=lambda dim: -strides[dim])
     return tensor.permute(order).reshape(-1)
 
 
 def _redone(norms: Tensor, tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-    """Norms with those outside the safe range of their sums computed again in float64, relative to what counts most.
+    """Compute norms outside the safe range of their sums again in float64, relative to what counts most.
 
     That is max |g|, and min |g| for a negative order.
     """
@@ -243,7 +245,7 @@ def _redone(norms: Tensor, tensors: Sequence[Tensor], norm_type: float) -> Tenso
 
 
 def unit_norms(tensor: Tensor, units: int, dim: int, norm_type: float) -> Tensor:
-    """[units] float64 norm of each slice along ``dim`` of a CPU tensor; ``units == 1`` takes it as one unit."""
+    """Return [units] the float64 norm of each slice along ``dim`` of a CPU tensor; ``units == 1`` takes it as one."""
     rows = tensor.reshape(1, -1) if units == 1 else tensor.movedim(dim, 0).flatten(1)
     if tensor.dtype == torch.float64 or rows.shape[1] > BLOCK or not rows.numel():
         return foreach.row_norms(rows, norm_type, torch.float64)

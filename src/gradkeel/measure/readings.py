@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from gradkeel.kernels.native import Table
 from gradkeel.measure.powers import Reading, read, unit_count, wide_dtype
 from gradkeel.norms import GradientNorms, Needs, combine
 from gradkeel.selection import Selection
@@ -15,14 +16,14 @@ from gradkeel.tensors import local_parts
 
 @dataclass(slots=True, eq=False)
 class Readings:
-    """The norms of a selection's stored gradients, without prescale: one rank's, or all ranks' together.
+    """Readings are norms of a selection's stored gradients, without prescale: one rank's, or all ranks' together.
 
     Attributes:
         present: which of the parameters have a gradient.
         norms, units, peaks: as in `gradkeel.norms.GradientNorms`; n parameters, u units.
         weights, unit_weights: of the parameters themselves, where asked for.
         total: norm of all of them together, where it is known already: a number of the host's, or [] on an accelerator.
-        are_apart: whether it is known that no two of the gradients begin at one address.
+        table: as in `gradkeel.measure.powers.Reading`; None where a parameter has no gradient.
     """
 
     present: tuple[bool, ...]
@@ -32,7 +33,7 @@ class Readings:
     weights: Tensor | None = None
     unit_weights: Tensor | None = None
     total: Tensor | float | None = None
-    are_apart: bool = False
+    table: Table | None = None
 
 
 class Members(Protocol):
@@ -40,18 +41,18 @@ class Members(Protocol):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Their names."""
+        """They have these names."""
 
     @property
     def groups(self) -> tuple[int, ...]:
-        """Their groups' indices in the optimizer."""
+        """Their groups have these indices in the optimizer."""
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Their numbers of entries."""
+        """They have so many entries."""
 
     def units(self, dim: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """How many units along ``dim`` each has, and how many entries a unit."""
+        """Return how many units along ``dim`` each has, and how many entries a unit."""
 
 
 @torch.no_grad()
@@ -64,7 +65,7 @@ def measure(
     step: int = 1,
     loss: Tensor | None = None,
 ) -> tuple[GradientNorms, tuple[bool, ...]]:
-    """Norms of a selection's gradients times ``prescale``, and which of its parameters had a gradient.
+    """Return norms of a selection's gradients times ``prescale``, and which of its parameters had a gradient.
 
     Args:
         selection: n parameters; one without a gradient gets the norm 0.
@@ -82,7 +83,7 @@ def measure(
 
 
 def blank_norms(members: Members, needs: Needs, device: torch.device) -> GradientNorms:
-    """Norms of the right shapes on which nothing has been measured: all 0."""
+    """Return norms of the right shapes, all 0."""
     counts, unit_sizes = members.units(needs.unit_dim)
     zeros = partial(torch.zeros, dtype=wide_dtype(device), device=device)
     count, has_units = len(members.names), needs.unit_dim is not None
@@ -104,7 +105,7 @@ def blank_norms(members: Members, needs: Needs, device: torch.device) -> Gradien
 
 
 def readings(selection: Selection, needs: Needs, device: torch.device) -> Readings:
-    """Norms of a selection's gradients as they are stored on this rank; does not sync the host on an accelerator."""
+    """Read a selection's gradients as they are stored on this rank; does not sync the host on an accelerator."""
     held = [gradient for parameter in selection.parameters if (gradient := parameter.grad) is not None]
     reading = read(
         local_parts(held), needs.norm_type, device, unit_dim=needs.unit_dim, with_peaks=needs.peaks
@@ -118,7 +119,7 @@ def readings(selection: Selection, needs: Needs, device: torch.device) -> Readin
                 reading.units,
                 reading.peaks,
                 total=reading.total,
-                are_apart=reading.are_apart,
+                table=reading.table,
             )
     else:
         present = tuple(parameter.grad is not None for parameter in selection.parameters)
@@ -143,16 +144,19 @@ def readings(selection: Selection, needs: Needs, device: torch.device) -> Readin
 def true_norms(
     blank: GradientNorms, found: Readings, prescale: Tensor | float, *, step: int, loss: Tensor | None
 ) -> GradientNorms:
-    """``blank`` with the norms of the true gradients of a step: those of the stored ones times ``prescale``."""
+    """Return ``blank`` with the norms of a step's true gradients: those of the stored ones times ``prescale``."""
     if not blank.names:
         return blank
-    norms = _times(found.norms, prescale)
-    total: Any
-    if isinstance(found.total, Tensor):
-        total = _times(found.total, prescale)
-    elif found.total is not None and isinstance(prescale, float):
-        total = found.total * prescale
-    else:
+    norms, units, peaks = found.norms, found.units, found.peaks
+    total: Any = found.total
+    if not (isinstance(prescale, float) and prescale == 1.0):
+        norms = norms * prescale
+        units = None if units is None else units * prescale
+        peaks = None if peaks is None else peaks * prescale
+        # What the host knows stays a number of the host's.
+        is_known = isinstance(total, Tensor) or isinstance(prescale, float)
+        total = total * prescale if total is not None and is_known else None
+    if total is None:
         total = combine(norms, blank.norm_type)
     return GradientNorms(
         names=blank.names,
@@ -163,11 +167,11 @@ def true_norms(
         step=step,
         sizes=blank.sizes,
         weights=found.weights,
-        units=None if found.units is None else _times(found.units, prescale),
+        units=units,
         unit_weights=found.unit_weights,
         unit_counts=blank.unit_counts,
         unit_sizes=blank.unit_sizes,
-        peaks=None if found.peaks is None else _times(found.peaks, prescale),
+        peaks=peaks,
         loss=loss,
     )
 
@@ -189,7 +193,3 @@ def _spread_units(values: Tensor, counts: list[int], present: tuple[bool, ...]) 
             for count, here in zip(counts, present, strict=True)
         ]
     )
-
-
-def _times(values: Tensor, prescale: Tensor | float) -> Tensor:
-    return values if isinstance(prescale, float) and prescale == 1.0 else values * prescale

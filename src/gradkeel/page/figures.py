@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradkeel.errors import MissingExtraError
+from gradkeel.language import say, shown
 
 # Told apart by most colour-blind readers, and legible on white and on near-black.
 COLORS = ("#d1495b", "#2f8fc4", "#d98c21", "#35a06b", "#9a6fd0", "#7f8c8d", "#b5651d", "#c2539b")
@@ -66,13 +67,14 @@ def curves(groups: Sequence[Curves], *, x_title: str, y_title: str) -> Any:
     """A plotly figure of every seed as a thin line and each group's median as a thick one; logarithmic y."""
     go = _plotly()
     figure = go.Figure()
+    at_step = say("{when}: {norm}", when=say("step {step}", step="%{x}"), norm="%{y:.4g}")
     for group in groups:
-        color, name = COLORS[group.color % len(COLORS)], html.escape(group.name)
+        color, name = COLORS[group.color % len(COLORS)], html.escape(shown(group.name))
         for i, line in enumerate(group.lines):
             style = {"color": color, "width": 1}
             figure.add_scatter(
                 y=_finite(line), mode="lines", line=style, opacity=0.4, legendgroup=name, showlegend=False,
-                hovertemplate=f"{name}, seed {i}<br>step %{{x}}: %{{y:.4g}}<extra></extra>",
+                hovertemplate=hover(say("{name}, seed {seed}", name=name, seed=i), at_step),
             )  # fmt: skip
         end = [
             (len(kept) - 1, kept[-1])
@@ -83,12 +85,12 @@ def curves(groups: Sequence[Curves], *, x_title: str, y_title: str) -> Any:
             figure.add_scatter(
                 x=[x for x, _ in end], y=[y for _, y in end], mode="markers", legendgroup=name, showlegend=False,
                 marker={"symbol": "x", "size": 8, "color": color},
-                hovertemplate=f"{name}<br>not finite after step %{{x}}<extra></extra>",
+                hovertemplate=hover(name, say("not finite after step {step}", step="%{x}")),
             )  # fmt: skip
         figure.add_scatter(
             y=_finite(median_line(group.lines)), mode="lines", name=name, legendgroup=name,
             line={"color": color, "width": 2.5},
-            hovertemplate=f"{name}, median<br>step %{{x}}: %{{y:.4g}}<extra></extra>",
+            hovertemplate=hover(say("{name}, median", name=name), at_step),
         )  # fmt: skip
     _style(figure, x_title, y_title, [value for group in groups for line in group.lines for value in line])
     return figure
@@ -115,25 +117,26 @@ def against(
     # A tenth of the plot above everything that is finite.
     ceiling = top * (top / min(depths, default=top)) ** 0.12 * 1.15
     for one in series:
-        color, name = COLORS[one.color % len(COLORS)], html.escape(one.name)
+        color, name = COLORS[one.color % len(COLORS)], html.escape(shown(one.name))
         fine = [point for point in one.points if math.isfinite(point.median)]
         figure.add_scatter(
             x=[p.x for p in fine], y=[p.median for p in fine], mode="lines+markers", name=name, legendgroup=name,
-            line={"color": color, "width": 2.5}, marker={"size": 8}, customdata=[html.escape(p.note) for p in fine],
+            line={"color": color, "width": 2.5}, marker={"size": 8},
+            customdata=[html.escape(shown(p.note)) for p in fine],
             error_y={
                 "type": "data", "symmetric": False, "thickness": 1.2, "width": 4,
                 "array": [_gap(p.highest, p.median) for p in fine],
                 "arrayminus": [_gap(p.median, p.lowest) for p in fine],
             },
-            hovertemplate=f"{name}<br>%{{x:.4g}}: %{{y:.4g}}<br>%{{customdata}}<extra></extra>",
+            hovertemplate=hover(name, "%{x:.4g}: %{y:.4g}", "%{customdata}"),
         )  # fmt: skip
         lost = [point for point in one.points if not math.isfinite(point.median)]
         if lost:
             figure.add_scatter(
                 x=[p.x for p in lost], y=[ceiling] * len(lost), mode="markers", legendgroup=name,
-                showlegend=not fine, name=name, customdata=[html.escape(p.note) for p in lost],
+                showlegend=not fine, name=name, customdata=[html.escape(shown(p.note)) for p in lost],
                 marker={"symbol": "x", "size": 10, "color": color},
-                hovertemplate=f"{name}<br>%{{x:.4g}}: {failed}<br>%{{customdata}}<extra></extra>",
+                hovertemplate=hover(name, f"%{{x:.4g}}: {shown(failed)}", "%{customdata}"),
             )  # fmt: skip
     _style(figure, x_title, y_title, [*heights, *depths, ceiling])
     xs = [point.x for one in series for point in one.points]
@@ -141,7 +144,7 @@ def against(
     if any(not math.isfinite(p.median) for one in series for p in one.points):
         figure.add_hline(y=ceiling, line={"dash": "dot", "width": 1, "color": "#888"})
         figure.add_annotation(
-            x=0, xref="paper", y=math.log10(ceiling), text=html.escape(failed), showarrow=False,
+            x=0, xref="paper", y=math.log10(ceiling), text=html.escape(shown(failed)), showarrow=False,
             xanchor="left", yanchor="bottom", font={"size": 12},
         )  # fmt: skip
     for band in bands:
@@ -155,7 +158,7 @@ def against(
         )
         figure.add_annotation(
             x=(math.log10(band.first) + math.log10(band.last)) / 2, y=1, yref="paper", yanchor="bottom",
-            text=html.escape(band.label), showarrow=False, font={"size": 12},
+            text=html.escape(shown(band.label)), showarrow=False, font={"size": 12},
         )  # fmt: skip
     return figure
 
@@ -170,6 +173,11 @@ def median_line(lines: Sequence[Sequence[float]]) -> list[float]:
     return [statistics.median(column) for column in columns]
 
 
+def hover(*lines: str) -> str:
+    """What plotly shows beside the pointer, in the reader's language."""
+    return "<br>".join(map(shown, lines)) + "<extra></extra>"
+
+
 def _plotly() -> Any:
     try:
         import plotly.graph_objects as go
@@ -182,7 +190,7 @@ def _style(figure: Any, x_title: str, y_title: str, ys: Sequence[float] = ()) ->
     clear = "rgba(0,0,0,0)"
     figure.update_layout(
         paper_bgcolor=clear, plot_bgcolor=clear, height=380, dragmode=False, hovermode="closest",
-        uirevision="kept", meta=x_title,
+        uirevision="kept", meta=str(x_title),
         margin={"l": 58, "r": 14, "t": 26, "b": 46}, font={"family": "system-ui, sans-serif", "size": 13},
         legend={"orientation": "h", "x": 0, "y": -0.22, "yanchor": "top", "bgcolor": clear},
     )  # fmt: skip
@@ -193,9 +201,9 @@ def _style(figure: Any, x_title: str, y_title: str, ys: Sequence[float] = ()) ->
         "ticklen": 4,
         "gridcolor": "rgba(128,128,128,.25)",
     }
-    figure.update_xaxes(title={"text": x_title, "standoff": 8}, **axis)
+    figure.update_xaxes(title={"text": shown(x_title), "standoff": 8}, **axis)
     figure.update_yaxes(
-        title={"text": y_title, "standoff": 4}, type="log", exponentformat="power", dtick=_log_ticks(ys),
+        title={"text": shown(y_title), "standoff": 4}, type="log", exponentformat="power", dtick=_log_ticks(ys),
         minor={"showgrid": False}, **axis,
     )  # fmt: skip
 

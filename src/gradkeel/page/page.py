@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from gradkeel.errors import MissingExtraError
+from gradkeel.language import language, shown
 
+_TAGS = {"en": "en", "zh": "zh-Hans"}  # of languages, as HTML has them
 CONFIG = {
     "responsive": True,
     "displaylogo": False,
@@ -60,7 +62,7 @@ def page(
     *,
     script: str | None = None,
 ) -> str:
-    """The page as HTML, with plotly's script in it once, if a section has a figure. All text is escaped.
+    """The page as HTML in the reader's language, with plotly's script in it once, if a section has a figure.
 
     Args:
         title, subtitle: what the page is about.
@@ -75,14 +77,14 @@ def page(
     plotly = (
         f'<script src="{script}"></script>' if script else f"<script>{_plotly_script()}</script>"
     ) * drawn
-    heads = "".join(f"<dt>{html.escape(line.label)}</dt><dd>{_text(line)}</dd>" for line in lines)
+    heads = "".join(f"<dt>{_escaped(line.label)}</dt><dd>{_text(line)}</dd>" for line in lines)
     body = "\n".join(_section(section, i) for i, section in enumerate(sections))
     return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<!doctype html>\n<html lang="{_TAGS[language()]}">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n{plotly}\n</head>\n<body>\n<main>\n"
-        f"<h1>{html.escape(title)}</h1>\n<p class=subtitle>{html.escape(subtitle)}</p>\n"
+        f"<title>{_escaped(title)}</title>\n<style>{_STYLE}</style>\n{plotly}\n</head>\n<body>\n<main>\n"
+        f"<h1>{_escaped(title)}</h1>\n<p class=subtitle>{_escaped(subtitle)}</p>\n"
         f"<dl>{heads}</dl>\n{body}\n</main>\n{_linked() if drawn else ''}</body>\n</html>\n"
     )
 
@@ -101,14 +103,18 @@ def _linked() -> str:
 
 
 def _text(line: Line) -> str:
-    return f"<code>{html.escape(line.text)}</code>" if line.command else html.escape(line.text)
+    return f"<code>{_escaped(line.text)}</code>" if line.command else _escaped(line.text)
+
+
+def _escaped(text: str) -> str:
+    return html.escape(shown(text))
 
 
 def _section(section: Section, index: int) -> str:
     anchor = re.sub(r"[^a-z0-9]+", "-", section.title.lower()).strip("-")
-    parts = [f'<h2><a href="#{anchor}">{html.escape(section.title)}</a></h2>']
+    parts = [f'<h2><a href="#{anchor}">{_escaped(section.title)}</a></h2>']
     if section.text:
-        parts.append(f"<p>{html.escape(section.text)}</p>")
+        parts.append(f"<p>{_escaped(section.text)}</p>")
     if section.table is not None:
         parts.append(_table(section.table))
     if section.figure is not None:
@@ -119,16 +125,14 @@ def _section(section: Section, index: int) -> str:
             div_id=f"figure-{index}",
             default_width="100%",
         )
-        parts.append(
-            f'<div class="figure" role="img" aria-label="{html.escape(section.title)}">{inner}</div>'
-        )
+        parts.append(f'<div class="figure" role="img" aria-label="{_escaped(section.title)}">{inner}</div>')
     return f'<section id="{anchor}">' + "\n".join(parts) + "</section>"
 
 
 def _table(table: Table) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.headers)
+    head = "".join(f"<th>{_escaped(cell)}</th>" for cell in table.headers)
     rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows
+        "<tr>" + "".join(f"<td>{_escaped(cell)}</td>" for cell in row) + "</tr>" for row in table.rows
     )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 

@@ -1,6 +1,7 @@
 // A heat map's rows: parameters, or the modules they are in, which a click opens; a filter; each row by its own median.
-// What came with the page stays in plot.whole; heat.meta holds the norm's power (null: inf) and a parameter to show.
-const MOST = 100, LABELS = 48, LONGEST = innerWidth < 700 ? 14 : 26, NOT_FINITE = "not finite";
+// What came with the page stays in plot.whole; heat.meta holds the norm's power (null: inf), a parameter to show, whether
+// the first row marks what was not finite, and words in the reader's language.
+const MOST = 100, LABELS = 48, LONGEST = innerWidth < 700 ? 14 : 26;
 const modulesOf = (name) => name.split(".").map((_, i, parts) => parts.slice(0, i + 1).join("."));
 const rowOf = (name, depth, opened) =>
   modulesOf(name).find((prefix, i) => i + 1 >= depth && !opened.has(prefix)) ?? name;
@@ -25,11 +26,12 @@ const controls = (plot) => {
   const { names, meta } = plot.whole, deepest = Math.max(...names.map((name) => name.split(".").length));
   const box = document.createElement("div");
   box.className = "rows";
-  box.innerHTML = `<input type="search" placeholder="filter: mlp or *.bias" aria-label="filter the parameters">
-    <select aria-label="rows"></select><label><input type="checkbox"> each row by its own median</label>`;
+  const [hint, every, deep, relative] = meta.words.map(escaped);
+  box.innerHTML = `<input type="search" placeholder="${hint}" aria-label="${hint}">
+    <select></select><label><input type="checkbox"> ${relative}</label>`;
   const [filter, select, check] = box.querySelectorAll("input[type=search], select, input[type=checkbox]");
-  const choices = [[Infinity, "every parameter"]];
-  for (let depth = 1; depth < deepest; depth++) choices.push([depth, `modules, ${depth} deep`]);
+  const choices = [[Infinity, every]];
+  for (let depth = 1; depth < deepest; depth++) choices.push([depth, deep.replace("#", depth)]);
   select.append(...choices.map(([value, text]) => new Option(text, value)));
   const fits = choices.slice(1).filter(([depth]) => groups(names, depth, new Set()).length <= MOST).at(-1);
   const opened = new Set();
@@ -59,7 +61,7 @@ const arrange = async (plot, fresh) => {
   const { whole } = plot, { filter, select, check, opened } = plot.rows;
   const wanted = filter.value.trim().toLowerCase().split("*").map((part) => part.replace(/[.+?^${}()|[\]\\]/g, "\\$&"));
   const pattern = new RegExp(wanted.length > 1 ? `^${wanted.join(".*")}$` : wanted[0]);
-  const top = whole.names[0] === NOT_FINITE ? 1 : 0;
+  const top = whole.meta.marked ? 1 : 0;
   const kept = whole.names.map((_, i) => i).slice(top).filter((i) => pattern.test(whole.names[i].toLowerCase()));
   const found = groups(kept.map((i) => whole.names[i]), wanted.join("") ? Infinity : Number(select.value), opened);
   const rows = found.map(([name, all]) => {
@@ -69,7 +71,7 @@ const arrange = async (plot, fresh) => {
     return { name, values, logs: values.map((value) => (value > 0 && usual ? Math.log10(value / usual) : null)),
       label: lines.length > 1 ? `▸ ${name}` : name };
   });
-  if (top) rows.unshift({ name: NOT_FINITE, label: NOT_FINITE, values: whole.customdata[0], logs: whole.z[0] });
+  if (top) rows.unshift({ name: whole.names[0], label: whole.names[0], values: whole.customdata[0], logs: whole.z[0] });
   let { zmin, zmax, colorbar } = whole;
   if (check.checked || found.length < kept.length) {
     const logs = rows.flatMap((row) => row.logs.filter((log) => log !== null)).sort((a, b) => a - b);

@@ -1,4 +1,4 @@
-"""What a policy is, and the checks and spellings that all of them share."""
+"""This module says what a policy is, and has the checks and spellings that all of them share."""
 
 import dataclasses
 import math
@@ -40,7 +40,7 @@ class Policy(ABC):
 
     @abstractmethod
     def init(self, norms: GradientNorms) -> State:
-        """State before the first step, shaped after ``norms`` (whose values are not looked at)."""
+        """Return the state before the first step, shaped after ``norms`` (whose values are not looked at)."""
 
     @abstractmethod
     def decide(self, norms: GradientNorms, state: State) -> tuple[Decision, State]:
@@ -48,7 +48,7 @@ class Policy(ABC):
 
 
 def spec_value(value: object) -> str:
-    """A parameter as it is written in a spec string."""
+    """Write a parameter as in a spec string."""
     if isinstance(value, bool) or value is None:
         return str(value).lower()
     # 1e+16 would read as the chain of 1e and 16.
@@ -56,7 +56,7 @@ def spec_value(value: object) -> str:
 
 
 def positive(owner: str, argument: str, value: object, *, infinite: bool = False) -> float:
-    """``value`` as a float, if it is a positive number; else an error that names the argument, rule and fix."""
+    """Return ``value`` as a float if it is a positive number; else raise, naming the argument, the rule and the fix."""
     off = "; to turn clipping off pass None as the policy" if argument in {"max_norm", "max"} else ""
     number = _number(owner, argument, value, f"must be a positive number{off}")
     if not number > 0 or (math.isinf(number) and not infinite):
@@ -65,7 +65,7 @@ def positive(owner: str, argument: str, value: object, *, infinite: bool = False
 
 
 def between(owner: str, argument: str, value: object, low: float, high: float) -> float:
-    """``value`` as a float, if it lies between ``low`` and ``high``, both excluded; else an error."""
+    """Return ``value`` as a float if it lies between ``low`` and ``high``, both excluded; else raise."""
     rule = f"must be a number between {low:g} and {high:g}"
     number = _number(owner, argument, value, rule)
     if not low < number < high:
@@ -74,7 +74,7 @@ def between(owner: str, argument: str, value: object, low: float, high: float) -
 
 
 def count(owner: str, argument: str, value: object, *, least: int = 1) -> int:
-    """``value``, if it is a whole number of at least ``least``; else an error."""
+    """Return ``value`` if it is a whole number of at least ``least``; else raise."""
     rule = f"must be a whole number of at least {least}"
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{owner}({argument}={value!r}): {argument} {rule}, not {type(value).__name__}")
@@ -84,7 +84,7 @@ def count(owner: str, argument: str, value: object, *, least: int = 1) -> int:
 
 
 def plain_parameters(part: Any) -> None:
-    """Make Python's numbers of NumPy's among a dataclass's fields: those compute differently, and warn."""
+    """Turn NumPy's numbers among a dataclass's fields into Python's: NumPy's compute differently, and warn."""
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
         if isinstance(value, Real) and not isinstance(value, int):

@@ -20,7 +20,7 @@ Verdict: TypeAlias = tuple[Number, Number, Memory]
 
 
 class Form(ABC):
-    """What happens to a cell above its bound."""
+    """A form says what happens to a cell above its bound."""
 
     asks_to_skip: ClassVar[bool] = False
     clamps: ClassVar[bool] = False
@@ -34,12 +34,11 @@ class Form(ABC):
         cls.on_numbers = on_numbers
 
     def __post_init__(self) -> None:
-        """Take plain numbers."""
         plain_parameters(self)
 
     @abstractmethod
     def coefficient(self, norms: Number, bound: Number) -> Number:
-        """[k] what each cell is multiplied by; read only where the norm is finite and above zero."""
+        """Return [k] what each cell is multiplied by; read only where the norm is finite and above zero."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Clip(Policy):
     unit_dim: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what means nothing."""
+        """Refuse combinations that mean nothing."""
         if self.scope not in get_args(Scope):
             raise ValueError(f"Clip(scope={self.scope!r}): scope must be one of {', '.join(get_args(Scope))}")
         for argument, kind, example in (("bound", Bound, "Constant(1.0)"), ("form", Form, "Hard()")):
@@ -94,20 +93,20 @@ class Clip(Policy):
 
     @cached_property
     def needs(self) -> Needs:
-        """Norms of this type; units, peaks and weights where the scope or the bound looks at them."""
+        """It needs norms of this type; units, peaks and weights where the scope or the bound looks at them."""
         unit_dim = self.unit_dim if self.scope == "unit" else None
         return Needs(self.norm_type, self.bound.needs_weights, unit_dim, self.scope == "value")
 
     @property
     def spec(self) -> str:
-        """Raises: parts are Python objects; only named policies can be written as a string."""
+        """Raise: parts are Python objects, and only named policies can be written as a string."""
         raise TypeError(
             f"{self!r} cannot be written as a spec string, so it cannot be a parameter group's 'clip'; use a named "
             "policy there, or pass this one to attach() as the main policy"
         )
 
     def init(self, norms: GradientNorms) -> State:
-        """State of the bound."""
+        """Return the bound's state."""
         return {} if self.scope == "value" else self.bound.init(Cells(norms, self.scope))
 
     def decide(self, norms: GradientNorms, state: State) -> tuple[Decision, State]:
@@ -137,7 +136,7 @@ class Clip(Policy):
 
 
 def judge(bound: Bound, cells: Cells, state: Memory) -> tuple[Number, Memory]:
-    """The bound in force, and the state in which only valid cells have left a trace."""
+    """Return the bound in force, and the state in which only valid cells have left a trace."""
     limit = bound.bound(cells, state)
     updated = bound.update(cells, state, limit)
     if updated is state or cells.all_valid:
@@ -148,7 +147,7 @@ def judge(bound: Bound, cells: Cells, state: Memory) -> tuple[Number, Memory]:
 def in_turn(
     verdict: Callable[[Cells, Memory], Verdict], cells: Sequence[Cells], state: State
 ) -> tuple[list[Number], list[float], State]:
-    """The verdict on each of a few cells in plain numbers, the bounds in force, and the new state."""
+    """Return the verdict on each of a few cells in plain numbers, the bounds in force, and the new state."""
     if not state:
         found = [verdict(cell, state) for cell in cells]
         return [one[0] for one in found], [one[1] for one in found], state
@@ -159,7 +158,7 @@ def in_turn(
 
 
 def any_of(found: Tensor | list[bool]) -> Any:
-    """[] bool: whether any cell's verdict is true; a number where the host knows, as `Decision` takes it."""
+    """Return [] bool: whether any cell's verdict is true; a number where the host knows, as `Decision` takes it."""
     if isinstance(found, Tensor):
         return found.any()
     return any(found)

@@ -24,13 +24,12 @@ class Hard(Form, on_numbers=True):
     eps: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse a negative epsilon."""
         super().__post_init__()
         if self.eps != 0.0:
             positive("Hard", "eps", self.eps)
 
     def coefficient(self, norms: Number, bound: Number) -> Number:
-        """[k] coefficients in (0, 1]."""
+        """Return [k] coefficients in (0, 1]."""
         # Above 1 up to the bound, however far; an infinite bound (none yet) makes it inf.
         return minimum(divide(bound, norms + self.eps if self.eps else norms), 1.0)
 
@@ -40,7 +39,7 @@ class Smooth(Form, on_numbers=True):
     """``c / (c + n)``: between half of and all of the hard coefficient, and smooth in ``n``."""
 
     def coefficient(self, norms: Number, bound: Number) -> Number:
-        """[k] coefficients in (0, 1)."""
+        """Return [k] coefficients in (0, 1)."""
         return 1.0 / (1.0 + divide(norms, bound))
 
 
@@ -49,7 +48,7 @@ class Rescale(Form, on_numbers=True):
     """``c / n``: the norm always becomes the bound, so small gradients grow; the one form that may exceed 1."""
 
     def coefficient(self, norms: Number, bound: Number) -> Number:
-        """[k] coefficients above 0; 1 where there is no bound yet."""
+        """Return [k] coefficients above 0; 1 where there is no bound yet."""
         # No coefficient is larger than single precision holds; the smallest norms grow by that much.
         return where(bound == math.inf, 1.0, minimum(divide(bound, norms), LARGEST))
 
@@ -61,5 +60,5 @@ class SkipAbove(Form, on_numbers=True):
     asks_to_skip: ClassVar[bool] = True
 
     def coefficient(self, norms: Number, bound: Number) -> Number:
-        """[1] one."""
+        """Return [1] one."""
         return constant(1.0, norms)

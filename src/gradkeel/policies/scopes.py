@@ -94,7 +94,7 @@ class Cell(Cells):
 
     @property
     def valid(self) -> Number:
-        """Whether the cell is valid."""
+        """Tell whether the cell's norm is finite and above zero."""
         return self.all_valid
 
     @property
@@ -110,12 +110,11 @@ class Cell(Cells):
 
 
 def plain_cells(measured: GradientNorms, scope: Scope) -> Sequence[Cell]:
-    """The cells in plain numbers, where they are few and on the host; else none."""
-    norms = measured.norms
-    if not is_on_host(norms) or norms.dtype != torch.float64:
-        return ()
-    total = measured.known_total
-    if isinstance(total, Tensor):
+    """Return the cells in plain numbers, where they are few and on the host; else None."""
+    norms, total = measured.norms, measured.known_total
+    if isinstance(total, Tensor):  # else it was the host that read the gradients
+        if not is_on_host(norms) or norms.dtype != torch.float64:
+            return ()
         total = total.item()
     if scope == "global":
         return (Cell(measured, scope, 0, total, total),)
@@ -143,7 +142,7 @@ class LossCells(Cells):
 
 
 def plain_loss(measured: GradientNorms, loss: Tensor) -> Sequence[Cell]:
-    """The same in plain numbers, where norms and loss are on the host; else none."""
+    """Return the loss in plain numbers, where norms and loss are on the host; else None."""
     if not loss.is_cpu or not is_on_host(measured.norms):
         return ()
     value = loss.item()
@@ -170,7 +169,7 @@ def _sizes(measured: GradientNorms, scope: Scope) -> tuple[int, ...]:
 
 
 def spread(values: Tensor | list[float], measured: GradientNorms, scope: Scope) -> Any:
-    """From a value for each cell [k] to one for all parameters [], for each parameter [n], or for each unit [u].
+    """Turn a value for each cell [k] into one for all parameters [], for each parameter [n], or for each unit [u].
 
     The one for all is a number where the host knows it, as `Decision` takes it.
     """
@@ -184,12 +183,12 @@ def spread(values: Tensor | list[float], measured: GradientNorms, scope: Scope) 
 
 
 def take(values: Tensor, rows: Sequence[int]) -> Tensor:
-    """``values[rows]`` without a host sync after the first call with these rows."""
+    """Return ``values[rows]``, without a host sync after the first call with these rows."""
     return values.index_select(0, index(rows, values.device))
 
 
 def index(rows: Sequence[int], device: torch.device) -> Tensor:
-    """``rows`` as a tensor on ``device``, made once."""
+    """Return ``rows`` as a tensor on ``device``, made once."""
     return _constant(tuple(rows), torch.int64, device)
 
 
@@ -201,7 +200,7 @@ def _constant(values: tuple[int, ...], dtype: torch.dtype, device: torch.device)
 
 @lru_cache(maxsize=64)
 def group_members(groups: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """For each parameter group that is there, in ascending order, which parameters are in it."""
+    """Return, for each parameter group in ascending order, which parameters are in it."""
     return tuple(tuple(i for i, g in enumerate(groups) if g == group) for group in sorted(set(groups)))
 
 
@@ -213,13 +212,13 @@ def _places(groups: tuple[int, ...]) -> tuple[int, ...]:
 
 @lru_cache(maxsize=64)
 def expanded(values: tuple[int, ...], counts: tuple[int, ...]) -> tuple[int, ...]:
-    """Each of n values as often as its count says: from a number per parameter to a number per unit."""
+    """Repeat each of n values as often as its count says: a number per parameter becomes a number per unit."""
     return tuple(value for value, times in zip(values, counts, strict=True) for _ in range(times))
 
 
 @lru_cache(maxsize=64)
 def rows_of(counts: tuple[int, ...], width: int, device: torch.device) -> Tensor:
-    """Where n runs of ``counts`` values each stand, as rows of ``width`` places, row after row: indices.
+    """Return indices that lay n runs of ``counts`` values each out as rows of ``width`` places, row after row.
 
     Each run begins a row of its own, and has one even where it is empty; places that are left over hold the number
     of all values.
@@ -232,5 +231,5 @@ def rows_of(counts: tuple[int, ...], width: int, device: torch.device) -> Tensor
 
 
 def rows_for(count: int, width: int) -> int:
-    """How many rows of ``width`` places so many values take, at least one."""
+    """Return how many rows of ``width`` places so many values take, at least one."""
     return max(1, -(-count // width))

@@ -14,7 +14,7 @@ HOST = torch.device("cpu")
 
 
 def from_list(values: list[Any], dtype: torch.dtype = torch.float64) -> Tensor:
-    """[k] a tensor on the host of these numbers; faster than ``torch.tensor``, and no copy from elsewhere."""
+    """Make [k] a tensor of these numbers on the host; faster than ``torch.tensor``, and no copy from elsewhere."""
     whole = array("d" if dtype.is_floating_point else "q", values)
     return torch.frombuffer(whole, dtype=torch.float64 if dtype.is_floating_point else torch.int64).to(dtype)
 
@@ -23,15 +23,13 @@ class LazyState(Mapping[str, Tensor]):
     """A state whose tensors are made when somebody asks for them."""
 
     def __len__(self) -> int:
-        """How many names there are."""
         return sum(1 for _ in self)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copied and saved as the tensors that it stands for, so that ``weights_only`` loads it."""
+        """Copy and save the tensors that it stands for, so that ``weights_only`` loads it."""
         return OrderedDict, (), None, None, iter(self.items())
 
     def __repr__(self) -> str:
-        """As a dict of tensors has it."""
         return repr(dict(self))
 
 
@@ -45,13 +43,13 @@ class Ring:
         self._ordered = ordered
 
     def ordered(self, number: int) -> list[float]:
-        """The first ``number`` values, ascending."""
+        """Return the first ``number`` values, ascending."""
         if self._ordered is None or len(self._ordered) != number:
             self._ordered = sorted(self.values[:number])
         return self._ordered
 
     def entered(self, seen: int, value: float) -> "Ring":
-        """The ring with one more value than the ``seen`` before; what was sorted stays so."""
+        """Return the ring with one more value than the ``seen`` before; what was sorted stays so."""
         values, place = self.values.copy(), seen % len(self.values)
         ordered = self.ordered(min(seen, len(values))).copy()
         if seen >= len(values):
@@ -75,7 +73,7 @@ class PlainState(LazyState):
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor], count: int) -> "PlainState":
-        """The state of ``count`` cells, read from tensors unless it is one already."""
+        """Return the state of ``count`` cells, read from tensors unless it is plain already."""
         if isinstance(state, cls):
             return state
         rows = {key: tensor.tolist() for key, tensor in state.items()}
@@ -86,7 +84,7 @@ class PlainState(LazyState):
         return cls(cells, {key: tensor.dtype for key, tensor in state.items()})
 
     def __getitem__(self, key: str) -> Tensor:
-        """[k] or [k, window] the tensor of this name, made anew."""
+        """Make [k] or [k, window] the tensor of this name anew."""
         found, dtype = [cell[key] for cell in self.cells], self.dtypes[key]
         if not isinstance(found[0], Ring):
             return from_list(found, dtype)
@@ -94,11 +92,9 @@ class PlainState(LazyState):
         return from_list(entries, dtype).reshape(len(found), -1)
 
     def __iter__(self) -> Iterator[str]:
-        """The names."""
         return iter(self.dtypes)
 
     def __len__(self) -> int:
-        """How many names there are."""
         return len(self.dtypes)
 
 
@@ -109,10 +105,8 @@ class JoinedState(LazyState):
         self.parts = parts
 
     def __getitem__(self, key: str) -> Tensor:
-        """The tensor of this name."""
         prefix, _, rest = key.partition(".")
         return self.parts[prefix][rest]
 
     def __iter__(self) -> Iterator[str]:
-        """The names."""
         return (f"{prefix}.{key}" for prefix, state in self.parts.items() for key in state)

@@ -1,4 +1,4 @@
-"""What the user has declared of ranks, what placements tell, and who must exchange because of it."""
+"""This module finds out which ranks must exchange numbers, from what the user declares and placements tell."""
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,14 +39,14 @@ ShardOver = Mapping[Exclude, "Where"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Split:
-    """A parameter that is one of several pieces: ``ranks`` hold one each, ``dim`` tells along which dimension."""
+    """A parameter is one of several pieces: ``ranks`` hold one each, ``dim`` tells along which dimension."""
 
     ranks: Ranks
     dim: int | None
 
 
 class Manifest(NamedTuple):
-    """What a rank has; ranks with equal ones need to tell it only once.
+    """A manifest says what a rank has; ranks with equal ones need to tell it only once.
 
     Attributes:
         kinds: each selection's label and policy, and what is done to non-finite gradients.
@@ -104,7 +104,7 @@ class Sharing:
         device: torch.device,
         data_parallel: Ranks | None,
     ) -> Exchange | None:
-        """The exchange for these selections; None where no rank needs to know anything of another in a step.
+        """Make the exchange for these selections; None where no rank needs to know anything of another in a step.
 
         Every rank must call it alike: they compare what they have in a collective of one number each. Only where
         ranks may have different parameters do they tell each other which, once for each distinct set.
@@ -142,7 +142,7 @@ class Sharing:
     def _ranks(
         self, parameters: Iterable[Tensor], data_parallel: Ranks | None, needs_loss: bool
     ) -> tuple[Ranks | None, bool]:
-        """Who compares what they have, None if there is nobody else; and whether each decides alone afterwards.
+        """Return who compares what they have, None if there is nobody else; and whether each decides alone afterwards.
 
         Copies have the same gradients on all ranks, as DDP leaves them, and so the same decisions: unless policies
         look at the loss, which each rank has of its own share of the batch.
@@ -198,7 +198,7 @@ class Sharing:
         )
 
     def _chosen(self, selections: Sequence[Selection]) -> tuple[dict[int, int], tuple[str, ...]]:
-        """Which entry was declared for each parameter, by ``id``, a later one before an earlier; which match none."""
+        """Return each parameter's declared entry, by ``id``, a later one before an earlier; and which match none."""
         result: dict[int, int] = {}
         unmatched = []
         for i, (entry, _) in enumerate(self._entries):
@@ -217,7 +217,7 @@ class Sharing:
         return result, tuple(unmatched)
 
     def _census(self, ranks: Ranks, own: Manifest, device: torch.device) -> Census:
-        """Who has what, all ranks knowing the same."""
+        """Find out which rank has what; all ranks then know the same."""
         digest = hashlib.sha256(repr(own).encode()).digest()
         told = _tell(ranks, int.from_bytes(digest[:7], "big"), device)
         firsts = {number: place for place, number in reversed(list(enumerate(told)))}
@@ -246,7 +246,7 @@ class Sharing:
         )
 
     def _indices(self, ranks: Ranks, device: torch.device) -> Tensor:
-        """[ranks, entries] which piece each rank has of what its entries of ``shard_over`` declare."""
+        """Return [ranks, entries] which piece each rank has of what its entries of ``shard_over`` declare."""
         own = [where.ranks.here if isinstance(where, Split) else 0 for _, where in self._entries]
         width = max(_tell(ranks, len(own), device))  # each rank has its own shard_over
         row = torch.tensor(own + [0] * (width - len(own)), dtype=torch.int64, device=device)
@@ -254,7 +254,7 @@ class Sharing:
 
 
 def participants(parameters: Iterable[Tensor], known: Sequence[Ranks], given: Ranks | None) -> Ranks | None:
-    """Which ranks must exchange numbers of these parameters; None if no rank needs to.
+    """Return the ranks that must exchange numbers of these parameters; None if no rank needs to.
 
     Args:
         parameters: of which those that lie alike count once.
@@ -300,7 +300,7 @@ def _read(entry: Exclude, where: "Where") -> Split | str | None:
 
 
 def _tell(ranks: Ranks, number: int, device: torch.device) -> list[int]:
-    """Each rank's number, which float64 knows, in the group's order."""
+    """Return each rank's number, which float64 holds exactly, in the group's order."""
     told: list[int] = (
         ranks.gather(torch.full((1,), number, dtype=torch.int64, device=device)).flatten().tolist()
     )

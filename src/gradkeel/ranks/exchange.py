@@ -1,4 +1,4 @@
-"""What ranks tell each other in a step: one sum over ranks, of a head and a power of each norm.
+"""Ranks tell each other in a step one sum over ranks, of a head and a power of each norm.
 
 Each piece of a parameter is counted by one rank, its copies by none, so that powers add up to the whole's. What is not
 finite is told by copies too. All ranks decide from the reduced numbers alone, which have the same bits everywhere.
@@ -38,7 +38,7 @@ _TOLERANCE = 1e-3  # ranks that compute the same by themselves may differ by rou
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Told:
-    """What a rank tells besides norms.
+    """A rank tells this besides norms.
 
     Attributes:
         gradients: how many of its parameters have a gradient.
@@ -55,7 +55,7 @@ class Told:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Agreed:
-    """What all ranks know after an exchange, to the same bits.
+    """All ranks know this after an exchange, to the same bits.
 
     Attributes:
         readings: each selection's, of whole parameters.
@@ -80,7 +80,7 @@ class Agreed:
 
 
 class Exchange:
-    """One collective for everything that ranks must know of each other in a step; a second for maxima, if any.
+    """One collective tells everything that ranks must know of each other in a step; a second tells maxima, if any.
 
     Args:
         ranks: who takes part; all of them must call alike.
@@ -120,7 +120,7 @@ class Exchange:
 
     @property
     def _on_host(self) -> bool:
-        """Whether the host looks at the sums, as it can without waiting for an accelerator; alike on all ranks."""
+        """Tell whether the host looks at the sums, as it can without waiting for an accelerator; alike on all ranks."""
         return self._device.type == "cpu" or self._compares
 
     @torch.no_grad()
@@ -167,11 +167,11 @@ class Exchange:
             self._maxima(None)
 
     def pieces(self) -> dict[str, tuple[int, ...]]:
-        """Which piece of each parameter this rank holds, without those that are declared copies of another's."""
+        """Tell which piece of each parameter this rank holds, without those that are declared copies of another's."""
         return {name: piece for layout in self.members for name, piece in layout.pieces.items()}
 
     def where(self, agreed: Agreed, selection: int, position: int) -> int | None:
-        """The first rank whose piece of a parameter is not finite, as far as it is known; syncs the host."""
+        """Return the first rank whose piece of a parameter is not finite, as far as it is known; syncs the host."""
         if agreed.first_bad is not None:
             place = agreed.first_bad[sum(len(one.names) for one in self.members[:selection]) + position]
             return self.ranks.members[place] if place < len(self.ranks.members) else None
@@ -181,7 +181,7 @@ class Exchange:
     # ---- what this rank sends ----------------------------------------------------------------------------------
 
     def _head(self, readings: Sequence[Readings], told: Told) -> Tensor:
-        """[head] this rank's flags and counts."""
+        """Return [head] this rank's flags and counts."""
         values = [self._zero] * _HEAD
         values[_GRADIENTS] = self._number(told.gradients)
         if told.found_inf is not None:
@@ -209,7 +209,7 @@ class Exchange:
     def _sums(
         self, head: Tensor, readings: Sequence[Readings] | None, counted: Sequence[Tensor | None]
     ) -> Tensor:
-        """[length] the sum over ranks of what each sends; a rank that has failed sends its head alone."""
+        """Return [length] the sum over ranks of what each sends; a rank that has failed sends its head alone."""
         parts = [head]
         for i, kinds in enumerate(self._kinds):
             for kind in kinds:
@@ -222,7 +222,7 @@ class Exchange:
         return self.ranks.added(torch.cat(parts))
 
     def _maxima(self, readings: Sequence[Readings] | None) -> Tensor:
-        """[length] the largest of what each rank sends."""
+        """Return [length] the largest of what each rank sends."""
         parts = []
         for i, kinds in enumerate(self._kinds):
             for kind in kinds:
@@ -233,7 +233,7 @@ class Exchange:
         return self.ranks.largest(torch.cat(parts))
 
     def _of_copies(self, readings: Sequence[Readings] | None) -> Tensor:
-        """[3 * slots] of each thing that several ranks have copies of: their number, norms and squares."""
+        """Return [3 * slots] of each thing that several ranks have copies of: their number, norms and squares."""
         parts = [self._zero.new_zeros(3, 0)]
         for i, layout in enumerate(self.members):
             result = self._zero.new_zeros(3, len(layout.slot_names))
@@ -251,7 +251,7 @@ class Exchange:
     # ---- what all ranks know -----------------------------------------------------------------------------------
 
     def _whole(self, sums: Tensor, maxima: Tensor | None, own: Sequence[Readings]) -> tuple[Readings, ...]:
-        """Each selection's readings, of whole parameters."""
+        """Return each selection's readings, of whole parameters."""
         result, at, largest_at = [], _HEAD, 0
         for layout, kinds, one in zip(self.members, self._kinds, own, strict=True):
             found: dict[str, Tensor] = {}
@@ -285,7 +285,7 @@ class Exchange:
         return tuple(result)
 
     def _failed(self, sums: Tensor, *, has_failed: bool) -> list[int]:
-        """The ranks that have raised; a further collective if there are several, which all ranks enter."""
+        """Return the ranks that have raised; a further collective if there are several, which all ranks enter."""
         count, places = sums[_FAILED : _FAILED_PLACES + 1].tolist()
         if count <= 1:
             return [self.ranks.members[int(places)]] if count else []
@@ -315,7 +315,7 @@ class Exchange:
         ]
 
     def _first_bad(self, readings: Sequence[Readings]) -> list[int]:
-        """For each parameter the place of the first rank on which it is not finite, or the number of ranks."""
+        """Return each parameter's first rank, by place, on which it is not finite, or the number of ranks."""
         count, parts = len(self.ranks.members), []
         for layout, one in zip(self.members, readings, strict=True):
             values = (~one.norms.isfinite()).to(torch.float64) * (count - self.ranks.here)

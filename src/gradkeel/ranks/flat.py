@@ -1,4 +1,4 @@
-"""FSDP1 (`FullyShardedDataParallel`), whose parameters look plain and hold flat shards: only its modules know how."""
+"""FSDP1's (`FullyShardedDataParallel`'s) parameters look plain and hold flat shards: only its modules know how."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,17 +10,17 @@ from gradkeel.ranks.group import Ranks, ranks_of
 
 
 def is_flat(parameter: Tensor) -> bool:
-    """Whether FSDP1 has made a parameter a view of its shard of a flat one, or it is the flat one itself."""
+    """Tell whether FSDP1 has made a parameter a view of its shard of a flat one, or it is the flat one itself."""
     return getattr(parameter, "_fsdp_flattened", False) is True
 
 
 def is_fsdp1(module: nn.Module) -> bool:
-    """Whether a module is a FullyShardedDataParallel."""
+    """Tell whether a module is a FullyShardedDataParallel."""
     return hasattr(module, "_gradient_postdivide_factor")
 
 
 def data_parallel(module: Any) -> Any:
-    """The process group, or the mesh, of the ranks over which FSDP1 or DDP averages gradients.
+    """Return the process group, or the mesh, of the ranks over which FSDP1 or DDP averages gradients.
 
     Raises:
         ValueError: where shards have copies, and neither a mesh nor the job itself has all of these ranks.
@@ -40,7 +40,7 @@ def data_parallel(module: Any) -> Any:
 def flat_shards(
     parameters: Iterable[Tensor], model: nn.Module | None
 ) -> list[tuple[frozenset[int], Ranks, Ranks]]:
-    """Which of the parameters, by ``id``, are pieces over which ranks, and which ranks have copies of the pieces.
+    """Tell which parameters, by ``id``, are pieces over which ranks, and which ranks have copies of the pieces.
 
     One entry for each process group, the same on all ranks; none for parameters that FSDP1 does not shard.
 

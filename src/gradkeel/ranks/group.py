@@ -1,4 +1,4 @@
-"""Which ranks of a distributed run decide together, and how they tell each other something."""
+"""This module knows which ranks of a distributed run decide together, and how they tell each other something."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -37,7 +37,7 @@ class Ranks:
     here: int
 
     def gather(self, row: Tensor) -> Tensor:
-        """[ranks, k] each rank's row [k], in the group's order: one collective, which every rank must join."""
+        """Return [ranks, k] each rank's row [k], in the group's order: one collective, which every rank must join."""
         sent = row.to(_device_for(self.group, row.device))
         received = sent.new_empty(len(self.members) * sent.numel())
         # all_gather_into_tensor has a new name since torch 2.13, under which the old one warns.
@@ -46,11 +46,11 @@ class Ranks:
         return received.view(len(self.members), -1).to(row.device)
 
     def added(self, row: Tensor) -> Tensor:
-        """[k] the sum of all ranks' rows [k], with the same bits on each: one collective, which uses the row up."""
+        """Return [k] the sum of all ranks' rows [k], the same bits on each: one collective, which uses the row up."""
         return self._reduced(row, distributed.ReduceOp.SUM)
 
     def largest(self, row: Tensor) -> Tensor:
-        """[k] the largest entries of all ranks' float64 rows [k], NaN above inf: one collective."""
+        """Return [k] the largest entries of all ranks' float64 rows [k], NaN above inf: one collective."""
         # What a backend makes of a NaN in a maximum is not told. Whole numbers in the order of the bits have none.
         return _in_order(self._reduced(_in_order(row), distributed.ReduceOp.MAX), back=True)
 
@@ -100,13 +100,13 @@ class Ranks:
             raise RankError(verdict)
 
     def _patience(self) -> timedelta:
-        """How long a set-up waits for other ranks: no longer than any collective of the group would."""
+        """Return how long a set-up waits for other ranks: no longer than any collective of the group would."""
         backends = [self.group._get_backend(kind) for kind in self.group._device_types]
         own = [getattr(getattr(one, "options", None), "_timeout", _PATIENCE) for one in backends]
         return min([_PATIENCE, *own])
 
     def broadcast(self, value: object, place: int) -> Any:
-        """What the rank at a place tells all: a collective for set-up, which pickles and syncs."""
+        """Return what the rank at a place tells all: a collective for set-up, which pickles and syncs."""
         values = [value if self.here == place else None]
         distributed.broadcast_object_list(values, src=self.members[place], group=self.group)
         return values[0]
@@ -118,12 +118,12 @@ class Ranks:
 
 
 def is_running() -> bool:
-    """Whether this process is one rank of a distributed job."""
+    """Tell whether this process is one rank of a distributed job."""
     return distributed.is_available() and distributed.is_initialized()
 
 
 def ranks_of(group: "Group", argument: str) -> Ranks:
-    """The ranks of a process group or of a device mesh, all axes of it together.
+    """Return the ranks of a process group or of a device mesh, all axes of it together.
 
     Raises:
         TypeError: for something else.
@@ -147,12 +147,12 @@ def ranks_of(group: "Group", argument: str) -> Ranks:
 
 
 def world() -> Ranks:
-    """All ranks of the job."""
+    """Return all ranks of the job."""
     return ranks_of(_everyone(), "process_group")
 
 
 def covering(needed: Iterable[int], known: Sequence[Ranks]) -> Ranks:
-    """The smallest known group, the whole job included, that has all the needed ranks.
+    """Return the smallest known group, the whole job included, that has all the needed ranks.
 
     Raises:
         AttachError: if none has.
@@ -167,14 +167,14 @@ def covering(needed: Iterable[int], known: Sequence[Ranks]) -> Ranks:
 
 
 def spans(mesh: "DeviceMesh") -> bool:
-    """Whether a mesh has a process group of all its ranks, of which this rank is one."""
+    """Tell whether a mesh has a process group of all its ranks, of which this rank is one."""
     return mesh.size() == distributed.get_world_size() or (
         mesh.ndim == 1 and mesh.get_coordinate() is not None
     )
 
 
 def _in_order(values: Tensor, *, back: bool = False) -> Tensor:
-    """float64 numbers as int64 of the same order, NaN last; or, ``back``, the other way round."""
+    """Turn float64 numbers into int64 of the same order, NaN last; or, ``back``, the other way round."""
     if not back:
         values = torch.where(values.isnan(), math.nan, values)  # a NaN without a sign
     bits = values.view(torch.int64)
@@ -197,7 +197,7 @@ def _everyone() -> "ProcessGroup":
 
 
 def _device_for(group: "ProcessGroup", device: torch.device) -> torch.device:
-    """A device on which the group communicates: the given one, if it can (NCCL knows no CPU tensors)."""
+    """Return a device on which the group communicates: the given one, if it can (NCCL knows no CPU tensors)."""
     kinds = [kind.type for kind in group._device_types]
     if not kinds or device.type in kinds:
         return device

@@ -1,4 +1,4 @@
-"""What never changes from step to step: the parameters that all ranks have, and this rank's part in each."""
+"""A layout never changes from step to step: it knows all ranks' parameters, and this rank's part in each."""
 
 import math
 from bisect import bisect_left
@@ -16,7 +16,7 @@ from gradkeel.tensors import coordinate, local_part, units_here
 
 
 class Parameter(NamedTuple):
-    """What a rank tells of one of its parameters; equal on ranks whose parameters are the same.
+    """A rank tells this of one of its parameters; it is equal on ranks whose parameters are the same.
 
     Attributes:
         name: the parameter's; those of one name on several ranks are one parameter.
@@ -48,7 +48,7 @@ Holding = tuple[int, int | None, int, tuple[int, ...]]
 
 
 class Census:
-    """Which rank has which set of parameters, as all ranks know it.
+    """The census knows, alike on all ranks, which rank has which set of parameters.
 
     Args:
         ranks: who takes part.
@@ -76,11 +76,11 @@ class Census:
         self._holders: dict[object, Tensor] = {}
 
     def index(self, entry: int | None) -> int:
-        """Which piece this rank has of what an entry of ``shard_over`` declares; -1 of a whole."""
+        """Tell which piece this rank has of what an entry of ``shard_over`` declares; -1 of a whole."""
         return -1 if entry is None else int(self._indices[self.ranks.here, entry])
 
     def pieces(self, held: tuple[Holding, ...]) -> tuple[list[list[int]], list[list[int]], int]:
-        """For each holding, indices of declared pieces that no earlier one has, and the earlier ones that share some.
+        """Return each holding's declared pieces that no earlier one has, and the earlier ones that share some.
 
         And how many ranks hold something.
         """
@@ -95,7 +95,7 @@ class Census:
         return self._pieces[held]
 
     def holders(self, held: tuple[Holding, ...], index: int, where: tuple[int, ...]) -> Tensor:
-        """[k] places of the ranks that hold the piece of this index and of this coordinate on its mesh, in order."""
+        """Return [k] places of the ranks that hold the piece of this index and mesh coordinate, in order."""
         key = held, index, where
         if key not in self._holders:
             found = []
@@ -183,7 +183,7 @@ class _Whole:
             self.units = self.first_unit(math.inf)
 
     def first_unit(self, index: float) -> int:
-        """How many units lie in the pieces before the one of this index."""
+        """Count the units in the pieces before the one of this index."""
         if not self._is_stacked:
             return 0
         return sum(
@@ -299,18 +299,18 @@ class Layout:
         self._has_copies = [len(one) > 1 for one in self._holders]
 
     def units(self, dim: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """How many units along ``dim`` each of the n has, and how many entries a unit; empty where dim is None."""
+        """Return how many units along ``dim`` each of the n has, and entries a unit; empty where dim is None."""
         return ((), ()) if dim is None else self._units
 
     def of_units(self, mask: Tensor | None) -> Tensor | None:
-        """[units] what a [k] mask says of each unit's parameter."""
+        """Return [units] what a [k] mask says of each unit's parameter."""
         if mask is None:
             return None
         # The sum is known, so that the host need not ask for it.
         return mask.repeat_interleave(self._unit_counts, output_size=sum(self.unit_counts))
 
     def present(self, own: Sequence[bool]) -> tuple[bool, ...]:
-        """Which of the n have a gradient, as far as this rank knows; those of other ranks count."""
+        """Tell which of the n have a gradient, as far as this rank knows; those of other ranks count."""
         lacking = {
             position
             for position, here, is_elsewhere in zip(self._positions, own, self._elsewhere, strict=True)
@@ -319,18 +319,18 @@ class Layout:
         return tuple(position not in lacking for position in range(len(self.names)))
 
     def copied(self, own: Sequence[bool]) -> tuple[bool, ...]:
-        """Which of the pieces that other ranks hold too have a gradient here."""
+        """Tell which of the pieces that other ranks hold too have a gradient here."""
         return tuple(here for here, has in zip(own, self._has_copies, strict=True) if has)
 
     def told_present(self, own: Sequence[bool]) -> Tensor:
-        """[n] uint8: which of the n have a gradient on this rank."""
+        """Return [n] uint8: which of the n have a gradient on this rank."""
         result = torch.zeros(len(self.names), dtype=torch.uint8)
         for position, here in zip(self._positions, own, strict=True):
             result[position] |= here
         return result
 
     def counting(self, present: Tensor, here: int, device: torch.device) -> Tensor:
-        """[k] bool: whether this rank is the first that holds this piece and has a gradient of it.
+        """Return [k] bool: whether this rank is the first that holds this piece and has a gradient of it.
 
         Args:
             present: [ranks, n] what ranks told.
@@ -345,7 +345,7 @@ class Layout:
         return torch.tensor(counted, dtype=torch.bool, device=device)
 
     def decision(self, decision: Decision) -> Decision:
-        """The part of a decision that is about this rank's parameters."""
+        """Return the part of a decision that is about this rank's parameters."""
         coefficients, units = decision.coefficients, decision.unit_coefficients
         if self.rows is not None and coefficients is not None and coefficients.dim():
             coefficients = coefficients.index_select(0, self.rows)
@@ -354,7 +354,7 @@ class Layout:
         return replace(decision, coefficients=coefficients, unit_coefficients=units, bound=None)
 
     def measured(self, measured: GradientNorms) -> GradientNorms:
-        """What applying a decision looks at, for this rank's parameters."""
+        """Return what applying a decision looks at, for this rank's parameters."""
         peaks, norms = measured.peaks, measured.norms
         if self.rows is not None:
             norms = norms.index_select(0, self.rows)
@@ -370,10 +370,10 @@ def _indices(values: Sequence[int]) -> Tensor:
 
 
 def _unless_all(indices: Tensor, count: int, device: torch.device) -> Tensor | None:
-    """The indices; None if they are all of ``count``, in order."""
+    """Return the indices; None if they are all of ``count``, in order."""
     return None if torch.equal(indices, torch.arange(count)) else indices.to(device)
 
 
 def _unless_true(flags: Sequence[bool], device: torch.device) -> Tensor | None:
-    """The flags; None if all are true."""
+    """Return the flags; None if all are true."""
     return None if all(flags) else torch.tensor(flags, device=device)

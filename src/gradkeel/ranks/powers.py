@@ -1,4 +1,4 @@
-"""Which numbers ranks put together: powers of norms, which add up without leaving float64's range, and maxima."""
+"""Ranks put together powers of norms, which add up without leaving float64's range, and maxima."""
 
 import math
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ class PowerSums:
         self._on: dict[torch.device, Tensor] = {}
 
     def of(self, norms: Tensor) -> Tensor:
-        """[k, width] what is to be added up, of the norms [k] of parts."""
+        """Return [k, width] what is to be added up, of the norms [k] of parts."""
         if self.width == 1:
             return self._power(norms).unsqueeze(1)
         place = ((norms.log2() - self._low) / self._step).floor().nan_to_num(nan=0.0)
@@ -50,7 +50,7 @@ class PowerSums:
         return torch.where(which, self._power(norms.unsqueeze(1) / self._scales_on(norms)), 0.0)
 
     def norms(self, sums: Tensor) -> Tensor:
-        """[n] norms of the wholes from the sums [n, width]."""
+        """Return [n] norms of the wholes from the sums [n, width]."""
         if self.width == 1:
             return self._root(sums.squeeze(1))
         return combine(self._root(sums) * self._scales_on(sums), self._p)
@@ -90,7 +90,7 @@ class Kind:
     sums: PowerSums | None
 
     def read(self, readings: Readings) -> Tensor:
-        """[k] this rank's."""
+        """Return [k] this rank's numbers."""
         if self.name in ("lowest", "highest"):
             assert readings.peaks is not None, "the policy needs them"
             return -readings.peaks[:, 0] if self.name == "lowest" else readings.peaks[:, 1]
@@ -98,7 +98,7 @@ class Kind:
         return values
 
     def powers(self, values: Tensor, counted: Tensor | None) -> Tensor:
-        """[count * width] this rank's share of the sums, of its values [k]."""
+        """Return [count * width] this rank's share of the sums, of its values [k]."""
         assert self.sums is not None, "they add up"
         powers = self.sums.of(values)
         counted = self.layout.of_units(counted) if self.of_units else counted
@@ -110,7 +110,7 @@ class Kind:
         return powers.flatten()
 
     def maxima(self, values: Tensor) -> Tensor:
-        """[count] this rank's share of the largest, of its values [k]; -inf of what it does not hold."""
+        """Return [count] this rank's share of the largest, of its values [k]; -inf of what it does not hold."""
         filled = self.layout.of_units(self.layout.filled) if self.of_units else self.layout.filled
         if filled is not None:
             values = torch.where(filled, values, -math.inf)
@@ -121,7 +121,7 @@ class Kind:
 
 
 def kinds_of(layout: Layout) -> Iterator[Kind]:
-    """What ranks exchange of a selection."""
+    """Return what ranks exchange of a selection."""
     needs = layout.needs
     sums = None if math.isinf(needs.norm_type) else PowerSums(needs.norm_type, is_wide=layout.is_wide)
     for name in ("norms", "weights") if needs.weights else ("norms",):

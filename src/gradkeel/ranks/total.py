@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gradkeel.kernels.native import Table
 from gradkeel.measure import wide_dtype
 from gradkeel.measure.powers import read, tensor_norms
 from gradkeel.norms import combine, is_on_host
@@ -24,8 +25,8 @@ from gradkeel.tensors import (
 
 def total_norm(
     tensors: Sequence[Tensor], norm_type: float, device: torch.device, *, among: Sequence[Tensor] = ()
-) -> Tensor | float:
-    """Norm of all these tensors taken together: a number on CPU, [] float64 elsewhere.
+) -> tuple[Tensor | float, Table | None]:
+    """Norm of all these tensors taken together: a number on CPU, [] float64 elsewhere; and their table, if known.
 
     A collective if some are distributed over ranks.
 
@@ -39,17 +40,19 @@ def total_norm(
     given = settled(tensors)
     alike = among or given
     ranks = participants(alike, (), None) if are_distributed(alike) else None
+    table = None
     if ranks is None:
         reading = read(local_parts(given), norm_type, device)
         total = combine(reading.norms, norm_type) if reading.total is None else reading.total
+        table = reading.table
     else:
         total = _over_ranks(ranks, given, alike, norm_type, device)
-    return total.item() if isinstance(total, Tensor) and is_on_host(total) else total
+    return total.item() if isinstance(total, Tensor) and is_on_host(total) else total, table
 
 
 def measure_total(tensors: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
-    """[] float64 norm of all these tensors; see `total_norm`."""
-    return torch.as_tensor(total_norm(tensors, norm_type, device), dtype=torch.float64)
+    """Return [] the float64 norm of all these tensors; see `total_norm`."""
+    return torch.as_tensor(total_norm(tensors, norm_type, device)[0], dtype=torch.float64)
 
 
 @torch.no_grad()
@@ -60,7 +63,7 @@ def _over_ranks(
     norm_type: float,
     device: torch.device,
 ) -> Tensor:
-    """[] the norm over all ranks; ``alike`` lie in all the ways that any rank's tensors do."""
+    """Return [] the norm over all ranks; ``alike`` lie in all the ways that any rank's tensors do."""
     counting = {
         key: is_first_copy(one) if is_distributed(one) else ranks.here == 0
         for key, one in {placement_key(one): one for one in alike}.items()
@@ -74,7 +77,7 @@ def _over_ranks(
 
 
 def _here(parts: Sequence[Tensor], counts: Sequence[bool], norm_type: float, device: torch.device) -> Tensor:
-    """[] the norm of what counts on this rank, and of what is not finite; of nothing what changes no norm."""
+    """Return [] the norm of what counts on this rank, or is not finite here; of nothing, what changes no norm."""
     held = [(part, is_counted) for part, is_counted in zip(parts, counts, strict=True) if part.numel()]
     nothing = math.inf if norm_type < 0 else 0.0
     if not held:

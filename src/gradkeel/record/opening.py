@@ -29,12 +29,13 @@ def open_record(path: Path) -> sqlite3.Connection:
         RecordError: there is none.
     """
     try:
-        if path.is_dir():
-            raise RecordError(f"{path} is a directory; give the record in it, such as {path / 'run.keel'}")
-        if not path.exists():
-            raise RecordError(f"there is no record at {path}")
+        is_directory, exists = path.is_dir(), path.exists()
     except ValueError as error:  # a path with a NUL
         raise RecordError(f"there is no record at {str(path)!r}: {error}") from None
+    if is_directory:
+        raise RecordError(f"{path} is a directory; give the record in it, such as {path / 'run.keel'}")
+    if not exists:
+        raise RecordError(f"there is no record at {path}")
     # Writable, though nothing is written: whoever reads last takes away the files that SQLite keeps beside it.
     modes = ["mode=rw"] if os.access(path, os.W_OK) and os.access(path.parent, os.W_OK) else []
     # immutable: on a read-only disk SQLite cannot make the files it shares with a writer, and there is no writer.

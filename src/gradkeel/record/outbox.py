@@ -5,6 +5,7 @@ import os
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -48,15 +49,15 @@ class Outbox:
         self._sent_at = time.monotonic()
         self._sinks = list(sinks)
         self._batches: queue.Queue[Batch | None] = queue.Queue(MOST_WAITING)
-        self._pid = os.getpid()
         self._is_working = True
         self._thread = threading.Thread(target=self._work, name="gradkeel-record", daemon=True)
         self._thread.start()
+        _outboxes.add(self)
 
     @property
     def is_open(self) -> bool:
         """Whether anybody still writes; never in a forked process, which has no such thread."""
-        return self._is_working and bool(self._sinks) and os.getpid() == self._pid
+        return self._is_working and bool(self._sinks)
 
     def add(self, kept: Kept) -> None:
         """Take a step, of the layout of those that wait; send what has waited for long enough."""
@@ -87,7 +88,7 @@ class Outbox:
 
     def close(self) -> None:
         """Write what is left, and end the thread."""
-        if os.getpid() != self._pid or not self._thread.is_alive():
+        if not self._is_working or not self._thread.is_alive():
             return
         self.send()
         self._batches.put(None)
@@ -120,3 +121,16 @@ class Outbox:
 
     def _stopped(self, why: str) -> None:
         self.problems.append(f"recording stopped: {why}; training goes on")
+
+
+_outboxes: weakref.WeakSet[Outbox] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    """The thread has stayed behind."""
+    for outbox in _outboxes:
+        outbox._is_working = False
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

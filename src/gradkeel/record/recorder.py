@@ -18,7 +18,7 @@ from gradkeel.guard.report import StepReport
 from gradkeel.kernels.arrival import is_capturing
 from gradkeel.record.outbox import Outbox, Sink
 from gradkeel.record.ranks import rank_path
-from gradkeel.record.rows import Subject, keep, same_layout
+from gradkeel.record.rows import Kept, Subject, same_layout
 from gradkeel.record.sampling import BeforeUpdate, Sampling
 from gradkeel.record.writer import RecordFile
 
@@ -26,7 +26,6 @@ from gradkeel.record.writer import RecordFile
 class Guarded(Protocol):
     """What a recorder reads of the guard that it is bound to."""
 
-    optimizer: Optimizer
     optimizers: tuple[Optimizer, ...]
 
     @property
@@ -114,7 +113,6 @@ class Recorder:
         self._problems: list[str] = []
         self._file: RecordFile | None = None
         self._outbox: Outbox | None = None
-        self._taken_over = False
         self._open()
 
     def _open(self) -> None:
@@ -145,7 +143,10 @@ class Recorder:
             and self._file.is_at(path)
         ):
             self.close()
-            self._taken_over = True
+            self._problems.append(
+                f"recording stopped: another guard of this process records to {self.path} now; give each optimizer a "
+                "record of its own; training goes on"
+            )
 
     def bind(self, guard: Guarded) -> None:
         """Learn from the guard what is recorded: names, shapes, policy, optimizer; opens what was closed."""
@@ -155,34 +156,27 @@ class Recorder:
 
     def before_step(self, report: StepReport) -> None:
         """Copy the weights, at steps at which the update is to be measured."""
-        if self._guard is None or self._outbox is None or report.step == self._before_step:
+        guard, step = self._guard, report.step
+        if guard is None or self._outbox is None or step == self._before_step:
             return  # a closure may be evaluated several times within a step
         measured = report.selections[0].measured
-        if not measured.norms.is_cpu and is_capturing(measured.norms.device):
+        on_host = measured.norms.is_cpu
+        if not on_host and is_capturing(measured.norms.device):
             return  # nothing is run now, and what a replay does is not seen
-        if self._guard.is_sharded and not self._per_rank:
-            return  # this rank's weights are not the whole
-        self._before_step = report.step
-        self._before = None
-        rate = self._guard.optimizer.param_groups[0].get("lr")
-        known = (
-            None if rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu") else float(rate)
-        )
-        weights, updates = self._sampling.next(measured, known)
-        if weights:
+        self._before_step, self._before = step, None
+        rate = guard.optimizers[0].param_groups[0].get("lr")
+        if rate is not None and type(rate) is not float:
+            rate = None if isinstance(rate, Tensor) and not rate.is_cpu else float(rate)
+        weights, updates = self._sampling.next(step, float(measured.known_total) if on_host else None, rate)
+        # Where parameters are sharded, this rank's weights are not the whole.
+        if weights and (self._per_rank or not guard.is_sharded):
             device = measured.norms.device
-            self._before = BeforeUpdate(self._guard.names, self._guard.parameters, device, updates=updates)
+            self._before = BeforeUpdate(guard.names, guard.parameters, device, updates=updates)
 
     def record(self, report: StepReport) -> None:
         """Take note of a step; does not sync the host."""
         if self._problems:
             self._warn_of_problems()
-        if self._taken_over:
-            self._taken_over = False
-            _warn(
-                f"recording stopped: another guard of this process records to {self.path} now; give each optimizer a "
-                "record of its own; training goes on"
-            )
         sample = None if self._before is None else self._before.sample()
         self._before = None
         if self._outbox is None or not self._outbox.is_open:
@@ -190,7 +184,7 @@ class Recorder:
         norms = report.selections[0].measured.norms
         if not norms.is_cpu and is_capturing(norms.device):
             return
-        kept = keep(report, time.time(), self._scalars(report), sample)
+        kept = Kept.of(report, time.time(), self._scalars(report), sample)
         if self._described is None or not same_layout(report, self._described):
             self._outbox.send()
             self._described, self._outbox.subject = report, self._subject()
@@ -213,11 +207,11 @@ class Recorder:
 
     def _scalars(self, report: StepReport) -> dict[str, Tensor | float]:
         """What the user logged, and what is worth knowing beside it."""
-        scalars = dict(report.scalars)
-        if self._guard is not None and "lr" in (group := self._guard.optimizer.param_groups[0]):
+        scalars, prescale = dict(report.scalars), report.prescale
+        if self._guard is not None and "lr" in (group := self._guard.optimizers[0].param_groups[0]):
             scalars.setdefault("lr", group["lr"])
-        if isinstance(report.prescale, Tensor) or report.prescale != 1.0:
-            scalars["prescale"] = report.prescale
+        if isinstance(prescale, Tensor) or prescale != 1.0:
+            scalars["prescale"] = prescale
         return scalars
 
     def _subject(self) -> Subject:

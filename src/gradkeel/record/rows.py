@@ -51,21 +51,30 @@ class Sample:
         return Sample(self.names, to_host(self.weights), to_host(self.updates))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Kept:
-    """One step as the training thread leaves it: references to tensors, nothing computed.
+    """One step as the training thread leaves it: references to tensors, and nothing computed that can wait.
 
-    ``clipped`` and ``clipped_total`` are filled only where they cannot be derived from norms and coefficients, and
-    ``coefficients`` holds one for each parameter where units have their own.
+    ``clipped_total`` is filled only where it is measured, of gradients that are there now.
     """
 
     report: StepReport
     time: float
     scalars: dict[str, Tensor | float]
-    coefficients: tuple[Tensor | float | None, ...]
-    clipped: Tensor | None
     clipped_total: Tensor | None
     sample: Sample | None
+
+    @classmethod
+    def of(
+        cls, report: StepReport, time: float, scalars: dict[str, Tensor | float], sample: Sample | None
+    ) -> "Kept":
+        """Take from a report what must be taken at once: what reads gradients, and tensors that are the user's."""
+        main = report.selections[0]
+        for name, value in scalars.items():
+            if type(value) is not float:
+                scalars[name] = _own(value, main.measured.norms)
+        total = None if main.decision.clamp is None else main.clipped_total()
+        return cls(report, time, scalars, total, sample)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,27 +121,6 @@ class Rows:
             yield step, {name: column[i] for name, column in columns.items() if not math.isnan(column[i])}
 
 
-def keep(report: StepReport, time: float, scalars: dict[str, Tensor | float], sample: Sample | None) -> Kept:
-    """Take from a report what must be taken at once: what reads gradients, and tensors that are the user's."""
-    main = report.selections[0]
-    direct = main.decision.clamp is None and main.decision.unit_coefficients is None
-    like = main.measured.norms
-    return Kept(
-        report=report,
-        time=time,
-        scalars={name: _own(value, like) for name, value in scalars.items()},
-        coefficients=tuple(
-            s.decision.known_coefficients
-            if s.decision.unit_coefficients is None
-            else s.outcome.coefficients()
-            for s in report.selections
-        ),
-        clipped=main.outcome.is_clipped() if main.decision.clamp is not None else None,
-        clipped_total=None if direct else main.clipped_total(),
-        sample=sample,
-    )
-
-
 def _own(value: Tensor | float, like: Tensor) -> Tensor | float:
     """A number that nobody else writes to or differentiates; where it is on an accelerator, as ``like`` is."""
     if not isinstance(value, Tensor):
@@ -150,8 +138,10 @@ def same_layout(one: StepReport, other: StepReport) -> bool:
     first, second = one.selections, other.selections
     if len(first) != len(second):
         return False
-    for a, b in zip(first, second, strict=True):  # what is the same object is equal at once
-        if a.measured.names != b.measured.names or a.policy != b.policy or a.label != b.label:
+    for a, b in zip(first, second, strict=True):
+        names, others = a.measured.names, b.measured.names
+        # The same object, as it is from step to step, is not looked at name by name.
+        if (names is not others and names != others) or a.policy != b.policy or a.label != b.label:
             return False
     return True
 
@@ -211,7 +201,10 @@ def _stack(kept: Sequence[Kept]) -> dict[str, Tensor]:
     parts = [[row.report.selections[i].measured for row in kept] for i in columns]
     series["norms"] = torch.cat([torch.stack([m.norms for m in part]) for part in parts], dim=1)
     series["coefficients"] = torch.cat(
-        [_coefficients([row.coefficients[i] for row in kept], part[0].norms) for i, part in enumerate(parts)],
+        [
+            _coefficients([_coefficient(row.report.selections[i]) for row in kept], part[0].norms)
+            for i, part in enumerate(parts)
+        ],
         dim=1,
     )
     if any(m.weights is not None for part in parts for m in part):
@@ -223,19 +216,30 @@ def _stack(kept: Sequence[Kept]) -> dict[str, Tensor]:
             [torch.stack([_or(m.peaks, unknown).expand(*m.norms.shape, 2) for m in part]) for part in parts],
             dim=1,
         )
-    if any(row.clipped_total is not None for row in kept):
-        totals = [row.clipped_total for row in kept]
-        for i, s in enumerate(main):  # a policy may change its form within a batch, as `Warmup` does
-            if totals[i] is None and s.decision.clamp is None:
-                totals[i] = s.clipped_total()
-        series["clipped_total"] = torch.stack([_or(total, unknown) for total in totals])
-    if any(row.clipped is not None for row in kept):
+    # A policy may change its form within a batch, as `Warmup` does.
+    if any(s.decision.clamp is not None or s.decision.unit_coefficients is not None for s in main):
+        totals = [
+            s.clipped_total() if s.decision.clamp is None else row.clipped_total
+            for row, s in zip(kept, main, strict=True)
+        ]
+        if any(total is not None for total in totals):
+            series["clipped_total"] = torch.stack([_or(total, unknown) for total in totals])
+    if any(s.decision.clamp is not None for s in main):
         never = torch.zeros_like(unknown)
-        series["clipped"] = torch.stack([_or(row.clipped, never).to(never.dtype) for row in kept])
+        series["clipped"] = torch.stack(
+            [never if s.decision.clamp is None else s.outcome.is_clipped().to(never.dtype) for s in main]
+        )
     for name in dict.fromkeys(name for row in kept for name in row.scalars):
         values = [row.scalars.get(name, math.nan) for row in kept]
         series[SCALAR_PREFIX + name] = _scalars(values, unknown)
     return series
+
+
+def _coefficient(selection: SelectionReport) -> Tensor | float | None:
+    decision = selection.decision
+    if decision.unit_coefficients is None:
+        return decision.known_coefficients
+    return selection.outcome.coefficients()
 
 
 def _bound(selection: SelectionReport) -> Tensor | float:

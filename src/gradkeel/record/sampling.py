@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from gradkeel.measure.powers import tensor_norms
-from gradkeel.norms import GradientNorms
 from gradkeel.record.rows import Sample
 from gradkeel.tensors import entries_to_read
 
@@ -34,26 +33,34 @@ class Sampling:
         self._alarmed_until = 0
         self._rate: float | None = None
 
-    def next(self, measured: GradientNorms, rate: float | None = None) -> tuple[bool, bool]:
-        """Whether to measure the weights at this step, and whether the update as well; call it once a step."""
+    def next(self, step: int, total: float | None, rate: float | None = None) -> tuple[bool, bool]:
+        """Whether to measure the weights at this step, and whether the update as well; call it once a step.
+
+        Args:
+            step: its number.
+            total: the gradients' norm; None where the host would have to wait for it.
+            rate: the learning rate, likewise.
+        """
         self._seen += 1
-        step = measured.step
-        jump = self._jump(measured) if measured.norms.is_cpu else 0.0
-        if not jump <= ALARM or (
-            rate is not None and self._rate is not None and rate > RATE_ALARM * self._rate
-        ):
+        jump = 0.0 if total is None else self._jump(total)
+        if rate != self._rate:
+            if rate is not None and self._rate is not None and rate > RATE_ALARM * self._rate:
+                self._alarmed_until = step + AFTER_ALARM
+            self._rate = rate
+        if not jump <= ALARM:
             self._alarmed_until = step + AFTER_ALARM
-        self._rate = rate
         updates = self._seen <= FIRST_STEPS or step % EVERY == 0 or step <= self._alarmed_until
         return updates or not jump <= SUSPICION, updates
 
-    def _jump(self, measured: GradientNorms) -> float:
-        """The norm relative to the highest of the last steps; NaN where it is not finite."""
-        total = float(measured.known_total)
-        highest = max(self._recent, default=math.inf)
+    def _jump(self, total: float) -> float:
+        """The norm relative to the highest of the last steps, or to the last; NaN where it is not finite."""
+        recent = self._recent
         if not math.isfinite(total):
             return math.nan
-        self._recent.append(total)
+        highest = recent[-1] if recent else math.inf
+        if total > SUSPICION * highest:  # the last alone says too little
+            highest = max(recent)
+        recent.append(total)
         return total / highest if highest > 0 else 0.0
 
 

@@ -8,13 +8,14 @@ from typing import Any
 from gradkeel.errors import MissingExtraError
 from gradkeel.explain.smoothness.fit import SmoothnessFit
 from gradkeel.explain.smoothness.probe import LocalSmoothness
-from gradkeel.page.figures import COLORS, _plotly, _style
+from gradkeel.language import say, shown
+from gradkeel.page.figures import COLORS, _plotly, _style, hover
 
-NORM = "gradient norm"
-SMOOTHNESS = "local smoothness"
+NORM = say("gradient norm")
+SMOOTHNESS = say("local smoothness")
 # Legible on white and on near-black, the first steps too.
 EARLY_TO_LATE = ((0.0, "#7a68d8"), (0.5, "#2fa08a"), (1.0, "#dfae00"))
-FITTED, ENVELOPE = "L0 + L1 · norm", "envelope"
+FITTED, ENVELOPE = say("L0 + L1 · norm"), say("envelope")
 
 
 def smoothness_figure(measurements: Sequence[LocalSmoothness], fit: SmoothnessFit) -> Any:
@@ -23,18 +24,20 @@ def smoothness_figure(measurements: Sequence[LocalSmoothness], fit: SmoothnessFi
     figure = go.Figure()
     points = [m for m in measurements if m.resolved]
     figure.add_scatter(
-        x=[m.norm for m in points], y=[m.smoothness for m in points], mode="markers", name="measured",
+        x=[m.norm for m in points], y=[m.smoothness for m in points], mode="markers", name=shown(say("measured")),
         marker={
             "color": [m.step for m in points], "colorscale": EARLY_TO_LATE, "size": 7, "showscale": True,
-            "colorbar": {"title": {"text": "step"}, "thickness": 12, "outlinewidth": 0},
+            "colorbar": {"title": {"text": shown(say("step"))}, "thickness": 12, "outlinewidth": 0},
         },
         customdata=[[m.step, m.loss] for m in points],
-        hovertemplate="step %{customdata[0]}, loss %{customdata[1]:.4g}<br>"
-        "norm %{x:.4g}, smoothness %{y:.4g}<extra></extra>",
+        hovertemplate=hover(
+            say("step {step}, loss {loss}", step="%{customdata[0]}", loss="%{customdata[1]:.4g}"),
+            say("norm {norm}, smoothness {smoothness}", norm="%{x:.4g}", smoothness="%{y:.4g}"),
+        ),
     )  # fmt: skip
     for name, line, dash in lines_of(fit, [m.norm for m in points]):
         figure.add_scatter(
-            x=[x for x, _ in line], y=[y for _, y in line], mode="lines", name=name,
+            x=[x for x, _ in line], y=[y for _, y in line], mode="lines", name=shown(name),
             line={"color": COLORS[0], "width": 2, "dash": dash}, hoverinfo="skip",
         )  # fmt: skip
     _style(figure, NORM, SMOOTHNESS)

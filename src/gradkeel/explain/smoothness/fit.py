@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from gradkeel.language import say
 from gradkeel.policies import ClipByGlobalNorm
 from gradkeel.policies.base import positive
 
@@ -196,7 +197,16 @@ def _nothing(count: int) -> SmoothnessFit:
         slope=math.nan,
         slope_interval=nan,
         related=False,
-        reason=f"no (L0, L1) relation can be seen in {count} measurements; at least {FEWEST} are needed",
+        reason=_too_few(count),
+    )
+
+
+def _too_few(count: int, seen: str = "") -> str:
+    return say(
+        "no (L0, L1) relation can be seen in {count} measurements; at least {fewest} are needed{seen}",
+        count=count,
+        fewest=FEWEST,
+        seen=seen,
     )
 
 
@@ -245,16 +255,33 @@ def _interval(values: Tensor) -> Interval:
 def _verdict(count: int, r: float, r_interval: Interval, slope: float) -> tuple[bool, str]:
     """Whether there is a relation, and why."""
     low, high = r_interval
-    seen = f"(r = {r:.2f}, {low:.2f} to {high:.2f}; slope {slope:.2f}; {count} measurements)"
-    no = "no (L0, L1) relation"
+    seen = say(
+        " (r = {r:.2f}, {low:.2f} to {high:.2f}; slope {slope:.2f}; {count} measurements)",
+        r=r,
+        low=low,
+        high=high,
+        slope=slope,
+        count=count,
+    )
     if count < FEWEST:
-        return False, f"{no} can be seen in {count} measurements; at least {FEWEST} are needed {seen}"
+        return False, _too_few(count, seen)
     if not math.isfinite(r):
-        return False, f"{no}: the gradient norm or the smoothness did not vary ({count} measurements)"
+        return False, say(
+            "no (L0, L1) relation: the gradient norm or the smoothness did not vary ({count} measurements)",
+            count=count,
+        )
     if high < 0:
-        return False, f"{no}: smoothness falls while the gradient norm rises {seen}"
+        return False, say(
+            "no (L0, L1) relation: smoothness falls while the gradient norm rises{seen}", seen=seen
+        )
     if r < LEAST_CORRELATION or low <= 0:
-        return False, f"{no}: the gradient norm says little about smoothness {seen}"
+        return False, say(
+            "no (L0, L1) relation: the gradient norm says little about smoothness{seen}", seen=seen
+        )
     if slope > STEEPEST:
-        return False, f"{no}: smoothness grows as the norm to the power {slope:.2f}, not 1 {seen}"
-    return True, f"smoothness grows with the gradient norm {seen}"
+        return False, say(
+            "no (L0, L1) relation: smoothness grows as the norm to the power {slope:.2f}, not 1{seen}",
+            slope=slope,
+            seen=seen,
+        )
+    return True, say("smoothness grows with the gradient norm{seen}", seen=seen)

@@ -1,4 +1,4 @@
-"""How large a cell's norm may be: what every bound is, and what every bound that learns from norms has in common."""
+"""This module says what a bound is, and what bounds that learn from norms have in common."""
 
 import math
 from abc import ABC, abstractmethod
@@ -17,7 +17,7 @@ LEAST_SPREAD = 0.01
 
 
 class Bound(ABC):
-    """How large a cell's norm may be. Configuration only; every state tensor has the leading dimension k.
+    """A bound says how large a cell's norm may be. It is configuration; state tensors have the leading dimension k.
 
     A subclass whose formulas are written in the operations of `gradkeel.policies.numbers` says so by
     ``class Mine(Bound, on_numbers=True)``. On CPU they then are followed in the plain numbers of one cell at a time,
@@ -33,19 +33,18 @@ class Bound(ABC):
         cls.on_numbers = on_numbers
 
     def __post_init__(self) -> None:
-        """Take plain numbers."""
         plain_parameters(self)
 
     def init(self, cells: Cells) -> State:
-        """State before the first step; none unless a bound says otherwise."""
+        """Return the state before the first step; empty unless a bound says otherwise."""
         return {}
 
     @abstractmethod
     def bound(self, cells: Cells, state: Memory) -> Number:
-        """[k] or [1] bound in force at this step; inf where there is none yet."""
+        """Return [k] or [1] the bound in force at this step; inf where there is none yet."""
 
     def update(self, cells: Cells, state: Memory, bound: Number) -> Memory:
-        """State after this step; a cell that is not valid keeps its old state whatever is returned for it."""
+        """Return the state after this step; a cell that is not valid keeps its old one whatever is returned for it."""
         return state
 
 
@@ -54,10 +53,10 @@ class HostBound(Bound):
 
     @abstractmethod
     def at(self, step: int) -> tuple[float, float]:
-        """Lowest entry and highest entry or norm allowed at ``step`` (from 1)."""
+        """Return the lowest entry and the highest entry or norm allowed at ``step`` (from 1)."""
 
     def bound(self, cells: Cells, state: Memory) -> Number:
-        """[1] the highest norm allowed."""
+        """Return [1] the highest norm allowed."""
         return constant(self.at(cells.step)[1], cells.norms)
 
 
@@ -83,7 +82,6 @@ class AdaptiveBound(Bound):
     patience: int | None = 100
 
     def __post_init__(self) -> None:
-        """Check the arguments."""
         super().__post_init__()
         count(type(self).__name__, "warmup", self.warmup)
         if self.patience is not None:
@@ -91,18 +89,18 @@ class AdaptiveBound(Bound):
 
     @abstractmethod
     def start(self, cells: Cells) -> State:
-        """What is kept, before the first norm."""
+        """Return what is kept before the first norm."""
 
     @abstractmethod
     def learn(self, cells: Cells, state: Memory, bound: Number) -> Memory:
-        """What is kept after this step's norms, which were judged by ``bound`` [k]."""
+        """Return what is kept after this step's norms, which were judged by ``bound`` [k]."""
 
     @abstractmethod
     def estimate(self, cells: Cells, state: Memory) -> Number:
-        """[k] the bound that follows from what is kept; read only where ``warmup`` norms were seen."""
+        """Return [k] the bound that follows from what is kept; read only where ``warmup`` norms were seen."""
 
     def init(self, cells: Cells) -> State:
-        """Nothing seen: ``seen`` [k] int64, with patience ``run`` [k] int64 and ``held`` [k], and what is kept."""
+        """Return ``seen`` [k] int64, with patience ``run`` [k] int64 and ``held`` [k], and what is kept."""
         seen = torch.zeros_like(cells.norms, dtype=torch.int64)
         state = {"seen": seen, **self.start(cells)}
         if self.patience is not None:
@@ -110,12 +108,12 @@ class AdaptiveBound(Bound):
         return state
 
     def bound(self, cells: Cells, state: Memory) -> Number:
-        """[k] the estimate, once enough was seen; until then the last bound, which is inf at the start."""
+        """Return [k] the estimate, once enough was seen; until then the last bound, which is inf at the start."""
         held = math.inf if self.patience is None else state["held"]
         return where(state["seen"] >= self.warmup, self.estimate(cells, state), held)
 
     def update(self, cells: Cells, state: Memory, bound: Number) -> Memory:
-        """State that has learned this step's norms, after a fresh start where patience has run out."""
+        """Return a state that has learned this step's norms, after a fresh start where patience has run out."""
         seen, extra = state["seen"], {}
         if self.patience is not None:
             # Above the last bound, while new statistics fill, says nothing of these: they would never fill.

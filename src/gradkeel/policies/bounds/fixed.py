@@ -1,4 +1,4 @@
-"""Bounds that remember nothing: constants, schedules, and multiples of what is measured at the same step."""
+"""This module has the bounds that remember nothing: constants, schedules, multiples of what the same step measures."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,13 +24,12 @@ class Constant(HostBound, on_numbers=True):
     lowest: float | None = None
 
     def __post_init__(self) -> None:
-        """Check the limit; two limits need only be in order."""
         super().__post_init__()
         if self.lowest is None:
             positive("Constant", "highest", self.highest)
 
     def at(self, step: int) -> tuple[float, float]:
-        """The two limits."""
+        """Return the two limits."""
         return (-self.highest if self.lowest is None else self.lowest, self.highest)
 
 
@@ -47,7 +46,7 @@ class Schedule(HostBound, on_numbers=True):
     function: Callable[[int], float]
 
     def at(self, step: int) -> tuple[float, float]:
-        """The function's value, checked."""
+        """Return the function's value, checked."""
         limit = positive("Schedule", f"function({step})", self.function(step))
         return (-limit, limit)
 
@@ -63,17 +62,16 @@ class RootMeanSquare(Bound, on_numbers=True):
     highest: float
 
     def __post_init__(self) -> None:
-        """Check the limit."""
         super().__post_init__()
         positive("RootMeanSquare", "highest", self.highest)
 
     def init(self, cells: Cells) -> State:
-        """Nothing is kept; the sizes are brought to the device before the first step."""
+        """Keep nothing, but bring the sizes to the device before the first step."""
         _ = cells.sizes
         return {}
 
     def bound(self, cells: Cells, state: Memory) -> Number:
-        """[k] the largest 2-norm allowed."""
+        """Return [k] the largest 2-norm allowed."""
         return self.highest * sqrt(cells.sizes)
 
 
@@ -91,13 +89,12 @@ class ParameterRatio(Bound, on_numbers=True):
     floor: float = 1e-3
 
     def __post_init__(self) -> None:
-        """Check the arguments."""
         super().__post_init__()
         positive("ParameterRatio", "ratio", self.ratio)
         positive("ParameterRatio", "floor", self.floor)
 
     def bound(self, cells: Cells, state: Memory) -> Number:
-        """[k] the largest gradient norm allowed."""
+        """Return [k] the largest gradient norm allowed."""
         return self.ratio * maximum(cells.weights, self.floor)
 
 
@@ -120,11 +117,10 @@ class Smoothness(Bound, on_numbers=True):
     L1: float
 
     def __post_init__(self) -> None:
-        """Check the arguments."""
         super().__post_init__()
         positive("Smoothness", "L0", self.L0)
         positive("Smoothness", "L1", self.L1)
 
     def bound(self, cells: Cells, state: Memory) -> Number:
-        """[k] the length of the best step."""
+        """Return [k] the length of the best step."""
         return divide(cells.norms, self.L0 + self.L1 * cells.norms)

@@ -34,12 +34,12 @@ class PublishedZScore(Bound, on_numbers=True):
     eps: float = 1e-6
 
     def init(self, cells: Cells) -> State:
-        """Nothing seen."""
+        """Return a state that has seen nothing."""
         zeros = torch.zeros_like(cells.norms)
         return {"seen": zeros.to(torch.int64), "mean": zeros, "variance": zeros}
 
     def bound(self, cells: Cells, state: Memory) -> Number:
-        """[k] inf during the warm-up, then the norm that is left of the one at hand."""
+        """Return [k] inf during the warm-up, then the norm that is left of the one at hand."""
         mean, std = state["mean"], sqrt(state["variance"])
         score = divide(cells.norms - mean, std + self.eps)
         reduced = mean + divide(self.z * std, score / self.z)
@@ -47,7 +47,7 @@ class PublishedZScore(Bound, on_numbers=True):
         return where(state["seen"] >= self.warmup, limit, math.inf)
 
     def update(self, cells: Cells, state: Memory, bound: Number) -> Memory:
-        """The averages with this step's norms, clipped."""
+        """Return the averages with this step's norms, clipped."""
         mean, variance, seen = state["mean"], state["variance"], state["seen"] + 1
         fed = minimum(cells.norms, bound)
         early = mean + (fed - mean) / seen
@@ -81,21 +81,21 @@ class PublishedEma(Bound, on_numbers=True):
     warmup_norm: float
 
     def init(self, cells: Cells) -> State:
-        """Nothing seen."""
+        """Return a state that has seen nothing."""
         return {
             "seen": torch.zeros_like(cells.norms, dtype=torch.int64),
             "gamma": torch.full_like(cells.norms, math.inf),
         }
 
     def bound(self, cells: Cells, state: Memory) -> Number:
-        """[k] what the clip of all cells together leaves of each, during the warm-up; then the multiple of gamma."""
+        """Return [k] what clipping all cells together leaves of each, in the warm-up; then the multiple of gamma."""
         shared = minimum(divide(constant(self.warmup_norm, cells.total), cells.total), 1.0)
         shared = where(cells.total < math.inf, shared, 1.0)
         together = cells.norms * shared
         return where(state["seen"] + 1 < self.warmup, together, self.ratio * state["gamma"])
 
     def update(self, cells: Cells, state: Memory, bound: Number) -> Memory:
-        """Gamma with this step's norms, clipped."""
+        """Return gamma with this step's norms, clipped."""
         gamma, clipped = state["gamma"], minimum(cells.norms, bound)
         warm = state["seen"] + 1 < self.warmup
         late = self.decay * gamma + (1 - self.decay) * clipped

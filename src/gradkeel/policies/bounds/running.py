@@ -31,7 +31,7 @@ from gradkeel.policies.scopes import Cells
 
 
 def share(seen: Number, decay: float, like: Number) -> Number:
-    """[k] weight of the newest of ``seen + 1`` values in their bias-corrected exponential average: 1, then falling.
+    """Return [k] the newest value's weight in the bias-corrected exponential average of ``seen + 1``: 1, then falling.
 
     ``(1 - decay) / (1 - decay^(seen + 1))``: what dividing the average by its own weight comes to.
     """
@@ -41,7 +41,7 @@ def share(seen: Number, decay: float, like: Number) -> Number:
 
 @lru_cache(maxsize=64)
 def limited_variance(z: float) -> float:
-    """Variance of a standard normal value that is limited to +-z: what a variance of limited values is divided by.
+    """Return the variance of a standard normal value limited to +-z, by which a variance of limited values is divided.
 
     Source:
         Huber, "Robust estimation of a location parameter", 1964, proposal 2.
@@ -72,22 +72,21 @@ class Ema(AdaptiveBound, on_numbers=True):
     decay: float = 0.98
 
     def __post_init__(self) -> None:
-        """Check the arguments."""
         super().__post_init__()
         positive("Ema", "ratio", self.ratio)
         between("Ema", "decay", self.decay, 0, 1)
 
     def start(self, cells: Cells) -> State:
-        """No average yet."""
+        """Return no average yet."""
         return {"log_mean": torch.zeros_like(cells.norms)}
 
     def learn(self, cells: Cells, state: Memory, bound: Number) -> Memory:
-        """The average with this step's norms."""
+        """Return the average with this step's norms."""
         mean = state["log_mean"]
         return {"log_mean": mean + (log(cells.norms) - mean) * share(state["seen"], self.decay, mean)}
 
     def estimate(self, cells: Cells, state: Memory) -> Number:
-        """[k] ratio times the geometric mean."""
+        """Return [k] the ratio times the geometric mean."""
         return self.ratio * exp(state["log_mean"])
 
 
@@ -118,17 +117,16 @@ class RunningZScore(AdaptiveBound, on_numbers=True):
     warmup: int = 25
 
     def __post_init__(self) -> None:
-        """Check the arguments."""
         super().__post_init__()
         positive("RunningZScore", "z", self.z)
         between("RunningZScore", "decay", self.decay, 0, 1)
 
     def start(self, cells: Cells) -> State:
-        """No averages yet."""
+        """Return no averages yet."""
         return {"log_mean": torch.zeros_like(cells.norms), "log_variance": torch.zeros_like(cells.norms)}
 
     def learn(self, cells: Cells, state: Memory, bound: Number) -> Memory:
-        """The averages with this step's norms: a weighted form of Welford's update, which cannot go negative."""
+        """Update the averages by a weighted form of Welford's formula, whose variance cannot go negative."""
         mean, variance = state["log_mean"], state["log_variance"]
         weight = share(state["seen"], self.decay, mean)
         delta = log(cells.norms) - mean
@@ -145,7 +143,7 @@ class RunningZScore(AdaptiveBound, on_numbers=True):
         return self.z * maximum(sqrt(state["log_variance"]), LEAST_SPREAD)
 
     def estimate(self, cells: Cells, state: Memory) -> Number:
-        """[k] the bound for these norms."""
+        """Return [k] the bound for these norms."""
         margin = self._margin(state)
         distance = maximum(log(cells.norms) - state["log_mean"], margin)
         return exp(state["log_mean"] + divide(margin * margin, distance))
@@ -175,7 +173,6 @@ class GeometricQuantile(Bound, on_numbers=True):
     initial: float | None = None
 
     def __post_init__(self) -> None:
-        """Check the arguments."""
         super().__post_init__()
         between("GeometricQuantile", "q", self.q, 0, 1)
         positive("GeometricQuantile", "eta", self.eta)
@@ -183,15 +180,15 @@ class GeometricQuantile(Bound, on_numbers=True):
             positive("GeometricQuantile", "initial", self.initial)
 
     def init(self, cells: Cells) -> State:
-        """The first bound; inf where it is not given."""
+        """Return the first bound; inf where it is not given."""
         return {"quantile": torch.full_like(cells.norms, math.inf if self.initial is None else self.initial)}
 
     def bound(self, cells: Cells, state: Memory) -> Number:
-        """[k] the quantile."""
+        """Return [k] the quantile."""
         return state["quantile"]
 
     def update(self, cells: Cells, state: Memory, bound: Number) -> Memory:
-        """The quantile, moved towards this step's norms; the first norm itself."""
+        """Move the quantile towards this step's norms; the first norm becomes the quantile."""
         fallen, risen = (bound * math.exp(self.eta * (self.q - below)) for below in (1, 0))
         moved = where(cells.norms <= bound, fallen, risen)
         return {"quantile": where(bound == math.inf, cells.norms, moved)}

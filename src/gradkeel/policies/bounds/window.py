@@ -1,4 +1,4 @@
-"""The last norms of each cell, as statistics see them: of all cells in tensors, or of one cell in plain numbers."""
+"""This module shows a cell's last norms to statistics: those of all cells in tensors, or of one in plain numbers."""
 
 import math
 from typing import Protocol
@@ -12,33 +12,33 @@ from gradkeel.policies.states import Ring
 
 
 class Window(Protocol):
-    """Numbers that a statistic is taken of."""
+    """A window holds the numbers that a statistic is taken of."""
 
     @property
     def number(self) -> Number:
-        """How many there are."""
+        """The window holds so many numbers."""
 
     def quantile(self, q: float) -> Number:
-        """The q-quantile, interpolated linearly as ``torch.quantile`` and ``numpy.quantile`` do by default.
+        """Return the q-quantile, interpolated linearly as ``torch.quantile`` and ``numpy.quantile`` do by default.
 
-        It is inf where there are none.
+        It is inf for an empty window.
         """
 
     def mean(self) -> Number:
-        """Their mean; 0 where there are none."""
+        """Return the numbers' mean; 0 for an empty window."""
 
     def deviation(self, center: Number) -> Number:
-        """The root of the sum of their squared distances from ``center``."""
+        """Return the root of the sum of the squared distances from ``center``."""
 
     def logs(self) -> "Window":
-        """Their logarithms."""
+        """Return the window of the logarithms."""
 
     def distances(self, center: Number) -> "Window":
-        """Their distances from ``center``."""
+        """Return the window of the distances from ``center``."""
 
 
 def window_of(history: Number, seen: Number) -> Window:
-    """What a ring (a tensor [k, window], or a `Ring`) holds after ``seen`` values."""
+    """Return what a ring (a tensor [k, window], or a `Ring`) holds after ``seen`` values."""
     if isinstance(history, Ring):
         return PlainWindow(history.ordered(min(seen, len(history.values))))
     number = seen.clamp(max=history.shape[1])
@@ -47,20 +47,20 @@ def window_of(history: Number, seen: Number) -> Window:
 
 
 def entered(history: Number, seen: Number, value: Number) -> Number:
-    """The ring with one more value for each cell, at the place ``seen % window``."""
+    """Return the ring with one more value for each cell, at the place ``seen % window``."""
     if isinstance(history, Ring):
         return history.entered(seen, value)
     return history.scatter(1, (seen % history.shape[1]).unsqueeze(1), value.unsqueeze(1))
 
 
 class TensorWindow:
-    """All cells: ``values`` [k, window] count where ``filled`` [k, window]; ``number`` [k]. No host sync."""
+    """The windows of all cells: ``values`` [k, window] count where ``filled``; ``number`` [k]. No host sync."""
 
     def __init__(self, values: Tensor, filled: Tensor, number: Tensor) -> None:
         self.values, self.filled, self.number = values, filled, number
 
     def quantile(self, q: float) -> Tensor:
-        """[k] from the sorted rows."""
+        """Return [k] from the sorted rows."""
         ordered = torch.where(self.filled, self.values, math.inf).sort(dim=1).values
         position = q * (self.number - 1).clamp(min=0).to(ordered.dtype)
         below = position.floor()
@@ -70,30 +70,30 @@ class TensorWindow:
         return torch.where(low == high, low, low + (high - low) * (position - below))
 
     def mean(self) -> Tensor:
-        """[k] of the filled places."""
+        """Return [k] of the filled places."""
         return torch.where(self.filled, self.values, 0.0).sum(1) / self.number.clamp(min=1)
 
     def deviation(self, center: Tensor) -> Tensor:
-        """[k] of the filled places, relative to the largest: its square may be out of range."""
+        """Return [k] of the filled places; the largest is divided out, for its square may be out of range."""
         return combine(torch.where(self.filled, self.distances(center).values, 0.0), 2.0)
 
     def logs(self) -> "TensorWindow":
-        """Zeros, which stand where nothing is filled, are left out."""
+        """Return the logarithms; places that are not filled hold 0, which has none, and count as 1."""
         return TensorWindow(torch.where(self.filled, self.values, 1.0).log(), self.filled, self.number)
 
     def distances(self, center: Tensor) -> "TensorWindow":
-        """From one center for each row."""
+        """Return the distances of each row from its own center."""
         return TensorWindow((self.values - center.unsqueeze(1)).abs(), self.filled, self.number)
 
 
 class PlainWindow:
-    """One cell: a list of plain numbers, ascending."""
+    """The window of one cell: a list of plain numbers, ascending."""
 
     def __init__(self, ordered: list[float]) -> None:
         self.ordered, self.number = ordered, len(ordered)
 
     def quantile(self, q: float) -> float:
-        """From the two places next to it."""
+        """Return it from the two places next to it."""
         if not self.ordered:
             return math.inf
         position = q * (self.number - 1)
@@ -102,18 +102,18 @@ class PlainWindow:
         return low if low == high else low + (high - low) * (position - below)
 
     def mean(self) -> float:
-        """Of all."""
+        """Return the mean of all."""
         return sum(self.ordered) / max(self.number, 1)
 
     def deviation(self, center: float) -> float:
-        """Relative to the largest, as ``math.dist`` does it."""
+        """Return it by ``math.dist``, which divides the largest out."""
         return math.dist(self.ordered, [center] * self.number)
 
     def logs(self) -> "PlainWindow":
-        """Ascending too."""
+        """Return the logarithms, which ascend too."""
         has_zeros = self.ordered and not self.ordered[0] > 0
         return PlainWindow(list(map(log if has_zeros else math.log, self.ordered)))
 
     def distances(self, center: float) -> "PlainWindow":
-        """Sorted anew, which takes little time: they fall and then rise."""
+        """Return the distances, sorted anew, which takes little time: they fall and then rise."""
         return PlainWindow(sorted([abs(value - center) for value in self.ordered]))

@@ -28,7 +28,6 @@ class Windowed(AdaptiveBound):
     window: int = 128
 
     def __post_init__(self) -> None:
-        """Check the arguments."""
         super().__post_init__()
         count(type(self).__name__, "window", self.window, least=2)
         if self.warmup > self.window:
@@ -39,18 +38,18 @@ class Windowed(AdaptiveBound):
 
     @abstractmethod
     def statistic(self, window: Window) -> Number:
-        """[k] the bound that follows from the last norms."""
+        """Return [k] the bound that follows from the last norms."""
 
     def start(self, cells: Cells) -> State:
-        """An empty ring."""
+        """Return an empty ring."""
         return {"history": cells.norms.new_zeros(cells.norms.shape[0], self.window)}
 
     def learn(self, cells: Cells, state: Memory, bound: Number) -> Memory:
-        """The ring with this step's norms."""
+        """Return the ring with this step's norms."""
         return {"history": entered(state["history"], state["seen"], cells.norms)}
 
     def estimate(self, cells: Cells, state: Memory) -> Number:
-        """The statistic of what is filled."""
+        """Return the statistic of the norms seen."""
         return self.statistic(window_of(state["history"], state["seen"]))
 
 
@@ -73,12 +72,11 @@ class Quantile(Windowed, on_numbers=True):
     warmup: int = 50
 
     def __post_init__(self) -> None:
-        """Check the arguments."""
         super().__post_init__()
         between("Quantile", "q", self.q, 0, 1)
 
     def statistic(self, window: Window) -> Number:
-        """[k] the quantile."""
+        """Return [k] the quantile."""
         return window.quantile(self.q)
 
 
@@ -106,13 +104,12 @@ class ZScore(Windowed, on_numbers=True):
     limited: bool = True
 
     def __post_init__(self) -> None:
-        """Check the arguments."""
         super().__post_init__()
         positive("ZScore", "z", self.z)
         count("ZScore", "warmup", self.warmup, least=2)
 
     def learn(self, cells: Cells, state: Memory, bound: Number) -> Memory:
-        """The ring with this step's norms, limited."""
+        """Return the ring with this step's norms, limited."""
         norms = cells.norms
         if self.limited:
             mean, std = self._moments(window_of(state["history"], state["seen"]))
@@ -121,7 +118,7 @@ class ZScore(Windowed, on_numbers=True):
         return {"history": entered(state["history"], state["seen"], norms)}
 
     def statistic(self, window: Window) -> Number:
-        """[k] mean + z std."""
+        """Return [k] mean + z std."""
         mean, std = self._moments(window)
         return mean + self.z * std
 
@@ -151,12 +148,11 @@ class RobustZScore(Windowed, on_numbers=True):
     warmup: int = 32
 
     def __post_init__(self) -> None:
-        """Check the arguments."""
         super().__post_init__()
         positive("RobustZScore", "z", self.z)
 
     def statistic(self, window: Window) -> Number:
-        """[k] exp(median + z std), std estimated by the MAD."""
+        """Return [k] exp(median + z std), std estimated by the MAD."""
         logs = window.logs()
         median = logs.quantile(0.5)
         deviation = logs.distances(median).quantile(0.5)

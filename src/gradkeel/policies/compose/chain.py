@@ -71,7 +71,7 @@ class Chain(Composite):
 
     @cached_property
     def needs(self) -> Needs:
-        """What any stage needs."""
+        """It needs what any stage needs."""
         return union("Chain", self.stages)
 
     @property
@@ -80,7 +80,7 @@ class Chain(Composite):
         return "+".join(nested(stage) for stage in self.stages)
 
     def init(self, norms: GradientNorms) -> State:
-        """States of the stages, under ``0.``, ``1.``, ..."""
+        """Return the states of the stages, under ``0.``, ``1.``, ..."""
         return JoinedState({str(i): stage.init(norms) for i, stage in enumerate(self.stages)})
 
     def decide(self, norms: GradientNorms, state: State) -> tuple[Decision, State]:
@@ -93,7 +93,6 @@ class Chain(Composite):
         return total, JoinedState(states)
 
     def __repr__(self) -> str:
-        """Call that makes this policy."""
         return f"Chain({', '.join(brief(stage) for stage in self.stages)})"
 
 
@@ -135,14 +134,13 @@ class Warmup(Composite):
     after: Policy | None
 
     def __post_init__(self) -> None:
-        """Check the arguments."""
         count("Warmup", "steps", self.steps)
         check_policies("Warmup", [policy for policy in (self.before, self.after) if policy is not None])
         union("Warmup", (self.before, self.after))
 
     @cached_property
     def needs(self) -> Needs:
-        """What either needs."""
+        """It needs what either needs."""
         return union("Warmup", (self.before, self.after))
 
     @property
@@ -151,12 +149,12 @@ class Warmup(Composite):
         return f"warmup:{self.steps}/{nested(self.before)}/{nested(self.after)}"
 
     def init(self, norms: GradientNorms) -> State:
-        """States of both, under ``before.`` and ``after.``."""
+        """Return the states of both, under ``before.`` and ``after.``."""
         parts = {"before": self.before, "after": self.after}
         return JoinedState({key: policy.init(norms) for key, policy in parts.items() if policy is not None})
 
     def decide(self, norms: GradientNorms, state: State) -> tuple[Decision, State]:
-        """What the policy in force decides; the second one learns in any case."""
+        """Let the policy in force decide; the second one learns in any case."""
         is_early = norms.step <= self.steps
         decision, states = Decision(), {"before": part(state, "before"), "after": part(state, "after")}
         if self.after is not None:
@@ -168,7 +166,6 @@ class Warmup(Composite):
         return decision, JoinedState(states)
 
     def __repr__(self) -> str:
-        """Call that makes this policy."""
         return f"Warmup({self.steps}, {brief(self.before)}, {brief(self.after)})"
 
 

@@ -75,7 +75,7 @@ class PerGroup(Composite):
 
     @cached_property
     def needs(self) -> Needs:
-        """What any of them needs."""
+        """It needs what any of them needs."""
         return union("PerGroup", self.policies)
 
     @property
@@ -84,7 +84,7 @@ class PerGroup(Composite):
         return f"per-group:{'/'.join(nested(policy) for policy in self.policies)}"
 
     def init(self, norms: GradientNorms) -> State:
-        """States of the policies, under ``0.``, ``1.``, ..."""
+        """Return the states of the policies, under ``0.``, ``1.``, ..."""
         return JoinedState(
             {str(g): policy.init(subset(norms, rows)) for g, policy, rows in self._members(norms)}
         )
@@ -109,12 +109,11 @@ class PerGroup(Composite):
         return [(g, policy, rows) for g, rows in found if (policy := self.policies[g]) is not None]
 
     def __repr__(self) -> str:
-        """Call that makes this policy."""
         return f"PerGroup({', '.join(brief(policy) for policy in self.policies)})"
 
 
 def subset(norms: GradientNorms, rows: tuple[int, ...]) -> GradientNorms:
-    """The norms of some of the parameters, as if there were no others."""
+    """Return the norms of some of the parameters, as if there were no others."""
     own = take(norms.norms, rows)
     unit_rows = _unit_rows(norms, rows)
     return replace(
@@ -136,7 +135,7 @@ def subset(norms: GradientNorms, rows: tuple[int, ...]) -> GradientNorms:
 def _assembled(
     norms: GradientNorms, members: Sequence[tuple[int, ...]], decisions: Sequence[Decision]
 ) -> Decision:
-    """One decision for all parameters from the decisions for some of them; the others are left alone."""
+    """Make one decision for all parameters from decisions for some of them; the others are left alone."""
     result = Decision()
     for rows, decision in zip(members, decisions, strict=True):
         columns = _unit_rows(norms, rows)

@@ -259,7 +259,6 @@ class AdaGC(NamedPolicy):
     reference: bool = False
 
     def __post_init__(self) -> None:
-        """Check the arguments."""
         count("AdaGC", "warmup", self.warmup, least=2)
         positive("AdaGC", "warmup_norm", self.warmup_norm)
         super().__post_init__()

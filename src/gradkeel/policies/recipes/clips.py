@@ -46,7 +46,6 @@ class ClipByValue(NamedPolicy):
     min: float | None = None
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         if self.min is None:
             positive("ClipByValue", "max", self.max)
             return
@@ -103,7 +102,6 @@ class ClipByNorm(NamedPolicy):
     max_norm: float
 
     def __post_init__(self) -> None:
-        """Check the bound."""
         positive("ClipByNorm", "max_norm", self.max_norm)
 
     @property
@@ -148,7 +146,6 @@ class ClipByGlobalNorm(NamedPolicy):
     eps: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check the arguments."""
         positive("ClipByGlobalNorm", "max_norm", self.max_norm)
         if str(self.norm_type) == "inf":  # the word stands for it in torch's functions
             object.__setattr__(self, "norm_type", math.inf)
@@ -233,7 +230,6 @@ class BlockRms(NamedPolicy):
     max_rms: float
 
     def __post_init__(self) -> None:
-        """Check the bound."""
         positive("BlockRms", "max_rms", self.max_rms)
 
     @property

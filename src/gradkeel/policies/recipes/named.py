@@ -32,7 +32,6 @@ class NamedPolicy(Policy):
         return self.parts
 
     def __post_init__(self) -> None:
-        """Check the parameters, by making the parts."""
         try:
             _ = self._parts
         except (TypeError, ValueError) as error:
@@ -41,15 +40,15 @@ class NamedPolicy(Policy):
 
     @property
     def needs(self) -> Needs:
-        """What the parts need."""
+        """It needs what its parts need."""
         return self._parts.needs
 
     def init(self, norms: GradientNorms) -> State:
-        """State of the parts."""
+        """Return the state of the parts."""
         return self._parts.init(norms)
 
     def decide(self, norms: GradientNorms, state: State) -> tuple[Decision, State]:
-        """What the parts decide."""
+        """Let the parts decide."""
         return self._parts.decide(norms, state)
 
     @property
@@ -62,7 +61,7 @@ class NamedPolicy(Policy):
         return f"{self.spec_name}:{','.join(words)}" if words else self.spec_name
 
     def __repr__(self) -> str:
-        """Call that makes this policy, and what it bounds, as a comment."""
+        """Show the call that makes this policy, and what it bounds, as a comment."""
         words = f"  # {SCOPE_WORDS[self._parts.scope]}" if isinstance(self._parts, Clip) else ""
         return f"{self._call()}{words}"
 
@@ -70,7 +69,7 @@ class NamedPolicy(Policy):
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value, _ in self._given())})"
 
     def _given(self) -> list[tuple[str, object, bool]]:
-        """Name and value of the parameters that are required or not at their defaults, and whether required."""
+        """Return name and value of the parameters that are required or not at their defaults, and whether required."""
         return [
             (
                 field.name,
@@ -83,6 +82,6 @@ class NamedPolicy(Policy):
 
 
 def _as_declared(value: object, kind: Any) -> object:
-    """A number as it is written where a float is declared: 1 and 1.0, which are equal, in the same way."""
+    """Write a number as where a float is declared: 1 and 1.0, which are equal, in the same way."""
     is_float = float in (get_args(kind) or (kind,)) and isinstance(value, Real)
     return float(value) if is_float else value  # type: ignore[arg-type]  # a Real

@@ -29,20 +29,20 @@ class SkipOnLoss(Policy):
 
     @property
     def needs(self) -> Needs:
-        """The loss, and nothing of gradients."""
+        """It needs the loss, and nothing of gradients."""
         return Needs(loss=True)
 
     @property
     def spec(self) -> str:
-        """Raises: it is a part of `SkipStep`, which can be written as a string."""
+        """Raise: it is a part of `SkipStep`, which can be written as a string."""
         raise TypeError(f"{self!r} cannot be written as a spec string; use SkipStep")
 
     def init(self, norms: GradientNorms) -> State:
-        """State of the bound."""
+        """Return the bound's state."""
         return self.bound.init(Cells(norms, "global"))
 
     def decide(self, norms: GradientNorms, state: State) -> tuple[Decision, State]:
-        """Whether to skip."""
+        """Decide whether to skip."""
         if norms.loss is None:
             return Decision(), state
         plain = plain_loss(norms, norms.loss) if self.bound.on_numbers else ()
@@ -99,7 +99,6 @@ class SkipStep(NamedPolicy):
     reference: bool = False
 
     def __post_init__(self) -> None:
-        """Check the arguments."""
         positive("SkipStep", "sigma", self.sigma)
         super().__post_init__()
 

@@ -45,7 +45,6 @@ class SmoothClip(NamedPolicy):
     scope: Scope = "global"
 
     def __post_init__(self) -> None:
-        """Check the arguments."""
         positive("SmoothClip", "max_norm", self.max_norm)
         super().__post_init__()
 
@@ -89,7 +88,6 @@ class Normalize(NamedPolicy):
     scope: Scope = "global"
 
     def __post_init__(self) -> None:
-        """Check the arguments."""
         positive("Normalize", "norm", self.norm)
         super().__post_init__()
 

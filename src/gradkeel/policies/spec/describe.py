@@ -83,12 +83,12 @@ def _spec(name: str, parameters: tuple[ParameterDescription, ...]) -> str:
 
 
 def descriptions() -> tuple[PolicyDescription, ...]:
-    """Every policy that has a name, in the order in which they are listed."""
+    """Describe every policy that has a name, in the order in which they are listed."""
     return tuple(describe(policy) for policy in (*REGISTRY.values(), *COMPOSITES.values()))
 
 
 def _sections(text: str) -> dict[str, str]:
-    """The docstring's sections by title; what stands before the first has the title ''."""
+    """Return the docstring's sections by title; what stands before the first has the title ''."""
     found = {"": ""}
     title = ""
     for line in text.splitlines():

@@ -128,7 +128,7 @@ def _some(spec: str, text: str) -> Policy:
 
 
 def _split(spec: str, text: str, separator: str) -> list[str]:
-    """Parts of ``text`` between separators that stand outside parentheses; the + of 1e+5 is none."""
+    """Split ``text`` at separators outside of parentheses; the + of 1e+5 is none."""
     parts, depth, start = [], 0, 0
     for i, character in enumerate(text):
         depth += (character == "(") - (character == ")")
