@@ -189,7 +189,7 @@ def wrong_norms(monkeypatch):
 
 
 def wrong_scaling(monkeypatch):
-    def scale_naively(parameters, factor):
+    def scale_naively(parameters, factor, *_):
         for parameter in parameters:
             parameter.grad[5:] *= factor
 

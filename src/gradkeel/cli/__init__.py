@@ -9,10 +9,13 @@ def main() -> None:
         import rich  # noqa: F401 - asked for here, so that every command can rely on it
         import typer  # noqa: F401
     except ImportError as error:
-        print(
-            f"gradkeel's commands need {error.name}, which is not installed; run: pip install 'gradkeel[cli,report]'",
-            file=sys.stderr,
+        from gradkeel.language import say, shown
+
+        told = say(
+            "gradkeel's commands need {name}, which is not installed; run: pip install 'gradkeel[cli,report]'",
+            name=error.name,
         )
+        print(shown(told), file=sys.stderr)
         sys.exit(2)
     from gradkeel.cli.app import app
 
