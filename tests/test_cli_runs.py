@@ -1,6 +1,7 @@
 """explain, report, replay and export on the command line."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -111,6 +112,24 @@ def test_report_beside_the_record_and_elsewhere(run, tmp_path):
         call("report", run, "-o", tmp_path / "page.html").stdout.strip() == f"Wrote {tmp_path / 'page.html'}"
     )
     assert (tmp_path / "page.html").exists()
+
+
+def test_report_of_several_and_with_a_shared_script(run, tmp_path):
+    pytest.importorskip("plotly", reason="pages with figures need the extra report")
+    other = tmp_path / "other.keel"
+    shutil.copy(run, other)
+    result = call("report", run, other, "--no-inline", "-o", tmp_path / "page.html")
+    assert result.exit_code == 0, result.output
+    (script,) = tmp_path.glob("plotly-*.min.js")
+    assert result.stdout.strip() == f"Wrote {tmp_path / 'page.html'}, which needs {script.name} beside it"
+    text = (tmp_path / "page.html").read_text()
+    assert f'<script src="{script.name}"></script>' in text
+    assert f"<dt>{run.stem}</dt>" in text
+    assert "<dt>other</dt>" in text
+    for wrong, words in (([run, run], "given twice"), ([run, other, "--watch"], "it shows one record")):
+        result = call("report", *wrong)
+        assert result.exit_code == 2
+        assert words in result.output
 
 
 def test_report_without_plotly(run, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import venv
 import zipfile
@@ -22,6 +23,7 @@ EXTRAS = {
     "accelerate",
     "lightning",
     "matplotlib",
+    "mlflow",
     "plotly",
     "pyarrow",
     "pytorch_lightning",
@@ -121,12 +123,25 @@ def test_wheel_holds_the_types_marker_the_version_and_the_license(wheel):
         (metadata,) = [name for name in names if name.endswith(".dist-info/METADATA")]
         lines = archive.read(metadata).decode().splitlines()
     assert "gradkeel/py.typed" in names
+    assert "gradkeel/page/rows.js" in names
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     assert f"Version: {gradkeel.__version__}" in lines
     assert [line for line in lines if line.startswith("Requires-Dist") and "extra ==" not in line] == [
         "Requires-Dist: torch>=2.6"
     ]
     assert not [name for name in names if not name.startswith(("gradkeel/", "gradkeel-"))]
+
+
+def test_sdist_holds_what_git_does(tmp_path):
+    known = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=False)
+    if known.returncode:
+        pytest.skip("no git, or no clone")
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path, ROOT)
+    (built,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(built) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    files = {name for name in known.stdout.splitlines() if (ROOT / name).exists()}
+    assert {name for name in files - names if not name.startswith(".")} == set()
 
 
 def test_wheel_guards_an_optimizer_with_torch_alone(python_with_torch_alone):
@@ -147,7 +162,7 @@ def test_every_extra_is_watched():
     requirement = re.compile(r"[A-Za-z0-9_-]+")
     extras = PROJECT["optional-dependencies"]
     named = {
-        requirement.match(text)[0].replace("scikit-learn", "sklearn")
+        requirement.match(text)[0].replace("scikit-learn", "sklearn").removesuffix("-skinny")
         for extra, texts in extras.items()
         if extra not in ("all", "dev")
         for text in texts

@@ -36,3 +36,16 @@ def test_norms_loss_and_parameters_over_the_same_steps(tmp_path, losses):
 def test_a_record_that_is_not_there(tmp_path):
     with pytest.raises(RecordError, match="there is no record"):
         gk.plot(tmp_path / "run.keel")
+
+
+def test_it_is_shown_without_plotlys_own_buttons(tmp_path, monkeypatch):
+    import plotly.io
+
+    shown = []
+    monkeypatch.setattr(plotly.io, "show", lambda figure, **settings: shown.append(settings["config"]))
+    scripted_run(tmp_path / "run.keel", [[3.0, 4.0]])
+    figure = gk.plot(tmp_path / "run.keel")
+    figure.show()
+    figure.show(config={})
+    figure._ipython_display_()
+    assert [config.get("displaylogo") for config in shown] == [False, None, False]

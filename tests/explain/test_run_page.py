@@ -15,9 +15,11 @@ from torch import nn
 pytest.importorskip("plotly", reason="pages with figures need the extra report")
 
 import gradkeel as gk
-from gradkeel.explain.run_page import COLUMNS, run_page
+from gradkeel.explain.run_page import COLUMNS, _scalar, _updates, run_page
+from gradkeel.explain.runs_page import runs_page
 from gradkeel.explain.watch import address, make_server
 from gradkeel.record import Reader, Recorder
+from scripted import scripted_run
 
 EVIL = "<img src=x onerror='evil=1'>"
 FAULT, LAYER = 90, "layers.2.weight"
@@ -370,3 +372,142 @@ def test_a_zoom_moves_every_figure_and_outlives_new_steps_without_a_reload(brows
     assert browser.execute_script(SPAN) == spans
     browser.get("about:blank")  # no more questions to a server that has gone
     browser.get_log("browser")
+
+
+@pytest.fixture
+def opened(browser, tmp_path):
+    """A page in the browser, with what it complained of."""
+
+    def open_page(html, width=1280, scheme="light"):
+        (tmp_path / "page.html").write_text(html, encoding="utf-8")
+        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        browser.get_log("browser")
+        browser.get((tmp_path / "page.html").as_uri())
+        return browser
+
+    yield open_page
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+LAYERS = 120
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """The page of a run with more than a thousand parameters, whose norms are known."""
+    layer = {"attention.weight": 3.0, "attention.bias": 4.0, "mlp.weight": 1.0, "mlp.bias": 0.0}
+    names = [f"blocks.{i}.{part}{k}" for i in range(LAYERS) for part in layer for k in ("", "2", "3")]
+    norms = [norm if not k else 0.0 for _ in range(LAYERS) for norm in layer.values() for k in ("", "2", "3")]
+    steps = [[norm * (2.0 if step == 20 else 1.0) for norm in norms] for step in range(30)]
+    path = scripted_run(tmp_path_factory.mktemp("large") / "run.keel", steps, names=names)
+    with Reader(path) as run:
+        return run_page(run)
+
+
+ROWS = """const plot = document.querySelector('#every-parameter .js-plotly-plot');
+    const { y, z, customdata } = plot.data[0]; """
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_a_thousand_parameters_are_rows_of_modules_that_open(opened, large, width, scheme):
+    page = opened(large, width, scheme)
+    names, values = page.execute_script(ROWS + "return [y, customdata.map((row) => row[0])]")
+    assert len(names) == 1  # 120 would not fit
+    assert names == ["blocks"]
+    assert values[0] == pytest.approx(
+        math.sqrt(LAYERS * 26), rel=1e-4
+    )  # numbers on the page have five digits
+    page.execute_script("const s = document.querySelector('.rows select'); s.value = 2; s.onchange();")
+    names, values = page.execute_script(ROWS + "return [y, customdata.map((row) => row[0])]")
+    assert names == [f"blocks.{i}" for i in range(LAYERS)]
+    assert values == pytest.approx([math.sqrt(26)] * LAYERS, rel=1e-4)
+    page.execute_script(ROWS + "plot.emit('plotly_click', { points: [{ curveNumber: 0, y: 'blocks.7' }] })")
+    names, values = page.execute_script(ROWS + "return [y, customdata.map((row) => row[0])]")
+    assert len(names) == LAYERS + 1
+    assert names[7:9] == ["blocks.7.attention", "blocks.7.mlp"]
+    assert values[7:9] == pytest.approx([5.0, 1.0])
+    assert page.execute_script("return document.documentElement.scrollWidth") <= width
+    assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+def test_a_filter_and_each_row_by_its_own_median(opened, large):
+    page = opened(large)
+    search = (
+        "const f = document.querySelector('.rows input[type=search]'); f.value = arguments[0]; f.oninput();"
+    )
+    page.execute_script(search, "blocks.11.*.weight")
+    assert page.execute_script(ROWS + "return y") == ["blocks.11.attention.weight", "blocks.11.mlp.weight"]
+    page.execute_script(search, "S.11.MLP")
+    assert len(page.execute_script(ROWS + "return y")) == 6
+    page.execute_script(
+        "const c = document.querySelector('.rows input[type=checkbox]'); c.checked = true; c.onchange();"
+    )
+    relative = page.execute_script(ROWS + "return z[0]")
+    assert relative == pytest.approx([math.log10(2.0) if step == 20 else 0.0 for step in range(30)])
+    page.execute_script(search, "nothing [such")
+    assert page.execute_script(ROWS + "return y") == []
+    assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+def test_figures_over_the_steps_stand_under_each_other(opened, html):
+    page = opened(html)
+    time.sleep(0.5)
+    edges = page.execute_script(
+        """return plots.filter((plot) => plot.layout.meta === "step").map((plot) => {
+             const { l, w } = plot._fullLayout._size; return [Math.round(l), Math.round(w)]; })"""
+    )
+    assert len(edges) > 4
+    assert len(set(map(tuple, edges))) == 1
+
+
+def test_samples_are_points_and_a_number_that_is_zero_is_drawn(tmp_path):
+    with Reader(train(tmp_path / "run.keel", steps=150)) as run:
+        (section,) = _updates(run, [])
+    assert {trace.mode for trace in section.figure.data} == {"markers"}
+    assert len(section.figure.data[0].x) < 150  # those that were measured
+    scripted_run(tmp_path / "zero.keel", [[1.0]] * 3, losses=[0.0, 1.0, 2.0])
+    with Reader(tmp_path / "zero.keel") as run:
+        (section,) = _scalar(run, run.steps(), [], "loss", "Loss", "#d98c21")
+    assert section.figure.layout.yaxis.type == "linear"
+    assert list(section.figure.data[0].y) == [0.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "dark"), (390, "light")])
+def test_several_runs_over_each_other(opened, tmp_path, width, scheme):
+    train(tmp_path / "long.keel", steps=150)
+    train(tmp_path / "short.keel", steps=80)
+    with Reader(tmp_path / "long.keel") as one, Reader(tmp_path / "short.keel") as other:
+        html = runs_page([one, other])
+        losses = one.losses()
+    plain = outside_scripts(html)
+    assert (
+        plain.index("<dt>long</dt>") < plain.index("<dt>short</dt>") < plain.index("<td>global-norm:0.7</td>")
+    )
+    page = opened(html, width, scheme)
+    lines = page.execute_script(
+        "return Object.fromEntries(plots.map("
+        "(p) => [p.closest('section').id, p.data.map((t) => [t.name, t.x.length])]))"
+    )
+    assert set(lines) == {"loss", "gradient-norm", "coefficient", "learning-rate"}
+    assert all(line == [["long", 150], ["short", 80]] for line in lines.values())
+    assert page.execute_script("return plots[0].data[0].y") == pytest.approx(losses.tolist(), rel=1e-5)
+    assert page.execute_script("return document.documentElement.scrollWidth") <= width
+    assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+def test_a_page_with_the_script_beside_it(browser, tmp_path):
+    from gradkeel.page.page import write_script
+
+    train(tmp_path / "run.keel", steps=20)
+    name = write_script(tmp_path)
+    with Reader(tmp_path / "run.keel") as run:
+        html = run_page(run, script=name)
+    assert len(html) < 300_000
+    (tmp_path / "run.html").write_text(html, encoding="utf-8")
+    browser.get((tmp_path / "run.html").as_uri())
+    wait_for(browser, "document.querySelectorAll('.js-plotly-plot .main-svg').length > 3")
+    assert write_script(tmp_path) == name

@@ -229,10 +229,12 @@ def test_training_twice_keeps_the_first_record(tmp_path):
 
 def test_auto_find_batch_size_tries_again(tmp_path):
     """F2: AttachError, or no record any more."""
+    failed = []
 
     class Small(transformers.Trainer):
         def training_step(self, model, inputs, *others):
             if self.state.global_step == 2 and len(inputs["input_ids"]) > 2:
+                failed.append(len(inputs["input_ids"]))
                 raise RuntimeError("CUDA out of memory. Tried to allocate 1 EiB")
             return super().training_step(model, inputs, *others)
 
@@ -247,7 +249,8 @@ def test_auto_find_batch_size_tries_again(tmp_path):
     assert callback.guard.step == 4
     assert callback.guard.report.stepped
     assert read(tmp_path / "run.keel")[0] == [1, 2, 3, 4]
-    assert read(tmp_path / "run.keel", superseded=True)[0] == [1, 2] * 2  # with 4 and 3 items
+    assert read(tmp_path / "run.keel", superseded=True)[0] == [1, 2] * len(failed)
+    assert failed in ([4], [4, 3])  # an old accelerate halves the batch
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -280,7 +283,7 @@ def test_the_trainers_logs_tell_of_the_guard_and_the_record_of_the_loss(tmp_path
             coefficients.tolist(), rel=1e-6
         )
         assert [(entry["clipped_share"], entry["skipped_steps"]) for entry in entries] == [(1.0, 0.0)] * 4
-    assert [entry["loss"] for entry in logs] == pytest.approx(losses.tolist(), rel=1e-5)
+    assert [entry["loss"] for entry in logs] == pytest.approx(losses.tolist(), abs=5e-5)  # old ones round
     assert "training_step" not in vars(trainer)
 
 

@@ -6,8 +6,9 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 
 import torch
 
@@ -107,15 +108,17 @@ def _in_workers(
     spawn = multiprocessing.get_context("spawn")
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_start_worker, initargs=(plan, records))
+    finished: SimpleQueue[Future[Run]] = SimpleQueue()
     complete = False
     try:
         with _ctrl_c_left_to_parent():
             futures: dict[Future[Run], int] = {pool.submit(_work, trial): i for i, trial in enumerate(trials)}
-        waiting = set(futures)
-        while waiting:
-            finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in finished:
-                yield futures[future], future.result()
+            for future in futures:
+                future.add_done_callback(finished.put)
+        # Not by `wait`: it holds every future's lock, and Ctrl-C in the midst of that would leave them held for ever.
+        for _ in futures:
+            future = finished.get()
+            yield futures[future], future.result()
         complete = True
     finally:
         pool.shutdown(wait=complete, cancel_futures=True)

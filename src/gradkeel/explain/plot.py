@@ -9,6 +9,7 @@ from gradkeel.errors import RecordError
 from gradkeel.explain.run_figures import BLUE, GREEN, ORANGE, Trace, heat_map, traces
 from gradkeel.language import say, shown
 from gradkeel.page.figures import _plotly
+from gradkeel.page.page import CONFIG
 from gradkeel.record import Reader, bucket, bucket_norms
 
 _COLUMNS = 400
@@ -52,7 +53,13 @@ def plot(run: str | os.PathLike[str] | Reader) -> Any:
         (say("every parameter"), heat_map(run.names, norms, torch.zeros(len(norms.first), dtype=torch.bool)))
     )
     titles = [shown(title) for title, _ in parts]
-    whole = make_subplots(rows=len(parts), shared_xaxes=True, vertical_spacing=0.06, subplot_titles=titles)
+    whole = make_subplots(
+        rows=len(parts),
+        shared_xaxes=True,
+        vertical_spacing=0.06,
+        subplot_titles=titles,
+        figure=_without_logo(),
+    )
     for row, (_, part) in enumerate(parts, start=1):
         for trace in part.data:
             whole.add_trace(trace, row=row, col=1)
@@ -65,3 +72,16 @@ def plot(run: str | os.PathLike[str] | Reader) -> Any:
     return whole.update_layout(
         height=260 * len(parts), title=shown(told), legend={"orientation": "h", "y": -0.08}
     )
+
+
+def _without_logo() -> Any:
+    """A figure that is shown without plotly's own buttons, which is for whoever shows it to say, not for a figure."""
+
+    class Figure(_plotly().Figure):  # type: ignore[misc]  # plotly ships no types
+        def show(self, *arguments: Any, **settings: Any) -> Any:
+            return super().show(*arguments, **{"config": CONFIG, **settings})
+
+        def _ipython_display_(self) -> None:
+            self.show()
+
+    return Figure()

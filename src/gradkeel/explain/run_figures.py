@@ -29,12 +29,14 @@ class Trace:
         buckets: [c] each.
         color: of line and shade.
         dash: plotly's name of the line's dashes.
+        sampled: that only some steps were measured, which are drawn as points.
     """
 
     name: str
     buckets: Buckets
     color: str
     dash: str = "solid"
+    sampled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ def traces(
     *,
     y_title: str,
     y_range: tuple[float, float] | None = None,
+    logarithmic: bool = True,
     marks: Sequence[Mark] = (),
     strips: Sequence[tuple[str, Tensor, str]] = (),
 ) -> Any:
@@ -58,8 +61,9 @@ def traces(
 
     Args:
         lines: drawn in order; the first one's steps are those of the strips.
-        y_title: of the y axis, which is logarithmic where all values are above zero.
+        y_title: of the y axis.
         y_range: of a linear axis instead.
+        logarithmic: False for a linear axis, which it is wherever a value is below zero.
         marks: at steps.
         strips: name, share of the steps in each bucket [c], and color of what is marked under the traces.
     """
@@ -76,7 +80,7 @@ def traces(
     values = torch.cat([values for line in lines for values in (line.buckets.low, line.buckets.high)])
     values = values[torch.isfinite(values)]
     _style(figure, say("step"), y_title, values.tolist())
-    if y_range is not None or bool((values < 0).any()):
+    if y_range is not None or not logarithmic or bool((values < 0).any()):
         figure.update_yaxes(type="linear", dtick=None, range=y_range, row=1)
     if strips:
         _strips(figure, lines[0].buckets, strips)
@@ -93,9 +97,10 @@ def traces(
 
 def _line(figure: Any, line: Trace) -> None:
     buckets, name = line.buckets, _escaped(line.name)
+    few = "lines+markers" if len(buckets.first) <= FEW else "lines"
     figure.add_scatter(
         x=_listed(buckets.first), y=_numbers(buckets.median), name=name, legendgroup=name,
-        mode="lines+markers" if len(buckets.first) <= FEW else "lines",
+        mode="markers" if line.sampled else few, marker={"color": line.color, "size": 5 if line.sampled else 6},
         line={"color": line.color, "width": 1.6, "dash": line.dash}, customdata=_exact(buckets),
         hovertemplate=hover(name, "%{customdata}"), row=1, col=1,
     )  # fmt: skip
@@ -134,7 +139,15 @@ def _strips(figure: Any, buckets: Buckets, strips: Sequence[tuple[str, Tensor, s
     figure.update_xaxes(row=2, col=1, showgrid=False)
 
 
-def heat_map(names: Sequence[str], buckets: Buckets, nonfinite: Tensor, *, marks: Sequence[Mark] = ()) -> Any:
+def heat_map(
+    names: Sequence[str],
+    buckets: Buckets,
+    nonfinite: Tensor,
+    *,
+    marks: Sequence[Mark] = (),
+    norm_type: float = 2.0,
+    onset: str | None = None,
+) -> Any:
     """A plotly figure of every parameter's norm over the steps: parameters in their order, color the log of the norm.
 
     Args:
@@ -142,9 +155,15 @@ def heat_map(names: Sequence[str], buckets: Buckets, nonfinite: Tensor, *, marks
         buckets: [c, n] norms; the highest of each bucket is shown, for one step is enough to blow a run up.
         nonfinite: [c] bool: buckets with a gradient that was not finite.
         marks: at steps.
+        norm_type: of the norms, for those of whole modules, which the page's script puts together.
+        onset: a parameter that is shown by itself where modules are shown.
     """
     figure = _plotly().Figure()
     high = buckets.high.T
+    controls = (
+        say("filter: mlp or *.bias"), say("every parameter"), say("modules, {depth} deep", depth="#"),
+        say("each row by its own median"),
+    )  # fmt: skip
     if bool(nonfinite.any()):
         not_finite = shown(say("not finite"))
         names = [not_finite, *names]
@@ -159,6 +178,10 @@ def heat_map(names: Sequence[str], buckets: Buckets, nonfinite: Tensor, *, marks
     figure.add_heatmap(
         x=_listed(buckets.first), y=rows, z=[_numbers(row, 4) for row in logs], zmin=low, zmax=top,
         colorscale=HOTTEST, colorbar=_colorbar(low, top), hoverongaps=False,
+        meta={
+            "power": norm_type if math.isfinite(norm_type) else None, "onset": onset,
+            "marked": bool(nonfinite.any()), "words": list(map(shown, controls)),
+        },
         customdata=[_numbers(row, 5) for row in high],
         hovertemplate=hover("<b>%{y}</b>", say("{when}: {norm}", when=when, norm="%{customdata}")),
     )  # fmt: skip

@@ -10,6 +10,7 @@ from gradkeel.explain import Explanation, explain, words
 from gradkeel.explain.readable import readable
 from gradkeel.explain.run_figures import (
     BLUE,
+    FEW,
     GREEN,
     GREY,
     ORANGE,
@@ -29,11 +30,12 @@ COLUMNS = 600
 _MOST_CELLS = 120_000  # of the heat map: some 3 MB of page
 
 
-def run_page(reader: Reader) -> str:
+def run_page(reader: Reader, *, script: str | None = None) -> str:
     """The page of a record, as HTML that needs nothing else.
 
     Args:
         reader: an open record with at least one step.
+        script: as in `gradkeel.page.page.page`.
 
     Raises:
         RecordError: it holds no steps yet.
@@ -46,7 +48,7 @@ def run_page(reader: Reader) -> str:
         Section(say("Autopsy of step {step}", step=one.step), one.words(), Table(*words.experiments(one)))
         for one in explanation.autopsies
     ]
-    sections += [_norm(reader, steps, marks), _heat(reader, steps, marks), *_spread(explanation)]
+    sections += [_norm(reader, steps, marks), _heat(reader, steps, marks, explanation), *_spread(explanation)]
     sections += _loss(reader, steps, marks)
     sections += _coefficient(reader, steps, marks)
     sections += _updates(reader, marks)
@@ -56,7 +58,7 @@ def run_page(reader: Reader) -> str:
             sections += _scalar(reader, steps, marks, name, name, BLUE)
     sections += _threshold(reader, explanation)
     title = say("Run {name}", name=reader.path.name)
-    return page(title, _subtitle(reader, explanation), _lines(explanation), sections)
+    return page(title, _subtitle(reader, explanation), _lines(explanation), sections, script=script)
 
 
 def _subtitle(reader: Reader, explanation: Explanation) -> str:
@@ -157,7 +159,7 @@ def _shares(happened: Tensor) -> Tensor:
     return torch.stack([part.double().mean() for part in happened.split(width)])
 
 
-def _heat(reader: Reader, steps: Tensor, marks: list[Mark]) -> Section:
+def _heat(reader: Reader, steps: Tensor, marks: list[Mark], explanation: Explanation) -> Section:
     columns = max(40, min(COLUMNS, _MOST_CELLS // max(1, len(reader.names))))
     buckets = bucket_norms(reader, columns)
     bad = steps[reader.nonfinite()]
@@ -174,9 +176,14 @@ def _heat(reader: Reader, steps: Tensor, marks: list[Mark]) -> Section:
     width = int(buckets.last[0] - buckets.first[0]) + 1
     if width > 1:
         told.append(say("Each cell is the highest norm of {width} steps.", width=width))
-    return Section(
-        say("Every parameter"), join(told), figure=heat_map(reader.names, buckets, touched, marks=marks)
-    )
+    if len(reader.names) > 1:
+        told.append(say("A row marked ▸ is a whole module; click on it to see what is in it."))
+    where = explanation.explosion.spread
+    figure = heat_map(
+        reader.names, buckets, touched, marks=marks, norm_type=reader.norm_type,
+        onset=where[0].parameter if where else None,
+    )  # fmt: skip
+    return Section(say("Every parameter"), join(told), figure=figure)
 
 
 def _spread(explanation: Explanation) -> list[Section]:
@@ -208,8 +215,9 @@ def _scalar(
     known = values[torch.isfinite(values)]
     if not len(known) or (name == "lr" and bool((known == known[0]).all())):
         return []
+    line, above = Trace(name, bucket(steps, values, COLUMNS), color), bool((known > 0).all())
     y_title = {"loss": say("loss"), "lr": say("learning rate")}.get(name, title.lower())
-    figure = traces([Trace(name, bucket(steps, values, COLUMNS), color)], y_title=y_title, marks=marks)
+    figure = traces([line], y_title=y_title, logarithmic=above, marks=marks)
     return [Section(title, figure=figure)]
 
 
@@ -235,13 +243,17 @@ def _updates(reader: Reader, marks: list[Mark]) -> list[Section]:
     largest = ratios[known].nan_to_num(nan=0.0).amax(dim=1)
     middle = ratios[known].nanmedian(dim=1).values
     lines = [
-        Trace(say("largest"), bucket(steps[known], largest, COLUMNS), RED),
-        Trace(say("median parameter"), bucket(steps[known], middle, COLUMNS), BLUE),
+        Trace(say("largest"), bucket(steps[known], largest, COLUMNS), RED, sampled=True),
+        Trace(say("median parameter"), bucket(steps[known], middle, COLUMNS), BLUE, sampled=True),
     ]
     text = say(
-        "Norm of the update over the norm of the weights it changed. Above 1 an update overwrites what was there."
+        "Norm of the update over the norm of the weights it changed, at the {n:,} steps where it was measured. "
+        "Above 1 an update overwrites what was there.",
+        n=int(known.sum()),
     )
     figure = traces(lines, y_title=say("update / weights"), marks=marks)
+    if len(reader) > FEW:  # as in the other figures, whose lines need no room at their ends
+        figure.update_xaxes(range=[int(reader.steps()[0]), reader.last_step])
     figure.add_hline(y=1, line={"dash": "dot", "width": 1, "color": GREY}, row=1, col=1)
     return [Section(say("Updates"), text, figure=figure)]
 

@@ -24,7 +24,9 @@ const keep = (id, data, layout, config) => {
   for (const axis of ["xaxis", "xaxis2"])
     if (old[axis]?.autorange === false && layout[axis])
       Object.assign(layout[axis], { range: old[axis].range, autorange: false });
-  return Plotly.react(id, data, layout, config);
+  layout.margin = { ...layout.margin, l: old.margin.l, r: old.margin.r };
+  const plot = document.getElementById(id);
+  return Plotly.react(id, data, layout, config).then(() => plot.rows && arrange(plot, true));
 };
 const renew = async () => {
   const version = await (await fetch("version")).text();

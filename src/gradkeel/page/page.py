@@ -2,15 +2,17 @@
 
 import html
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from gradkeel.errors import MissingExtraError
 from gradkeel.language import language, shown
 
 _TAGS = {"en": "en", "zh": "zh-Hans"}  # of languages, as HTML has them
-_CONFIG = {
+CONFIG = {
     "responsive": True,
     "displaylogo": False,
     "showSendToCloud": False,
@@ -52,28 +54,52 @@ class Section:
     figure: Any = None
 
 
-def page(title: str, subtitle: str, lines: Sequence[Line], sections: Sequence[Section]) -> str:
+def page(
+    title: str,
+    subtitle: str,
+    lines: Sequence[Line],
+    sections: Sequence[Section],
+    *,
+    script: str | None = None,
+) -> str:
     """The page as HTML in the reader's language, with plotly's script in it once, if a section has a figure.
 
     Args:
         title, subtitle: what the page is about.
         lines: the result in words, on top.
         sections: in order.
+        script: name of a file beside the page that `write_script` has written, instead of plotly's script in the page.
 
     Raises:
         MissingExtraError: a section has a figure, and plotly is not installed.
     """
-    script = f"<script>{_plotly_script()}</script>" if any(s.figure is not None for s in sections) else ""
+    drawn = any(section.figure is not None for section in sections)
+    plotly = (
+        f'<script src="{script}"></script>' if script else f"<script>{_plotly_script()}</script>"
+    ) * drawn
     heads = "".join(f"<dt>{_escaped(line.label)}</dt><dd>{_text(line)}</dd>" for line in lines)
     body = "\n".join(_section(section, i) for i, section in enumerate(sections))
     return (
         f'<!doctype html>\n<html lang="{_TAGS[language()]}">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{_escaped(title)}</title>\n<style>{_STYLE}</style>\n{script}\n</head>\n<body>\n<main>\n"
+        f"<title>{_escaped(title)}</title>\n<style>{_STYLE}</style>\n{plotly}\n</head>\n<body>\n<main>\n"
         f"<h1>{_escaped(title)}</h1>\n<p class=subtitle>{_escaped(subtitle)}</p>\n"
-        f"<dl>{heads}</dl>\n{body}\n</main>\n{_LINKED if script else ''}</body>\n</html>\n"
+        f"<dl>{heads}</dl>\n{body}\n</main>\n{_linked() if drawn else ''}</body>\n</html>\n"
     )
+
+
+def write_script(folder: Path) -> str:
+    """Write plotly's script into a folder, for the pages there to share; its name."""
+    script = _plotly_script()
+    name = f"plotly-{zlib.crc32(script.encode()):08x}.min.js"
+    if not (folder / name).exists():
+        (folder / name).write_text(script, encoding="utf-8")
+    return name
+
+
+def _linked() -> str:
+    return _LINKED.replace("%s", Path(__file__).with_name("rows.js").read_text(encoding="utf-8"))
 
 
 def _text(line: Line) -> str:
@@ -95,7 +121,7 @@ def _section(section: Section, index: int) -> str:
         inner = section.figure.to_html(
             full_html=False,
             include_plotlyjs=False,
-            config=_CONFIG,
+            config=CONFIG,
             div_id=f"figure-{index}",
             default_width="100%",
         )
@@ -120,10 +146,20 @@ def _plotly_script() -> str:
     return script
 
 
-# Figures over the same x axis (their layout's meta) are zoomed together; on touch screens dragging scrolls the page.
+# Figures over the same x axis (their layout's meta) are zoomed together, and those over the steps have one width.
+# On touch screens dragging scrolls the page.
 _LINKED = """<script>
 const plots = [...document.querySelectorAll(".js-plotly-plot")];
 let linking = false;
+const align = () => {
+  const over = plots.filter((plot) => plot.layout.meta === "step");
+  if (innerWidth < 700 || over.length < 2) return;
+  const sides = over.map((plot) => ["l", "r"].map((side) => Math.round(plot._fullLayout._size[side])));
+  const [l, r] = [0, 1].map((side) => Math.max(...sides.map((own) => own[side])));
+  over.forEach((plot, i) => {
+    if (sides[i][0] < l || sides[i][1] < r) Plotly.relayout(plot, { "margin.l": l, "margin.r": r });
+  });
+};
 for (const plot of plots) {
   if (matchMedia("(pointer: fine)").matches) Plotly.relayout(plot, { dragmode: "zoom" });
   plot.on("plotly_relayout", async (change) => {
@@ -138,6 +174,8 @@ for (const plot of plots) {
     try { await Promise.all(same.map((one) => Plotly.relayout(one, update(one)))); } finally { linking = false; }
   });
 }
+%s
+align();
 </script>
 """
 
@@ -167,6 +205,10 @@ th, td { padding: 7px 10px; text-align: right; white-space: nowrap; border-botto
 th { font-weight: 600; color: var(--soft); vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 .figure { margin: 6px -6px 0; }
+.rows { display: flex; flex-wrap: wrap; gap: 6px 14px; align-items: center; margin: 0 6px; font-size: .88rem; }
+.rows, .rows input, .rows select { color: var(--ink); font: inherit; font-size: .88rem; }
+.rows input[type=search], .rows select { background: var(--card); border: 1px solid var(--line); border-radius: 5px;
+  padding: 4px 8px; max-width: 100%; }
 .figure .main-svg text { fill: var(--ink) !important; }
 .figure .hoverlayer text { fill: #fff !important; }
 .figure .modebar { display: none; }
