@@ -137,6 +137,8 @@ def test_the_operation(tmp_path):
     assert (found["verdict"], found["cause"]) == ("non_finite", "numerics")
     assert found["autopsies"][-1]["op"] == "log"
     assert "operation log" in words
+    # The step before, whose gradient was 16 times the usual, had moved a bias far: nobody else had.
+    assert not any(event["altered"] for event in found["events"])
 
 
 def test_the_loss_scale(tmp_path):

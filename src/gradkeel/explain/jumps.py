@@ -14,6 +14,7 @@ LEAST, LEAST_ESTIMATED = 1.5, 3.0
 """A change by less than this factor is passed over: where the update was measured, and where it is estimated."""
 _PAST = 10  # samples whose largest update stands for the ones that were not measured
 _SLACK = 3.0  # times that
+_SPIKE = 10.0  # times its usual a gradient norm makes updates for which no others stand
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +49,8 @@ def find_jumps(reader: Reader, samples: tuple[Tensor, Tensor, Tensor]) -> list[J
 
     A norm changes by no more than the norm of the update: ``| |w'| - |w| | <= |dw|``. Where the updates between two
     samples were not measured, each is taken as up to three times the largest of the last ten that were, times the
-    growth of learning rate and gradient norm since; and as that is only an estimate, a change of more than a quarter
-    of all parameters at once is then put down to the optimizer.
+    growth of the learning rate since, and as any size where the gradient norm spiked; and as that is only an estimate,
+    a change of more than a quarter of all parameters at once is then put down to the optimizer.
     """
     steps, weights, updates = samples
     if len(steps) < 2:
@@ -58,7 +59,8 @@ def find_jumps(reader: Reader, samples: tuple[Tensor, Tensor, Tensor]) -> list[J
     change = (weights[1:] - weights[:-1]).abs()
     reach = torch.where((gaps == 1).unsqueeze(1), updates[:-1] * 1.001, math.nan)
     estimated = reach.isnan()
-    growth = _growth(reader, steps, reader.scalar("lr"), 0.0) * _growth(reader, steps, reader.totals(), 0.5)
+    spikes = _growth(reader, steps, reader.totals(), 0.5)
+    growth = _growth(reader, steps, reader.scalar("lr"), 0.0) * torch.where(spikes > _SPIKE, math.inf, 1.0)
     usual = _SLACK * (gaps * growth).unsqueeze(1) * _largest_lately(updates)[:-1]
     reach = torch.where(estimated, usual, reach) + 1e-5 * weights[:-1]
     larger, smaller = torch.maximum(weights[1:], weights[:-1]), torch.minimum(weights[1:], weights[:-1])
