@@ -236,14 +236,15 @@ class _Judge:
         row = int(torch.searchsorted(s.steps, onset))
         hidden = float((s.coefficients[row:] < HIDDEN).double().mean()) if row < len(s.steps) else 0.0
         if loss is not None:
-            self.reasons.append(
-                say(
-                    "The loss began at {first}, was {best} at best, and ended at {end}.",
-                    first=readable(loss.first),
-                    best=readable(loss.best),
-                    end=readable(loss.last) if loss.is_finite else say("not finite"),
-                )
-            )
+            first, best = readable(loss.first), readable(loss.best)
+            last = readable(loss.last) if loss.is_finite else say("not finite")
+            told = say("The loss began at {first} and ended at {last}.", first=first, last=last)
+            if loss.best < loss.first:
+                told = say(
+                    "The loss began at {first}, was {best} at best, and ended at {last}.",
+                    first=first, best=best, last=last,
+                )  # fmt: skip
+            self.reasons.append(told)
         if hidden > 0.5:
             verdict = Verdict.CLIPPING_HIDES_DIVERGENCE
             told = say(
