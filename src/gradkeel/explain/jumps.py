@@ -1,7 +1,9 @@
 """Weights that changed although no update of the optimizer explains it: scaled, reloaded or overwritten."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -59,8 +61,10 @@ def find_jumps(reader: Reader, samples: tuple[Tensor, Tensor, Tensor]) -> list[J
     change = (weights[1:] - weights[:-1]).abs()
     reach = torch.where((gaps == 1).unsqueeze(1), updates[:-1] * 1.001, math.nan)
     estimated = reach.isnan()
-    spikes = _growth(reader, steps, reader.totals(), 0.5)
-    growth = _growth(reader, steps, reader.scalar("lr"), 0.0) * torch.where(spikes > _SPIKE, math.inf, 1.0)
+    spikes = _growth(reader, steps, reader.totals(), lambda past: past.median(dim=1).values)
+    growth = _growth(reader, steps, reader.scalar("lr"), lambda past: past.amin(dim=1)) * torch.where(
+        spikes > _SPIKE, math.inf, 1.0
+    )
     usual = _SLACK * (gaps * growth).unsqueeze(1) * _largest_lately(updates)[:-1]
     reach = torch.where(estimated, usual, reach) + 1e-5 * weights[:-1]
     larger, smaller = torch.maximum(weights[1:], weights[:-1]), torch.minimum(weights[1:], weights[:-1])
@@ -77,18 +81,16 @@ def find_jumps(reader: Reader, samples: tuple[Tensor, Tensor, Tensor]) -> list[J
     return jumps
 
 
-def _growth(reader: Reader, steps: Tensor, values: Tensor, level: float) -> Tensor:
-    """[s - 1] highest of a number a step from each sample up to the next, over its quantile shortly before it."""
+def _growth(reader: Reader, steps: Tensor, values: Tensor, level: Callable[[Tensor], Tensor]) -> Tensor:
+    """[s - 1] highest of a number a step from each sample up to the next, over its level shortly before it."""
     if not len(values) or bool(values.isnan().all()):
         return torch.ones(len(steps) - 1, dtype=torch.float64)
     rows = torch.searchsorted(reader.steps(), steps)
     padded = torch.cat([values[:1].expand(EVERY), values]).nan_to_num()
-    growth = []
-    for first, last in zip(rows.tolist(), rows[1:].tolist(), strict=False):
-        before = float(padded[first : first + EVERY].quantile(level))
-        now = float(values[first:last].nan_to_num().amax()) if last > first else 0.0
-        growth.append(max(1.0, now / before) if before > 0 else math.inf)
-    return torch.tensor(growth, dtype=torch.float64)
+    before = level(padded.unfold(0, EVERY, 1)[rows[:-1]])
+    parts = (values[first:last] for first, last in pairwise(rows.tolist()))
+    now = torch.tensor([float(part.nan_to_num().amax()) if len(part) else 0.0 for part in parts])
+    return torch.where(before > 0, (now / before).clamp(min=1.0), math.inf)
 
 
 def _largest_lately(updates: Tensor) -> Tensor:
