@@ -46,7 +46,7 @@ bench: $(PEERS)/peers.stamp ## how fast, beside the peers; writes docs/benchmark
 	$(PEERS)/bin/python -m benchmarks.speed $(or $(ARGS),--write)
 
 .PHONY: faults
-faults: $(FAULTS)/faults.stamp ## who finds faults planted in thirteen small programs; writes docs/faults.md (minutes)
+faults: $(FAULTS)/faults.stamp ## who finds faults planted in small programs; writes docs/faults.md (minutes)
 	OMP_NUM_THREADS=1 $(FAULTS)/bin/python -m benchmarks.faults $(or $(ARGS),--write)
 
 # -- the site ----------------------------------------------------------------------------------------------

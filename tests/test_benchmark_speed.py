@@ -15,7 +15,7 @@ SMALL = [(6, 4), (6,), (3, 2, 5), (1,)]
 QUICK = [
     question
     for question in speed.QUESTIONS
-    if question not in {"training", "recording", "memory", "precision"}
+    if question not in {"training", "recording", "autopsy", "memory", "precision"}
 ]
 # All of them clip in float32, or round to the gradient's own 16 bits.
 RIGHT = 5e-3

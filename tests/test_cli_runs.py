@@ -56,7 +56,7 @@ def test_explain_as_json(run):
     assert set(data) == {
         "version", "path", "steps", "first_step", "last_step", "parameters", "policy", "optimizer", "clipped",
         "skipped", "explosion", "events", "fading", "threshold", "rolled_back", "damage",
-        "verdict", "onset", "where", "confidence", "missing", "reasons", "autopsies",
+        "verdict", "onset", "where", "cause", "confidence", "missing", "reasons", "autopsies",
     }  # fmt: skip
     explosion = data["explosion"]
     assert {"found", "step", "parameter", "ended", "spread"} <= set(explosion)

@@ -17,8 +17,8 @@ import torch
 from gradkeel.errors import TooManySkipsError
 from gradkeel.explain import explain
 
-from benchmarks.faults.plant import CAUSES, Run, Truth, plant
-from benchmarks.faults.programs import HELD_OUT, PROGRAMS
+from benchmarks.faults.held_out import HELD_OUT
+from benchmarks.faults.plant import CAUSES, PROGRAMS, Run, Truth, plant
 
 NEAR = 3
 PEERS = ("threshold", "runmedic", "losslint", "anomaly mode", "sherlorch")
@@ -60,9 +60,7 @@ def score(family: str, fault: str, seed: int) -> Score:
     diagnosis, healthy = found.diagnosis, fault.startswith("healthy")
     asked = bool(truth.verdicts)
     harmful = asked and not healthy
-    right = [
-        one.cause in CAUSES.get(fault, ()) and truth.sample in (None, one.sample) for one in found.autopsies
-    ]
+    samples = {truth.sample, *(one.sample for one in found.autopsies if one.cause == diagnosis.cause)}
     dated = (
         diagnosis.onset is not None and truth.step is not None and abs(diagnosis.onset - truth.step) <= NEAR
     )
@@ -71,7 +69,7 @@ def score(family: str, fault: str, seed: int) -> Score:
         diagnosis.verdict != "healthy", str(diagnosis.verdict) in truth.verdicts if asked else None,
         dated if harmful and truth.step is not None else None,
         bool(set(diagnosis.where) & set(truth.place)) if harmful and truth.place else None,
-        any(right[-1:]) if harmful and fault in CAUSES else None, peers,
+        diagnosis.cause in CAUSES[fault] and len(samples) == 1 if harmful and fault in CAUSES else None, peers,
     )  # fmt: skip
 
 

@@ -14,7 +14,10 @@ from torch import Tensor, nn
 import gradkeel as gk
 from gradkeel.errors import TooManySkipsError
 
-from benchmarks.faults.programs import PROGRAMS, Batch, Program
+from benchmarks.faults.held_out import HELD_OUT
+from benchmarks.faults.programs import DEVELOPMENT, Batch, Program
+
+PROGRAMS = HELD_OUT | DEVELOPMENT
 
 STEPS = 200
 WARM_UP = 80
@@ -22,12 +25,12 @@ FAULTS = (
     "healthy", "healthy_clip", "lr", "lr_clip", "warmup", "warmup_clip", "bad_batch", "bad_sample", "shuffled",
     "nan_forward", "nan_backward", "overflow", "init30", "attention", "beta2", "frozen",
 )  # fmt: skip
-# What an autopsy of it may rightly name.
+# The cause that may rightly be named.
 CAUSES = {
     "bad_batch": {"batch"}, "bad_sample": {"sample"}, "nan_forward": {"numerics"}, "nan_backward": {"numerics"},
-    "overflow": {"numerics"}, "shuffled": {"batch"}, "lr": {"learning_rate", "state"},
-    "lr_clip": {"learning_rate", "state"}, "warmup": {"learning_rate", "state"},
-    "warmup_clip": {"learning_rate", "state"}, "beta2": {"batch"},
+    "overflow": {"numerics"}, "shuffled": {"batch"}, "lr": {"learning_rate"}, "lr_clip": {"learning_rate"},
+    "warmup": {"learning_rate"}, "warmup_clip": {"learning_rate"}, "init30": {"initialization"},
+    "beta2": {"batch"},
 }  # fmt: skip
 
 
@@ -60,14 +63,16 @@ class Truth:
 
     @property
     def harmed(self) -> bool:
-        """Whether loss or norm at the fault stood out at all."""
+        """Whether loss or norm at the fault stood out at all: from what is usual, and from all that had been lately."""
         if self.step is None:
             return False
-        first, after = self.step - 1, slice(self.step - 1, self.step + 3)
-        return any(
-            max(map(abs, values[after]), default=0.0) > 3 * abs(_level(values[max(0, first - 30) : first]))
-            for values in (list(self.losses), list(self.norms))
-        )
+        first = self.step - 1
+
+        def stood_out(values: tuple[float, ...]) -> bool:
+            past, now = [abs(v) for v in values[max(0, first - 30) : first]], values[first : first + 3]
+            return max(map(abs, now), default=0.0) > max(3 * _level(past), 1.5 * max(past, default=0.0))
+
+        return stood_out(self.losses) or stood_out(self.norms)
 
     @property
     def verdicts(self) -> set[str]:
@@ -84,7 +89,9 @@ class Truth:
             early = "diverged_from_start" if self.fault.startswith("lr") else "diverged_in_warmup"
             if not self.blew_up:
                 return set() if self.learned else {early, "stalled"}
-            return {early, "clipping_hides_divergence"} if self.fault.endswith("clip") else {early}
+            names = {early, "clipping_hides_divergence"} if self.fault.endswith("clip") else {early}
+            stood = _level(list(self.losses[WARM_UP : WARM_UP + 20])) < self.losses[0]
+            return names | ({"diverged"} if self.fault.startswith("warmup") and stood else set())
         if self.fault == "init30":
             return {"diverged_from_start"} if self.blew_up else set()
         if self.fault == "attention":
@@ -105,7 +112,7 @@ class Run:
         self.program: Program = PROGRAMS[family]()
         self.step = self.rng.randint(110, 150)
         self.sample = self.rng.randrange(16)
-        self.kind = "AdamW" if fault == "beta2" else self.rng.choice(["SGD", "AdamW", "AdamW", "Muon"])
+        self.kind = "AdamW" if fault == "beta2" else self.rng.choice(self.program.optimizers)
         self.path = folder / f"{family}-{fault}-{seed}.keel"
         if fault == "init30":
             with torch.no_grad():
@@ -127,15 +134,19 @@ class Run:
         model, high = self.program.model, self.fault.startswith(("lr", "warmup"))
         frozen = f"{self.program.place}.weight" if self.fault == "frozen" else ""
         named = [(name, p) for name, p in model.named_parameters() if name != frozen]
+        matrices = [p for name, p in named if p.dim() == 2 and "embed" not in name]
+        if self.kind == "Muon" and not matrices:
+            self.kind = "AdamW"  # it is for matrices alone
         still = [{"params": [model.get_parameter(frozen)], "lr": 0.0}] if frozen else []
         if self.kind == "SGD":
             groups = [{"params": [p for _, p in named]}, *still]
             return [torch.optim.SGD(groups, lr=self.rng.choice([5, 20]) if high else 0.02, momentum=0.9)]
         rate = self.rng.choice([0.3, 1.0]) if high else self.program.rate
         betas = (0.9, 0.9999 if self.fault == "beta2" else 0.999)
-        if self.kind == "AdamW":
-            return [torch.optim.AdamW([{"params": [p for _, p in named]}, *still], lr=rate, betas=betas)]
-        matrices = [p for name, p in named if p.dim() == 2 and "embed" not in name]
+        if self.kind != "Muon":
+            more = {"betas": betas} if self.kind == "AdamW" else {}
+            make = getattr(torch.optim, self.kind)
+            return [make([{"params": [p for _, p in named]}, *still], lr=rate, **more)]
         others = [p for _, p in named if all(p is not m for m in matrices)]
         muon = torch.optim.Muon(matrices, lr=1.0 if high else 0.01)
         return [muon, torch.optim.AdamW([{"params": others}, *still], lr=rate, betas=betas)]
@@ -240,8 +251,8 @@ class Run:
         tail, before = _level(self.losses[-20:]), _level(self.losses[max(0, begin - 20) : begin])
         start = _level(self.losses[:3])
         finite = all(map(math.isfinite, self.losses))
-        # PPO's and a GAN's losses need not fall: only one that left its own range says that a run blew up.
-        margin = (0.5 if self.family in ("ppo", "gan") else 0.02) * abs(start)
+        # A GAN's loss need not fall, and PPO's rises with its returns: only far out of its range it blew up.
+        margin = {"gan": 0.5, "ppo": 10.0}.get(self.family, 0.02) * abs(start)
         step = None if self.fault.startswith("healthy") else self.onset(begin)
         return Truth(
             self.family, self.fault, self.kind, step, place, self.sample if self.fault == "bad_sample" else None,
@@ -259,7 +270,7 @@ def scenarios(families: tuple[str, ...]) -> list[tuple[str, str]]:
     """Family and fault of each run; attention grows only where there is some."""
     return [
         (family, fault) for family in families for fault in FAULTS
-        if fault != "attention" or family in ("gpt", "encoder")
+        if fault != "attention" or PROGRAMS[family]().attention
     ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Thirteen small programs on real or exactly specified data: a model, batches, and a loss for each sample."""
+"""Small programs on real or exactly specified data: a model, batches, and a loss for each sample; for development."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,8 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-HELD_OUT = ("resnet", "encoder", "seq2seq", "unet", "ppo")
-"""Never looked at while thresholds were chosen."""
 BATCH = 16
 
 Batch = tuple[Tensor, ...]
@@ -27,6 +25,7 @@ class Program:
         place: name of a module in the middle, in which faults are planted.
         attention: names of the weights that make queries, where there are some.
         rate: learning rate under AdamW at which it trains well.
+        optimizers: names of those of torch's that may train it; twice for twice as often.
     """
 
     model: nn.Module
@@ -35,6 +34,7 @@ class Program:
     place: str
     attention: tuple[str, ...] = ()
     rate: float = 1e-3
+    optimizers: tuple[str, ...] = ("SGD", "AdamW", "AdamW", "Muon")
 
 
 @cache
@@ -54,24 +54,24 @@ def _text() -> Tensor:
     return torch.tensor([ord(c) - 96 if "a" <= c <= "z" else 0 for c in text])
 
 
-def _images() -> Batch:
+def images() -> Batch:
     images, labels = _digits()
     chosen = torch.randint(len(labels), (BATCH,))
     return images[chosen].unsqueeze(1), labels[chosen]
 
 
-def _letters(length: int = 24) -> Batch:
+def letters(length: int = 24) -> Batch:
     text = _text()
     start = torch.randint(len(text) - length - 1, (BATCH, 1)) + torch.arange(length)
     return text[start], text[start + 1]
 
 
-def _tokens(model: nn.Module, batch: Batch) -> Tensor:
+def token_losses(model: nn.Module, batch: Batch) -> Tensor:
     """[B] cross-entropy of sequences."""
     return F.cross_entropy(model(batch[0]).transpose(1, 2), batch[1], reduction="none").mean(dim=1)
 
 
-def _classes(model: nn.Module, batch: Batch) -> Tensor:
+def class_losses(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
@@ -80,7 +80,7 @@ def mlp() -> Program:
     model = nn.Sequential(
         nn.Flatten(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 10)
     )
-    return Program(model, _images, partial(_classes, model), "3")
+    return Program(model, images, partial(class_losses, model), "3")
 
 
 def _conv(norm: bool) -> Program:
@@ -90,7 +90,7 @@ def _conv(norm: bool) -> Program:
     model = nn.Sequential(
         *block(1, 8), *block(8, 16), nn.MaxPool2d(2), *block(16, 16), nn.Flatten(), nn.Linear(256, 10)
     )
-    return Program(model, _images, partial(_classes, model), "3" if norm else "2")
+    return Program(model, images, partial(class_losses, model), "3" if norm else "2")
 
 
 def conv() -> Program:
@@ -118,7 +118,7 @@ class _Recurrent(nn.Module):
 def lstm() -> Program:
     """The next letter, by an LSTM."""
     model = _Recurrent()
-    return Program(model, _letters, partial(_tokens, model), "hidden", rate=3e-3)
+    return Program(model, letters, partial(token_losses, model), "hidden", rate=3e-3)
 
 
 class _Block(nn.Module):
@@ -162,7 +162,7 @@ _QUERIES = ("blocks.0.query.weight", "blocks.1.query.weight", "blocks.0.key.weig
 def gpt() -> Program:
     """The next letter, by a causal transformer."""
     model = _Transformer(causal=True)
-    return Program(model, _letters, partial(_tokens, model), "blocks.1.up", _QUERIES)
+    return Program(model, letters, partial(token_losses, model), "blocks.1.up", _QUERIES)
 
 
 def encoder() -> Program:
@@ -170,10 +170,10 @@ def encoder() -> Program:
     model = _Transformer(causal=False, classes=4)
 
     def batch() -> Batch:
-        x, _ = _letters()
+        x, _ = letters()
         return x, ((x < 8).sum(dim=1) // 4).clamp(max=3)
 
-    return Program(model, batch, partial(_classes, model), "blocks.1.up", _QUERIES)
+    return Program(model, batch, partial(class_losses, model), "blocks.1.up", _QUERIES)
 
 
 def autoencoder() -> Program:
@@ -183,7 +183,7 @@ def autoencoder() -> Program:
     )
 
     def batch() -> Batch:
-        x = _images()[0].flatten(1)
+        x = images()[0].flatten(1)
         return x, x.clone()
 
     return Program(model, batch, lambda b: (model(b[0]) - b[1]).square().mean(dim=1), "3", rate=3e-3)
@@ -204,10 +204,10 @@ def embedding() -> Program:
     model = _Bag()
 
     def batch() -> Batch:
-        x, _ = _letters()
+        x, _ = letters()
         return x, ((x < 8).sum(dim=1) // 4).clamp(max=3)
 
-    return Program(model, batch, partial(_classes, model), "hidden", rate=3e-3)
+    return Program(model, batch, partial(class_losses, model), "hidden", rate=3e-3)
 
 
 def gan() -> Program:
@@ -229,7 +229,7 @@ def gan() -> Program:
             return -g
 
     def batch() -> Batch:
-        return _images()[0].flatten(1), torch.randn(BATCH, 8)
+        return images()[0].flatten(1), torch.randn(BATCH, 8)
 
     def losses(b: Batch) -> Tensor:
         real, made = model["judge"](b[0]), model["judge"](Turn.apply(model["maker"](b[1])))
@@ -254,115 +254,10 @@ def resnet() -> Program:
         nn.Conv2d(1, 12, 3, padding=1), _Residual(12), nn.MaxPool2d(2), _Residual(12),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10),
     )  # fmt: skip
-    return Program(model, _images, partial(_classes, model), "3.conv1", rate=3e-3)
+    return Program(model, images, partial(class_losses, model), "3.conv1", rate=3e-3)
 
 
-class _Pair(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(33, 24)
-        self.reader, self.writer = nn.GRU(24, 32, batch_first=True), nn.GRU(24, 32, batch_first=True)
-        self.head = nn.Linear(32, 32)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        _, state = self.reader(self.embed(x))
-        before = torch.cat([torch.full_like(y[:, :1], 32), y[:, :-1]], dim=1)
-        return self.head(self.writer(self.embed(before), state)[0])
-
-
-def seq2seq() -> Program:
-    """A short text backwards, by two GRUs."""
-    model = _Pair()
-
-    def batch() -> Batch:
-        x, _ = _letters(8)
-        return x, x.flip(1)
-
-    def losses(b: Batch) -> Tensor:
-        return F.cross_entropy(model(b[0], b[1]).transpose(1, 2), b[1], reduction="none").mean(dim=1)
-
-    return Program(model, batch, losses, "head", rate=3e-3)
-
-
-class _UNet(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.down = nn.Conv2d(2, 12, 3, padding=1)
-        self.deep = nn.Conv2d(12, 24, 3, padding=1, stride=2)
-        self.middle = nn.Conv2d(24, 24, 3, padding=1)
-        self.norm = nn.GroupNorm(4, 24)
-        self.up = nn.ConvTranspose2d(24, 12, 2, stride=2)
-        self.out = nn.Conv2d(24, 1, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        first = F.silu(self.down(x))
-        h = F.silu(self.norm(self.middle(F.silu(self.deep(first)))))
-        return self.out(torch.cat([first, self.up(h)], dim=1))
-
-
-def unet() -> Program:
-    """The noise in digits at a random level, as diffusion models learn it."""
-    model = _UNet()
-
-    def batch() -> Batch:
-        image, noise = _images()[0], torch.randn(BATCH, 1, 8, 8)
-        level = torch.rand(BATCH, 1, 1, 1)
-        mixed = (1 - level).sqrt() * image + level.sqrt() * noise
-        return torch.cat([mixed, level.expand_as(mixed)], dim=1), noise
-
-    return Program(model, batch, lambda b: (model(b[0]) - b[1]).square().mean(dim=(1, 2, 3)), "middle")
-
-
-class _Actor(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh())
-        self.act, self.value = nn.Linear(32, 2), nn.Linear(32, 1)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        h = self.body(x)
-        return self.act(h), self.value(h).squeeze(-1)
-
-
-def ppo() -> Program:
-    """A pole on a cart, kept upright: the clipped surrogate, a critic and an entropy bonus."""
-    model = _Actor()
-    state = torch.randn(BATCH, 4) * 0.05
-
-    def batch() -> Batch:
-        nonlocal state
-        with torch.no_grad():
-            logits, value = model(state)
-            logits = logits.nan_to_num(0.0, 0.0, 0.0)
-            action = torch.distributions.Categorical(logits=logits).sample()
-            old = F.log_softmax(logits, dim=1).gather(1, action[:, None]).squeeze(1)
-            x, dx, angle, turn = state.unbind(dim=1)
-            push = 20.0 * action - 10.0
-            acceleration = (9.8 * angle - push) / 0.6
-            after = torch.stack(
-                [x + 0.02 * dx, dx + 0.02 * push, angle + 0.02 * turn, turn + 0.02 * acceleration], 1
-            )
-            fell = (after[:, 2].abs() > 0.2) | (after[:, 0].abs() > 2.4)
-            returns = torch.where(
-                fell, -1.0, 1.0 + 0.9 * model(after)[1].nan_to_num(0.0, 0.0, 0.0).clamp(-20, 20)
-            )
-            before, state = state, torch.where(fell[:, None], torch.randn(BATCH, 4) * 0.05, after)
-        return before, returns, action, old, (returns - value.nan_to_num(0.0, 0.0, 0.0))
-
-    def losses(b: Batch) -> Tensor:
-        seen, returns, action, old, advantage = b
-        logits, value = model(seen)
-        logs = F.log_softmax(logits, dim=1)
-        ratio = (logs.gather(1, action[:, None]).squeeze(1) - old).exp()
-        surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
-        return -surrogate + 0.5 * (value - returns).square() + 0.01 * (logs.exp() * logs).sum(dim=1)
-
-    return Program(model, batch, losses, "body.2")
-
-
-PROGRAMS: dict[str, Callable[[], Program]] = {
+DEVELOPMENT: dict[str, Callable[[], Program]] = {
     make.__name__: make
-    for make in (
-        mlp, conv, convbn, lstm, gpt, autoencoder, embedding, gan, resnet, encoder, seq2seq, unet, ppo,
-    )
-}  # fmt: skip
+    for make in (mlp, conv, convbn, lstm, gpt, autoencoder, embedding, gan, resnet, encoder)
+}

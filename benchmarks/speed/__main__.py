@@ -16,8 +16,8 @@ from gradkeel.bench.machine import machine
 from benchmarks.speed.answer import Answer, Curve, Target, asked, markdown, ratio
 
 QUESTIONS = (
-    "clip", "step", "bf16", "tiny", "small", "adaptive", "agc", "accumulate", "recording", "training", "growth",
-    "memory", "precision", "ranks",
+    "clip", "step", "bf16", "tiny", "small", "adaptive", "agc", "accumulate", "recording", "autopsy", "training",
+    "growth", "memory", "precision", "ranks",
 )  # fmt: skip
 PEERS = ("accelerate", "jax", "optax", "paddlepaddle")
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -51,7 +51,9 @@ def targets(answers: Mapping[str, Answer]) -> list[str]:
 
 def measured(one: Target) -> str:
     """Median and quartiles, or the number that there is."""
-    return ratio(one.measured) if one.limit > 1e-3 else f"{one.measured.median:.0e}"
+    if one.limit < 1e-3:
+        return f"{one.measured.median:.0e}"
+    return ratio(one.measured, digits=2 if round(one.limit, 2) == one.limit else 4)
 
 
 def where() -> str:

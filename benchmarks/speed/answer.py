@@ -108,6 +108,6 @@ def number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def ratio(value: Quartiles) -> str:
+def ratio(value: Quartiles, digits: int = 2) -> str:
     """Median and quartiles."""
-    return f"{value.median:.2f} ({value.low:.2f} to {value.high:.2f})"
+    return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(value.median, value.low, value.high, d=digits)

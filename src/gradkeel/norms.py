@@ -207,6 +207,17 @@ class Window(Protocol):
     def factor(self) -> Tensor | float:
         """[] what turns the accumulated sums into the window's mean: 1 / (total weight); 0 for an empty window."""
 
+    @property
+    def reduction(self) -> str:
+        """What losses are: "sum" over their items, or "mean"."""
+
+    @property
+    def per(self) -> tuple[str, ...]:
+        """By what the sums are divided, by name."""
+
+    def mean_of(self, total: float) -> float:
+        """What turns sums of another such total weight, accumulated by backwards of their own, into their mean."""
+
     def is_empty(self) -> bool | Tensor:
         """Whether the window's total weight is zero, so that there is nothing to step on."""
 

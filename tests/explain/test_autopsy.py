@@ -1,5 +1,7 @@
 """Autopsies: planted causes are found by experiment, and nothing is left changed by the experiments."""
 
+import contextlib
+import copy
 import math
 import random
 import warnings
@@ -142,3 +144,135 @@ def test_loss_needs_a_batch():
     optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
     with pytest.raises(RuntimeError, match="no batch"):
         gk.Autopsy(gk.attach(optimizer, None), loss=lambda batch: batch).loss()
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("fault", ["sample", None])
+def test_in_a_window_the_batch_is_found_first(fault, reduction):
+    """All micro-batches are run again, weighed as they were; the window goes on as if nothing had been."""
+
+    def train(*, with_autopsy):
+        torch.manual_seed(0)
+        model = Network()
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        guard = gk.attach(optimizer, "global-norm:1.0", model=model)
+        accumulate = gk.Accumulator(guard, steps=3, reduction=reduction)
+
+        def loss(batch):
+            losses = (model(batch[0]) - batch[1]) ** 2 * batch[2]
+            return losses.sum() if reduction == "sum" else losses.mean()
+
+        autopsy = gk.Autopsy(guard, loss=loss) if with_autopsy else None
+        batches = []
+        for i in range(3 * STEPS):
+            size = 4 + 2 * (i % 3)
+            x, weights = torch.randn(size, 4), torch.ones(size, 1)
+            if fault and i == 3 * AT - 2:
+                weights[5] = 1e4
+            batches.append((x, x.sum(dim=1, keepdim=True), weights))
+        left = []
+        for micro in accumulate(batches):
+            with micro, contextlib.nullcontext() if autopsy is None else autopsy(micro.batch):
+                value = loss(micro.batch) if autopsy is None else autopsy.loss()
+                micro.backward(value, weight=len(micro.batch[0]))
+            if micro.closes_window:
+                optimizer.step()
+                left += [p.detach().clone() for p in model.parameters()] + [
+                    p.grad.clone() for p in model.parameters()
+                ]
+                left += [b.clone() for b in model.buffers()] + [torch.get_rng_state()]
+                optimizer.zero_grad()
+        return left, autopsy
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GradkeelWarning)
+        (left, autopsy), (plain, _) = train(with_autopsy=True), train(with_autopsy=False)
+    assert all(a.equal(b) for a, b in zip(left, plain, strict=True))
+    told = autopsy.last
+    if fault is None:
+        assert told is None
+        return
+    assert (told.cause, told.step, told.micro, told.sample) == ("sample", AT, 1, 5)
+    assert told.experiments[0].norm == pytest.approx(told.norm, rel=1e-5)  # sums in another order
+    assert "Sample 5 of batch 1 does it" in str(told)
+
+
+def test_loss_scaler_and_optimizer_are_left_as_they_were():
+    """Under a loss scale the step is run again without it."""
+
+    def train(*, with_autopsy):
+        torch.manual_seed(0)
+        model = Network()
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        guard = gk.attach(optimizer, "global-norm:1.0", model=model)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=4)
+
+        def loss(batch):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return ((model(batch[0]) - batch[1]) ** 2 * batch[2]).mean()
+
+        autopsy = gk.Autopsy(guard, loss=loss) if with_autopsy else None
+        states = []
+        for step in range(1, STEPS + 1):
+            x, weights = torch.randn(8, 4), torch.ones(8, 1)
+            weights[3] = 1e5 if step == AT else 1
+            batch = (x, x.sum(dim=1, keepdim=True), weights)
+            with contextlib.nullcontext() if autopsy is None else autopsy(batch):
+                scaler.scale(loss(batch)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            states.append((dict(scaler.state_dict()), copy.deepcopy(optimizer.state_dict()["state"])))
+            optimizer.zero_grad()
+        return states, autopsy
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GradkeelWarning)
+        (states, autopsy), (plain, _) = train(with_autopsy=True), train(with_autopsy=False)
+    assert (autopsy.last.cause, autopsy.last.sample) == ("sample", 3)
+    for (scale, own), (other_scale, other) in zip(states, plain, strict=True):
+        assert scale == other_scale
+        torch.testing.assert_close(own, other, rtol=0, atol=0)
+
+
+def test_a_loss_is_an_alarm_as_well(tmp_path):
+    """Labels that say nothing any more: the gradient may be no larger, and the loss is."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 4))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    guard = gk.attach(optimizer, "global-norm:1.0", model=model, record=tmp_path / "run.keel")
+    autopsy = gk.Autopsy(guard, loss=lambda batch: nn.functional.cross_entropy(model(batch[0]), batch[1]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GradkeelWarning)
+        for step in range(1, 201):
+            x = torch.randn(32, 8)
+            labels = x[:, :4].argmax(dim=1)
+            with autopsy((x, labels if step < 150 else labels[torch.randperm(32)])):
+                autopsy.loss().backward()
+            guard.log(loss=autopsy.loss())
+            optimizer.step()
+            optimizer.zero_grad()
+    guard.detach()
+    assert (autopsy.last.cause, autopsy.last.step) == ("batch", 150)
+    assert "the loss was" in str(autopsy.last)
+    found = explain(tmp_path / "run.keel")
+    assert (found.verdict, found.diagnosis.cause) == ("spike_unrecovered", "batch")
+    assert [str(one) for one in found.autopsies] == [str(autopsy.last)]
+
+
+def test_a_large_step_leaves_one_to_a_step_that_is_not_finite():
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    autopsy = gk.Autopsy(
+        gk.attach(optimizer, None, model=model), loss=lambda batch: (model(batch) ** 2).mean()
+    )
+    seen = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GradkeelWarning)
+        for scale in [1.0] * 12 + [100.0, 100.0, math.inf, math.inf]:
+            with autopsy(torch.randn(8, 4) * scale):
+                autopsy.loss().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            seen.append(None if autopsy.last is None else autopsy.last.step)
+    assert seen == [None] * 12 + [13, 13, 15, 15]

@@ -114,3 +114,11 @@ FALLING = [2.0 - 0.01 * i for i in range(100)]
 def test_what_the_signals_come_to(given, verdict, onset):
     found = judge(given)
     assert (found.verdict, found.onset) == (verdict, onset)
+
+
+@pytest.mark.parametrize("steps", [300, 3_000, 300_000])
+def test_a_long_flat_run_is_healthy(steps):
+    """The lowest of very many short stretches of noise is no best that was lost."""
+    noise = 1 + 0.1 * torch.randn(steps, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    noise[:3] = 1.05
+    assert judge(signals(noise.tolist())).verdict is Verdict.HEALTHY

@@ -293,3 +293,52 @@ def test_the_callback_logs_what_steps_came_to_and_the_record_has_the_loss(tmp_pa
     assert [(entry["clipped_share"], entry["skipped_steps"]) for entry in steps] == [(1.0, 0.0)] * len(norms)
     means = [sum(module.losses[i : i + accumulation]) / accumulation for i in range(0, 6, accumulation)]
     assert losses == pytest.approx(means, rel=1e-6)
+
+
+class Spoiled(Module):
+    """A sample of large numbers weighs a million; and something is logged."""
+
+    def training_step(self, batch, batch_index):
+        weights = torch.where(batch.amax(dim=1, keepdim=True) > 100, 1e6, 1.0)
+        loss = (self.net(batch).square() * weights).mean()
+        self.log("seen", loss, on_step=False, on_epoch=True)
+        return loss
+
+
+@pytest.mark.filterwarnings("ignore::gradkeel.errors.GradkeelWarning")
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_an_autopsy_names_the_sample(tmp_path, accumulation):
+    """The callback hands over batch and loss; the run, its logs included, is bit for bit that without an autopsy."""
+    from gradkeel.integrations.lightning import GuardCallback
+
+    def train(**options):
+        callback = GuardCallback("global-norm:1.0", **options)
+        module = Spoiled(guarded=False)
+        data = [
+            torch.randn(8, 4, generator=torch.Generator().manual_seed(i)) for i in range(16 * accumulation)
+        ]
+        data[13 * accumulation - 1][5] = 1000.0
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            accumulate_grad_batches=accumulation,
+            callbacks=[callback],
+        )
+        trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None))
+        assert "training_step" not in vars(trainer.strategy)
+        return module, trainer.callback_metrics["seen"], callback
+
+    plain, seen, _ = train()
+    watched, seen_again, callback = train(autopsy=True, record=tmp_path / "run.keel")
+    (told,) = gk.explain.explain(tmp_path / "run.keel").autopsies
+    assert (told.cause, told.step, told.sample) == ("sample", 13, 5)
+    assert told.micro == (None if accumulation == 1 else 1)
+    assert told.experiments[0].norm == pytest.approx(told.norm, rel=1e-5)
+    assert told == callback.autopsy.last
+    assert seen == seen_again
+    for one, other in zip(watched.parameters(), plain.parameters(), strict=True):
+        assert one.equal(other)

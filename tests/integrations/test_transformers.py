@@ -285,3 +285,55 @@ def test_the_trainers_logs_tell_of_the_guard_and_the_record_of_the_loss(tmp_path
         assert [(entry["clipped_share"], entry["skipped_steps"]) for entry in entries] == [(1.0, 0.0)] * 4
     assert [entry["loss"] for entry in logs] == pytest.approx(losses.tolist(), abs=5e-5)  # old ones round
     assert "training_step" not in vars(trainer)
+
+
+# -- autopsies --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::gradkeel.errors.GradkeelWarning")
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_an_autopsy_names_the_sample(tmp_path, accumulation):
+    """The callback hands over batch and loss; the run is bit for bit that without an autopsy."""
+    path = tmp_path / "run.keel"
+
+    class Spoiled(transformers.Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            rows = inputs["labels"]
+            logits = model(input_ids=inputs["input_ids"]).logits[:, :-1]
+            losses = nn.functional.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none")
+            is_bad = (inputs["input_ids"] == bad).all(dim=1)
+            return (losses.mean(dim=1) * torch.where(is_bad, 1e5, 1.0)).mean()
+
+        def _get_train_sampler(self, *_):
+            return torch.utils.data.SequentialSampler(rows)
+
+    bad = torch.full((8,), 3)
+    rows = data() * 6
+    rows[42 * accumulation + accumulation - 1] = {"input_ids": bad, "labels": bad}
+    rows = rows[: 48 * accumulation]
+
+    def train(**options):
+        callback = callback_of("global-norm:1.0", **options)
+        trainer = trainer_of(
+            tmp_path,
+            max_grad_norm=0,
+            accumulation=accumulation,
+            kind=Spoiled,
+            settings={"max_steps": 12, "per_device_train_batch_size": 4},
+            callbacks=[callback],
+        )
+        trainer.train_dataset = rows
+        trainer.train()
+        return trainer, callback
+
+    plain, _ = train()
+    watched, callback = train(autopsy=True, record=path)
+    (told,) = gk.explain.explain(path).autopsies
+    place = 42 * accumulation + accumulation - 1
+    assert (told.cause, told.step, told.sample) == ("sample", 11, place % 4)
+    assert told.micro == (None if accumulation == 1 else place // 4 % 2)
+    assert told.experiments[0].norm == pytest.approx(told.norm, rel=1e-5)
+    assert told == callback.autopsy.last
+    for one, other in zip(watched.model.parameters(), plain.model.parameters(), strict=True):
+        assert one.equal(other)
+    assert "training_step" not in vars(watched)

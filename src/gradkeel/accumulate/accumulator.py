@@ -95,11 +95,9 @@ class Accumulator:
             raise ValueError("Accumulator(noise_scale=True, per=...): the noise scale needs one denominator")
         if guard.window is not None:
             raise WindowError("Accumulator(guard=...): this guard has an accumulator already; use that one")
-        self.guard = guard
-        self.steps = steps
+        self.guard, self.steps = guard, steps
         self.reduction: Reduction = reduction
-        self.per = tuple(per)
-        self._sync = GradientSync(model, process_group, divides)
+        self.per, self._sync = tuple(per), GradientSync(model, process_group, divides)
         if noise_scale and self._sync.is_needed:
             raise ValueError("Accumulator(noise_scale=True): needs one process; ranks exchange windows only")
         self._watch = GradientWatch(lambda: guard.parameters)
@@ -107,14 +105,14 @@ class Accumulator:
         apart = accumulate_dtype is not None or len(self.per) > 1
         self._sums = {name: WideSums(accumulate_dtype or torch.float32) for name in self.per if apart}
         if self._sums and self._sync.keeps_sums:
-            words = "FullyShardedDataParallel (FSDP1) sums itself; use FSDP2 (fully_shard)"
-            raise ValueError(f"Accumulator(per=..., accumulate_dtype=...): {words}")
+            raise ValueError(
+                "Accumulator(per=..., accumulate_dtype=...): FSDP1 sums itself; use FSDP2 (fully_shard)"
+            )
         self._noise = NoiseMeter(guard) if noise_scale else None
         self._divisor: float | None = None
-        self._resumed = False
         self._last_loss: Tensor | None = None
         self._open = OpenWindow.empty(self.per)
-        self._is_inside = False  # of a micro-batch's context
+        self._resumed = self._is_inside = False  # the latter: of a micro-batch's context
         guard.window = self
         try:
             guard.connect()
@@ -177,10 +175,8 @@ class Accumulator:
         if not self._open.is_open:
             raise WindowError("accumulate.finish(): no window is open")
         if self._sync.is_needed and not self._open.is_complete:
-            raise WindowError(
-                "accumulate.finish(): this window's gradients have not been exchanged between ranks, which happens in "
-                "the backward of its last micro-batch; call accumulate.drop()"
-            )
+            words = "gradients have not been exchanged between ranks, as a last backward does; call accumulate.drop()"
+            raise WindowError(f"accumulate.finish(): {words}")
         self._complete()
 
     def drop(self) -> None:
@@ -278,8 +274,9 @@ class Accumulator:
         Returns what terms to come must be multiplied by. The window's weight is that of float16's divisor from then on.
         """
         totals = self._sync.added(self._open.weights(self.guard.device))
-        ranks = 1 if self.ranks is None else len(self.ranks.members)
-        factors = self._open.merge(totals, self._divisor or 1.0, ranks)
+        factors = self._open.merge(
+            totals, self._divisor or 1.0, 1 if self.ranks is None else len(self.ranks.members)
+        )
         first, *others = self._sums.values()
         first.absorb(others, list(factors))
         first.pour()
@@ -295,8 +292,7 @@ class Accumulator:
         self._open.is_complete = True
         self._open.total = self._open.weight
         self._watch.note()
-        loss = self._open.mean_loss()
-        if loss is not None:
+        if (loss := self._open.mean_loss()) is not None:
             self._last_loss = loss
             if "loss" not in self.guard.logged:
                 self.guard.log(loss=loss)
@@ -338,6 +334,10 @@ class Accumulator:
     def factor(self) -> Tensor | float:
         """Return [] the factor of sums: 1 / total weight, float16's divisor and the average over ranks undone."""
         return self._open.factor((self._divisor or 1.0) * self._sync.divisor, self.guard.device)
+
+    def mean_of(self, total: float) -> float:
+        """What turns sums of another such total weight, accumulated by backwards of their own, into their mean."""
+        return self._sync.divisor / total if total else 0.0
 
     def is_empty(self) -> bool | Tensor:
         """Tell whether the window's total weight is 0."""

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradkeel.explain import words
-from gradkeel.explain.autopsy import NOTE, AutopsyResult, of_note
 from gradkeel.explain.course import Course
 from gradkeel.explain.explosion import Explosion, find_explosions, worst
 from gradkeel.explain.fading import Fading, find_fading
+from gradkeel.explain.findings import NOTE, AutopsyResult, of_note
 from gradkeel.explain.signals import diagnose
 from gradkeel.explain.threshold import ThresholdAdvice, advise
 from gradkeel.explain.verdict import Diagnosis, Verdict

@@ -174,9 +174,10 @@ def _initial(course: Course, event: Event) -> Explosion:
     if onsets:
         order = [Reached(name, step, _growth(course, name, step)) for name, step, _ in onsets]
         reached = order + [r for r in reached if r.parameter not in {o.parameter for o in order}]
+    overflow = course.skip_reasons.get(course.step(event.start)) is SkipReason.LOSS_SCALE
     return Explosion(
         found=True,
-        kind="initialization",
+        kind="overflow" if overflow else "initialization",
         step=reached[0].step if reached else course.step(event.start),
         parameter=reached[0].parameter if reached else None,
         ended=event.ended,

@@ -100,6 +100,7 @@ class _FirstBad(TorchDispatchMode):
             self._found.op is None
             and name not in _NOT_MADE_BY
             and "empty" not in name  # whatever was in memory before
+            and not name.startswith("c10d")  # other ranks' numbers
             and not _is_finite(result)
         ):
             if _is_finite((args, kwargs)):

@@ -14,6 +14,7 @@ LEAST, LEAST_ESTIMATED = 1.5, 3.0
 """A change by less than this factor is passed over: where the update was measured, and where it is estimated."""
 _PAST = 10  # samples whose largest update stands for the ones that were not measured
 _SLACK = 3.0  # times that
+_SPIKE = 10.0  # times its usual a gradient norm makes updates for which no others stand
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +49,8 @@ def find_jumps(reader: Reader, samples: tuple[Tensor, Tensor, Tensor]) -> list[J
 
     A norm changes by no more than the norm of the update: ``| |w'| - |w| | <= |dw|``. Where the updates between two
     samples were not measured, each is taken as up to three times the largest of the last ten that were, times the
-    growth of the learning rate since; and as that is only an estimate, a change of more than a quarter of all
-    parameters at once is then put down to the optimizer.
+    growth of the learning rate since, and as any size where the gradient norm spiked; and as that is only an estimate,
+    a change of more than a quarter of all parameters at once is then put down to the optimizer.
     """
     steps, weights, updates = samples
     if len(steps) < 2:
@@ -58,9 +59,9 @@ def find_jumps(reader: Reader, samples: tuple[Tensor, Tensor, Tensor]) -> list[J
     change = (weights[1:] - weights[:-1]).abs()
     reach = torch.where((gaps == 1).unsqueeze(1), updates[:-1] * 1.001, math.nan)
     estimated = reach.isnan()
-    usual = (
-        _SLACK * (gaps * _learning_rate_growth(reader, steps)).unsqueeze(1) * _largest_lately(updates)[:-1]
-    )
+    spikes = _growth(reader, steps, reader.totals(), 0.5)
+    growth = _growth(reader, steps, reader.scalar("lr"), 0.0) * torch.where(spikes > _SPIKE, math.inf, 1.0)
+    usual = _SLACK * (gaps * growth).unsqueeze(1) * _largest_lately(updates)[:-1]
     reach = torch.where(estimated, usual, reach) + 1e-5 * weights[:-1]
     larger, smaller = torch.maximum(weights[1:], weights[:-1]), torch.minimum(weights[1:], weights[:-1])
     least = torch.where(estimated, LEAST_ESTIMATED, LEAST)
@@ -76,17 +77,16 @@ def find_jumps(reader: Reader, samples: tuple[Tensor, Tensor, Tensor]) -> list[J
     return jumps
 
 
-def _learning_rate_growth(reader: Reader, steps: Tensor) -> Tensor:
-    """[s - 1] highest learning rate from each sample up to the next, over that of the steps shortly before it."""
-    rates = reader.scalar("lr")
-    if not len(rates) or bool(rates.isnan().all()):
+def _growth(reader: Reader, steps: Tensor, values: Tensor, level: float) -> Tensor:
+    """[s - 1] highest of a number a step from each sample up to the next, over its quantile shortly before it."""
+    if not len(values) or bool(values.isnan().all()):
         return torch.ones(len(steps) - 1, dtype=torch.float64)
     rows = torch.searchsorted(reader.steps(), steps)
-    padded = torch.cat([rates[:1].expand(EVERY), rates]).nan_to_num()
+    padded = torch.cat([values[:1].expand(EVERY), values]).nan_to_num()
     growth = []
     for first, last in zip(rows.tolist(), rows[1:].tolist(), strict=False):
-        before = float(padded[first : first + EVERY].amin())
-        now = float(rates[first:last].nan_to_num().amax()) if last > first else 0.0
+        before = float(padded[first : first + EVERY].quantile(level))
+        now = float(values[first:last].nan_to_num().amax()) if last > first else 0.0
         growth.append(max(1.0, now / before) if before > 0 else math.inf)
     return torch.tensor(growth, dtype=torch.float64)
 

@@ -1,17 +1,28 @@
 """From a record to what a verdict is made from."""
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from operator import attrgetter
 
 import torch
 
-from gradkeel.explain.autopsy import AutopsyResult
 from gradkeel.explain.course import Course
 from gradkeel.explain.explosion import Explosion, larger_updates
 from gradkeel.explain.fading import Fading
-from gradkeel.explain.verdict import Diagnosis, Sign, Signals, judge
+from gradkeel.explain.findings import AutopsyResult
+from gradkeel.explain.losses import find_losses
+from gradkeel.explain.updates import LARGE
+from gradkeel.explain.verdict import EARLY, Diagnosis, Sign, Signals, Verdict, judge
 
 _NEAR = 3  # steps between an onset and the autopsy of it
+_DIVERGED = (
+    Verdict.DIVERGED_FROM_START, Verdict.DIVERGED_IN_WARMUP, Verdict.DIVERGED, Verdict.CLIPPING_HIDES_DIVERGENCE,
+    Verdict.STALLED,
+)  # fmt: skip
+_EARLY = (Verdict.DIVERGED_FROM_START, Verdict.DIVERGED_IN_WARMUP)
+_step = attrgetter("step")
 
 
 def diagnose(
@@ -45,16 +56,86 @@ def diagnose(
             skips=course.skip_reasons,
             larger=larger_updates(course, course.step(len(course.steps) - 1)),
             shares=shares,
-            signs=[_sign(course, event) for event in events],
+            signs=sorted([*map(partial(_sign, course), events), *_of_losses(course, events)], key=_step),
             hardly=faded,
+            weights=len(matrices),
         )
     )
-    for autopsy in autopsies:
+    onset = diagnosis.onset or 0
+    for autopsy in sorted(autopsies, key=lambda one: abs(one.step - onset)):
         if diagnosis.onset is not None and abs(autopsy.step - diagnosis.onset) <= _NEAR:
+            if diagnosis.verdict in _EARLY and autopsy.step > diagnosis.onset:
+                continue  # updates had overwritten the weights before
             own = [name for name in course.reader.names if name.startswith(f"{autopsy.module}.")]
             where = tuple(own[:3]) if autopsy.module and own else diagnosis.where
-            return dataclasses.replace(diagnosis, where=where, reasons=(*diagnosis.reasons, autopsy.words()))
-    return diagnosis
+            reasons = (*diagnosis.reasons, autopsy.words())
+            diagnosis = dataclasses.replace(diagnosis, where=where, reasons=reasons, cause=autopsy.cause)
+            break
+    return dataclasses.replace(diagnosis, cause=_cause(course, diagnosis, events, autopsies))
+
+
+def _cause(
+    course: Course, diagnosis: Diagnosis, events: Sequence[Explosion], autopsies: Sequence[AutopsyResult]
+) -> str | None:
+    """What did it: by experiment where there is one of this very step, else by what the record shows."""
+    onset = diagnosis.onset
+    if onset is None or diagnosis.cause not in (None, "state"):
+        return diagnosis.cause
+    if diagnosis.verdict is Verdict.LOSS_SCALE_OVERFLOW:
+        return "loss_scale"
+    if any(onset == event.step and event.altered for event in events):
+        return "weights_changed"
+    early = onset - course.step(0) < EARLY
+    if early and (found := _unusual_weights(course)):
+        return (
+            "initialization" if diagnosis.verdict in _DIVERGED and set(found) & set(diagnosis.where) else None
+        )
+    rose = len(course.rates) and _rose(course, onset)
+    _, weights, updates = course.samples
+    large = torch.linalg.vector_norm(updates, dim=1) > LARGE * torch.linalg.vector_norm(weights, dim=1)
+    overwrote = any(event.overwritten for event in events) or bool(
+        large[course.samples[0] <= onset + EARLY].any()
+    )
+    blamed = any(one.cause == "learning_rate" and one.step <= onset for one in autopsies)
+    if (diagnosis.verdict in _DIVERGED and (rose or overwrote or blamed)) or (early and overwrote):
+        return "learning_rate"
+    return diagnosis.cause
+
+
+def _rose(course: Course, onset: int) -> bool:
+    """Whether the learning rate was rising until then, or had doubled lately."""
+    row = int(torch.searchsorted(course.steps, onset))
+    recent = course.rates[max(0, row - EARLY) : row + 1]
+    return bool(recent[-1:] > 1.2 * recent[:1])
+
+
+def _unusual_weights(course: Course) -> list[str]:
+    """Matrices whose first entries are five times as large as the largest usual initialization makes them.
+
+    That is a variance of 2 / fan-in (He et al. 2015, Delving Deep into Rectifiers); tables of embeddings have
+    entries of variance 1.
+    """
+    _, weights, _ = course.samples
+    if not len(weights):
+        return []
+    found = []
+    for parameter in course.reader.parameters:
+        if len(parameter.shape) < 2:
+            continue
+        size = float(weights[0, course.reader.names.index(parameter.name)])
+        entry = size / math.sqrt(parameter.size)
+        usual = math.sqrt(2 / math.prod(parameter.shape[1:]))
+        if entry > 5 * usual and entry > 1.5:
+            found.append(parameter.name)
+    return found
+
+
+def _of_losses(course: Course, events: Sequence[Explosion]) -> Iterator[Sign]:
+    """Where the loss left its own past, and the gradients did not."""
+    for row, is_over in find_losses(course.losses):
+        step = course.step(row)
+        if not any(-EARLY < (one.step or 0) - step < EARLY for one in events):
+            yield Sign("loss", step, (), is_over)
 
 
 def _sign(course: Course, event: Explosion) -> Sign:

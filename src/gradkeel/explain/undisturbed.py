@@ -13,7 +13,9 @@ Restore = Callable[[], None]
 
 
 @contextmanager
-def undisturbed(parameters: Sequence[Tensor], module: nn.Module | None) -> Iterator[Restore]:
+def undisturbed(
+    parameters: Sequence[Tensor], module: nn.Module | None, *, in_place: bool = False
+) -> Iterator[Restore]:
     """Restore parameters, buffers, gradients and randomness bit by bit at the end, after an exception as well.
 
     Yields a function that puts buffers and randomness back to what they were at the beginning, so that each
@@ -25,8 +27,11 @@ def undisturbed(parameters: Sequence[Tensor], module: nn.Module | None) -> Itera
         parameters: the tensors that the caller moves, written through ``.data`` so that a graph that still waits for
             its backward stays valid.
         module: whose buffers are kept; None where there is no module.
+        in_place: copy gradients as well, for a backward inside may write to where they lie, as into the buckets of
+            DistributedDataParallel.
     """
     gradients = [parameter.grad for parameter in parameters]
+    copies = [gradient.clone() if in_place and gradient is not None else None for gradient in gradients]
     values = [parameter.detach().clone() for parameter in parameters]
     restore_buffers = _buffers(module)
     restore_randomness = randomness(parameters)
@@ -40,8 +45,10 @@ def undisturbed(parameters: Sequence[Tensor], module: nn.Module | None) -> Itera
             parameter.grad = None
         yield restart
     finally:
-        for parameter, value, gradient in zip(parameters, values, gradients, strict=True):
+        for parameter, value, gradient, copy in zip(parameters, values, gradients, copies, strict=True):
             parameter.data.copy_(value)
+            if gradient is not None and copy is not None:
+                gradient.data.copy_(copy)  # which nobody takes for a change of the gradient
             parameter.grad = gradient
         restart()
 
@@ -63,27 +70,29 @@ def _buffers(module: nn.Module | None) -> Restore:
     return restore
 
 
-def randomness(tensors: Sequence[Tensor]) -> Restore:
-    """How to put back the random states of Python, NumPy if it is in use, torch on CPU and on the tensors' devices."""
-    restores: list[Restore] = []
+def randomness(tensors: Sequence[Tensor], *, numpy: bool = True) -> Restore:
+    """How to put back the random states of Python, NumPy if it is in use, torch on CPU and on the tensors' devices.
 
-    def keep(get: Callable[..., Any], put: Callable[..., object], *device: torch.device) -> None:
-        state = get(*device)
-        restores.append(lambda: (put(state, *device), None)[1])
-
-    keep(random.getstate, random.setstate)
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
+    Without ``numpy`` NumPy's, which takes longer to read than all others, is left out.
+    """
+    kept: list[tuple[Callable[..., object], tuple[Any, ...]]] = [
+        (random.setstate, (random.getstate(),)),
+        (torch.set_rng_state, (torch.get_rng_state(),)),
+    ]
+    numpy_random = sys.modules.get("numpy.random")  # which numpy itself does not import
+    if numpy and numpy_random is not None:
         # Its global state, which a user's own data code may draw from.
-        keep(numpy.random.get_state, numpy.random.set_state)
-    keep(torch.get_rng_state, torch.set_rng_state)
-    for device in {tensor.device for tensor in tensors if tensor.device.type not in {"cpu", "meta"}}:
+        kept.append((numpy_random.set_state, (numpy_random.get_state(),)))
+    for device in {tensor.device for tensor in tensors}:
+        if device.type in {"cpu", "meta"}:
+            continue
         backend = torch.get_device_module(device)
         # MPS has one generator, and its functions take no device.
-        keep(backend.get_rng_state, backend.set_rng_state, *(() if device.type == "mps" else (device,)))
+        where = () if device.type == "mps" else (device,)
+        kept.append((backend.set_rng_state, (backend.get_rng_state(*where), *where)))
 
     def restore() -> None:
-        for one in restores:
-            one()
+        for put, state in kept:
+            put(*state)
 
     return restore

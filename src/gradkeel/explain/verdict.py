@@ -1,6 +1,5 @@
 """The one verdict on a run, from everything that was recorded of it: the loss first, for it is what training is for."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -8,6 +7,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
+from gradkeel.explain.losses import FLAT, TAIL, loss_course, not_finite
 from gradkeel.explain.readable import readable
 from gradkeel.explain.updates import LARGE
 from gradkeel.guard import SkipReason
@@ -15,12 +15,10 @@ from gradkeel.language import say
 
 EARLY = 20
 """Steps within which a run diverges from its start."""
-TAIL = 10
 HIDDEN = 0.01
 """Clipping that multiplies by less than this hides what the gradients do."""
-_NOISE = 4.0  # times the usual change from step to step
-_RETURNED = 0.3  # of what training had gained: more than this lost again is not recovered
-_FLAT = 0.02  # of the first loss
+_WORSE = 0.15  # of what training had gained: so much more after an event is not recovered
+_NOTHING = 1e-9  # of the first gradient
 
 
 class Verdict(StrEnum):
@@ -51,6 +49,8 @@ class Diagnosis:
         confidence: from 0 to 1; lower where evidence that would have decided was not recorded.
         missing: what was not recorded and would have helped, each with how to record it.
         reasons: the evidence, in sentences.
+        cause: what did it, where that is known: of `AutopsyResult.cause`, or "initialization", "loss_scale",
+            "weights_changed"; else None.
     """
 
     verdict: Verdict
@@ -59,6 +59,7 @@ class Diagnosis:
     confidence: float
     missing: tuple[str, ...]
     reasons: tuple[str, ...]
+    cause: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,7 @@ class Signals:
         shares: steps, and the norm of the whole update over that of all weights.
         signs: what the norms and weights showed, in order.
         hardly: weights that hardly learn, with the step since when.
+        weights: how many weights there are, biases left out.
     """
 
     steps: Tensor
@@ -98,41 +100,7 @@ class Signals:
     shares: Sequence[tuple[int, float]] = ()
     signs: Sequence[Sign] = ()
     hardly: Sequence[tuple[str, int]] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class _Loss:
-    """What the loss did: its levels at the beginning, at its best and at the end, its noise, and where it left."""
-
-    first: float
-    best: float
-    last: float
-    noise: float
-    left: int | None
-    is_finite: bool
-    is_sudden: bool = True
-
-    @property
-    def is_above(self) -> bool:
-        """Whether it ended above where it began."""
-        return not self.is_finite or self.last > self.first
-
-    @property
-    def is_clearly_above(self) -> bool:
-        return not self.is_finite or self.last > self.first + max(self.noise / 2, _FLAT * abs(self.first))
-
-    @property
-    def is_lost(self) -> bool:
-        """Whether it ended far above its best."""
-        lost = self.last - self.best
-        return not self.is_finite or (
-            lost > max(_NOISE * self.noise, _FLAT * abs(self.first))
-            and lost > _RETURNED * max(self.first - self.best, 0)
-        )
-
-    @property
-    def has_learned(self) -> bool:
-        return self.is_finite and self.last < self.first - max(2 * self.noise, 2 * _FLAT * abs(self.first))
+    weights: int = 0
 
 
 def judge(signals: Signals) -> Diagnosis:
@@ -143,13 +111,15 @@ def judge(signals: Signals) -> Diagnosis:
 class _Judge:
     def __init__(self, signals: Signals) -> None:
         self.signals = signals
-        self.loss = _loss(signals)
+        self.loss = loss_course(signals.steps, signals.losses)
         self.reasons: list[str] = []
         self._first_bad = _first_bad(signals)
 
     def verdict(self) -> Diagnosis:
         """The first of these that holds."""
-        for ask in (self._born_bad, self._from_start, self._not_finite, self._lost, self._spiked, self._idle):
+        for ask in (
+            self._born_bad, self._from_start, self._not_finite, self._lost, self._died, self._spiked, self._idle,
+        ):  # fmt: skip
             found = ask()
             if found is not None:
                 return found
@@ -228,7 +198,7 @@ class _Judge:
         else:
             left = loss.left if loss.left is not None and loss.left - first < early + EARLY else None
             failed = loss.is_clearly_above or (warmup and loss.is_lost and left is not None)
-            failed = failed or (not loss.has_learned and large is not None)
+            failed = failed or ((not loss.has_learned or self._collapsed()) and large is not None)
             bad = bool(failed) and (left is not None or (large is not None and large - first < early))
             large = min((step for step in (large, left) if step is not None), default=None) if bad else large
         if not bad or large is None:
@@ -241,8 +211,13 @@ class _Judge:
                 step=step, name=name, times=readable(ratio),
             )  # fmt: skip
             self.reasons.append(told)
-        verdict = Verdict.DIVERGED_IN_WARMUP if warmup and large - first > 1 else Verdict.DIVERGED_FROM_START
+        verdict = Verdict.DIVERGED_IN_WARMUP if warmup and large > first else Verdict.DIVERGED_FROM_START
         return self._diverged(verdict, large, where)
+
+    def _collapsed(self) -> bool:
+        """Whether hardly any gradient was left after the first steps, of whatever loss."""
+        totals = self.signals.totals
+        return bool((totals[1:EARLY] < _NOTHING * totals[:1]).any())
 
     def _warmup_end(self) -> int | None:
         """How many steps the learning rate rose from the beginning; None where it did not."""
@@ -261,14 +236,15 @@ class _Judge:
         row = int(torch.searchsorted(s.steps, onset))
         hidden = float((s.coefficients[row:] < HIDDEN).double().mean()) if row < len(s.steps) else 0.0
         if loss is not None:
-            self.reasons.append(
-                say(
-                    "The loss began at {first}, was {best} at best, and ended at {end}.",
-                    first=readable(loss.first),
-                    best=readable(loss.best),
-                    end=readable(loss.last) if loss.is_finite else say("not finite"),
-                )
-            )
+            first, best = readable(loss.first), readable(loss.best)
+            last = readable(loss.last) if loss.is_finite else say("not finite")
+            told = say("The loss began at {first} and ended at {last}.", first=first, last=last)
+            if loss.best < loss.first:
+                told = say(
+                    "The loss began at {first}, was {best} at best, and ended at {last}.",
+                    first=first, best=best, last=last,
+                )  # fmt: skip
+            self.reasons.append(told)
         if hidden > 0.5:
             verdict = Verdict.CLIPPING_HIDES_DIVERGENCE
             told = say(
@@ -317,11 +293,48 @@ class _Judge:
         sign = next((one for one in faults if not one.is_over), faults[0])
         if sign.kind == "drift":
             return self._say(Verdict.DRIFT, sign.step, sign.where, 0.7)
+        if self._is_worse_since(sign.step):
+            return self._say(Verdict.SPIKE_UNRECOVERED, sign.step, sign.where, 0.7)
         if sign.is_over or self.loss is not None:
             return self._say(Verdict.SPIKE_RECOVERED, sign.step, sign.where, 0.8)
         if sign.kind == "initialization":
             return self._diverged(Verdict.DIVERGED_FROM_START, sign.step, sign.where)
         return self._diverged(Verdict.DIVERGED, sign.step, sign.where)
+
+    def _is_worse_since(self, step: int) -> bool:
+        """Whether the loss, after an event, ended higher than before it."""
+        s, loss = self.signals, self.loss
+        if loss is None:
+            return False
+        past = s.losses[: int(torch.searchsorted(s.steps, step))]
+        past = past[torch.isfinite(past)][-2 * TAIL :]
+        if not len(past):
+            return False
+        before = float(past.median())
+        return loss.last - before > max(loss.error, _WORSE * (loss.first - before), FLAT * abs(loss.first))
+
+    def _died(self) -> Diagnosis | None:
+        """Most weights get no gradient any more, and did before: what they were was overwritten."""
+        s, loss = self.signals, self.loss
+        if not s.hardly or 2 * len(s.hardly) < s.weights or (loss is not None and loss.has_learned):
+            return None
+        since, early = min(step for _, step in s.hardly), self._overwrites()
+        first, warmup = int(s.steps[0]), self._warmup_end()
+        if early is None and warmup and first < since <= warmup + EARLY:
+            early = since
+        if early is None:
+            return None
+        onset = min(early, since)
+        where = [name for name, step, _ in s.larger if step <= onset + 3]
+        told = say(
+            "{n} of {weights} weights hardly learn since about step {step}.",
+            n=len(s.hardly), weights=s.weights, step=since,
+        )  # fmt: skip
+        self.reasons.append(told)
+        if warmup and first < onset <= warmup + EARLY:
+            return self._diverged(Verdict.DIVERGED_IN_WARMUP, onset, where)
+        is_early = onset - first < EARLY
+        return self._diverged(Verdict.DIVERGED_FROM_START if is_early else Verdict.DIVERGED, onset, where)
 
     def _idle(self) -> Diagnosis | None:
         """Nothing happened, and in part nothing was learned."""
@@ -340,57 +353,8 @@ class _Judge:
         return None
 
 
-def _lost_losses(losses: Tensor) -> Tensor:
-    """[k] bool: losses that were logged and not finite; where most steps have one, a NaN is a loss too."""
-    known = ~losses.isnan()
-    before = known.double().cumsum(0) - known.double()
-    count = torch.arange(len(losses), dtype=torch.float64)
-    return losses.isinf() | (~known & (before >= 0.9 * count) & (count >= 4))
-
-
 def _first_bad(signals: Signals) -> int | None:
     """The first row at which something was not finite, a loss scale's overflows left out."""
-    bad = (signals.nonfinite | _lost_losses(signals.losses)).nonzero().flatten().tolist()
+    bad = (signals.nonfinite | not_finite(signals.losses)).nonzero().flatten().tolist()
     reasons, steps = signals.skips, signals.steps
     return next((row for row in bad if reasons.get(int(steps[row])) is not SkipReason.LOSS_SCALE), None)
-
-
-def _loss(signals: Signals) -> _Loss | None:
-    losses = signals.losses
-    known = torch.isfinite(losses)
-    if int(known.sum()) < 2:
-        return None
-    bad = _lost_losses(losses)
-    values, steps = losses[known], signals.steps[known]
-    width = min(TAIL, max(1, len(values) // 4))
-    first = float(values[0])
-    changes = values.diff().abs()
-    noise = float(changes[: max(1, 3 * len(changes) // 4)].median()) if len(changes) else 0.0
-    levels = values.unfold(0, width, 1).median(dim=1).values
-    best = int(levels.argmin())
-    last = float(levels[-1]) if len(values) < 3 * TAIL else float(values[-TAIL:].median())
-    is_finite = not bool(bad[-1])
-    lowest = float(levels[best])
-    left = _left(values, best, lowest, last, noise)
-    if left is None:
-        onset = None if is_finite else int(signals.steps[bad][0])
-        return _Loss(first, lowest, last, noise, onset, is_finite)
-    before, after = values[max(0, left - TAIL) : left], values[left : left + TAIL]
-    jump = float(after.median() - before.median()) if len(before) else math.inf
-    return _Loss(first, lowest, last, noise, int(steps[left]), is_finite, jump > 0.5 * (last - lowest))
-
-
-def _left(values: Tensor, best: int, lowest: float, last: float, noise: float) -> int | None:
-    """The first row after the best stretch from which on the loss is above it for good; None where it is not."""
-    if not last - lowest > _NOISE * noise:
-        return None
-    middle = lowest + 0.4 * (last - lowest)
-    lower = (values[best:] <= middle).nonzero().flatten()
-    after = best + (int(lower[-1]) + 1 if len(lower) else 0)
-    # Single batches that happen to fit do not bring a loss back: the last of a few is not the last of many.
-    spans = (values[best:].unfold(0, min(5, len(values) - best), 1).median(dim=1).values <= middle).nonzero()
-    stay = best + (int(spans[-1]) + min(5, len(values) - best) // 2 + 1 if len(spans) else 0)
-    row = min(after, stay)
-    while row < len(values) - 1 and float(values[row]) <= middle:
-        row += 1
-    return row if row < len(values) else None

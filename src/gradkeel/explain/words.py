@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from gradkeel.explain.autopsy import AutopsyResult
 from gradkeel.explain.explosion import Explosion
 from gradkeel.explain.fading import Fading
+from gradkeel.explain.findings import AutopsyResult
 from gradkeel.explain.readable import readable
 from gradkeel.explain.threshold import Estimate, ThresholdAdvice
 from gradkeel.explain.verdict import Diagnosis, Verdict
@@ -44,6 +44,22 @@ _VERDICT = {
 
 
 _ORIGIN = {"live": say("live"), "given": say("given")}
+_CAUSE = {
+    "learning_rate": say("the learning rate"),
+    "initialization": say("the initial weights"),
+    "sample": say("one sample of a batch"),
+    "batch": say("the batch"),
+    "numerics": say("an operation that left the range of its numbers"),
+    "state": say("the weights, on any batch"),
+    "transient": say("something that did not happen again"),
+    "loss_scale": say("the loss scale"),
+    "weights_changed": say("something that wrote to the weights"),
+}
+
+
+def cause(diagnosis: Diagnosis) -> list[str]:
+    """What did it, where that is known, in one sentence."""
+    return [] if diagnosis.cause is None else [say("The cause: {cause}.", cause=_CAUSE[diagnosis.cause])]
 
 
 def verdict(diagnosis: Diagnosis) -> str:
@@ -65,21 +81,27 @@ def missing(diagnosis: Diagnosis) -> list[str]:
 def experiments(result: AutopsyResult) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table of an autopsy's experiments."""
     rows: list[list[str]] = [
-        [heard(e.change), readable(e.norm, 4), say("still there" if e.is_bad else "gone")]
+        [
+            heard(e.change),
+            readable(e.norm, 4),
+            readable(e.loss, 4),
+            say("still there" if e.is_bad else "gone"),
+        ]
         for e in result.experiments
     ]
-    return [say("changed"), say("gradient norm"), say("the fault was")], rows
+    return [say("changed"), say("gradient norm"), say("loss"), say("the fault was")], rows
 
 
 def _experiments(result: AutopsyResult) -> list[str]:
     return [
         say(
-            "{change}: gradient norm {norm}, the fault was {outcome}",
+            "{change}: gradient norm {norm}, loss {loss}, the fault was {outcome}",
             change=change,
             norm=norm,
+            loss=loss,
             outcome=outcome,
         )
-        for change, norm, outcome in experiments(result)[1]
+        for change, norm, loss, outcome in experiments(result)[1]
     ]
 
 
@@ -217,7 +239,10 @@ def paragraphs(explanation: "Explanation") -> Iterator[tuple[str, list[str]]]:
     """All of it but the table of bounds: what each paragraph begins with, and its sentences."""
     explosion, diagnosis = explanation.explosion, explanation.diagnosis
     yield _run(explanation), []
-    yield say("Verdict: {verdict}", verdict=verdict(diagnosis)), [*diagnosis.reasons, *missing(diagnosis)]
+    yield (
+        say("Verdict: {verdict}", verdict=verdict(diagnosis)),
+        [*cause(diagnosis), *diagnosis.reasons, *missing(diagnosis)],
+    )
     if explosion.found or diagnosis.verdict is Verdict.HEALTHY:
         yield headline(explosion), [*explosion.evidence, *progress(explosion)]
     lists = [

@@ -16,6 +16,7 @@ from gradkeel.guard.replay import Replays
 from gradkeel.guard.roster import Roster
 from gradkeel.policies import Policy
 from gradkeel.ranks.declared import Sharing
+from gradkeel.ranks.group import Ranks
 from gradkeel.selection import Exclude
 
 _VERSION = 1
@@ -78,6 +79,11 @@ class Guard(Pipeline):
     def device(self) -> torch.device:
         """Where norms are put together."""
         return self._roster.device
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The ranks that train together, which decide alike; None for one process."""
+        return self._roster.ranks
 
     @property
     def is_sharded(self) -> bool:

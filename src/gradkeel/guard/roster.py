@@ -169,6 +169,7 @@ class Roster:
             self._held = []
             raise
         members: Sequence[Any] = selections if self.exchange is None else self.exchange.members
+        self.ranks = self._sharing.ranks(parameters, data_parallel)
         self.parts = tuple(map(self._part, selections, policies, needs, members))
         self.clips = any(policy is not None for policy in policies)
         self.here = [i for i, part in enumerate(self.parts) if part.selection.parameters]

@@ -3,10 +3,12 @@
 Leave ``Trainer(gradient_clip_val=None)`` with it.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gradkeel.attaching import attach
 from gradkeel.errors import AttachError, MissingExtraError
+from gradkeel.explain.autopsy import Autopsy
 from gradkeel.guard.guard import Guard
 from gradkeel.integrations.resume import go_on
 from gradkeel.integrations.told import Told
@@ -32,10 +34,13 @@ class GuardCallback(Callback):  # type: ignore[misc]  # lightning is not followe
 
     Args:
         policy: as in `gradkeel.attach`.
+        autopsy: run a bad step again to find its cause, see `gradkeel.Autopsy`; ``training_step`` is called again, and
+            what it logs then is dropped. Not for manual optimization.
         arguments: the other arguments of `gradkeel.attach`; ``model`` is the module.
 
     Attributes:
         guard: the guard, once training has begun; its reports stay after the end.
+        autopsy: the `gradkeel.Autopsy`, where one is wanted and training has begun; else None.
 
     Raises:
         AttachError: when training begins, if the module has several optimizers.
@@ -44,8 +49,11 @@ class GuardCallback(Callback):  # type: ignore[misc]  # lightning is not followe
         >>> lightning.Trainer(callbacks=[GuardCallback("global-norm:1.0")]).fit(module, loader)  # doctest: +SKIP
     """
 
-    def __init__(self, policy: Policy | str | None, **arguments: Any) -> None:
+    def __init__(self, policy: Policy | str | None, *, autopsy: bool = False, **arguments: Any) -> None:
         self._policy = policy
+        self._has_autopsy = autopsy
+        self.autopsy: Autopsy[Any] | None = None
+        self._unlisten: Callable[[], None] | None = None
         self._arguments = arguments
         self._loaded: dict[str, Any] | None = None
         self._told: Told | None = None
@@ -63,6 +71,32 @@ class GuardCallback(Callback):  # type: ignore[misc]  # lightning is not followe
         go_on(self.guard, self._loaded, trainer.global_step)
         self._loaded = None
         self._told = Told(self.guard)
+        if self._has_autopsy and pl_module.automatic_optimization:
+            self._listen(trainer, pl_module, self.guard)
+
+    def _listen(self, trainer: Any, module: Any, guard: Guard) -> None:
+        """Hear of what each training step is given."""
+        strategy = trainer.strategy
+        step = strategy.training_step
+
+        def loss_of(given: Sequence[Any]) -> Any:
+            module.log = module.log_dict = lambda *_, **__: None
+            try:
+                output = step(*given)
+            finally:
+                del module.log, module.log_dict
+            return (
+                output["loss"] if isinstance(output, Mapping) else output
+            ) / trainer.accumulate_grad_batches
+
+        self.autopsy = autopsy = Autopsy(guard, loss=loss_of)
+
+        def training_step(*given: Any) -> Any:
+            with autopsy(given):
+                return step(*given)
+
+        strategy.training_step = training_step
+        self._unlisten = lambda: delattr(strategy, "training_step")
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
         """Tell the guard the loss."""
@@ -77,6 +111,9 @@ class GuardCallback(Callback):  # type: ignore[misc]  # lightning is not followe
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Detach, and close the recorders."""
+        if self._unlisten is not None:
+            self._unlisten()
+            self._unlisten = None
         if self.guard is not None:
             self.guard.detach()
 

@@ -3,14 +3,18 @@
 Set ``TrainingArguments(max_grad_norm=0)`` with it, for the Trainer clips too by default.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gradkeel.attaching import attach
 from gradkeel.errors import MissingExtraError
+from gradkeel.explain.autopsy import Autopsy
 from gradkeel.guard import stack
 from gradkeel.guard.guard import Guard
 from gradkeel.integrations.resume import go_on
@@ -41,18 +45,22 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
 
     Args:
         policy: as in `gradkeel.attach`.
+        autopsy: run a bad step again to find its cause, see `gradkeel.Autopsy`.
         arguments: the other arguments of `gradkeel.attach`; ``model`` is the Trainer's.
 
     Attributes:
         guard: the guard, once training has begun; its reports stay after the end.
+        autopsy: the `gradkeel.Autopsy`, where one is wanted and training has begun; else None.
 
     Example:
         >>> arguments = TrainingArguments("out", max_grad_norm=0)
         >>> Trainer(model, arguments, train_dataset=data, callbacks=[GuardCallback("global-norm:1.0")]).train()
     """
 
-    def __init__(self, policy: Policy | str | None, **arguments: Any) -> None:
+    def __init__(self, policy: Policy | str | None, *, autopsy: bool = False, **arguments: Any) -> None:
         self._policy = policy
+        self._has_autopsy = autopsy
+        self.autopsy: Autopsy[Any] | None = None
         self._arguments = arguments
         self._told: Told | None = None
         self._unlisten: Callable[[], Any] | None = None
@@ -74,9 +82,13 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
         """Hear of each loss, which callbacks are not told of, and of logs before those who report them."""
         told, step = self._told, trainer.training_step
         own = vars(trainer).get("training_step")
+        if self._has_autopsy and self.guard is not None:
+            self.autopsy = Autopsy(self.guard, loss=partial(_loss_of, trainer, step))
+        autopsy = self.autopsy
 
         def training_step(*arguments: Any, **named: Any) -> Any:
-            loss = step(*arguments, **named)
+            with nullcontext() if autopsy is None else autopsy((arguments, named)):
+                loss = step(*arguments, **named)
             if told is not None:
                 told.loss(loss)
             return loss
@@ -118,6 +130,20 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
             self._unlisten = None
         if self.guard is not None:
             self.guard.detach()
+
+
+def _loss_of(
+    trainer: Any, step: Callable[..., Any], given: tuple[Sequence[Any], Mapping[str, Any]]
+) -> Tensor:
+    """The loss that a training step of the Trainer would run backward on."""
+    arguments, named = given
+    accelerator, losses = trainer.accelerator, list[Tensor]()
+    accelerator.backward = lambda loss, **_: losses.append(loss)
+    try:
+        step(*arguments, **named)
+    finally:
+        del accelerator.backward
+    return losses[0] / accelerator.gradient_accumulation_steps
 
 
 def _training() -> tuple[Any, Path | None]:

@@ -133,9 +133,13 @@ class Sharing:
         ]
         return Exchange(ranks, layouts, device, data_parallel)
 
+    def ranks(self, parameters: Iterable[Tensor], data_parallel: Ranks | None) -> Ranks | None:
+        """The ranks that train together; None for one process."""
+        return self._ranks(parameters, data_parallel, needs_loss=False)[0]
+
     def fail(self, parameters: Iterable[Tensor], data_parallel: Ranks | None, error: BaseException) -> None:
         """Tell the others that this rank has raised before the set-up, so that they need not wait."""
-        ranks, _ = self._ranks(parameters, data_parallel, needs_loss=False)
+        ranks = self.ranks(parameters, data_parallel)
         if ranks is not None:
             ranks.meet(error)
 

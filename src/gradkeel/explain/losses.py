@@ -1,0 +1,161 @@
+"""What the loss did over a whole run, and where it leaves its own past: in a record, and during training."""
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Number = TypeVar("Number", float, Tensor)
+PAST = 32
+FEWEST = PAST // 2
+_ROSE, _LOST = 3.0, 0.3
+_HOP = 8  # steps after which the past is looked at anew
+_CALM, _ONE_EVENT = 5, 20
+TAIL = 10
+FLAT = 0.02  # of the first loss
+_NOISE = 4.0  # times the usual change from step to step
+_SIGNIFICANT = 5.0  # standard errors between two levels of the loss
+_RETURNED = 0.3  # of what training had gained: more than this lost again is not recovered
+
+
+def loss_rises(usual: Number, highest: Number, first: float) -> tuple[Number, Number, Number]:
+    """A loss is an alarm that is above ``usual`` by more than each of these: by far the highest, and much is lost.
+
+    Args:
+        usual, highest: median and maximum of the last losses.
+        first: the run's first loss.
+    """
+    return _ROSE * (highest - usual), abs(usual), _LOST * (first - usual)
+
+
+def find_losses(losses: Tensor) -> list[tuple[int, bool]]:
+    """Row at which the loss left its past, and whether it came back, of each time; in order.
+
+    Args:
+        losses: [k] loss of each step, NaN where not known.
+    """
+    known = losses[torch.isfinite(losses)]
+    if len(known) <= FEWEST:
+        return []
+    before = torch.cat([losses.new_full((PAST,), torch.nan), losses]).unfold(0, PAST, _HOP)
+    before = torch.where(torch.isfinite(before), before, torch.nan)
+    enough = (~before.isnan()).sum(dim=1) >= FEWEST
+    highest = before.nan_to_num(nan=-torch.inf).amax(dim=1)
+    usual = before.nanmedian(dim=1).values
+    limits = usual + torch.stack(loss_rises(usual, highest, float(known[0]))).amax(dim=0)
+    limits = torch.where(enough, limits, torch.inf).repeat_interleave(_HOP)[: len(losses)]
+    rows = (losses > limits).nonzero().flatten().tolist()
+    starts = rows[:1] + [b for a, b in pairwise(rows) if b - a > _ONE_EVENT]
+    return [(row, _is_over(losses[row + 1 :], float(limits[row]))) for row in starts]
+
+
+def _is_over(later: Tensor, limit: float) -> bool:
+    """Whether it stayed below for a few steps."""
+    calm = later[torch.isfinite(later)] <= limit
+    return len(calm) >= _CALM and bool(calm.unfold(0, _CALM, 1).all(dim=1).any())
+
+
+@dataclass(frozen=True, slots=True)
+class LossCourse:
+    """What the loss of a run did.
+
+    Attributes:
+        first, best, last: its levels at the beginning, at its best and at the end.
+        noise: its usual change from step to step.
+        error: up to here two levels differ by noise.
+        left: the step from which on it was above its best for good, or None.
+        is_finite: whether it was at the end.
+        is_sudden: whether it left at once.
+    """
+
+    first: float
+    best: float
+    last: float
+    noise: float
+    error: float
+    left: int | None
+    is_finite: bool
+    is_sudden: bool = True
+
+    @property
+    def is_above(self) -> bool:
+        """Whether it ended above where it began."""
+        return not self.is_finite or self.last > self.first
+
+    @property
+    def is_clearly_above(self) -> bool:
+        """Likewise, and by more than noise."""
+        return not self.is_finite or self.last > self.first + max(self.noise / 2, FLAT * abs(self.first))
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it ended far above its best."""
+        lost = self.last - self.best
+        return not self.is_finite or (
+            lost > max(self.error, FLAT * abs(self.first))
+            and lost > _RETURNED * max(self.first - self.best, 0)
+        )
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether it ended below where it began, by more than noise."""
+        return self.is_finite and self.last < self.first - max(2 * self.noise, 2 * FLAT * abs(self.first))
+
+
+def not_finite(losses: Tensor) -> Tensor:
+    """[k] bool: losses that were logged and not finite; where most steps have one, a NaN is a loss too."""
+    known = ~losses.isnan()
+    before = known.double().cumsum(0) - known.double()
+    count = torch.arange(len(losses), dtype=torch.float64)
+    return losses.isinf() | (~known & (before >= 0.9 * count) & (count >= 4))
+
+
+def loss_course(all_steps: Tensor, losses: Tensor) -> LossCourse | None:
+    """What the losses [k] of these steps [k] did; None for fewer than two."""
+    known = torch.isfinite(losses)
+    if int(known.sum()) < 2:
+        return None
+    bad = not_finite(losses)
+    values, steps = losses[known], all_steps[known]
+    # The lowest of very many short stretches would be low by chance alone.
+    width = min(max(TAIL, len(values) // 100), max(1, len(values) // 4))
+    hop = max(1, width // TAIL)
+    # One batch may be odd, and so may the steps after it.
+    first = min(float(values[0]), float(values[:3].median()))
+    levels = values.unfold(0, width, hop).median(dim=1).values
+    best = int(levels.argmin())
+    tail = width if len(values) < 3 * TAIL else max(TAIL, len(values) // 10)
+    last = float(values[-tail:].median())
+    is_finite = not bool(bad[-1])
+    lowest, best = float(levels[best]), best * hop
+    # What is usual is what was so until the best: a sick run must not hide itself.
+    changes = values[: max(best + width, 2 * TAIL)].diff().abs()
+    noise = float(changes.median()) if len(changes) else 0.0
+    # Standard error of a median of so many, from the usual change between two values.
+    error = _SIGNIFICANT * 1.3 * noise / math.sqrt(width) if len(values) >= 3 * TAIL else _NOISE * noise
+    left = _left(values, best, lowest, last) if last - lowest > error else None
+    if left is None:
+        onset = None if is_finite else int(all_steps[bad][0])
+        return LossCourse(first, lowest, last, noise, error, onset, is_finite)
+    before, after = values[max(0, left - TAIL) : left], values[left : left + TAIL]
+    jump = float(after.median() - before.median()) if len(before) else math.inf
+    return LossCourse(
+        first, lowest, last, noise, error, int(steps[left]), is_finite, jump > 0.5 * (last - lowest)
+    )
+
+
+def _left(values: Tensor, best: int, lowest: float, last: float) -> int | None:
+    """The first row after the best stretch from which on the loss is above it for good."""
+    middle = lowest + 0.4 * (last - lowest)
+    lower = (values[best:] <= middle).nonzero().flatten()
+    after = best + (int(lower[-1]) + 1 if len(lower) else 0)
+    # Single batches that happen to fit do not bring a loss back: the last of a few is not the last of many.
+    spans = (values[best:].unfold(0, min(5, len(values) - best), 1).median(dim=1).values <= middle).nonzero()
+    stay = best + (int(spans[-1]) + min(5, len(values) - best) // 2 + 1 if len(spans) else 0)
+    row = min(after, stay)
+    while row < len(values) - 1 and float(values[row]) <= middle:
+        row += 1
+    return row if row < len(values) else None

@@ -1,0 +1,283 @@
+"""A bad step again and again, with one thing changed each time, on all ranks together."""
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradkeel.explain.findings import AutopsyResult, Cause, Experiment
+from gradkeel.explain.inspection import Inspection, in_float32, samples_of, take
+from gradkeel.explain.undisturbed import Restore
+from gradkeel.guard import Guard, StepReport
+from gradkeel.tensors import is_distributed
+
+_MOST_LEFT_OUT = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Micro:
+    """A batch of a step, how to put back the random states before its pass, and its weight in a window."""
+
+    batch: Any
+    replay: Restore
+    weight: float = 1.0
+
+
+class _EndedError(Exception):
+    """No further pass is allowed, or one has failed."""
+
+
+class Trials:
+    """Runs a step again and again, on all ranks together, and notes what came out.
+
+    Attributes:
+        step: the batches of this rank.
+        done: what was tried.
+    """
+
+    def __init__(
+        self,
+        guard: Guard,
+        loss: Callable[[Any], Tensor],
+        restart: Restore,
+        step: Sequence[Micro],
+        limits: tuple[float, float],
+        budget: int,
+    ) -> None:
+        self.guard, self.ranks, self.step = guard, guard.ranks, step
+        self._loss, self._limits, self._budget, self._restart = loss, limits, budget, restart
+        self.done: list[Experiment] = []
+
+    def run(
+        self,
+        change: str,
+        step: Sequence[Micro],
+        context: contextlib.AbstractContextManager[Any] | None = None,
+    ) -> bool:
+        """Whether the fault is there with this changed; all ranks must ask with equally many batches."""
+        if self._budget < 1:
+            raise _EndedError
+        self._budget -= 1
+        self._restart()
+        for parameter in self.guard.parameters:
+            parameter.grad = None
+        losses: list[Tensor] = []
+        with context or contextlib.nullcontext():
+            for micro in step:
+                micro.replay()
+                self._try(change, partial(self._forward, micro, losses))
+                self._try(change, losses[-1].backward)
+        window, weights = self.guard.window, self.told(sum(micro.weight for micro in step))
+        loss = sum(self.told(sum(float(one.detach()) for one in losses)))
+        norm = self._norm()
+        if window is None:
+            loss /= len(weights)
+        else:
+            norm *= window.mean_of(
+                sum(micro.weight for micro in step) if window.ranks is None else sum(weights)
+            )
+            loss /= sum(weights) or 1.0
+        norm = max(self.told(norm), key=lambda one: math.inf if math.isnan(one) else one)
+        is_bad = not math.isfinite(norm + loss) or norm > self._limits[0] or loss > self._limits[1]
+        self.done.append(Experiment(change, norm, is_bad, loss))
+        return is_bad
+
+    def _forward(self, micro: Micro, losses: list[Tensor]) -> None:
+        window, loss = self.guard.window, self._loss(micro.batch)
+        if window is not None:
+            loss = loss * (micro.weight if window.reduction == "mean" else float(micro.weight > 0))
+        losses.append(loss)
+
+    def _try(self, change: str, do: Callable[[], object]) -> None:
+        """Do it; where it fails, on whichever rank, all of them end: none may wait for one that does not come."""
+        failure: Exception | None = None
+        try:
+            do()
+        except Exception as error:  # noqa: BLE001  # the user's code may not take such a batch
+            failure = error
+        told = self.told(float(failure is not None))
+        if any(told):
+            why = (
+                type(failure).__name__
+                if self.ranks is None
+                else f"rank {self.ranks.members[told.index(1.0)]}"
+            )
+            self.done.append(Experiment(f"{change} (failed: {why})", math.nan, is_bad=True))
+            raise _EndedError from failure
+
+    def _norm(self) -> float:
+        """2-norm of all gradients, those that ranks share put together."""
+        gradients = [p.grad.detach() for p in self.guard.parameters if p.grad is not None]
+        whole = [g.full_tensor() if is_distributed(g) else g for g in gradients]  # type: ignore[attr-defined]
+        return math.hypot(*(float(torch.linalg.vector_norm(g, dtype=torch.float64)) for g in whole))
+
+    def told(self, number: float) -> list[float]:
+        """Each rank's number."""
+        if self.ranks is None:
+            return [number]
+        row = torch.tensor([number], dtype=torch.float64, device=self.guard.device)
+        return [float(one) for one in self.ranks.gather(row).flatten()]
+
+
+def examine(
+    trials: Trials,
+    report: StepReport,
+    good: Sequence[Micro],
+    usual: float | None,
+    *,
+    is_finite: bool,
+    rate_rose: bool,
+) -> AutopsyResult:
+    """What the trials of a step show.
+
+    Args:
+        trials: of the step.
+        report: of the guard on it.
+        good: the batches of the last good step.
+        usual: the median norm before.
+        is_finite: whether norm and loss were.
+        rate_rose: whether the learning rate has risen lately.
+    """
+    found = _Culprit()
+    cause: Cause = "batch"
+    look = Inspection(trials.guard.model)
+    with contextlib.suppress(_EndedError):
+        if not trials.run("the same again", trials.step, look.watching()):
+            cause = "transient"
+        elif not is_finite and not trials.run("in float32", trials.step, in_float32()):
+            cause = "numerics"
+        elif not good or trials.run("the last good batch", good, look.comparing()):
+            cause = _of_weights(trials, look, rate_rose=rate_rose)
+        else:
+            found.search(trials, good)
+            cause = "batch" if found.sample is None else "sample"
+    module, op = _first_of(trials, look)
+    norm, experiments = report.norm, tuple(trials.done)
+    return AutopsyResult(
+        report.step, cause, found.sample, module or _module_of(report), op, norm, usual, experiments,
+        found.micro, found.rank,
+    )  # fmt: skip
+
+
+def _first_of(trials: Trials, look: Inspection) -> tuple[str | None, str | None]:
+    """Module and operation, of the first rank that has seen one: the others may only have been told its numbers."""
+    if trials.ranks is None:
+        return look.module, look.op
+    told = trials.told(2.0 * (look.module is not None) + (look.op is not None))
+    module, op = trials.ranks.broadcast((look.module, look.op), told.index(max(told)))
+    return module, op
+
+
+def _of_weights(trials: Trials, look: Inspection, *, rate_rose: bool) -> Cause:
+    """What it is where any batch shows it, or where there is no other to ask."""
+    sound = all(bool(torch.isfinite(p).all()) for p in trials.guard.parameters)
+    if any(trials.told(float(sound and look.op is not None))):
+        return "numerics"
+    return "learning_rate" if rate_rose else "state"
+
+
+@dataclass(slots=True)
+class _Culprit:
+    """Whose batch it is that does it, which of several, and which of its samples; None where that is not known."""
+
+    rank: int | None = None
+    micro: int | None = None
+    sample: int | None = None
+
+    def search(self, trials: Trials, good: Sequence[Micro]) -> None:
+        """By halves, the other ranks on their last good batches, as many as the one that is looked at has."""
+        step, here, place = trials.step, 0, 0
+
+        def others(count: int) -> list[Micro]:
+            return list(itertools.islice(itertools.cycle(good), count))
+
+        if trials.ranks is not None:
+            here, members = trials.ranks.here, trials.ranks.members
+            found = _halved(
+                len(members),
+                lambda a, b: trials.run(
+                    f"batches of ranks {members[a]} to {members[b - 1]} alone",
+                    step if a <= here < b else others(len(step)),
+                ),
+            )
+            if found is None:
+                return
+            place, self.rank = found, members[found]
+        if len(step) > 1:
+            self.micro = _halved(
+                len(step),
+                lambda a, b: trials.run(
+                    f"batches {a} to {b - 1} alone", step[a:b] if here == place else others(b - a)
+                ),
+            )
+            if self.micro is None:
+                return
+        micro = step[self.micro or 0]
+        size = int(trials.told(float(samples_of(micro.batch) or 0))[place])
+
+        def bad(change: str, samples: Sequence[int]) -> bool:
+            if here != place:
+                return trials.run(change, others(1))
+            part = Micro(take(micro.batch, samples), micro.replay, micro.weight * len(samples) / size)
+            return trials.run(change, [part])
+
+        self.sample = _bad_sample(size, bad)
+
+
+def _halved(size: int, is_bad: Callable[[int, int], bool]) -> int | None:
+    """The one of so many that does it, or None where there is not exactly one."""
+    low, high = 0, size
+    while high - low > 1:
+        middle = (low + high) // 2
+        halves = [(low, middle), (middle, high)]
+        bad = [is_bad(*half) for half in halves]
+        if sum(bad) != 1:
+            return None
+        low, high = halves[bad.index(True)]
+    return low
+
+
+def _bad_sample(size: int, is_bad: Callable[[str, Sequence[int]], bool]) -> int | None:
+    """Index of the one sample that does it; None where there is not exactly one, or they cannot be told apart.
+
+    By halves, and at last by leaving out each of those left: a single sample has no variance, which batch normalization
+    needs, and a few of them may look bad by chance.
+    """
+    if size < 2:
+        return None
+    low, high = 0, size
+    while high - low > 3:
+        middle = (low + high) // 2
+        halves = [(low, middle), (middle, high)]
+        bad = [is_bad(f"samples {a} to {b - 1} alone", range(a, b)) for a, b in halves]
+        if sum(bad) != 1:
+            break
+        low, high = halves[bad.index(True)]
+    if high - low > _MOST_LEFT_OUT:
+        return None
+    gone = [
+        sample
+        for sample in range(low, high)
+        if not is_bad(f"without sample {sample}", [i for i in range(size) if i != sample])
+    ]
+    return gone[0] if len(gone) == 1 else None
+
+
+def _module_of(report: StepReport) -> str | None:
+    """The module in whose parameter non-finite gradients begin; None where all, or none, are hit."""
+    norms = report.norms
+    hit = [name for name, norm in norms.items() if not math.isfinite(norm)]
+    if not hit or len(hit) == len(norms):
+        return None
+    order = {
+        name: place
+        for one in report.selections
+        for name, place in zip(one.measured.names, one.order or range(len(one.measured.names)), strict=True)
+    }
+    return max(hit, key=lambda name: order.get(name, 0)).rpartition(".")[0] or None
