@@ -172,6 +172,7 @@ $(FLOORS)/floors.stamp: pyproject.toml constraints.txt $(native) | $(FLOORS)/bin
 	echo 'pyparsing<3.3' >> $(FLOORS)/floors.txt # warns of how old matplotlibs call it
 	$(FLOORS)/bin/python -m pip install --quiet -c $(FLOORS)/floors.txt -e '.[all]' hypothesis pytest pytest-timeout \
 	    pytest-xdist selenium
+	$(FLOORS)/bin/python -c 'import accelerate, lightning, matplotlib, mlflow, plotly, pyarrow, ray, tensorboard, transformers, typer, wandb'
 	touch $@
 
 $(VENV)/triton-$(TRITON).stamp: | $(VENV)/dev.stamp
