@@ -30,7 +30,7 @@ CAUSES = {
     "bad_batch": {"batch"}, "bad_sample": {"sample"}, "nan_forward": {"numerics"}, "nan_backward": {"numerics"},
     "overflow": {"numerics"}, "shuffled": {"batch"}, "lr": {"learning_rate"}, "lr_clip": {"learning_rate"},
     "warmup": {"learning_rate"}, "warmup_clip": {"learning_rate"}, "init30": {"initialization"},
-    "beta2": {"batch"},
+    "beta2": {"batch", "second_moment_lag"},
 }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ _DIVERGED = (
     Verdict.STALLED,
 )  # fmt: skip
 _EARLY = (Verdict.DIVERGED_FROM_START, Verdict.DIVERGED_IN_WARMUP)
+_LAG, _LAGGING = 3.0, 3  # times, and at how many steps at least: after a single bad batch it is below 1
 _step = attrgetter("step")
 
 
@@ -99,7 +100,15 @@ def _cause(
     blamed = any(one.cause == "learning_rate" and one.step <= onset for one in autopsies)
     if (diagnosis.verdict in _DIVERGED and (rose or overwrote or blamed)) or (early and overwrote):
         return "learning_rate"
-    return diagnosis.cause
+    return "second_moment_lag" if diagnosis.cause is None and _lagged(course, onset) else diagnosis.cause
+
+
+def _lagged(course: Course, onset: int) -> bool:
+    """Whether Adam's second moment was far behind the gradients at most of the steps after the onset that tell."""
+    lags = course.reader.scalar("second_moment_lag")
+    after = lags[(course.steps > onset) & (course.steps <= onset + EARLY)] if len(lags) else lags
+    after = after[~after.isnan()]
+    return len(after) >= _LAGGING and bool(after.median() > _LAG)
 
 
 def _rose(course: Course, onset: int) -> bool:

@@ -50,7 +50,7 @@ class Diagnosis:
         missing: what was not recorded and would have helped, each with how to record it.
         reasons: the evidence, in sentences.
         cause: what did it, where that is known: of `AutopsyResult.cause`, or "initialization", "loss_scale",
-            "weights_changed"; else None.
+            "weights_changed", "second_moment_lag"; else None.
     """
 
     verdict: Verdict

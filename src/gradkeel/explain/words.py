@@ -54,6 +54,7 @@ _CAUSE = {
     "transient": say("something that did not happen again"),
     "loss_scale": say("the loss scale"),
     "weights_changed": say("something that wrote to the weights"),
+    "second_moment_lag": say("Adam's second moment, which lagged behind gradients that had grown for good"),
 }
 
 

@@ -19,7 +19,7 @@ from gradkeel.kernels.arrival import is_capturing
 from gradkeel.record.outbox import Outbox, Sink
 from gradkeel.record.ranks import rank_path
 from gradkeel.record.rows import Kept, Subject, same_layout
-from gradkeel.record.sampling import BeforeUpdate, Sampling
+from gradkeel.record.sampling import BeforeUpdate, Sampling, second_moment_lag
 from gradkeel.record.writer import RecordFile
 
 
@@ -64,7 +64,8 @@ class Recorder:
 
     Besides what the guard measures anyway, the parameters' own 2-norms and those of their updates are recorded: at
     each of the first 100 steps, then at every 50th, and after a jump of the learning rate and, on the CPU, of the
-    gradient norm. For an update the weights are copied.
+    gradient norm. For an update the weights are copied. Of Adam-like optimizers the scalar ``second_moment_lag`` says
+    then how many times the gradients are as large as the second moment remembers.
 
     In a distributed run every rank may have a recorder; only rank 0's writes, and what it writes are the norms of whole
     parameters, over all ranks. Where parameters are sharded, weights and updates are then not recorded. With
@@ -109,6 +110,7 @@ class Recorder:
         self._described: StepReport | None = None
         self._sampling = Sampling()
         self._before: BeforeUpdate | None = None
+        self._lag: Tensor | None = None
         self._before_step = 0
         self._problems: list[str] = []
         self._file: RecordFile | None = None
@@ -163,7 +165,7 @@ class Recorder:
         on_host = measured.norms.is_cpu
         if not on_host and is_capturing(measured.norms.device):
             return  # nothing is run now, and what a replay does is not seen
-        self._before_step, self._before = step, None
+        self._before_step, self._before, self._lag = step, None, None
         rate = guard.optimizers[0].param_groups[0].get("lr")
         if rate is not None and type(rate) is not float:
             rate = None if isinstance(rate, Tensor) and not rate.is_cpu else float(rate)
@@ -172,6 +174,8 @@ class Recorder:
         if weights and (self._per_rank or not guard.is_sharded):
             device = measured.norms.device
             self._before = BeforeUpdate(guard.names, guard.parameters, device, updates=updates)
+            if not guard.is_sharded:
+                self._lag = second_moment_lag(guard.optimizers, report, guard.parameters)
 
     def record(self, report: StepReport) -> None:
         """Take note of a step; does not sync the host."""
@@ -212,6 +216,8 @@ class Recorder:
             scalars.setdefault("lr", group["lr"])
         if isinstance(prescale, Tensor) or prescale != 1.0:
             scalars["prescale"] = prescale
+        if self._lag is not None:
+            scalars["second_moment_lag"] = self._lag
         return scalars
 
     def _subject(self) -> Subject:

@@ -2,12 +2,16 @@
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
+from gradkeel.guard.report import StepReport
 from gradkeel.measure.powers import tensor_norms
+from gradkeel.policies.scopes import take
 from gradkeel.record.rows import Sample
 from gradkeel.tensors import entries_to_read
 
@@ -62,6 +66,51 @@ class Sampling:
             highest = max(recent)
         recent.append(total)
         return total / highest if highest > 0 else 0.0
+
+
+@torch.no_grad()
+def second_moment_lag(
+    optimizers: Sequence[Optimizer], report: StepReport, parameters: Sequence[Tensor]
+) -> Tensor | None:
+    """[] the norm of the gradients of a step, over what an Adam-like optimizer remembers of those before it.
+
+    It divides by the root of its second moment, bias-corrected; where the gradients have grown and that lags behind,
+    updates are as many times larger than they are meant to be. About 1 while nothing changes.
+
+    Args:
+        optimizers: those with ``exp_avg_sq`` in their state count; None comes of it where there are none, or where the
+            gradients as they are applied are not known by their 2-norms.
+        report: of the step, which has been decided and not been made.
+        parameters: in the order of the report.
+
+    Source:
+        Bai et al., "Adaptive preconditioners trigger loss spikes in Adam", 2025, arXiv:2506.04805.
+    """
+    if any(s.decision.clamp is not None or s.measured.norm_type != 2.0 for s in report.selections):
+        return None
+    places = {id(p): i for i, p in enumerate(parameters)}
+    rows, remembered = list[int](), list[Tensor]()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            held = [p for p in group["params"] if id(p) in places and _has_moment(optimizer.state.get(p), p)]
+            if not held or "betas" not in group:
+                continue
+            rows += [places[id(p)] for p in held]
+            moments = [entries_to_read(optimizer.state[p]["exp_avg_sq"]) for p in held]
+            step = optimizer.state[held[0]]["step"]  # a group's parameters step together
+            step = step.double() if isinstance(step, Tensor) and not step.is_cpu else float(step)
+            total = tensor_norms(moments, 1.0, report.selections[0].measured.norms.device).sum()
+            remembered.append(total / (1 - group["betas"][1] ** step))
+    if not rows:
+        return None
+    squares = torch.cat([(s.measured.norms * s.outcome.coefficients()).square() for s in report.selections])
+    return (take(squares, rows).sum() / torch.stack(remembered).sum()).sqrt()
+
+
+def _has_moment(state: Mapping[str, Any] | None, parameter: Tensor) -> bool:
+    """Whether an optimizer keeps a second moment for each entry, and has begun to."""
+    moment = None if state is None else state.get("exp_avg_sq")
+    return moment is not None and moment.shape == parameter.shape and bool("step" in (state or {}))
 
 
 class BeforeUpdate:
