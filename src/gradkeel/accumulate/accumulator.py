@@ -105,8 +105,9 @@ class Accumulator:
         apart = accumulate_dtype is not None or len(self.per) > 1
         self._sums = {name: WideSums(accumulate_dtype or torch.float32) for name in self.per if apart}
         if self._sums and self._sync.keeps_sums:
+            owner = "FullyShardedDataParallel (FSDP1)"
             raise ValueError(
-                "Accumulator(per=..., accumulate_dtype=...): FSDP1 sums itself; use FSDP2 (fully_shard)"
+                f"Accumulator(per=, accumulate_dtype=): {owner} sums itself; use FSDP2 (fully_shard)"
             )
         self._noise = NoiseMeter(guard) if noise_scale else None
         self._divisor: float | None = None
