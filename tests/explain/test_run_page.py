@@ -492,6 +492,9 @@ def test_several_runs_over_each_other(opened, tmp_path, width, scheme):
         "return Object.fromEntries(plots.map("
         "(p) => [p.closest('section').id, p.data.map((t) => [t.name, t.x.length])]))"
     )
+    lags = lines.pop("second-moment-lag")  # measured at the first hundred steps, and now and then
+    assert 99 <= lags[0][1] < 150
+    assert lags[1] == ["short", 79]
     assert set(lines) == {"loss", "gradient-norm", "coefficient", "learning-rate"}
     assert all(line == [["long", 150], ["short", 80]] for line in lines.values())
     assert page.execute_script("return plots[0].data[0].y") == pytest.approx(losses.tolist(), rel=1e-5)

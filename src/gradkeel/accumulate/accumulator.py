@@ -105,10 +105,8 @@ class Accumulator:
         apart = accumulate_dtype is not None or len(self.per) > 1
         self._sums = {name: WideSums(accumulate_dtype or torch.float32) for name in self.per if apart}
         if self._sums and self._sync.keeps_sums:
-            owner = "FullyShardedDataParallel (FSDP1)"
-            raise ValueError(
-                f"Accumulator(per=, accumulate_dtype=): {owner} sums itself; use FSDP2 (fully_shard)"
-            )
+            who = "FullyShardedDataParallel (FSDP1)"
+            raise ValueError(f"Accumulator(per=, accumulate_dtype=): {who} sums; use FSDP2 (fully_shard)")
         self._noise = NoiseMeter(guard) if noise_scale else None
         self._divisor: float | None = None
         self._last_loss: Tensor | None = None

@@ -215,7 +215,10 @@ def _scalar(
     known = values[torch.isfinite(values)]
     if not len(known) or (name == "lr" and bool((known == known[0]).all())):
         return []
-    line, above = Trace(name, bucket(steps, values, COLUMNS), color), bool((known > 0).all())
+    rare = 2 * int((~values.isnan()).sum()) < len(values)  # what is measured now and then
+    here = ~values.isnan() if rare else slice(None)
+    line = Trace(name, bucket(steps[here], values[here], COLUMNS), color, sampled=rare)
+    above = bool((known > 0).all())
     y_title = {"loss": say("loss"), "lr": say("learning rate")}.get(name, title.lower())
     figure = traces([line], y_title=y_title, logarithmic=above, marks=marks)
     return [Section(title, figure=figure)]

@@ -87,6 +87,7 @@ def _drawn(
     for (name, reader), (color, dash) in zip(runs.items(), itertools.cycle(_LINES), strict=False):
         drawn = values(reader)
         if len(finite := drawn[torch.isfinite(drawn)]):
-            lines.append(Trace(name, bucket(reader.steps(), drawn, COLUMNS), color, dash))
+            here = ~drawn.isnan()
+            lines.append(Trace(name, bucket(reader.steps()[here], drawn[here], COLUMNS), color, dash))
             above &= bool((finite > 0).all())
     return [Section(title, text, figure=traces(lines, y_title="", logarithmic=above))] if lines else []
