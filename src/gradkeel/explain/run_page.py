@@ -2,6 +2,7 @@
 
 import math
 import shlex
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -221,7 +222,15 @@ def _scalar(
     above = bool((known > 0).all())
     y_title = {"loss": say("loss"), "lr": say("learning rate")}.get(name, title.lower())
     figure = traces([line], y_title=y_title, logarithmic=above, marks=marks)
+    if rare:
+        _as_wide_as_lines(figure, reader)
     return [Section(title, figure=figure)]
+
+
+def _as_wide_as_lines(figure: Any, reader: Reader) -> None:
+    """Points in the other figures' range of steps, whose lines need no room at their ends."""
+    if len(reader) > FEW:
+        figure.update_xaxes(range=[int(reader.steps()[0]), reader.last_step])
 
 
 def _coefficient(reader: Reader, steps: Tensor, marks: list[Mark]) -> list[Section]:
@@ -255,8 +264,7 @@ def _updates(reader: Reader, marks: list[Mark]) -> list[Section]:
         n=int(known.sum()),
     )
     figure = traces(lines, y_title=say("update / weights"), marks=marks)
-    if len(reader) > FEW:  # as in the other figures, whose lines need no room at their ends
-        figure.update_xaxes(range=[int(reader.steps()[0]), reader.last_step])
+    _as_wide_as_lines(figure, reader)
     figure.add_hline(y=1, line={"dash": "dot", "width": 1, "color": GREY}, row=1, col=1)
     return [Section(say("Updates"), text, figure=figure)]
 
