@@ -66,3 +66,104 @@ def test_what_it_is(tmp_path):
 def test_optimizers_without_a_second_moment_have_none(tmp_path, kind):
     lags, _ = trained(tmp_path / "run.keel", lambda step: 1.0, kind)
     assert lags.isnan().all()
+
+
+def lag_of(tmp_path, optimizer, steps, policy=None):
+    """The lag at each step, and by hand in float64: gradients as applied, over moments of what has a gradient."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    guard = gk.attach(optimizer, policy, record=tmp_path / "run.keel")
+    expected = []
+    for gradients in steps:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        squares = moments = 0.0
+        known = {
+            p: (state.get("max_exp_avg_sq", state["exp_avg_sq"]).double().sum(), float(state["step"]))
+            for p, state in optimizer.state.items()
+        }
+        optimizer.step()
+        for parameter in parameters:
+            if parameter.grad is not None and parameter in known:
+                moment, made = known[parameter]
+                squares += float(parameter.grad.double().square().sum())
+                moments += float(moment) / (1 - optimizer.param_groups[0]["betas"][1] ** made)
+        expected.append((squares / moments) ** 0.5 if moments else torch.nan)
+    guard.detach()
+    with gk.record.Reader(tmp_path / "run.keel") as run:
+        return run.scalar("second_moment_lag").tolist(), pytest.approx(expected, rel=1e-5, nan_ok=True)
+
+
+def test_only_what_has_a_gradient_counts_by_its_own_steps(tmp_path):
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.zeros(4, 3)) for _ in range(2)]
+    steps = [(torch.randn(4, 3) if i in (0, 8) else None, torch.randn(4, 3)) for i in range(10)]
+    found, expected = lag_of(tmp_path, torch.optim.Adam(parameters), steps)
+    assert found == expected
+
+
+def test_clipped_units_count_as_they_are_applied(tmp_path):
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(4))]
+    scales = torch.tensor([[100.0], [1.0], [1.0], [1e-3]])
+    steps = [(torch.randn(4, 3) * scales, torch.randn(4)) for _ in range(5)]
+    found, expected = lag_of(tmp_path, torch.optim.Adam(parameters), steps, "agc:0.3")
+    assert found == expected
+
+
+def test_amsgrad_divides_by_the_highest(tmp_path):
+    torch.manual_seed(0)
+    optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(50))], betas=(0.9, 0.9), amsgrad=True)
+    steps = [(torch.randn(50) * (1000.0 if i < 5 or i > 77 else 1.0),) for i in range(80)]
+    found, expected = lag_of(tmp_path, optimizer, steps)
+    assert found == expected
+    assert found[78] < 2
+
+
+class Strange(torch.optim.Optimizer):
+    """Keeps something else under Adam's names."""
+
+    def __init__(self, parameters, **state):
+        super().__init__(parameters, {"lr": 0.1, "betas": state.pop("betas", (0.9, 0.99))})
+        self.kept = state
+
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter] = {"step": 1, "exp_avg_sq": torch.ones(3)} | self.kept
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"exp_avg_sq": [1.0, 1.0, 1.0]},
+        {"exp_avg_sq": torch.ones(3, dtype=torch.uint8)},
+        {"step": None},
+        {"betas": None},
+        {"betas": (0.9,)},
+    ],
+)
+def test_what_other_optimizers_keep_under_the_names_ends_no_record(tmp_path, state):
+    parameter = nn.Parameter(torch.zeros(3))
+    optimizer = Strange([parameter], **state)
+    guard = gk.attach(optimizer, None, record=tmp_path / "run.keel")
+    for _ in range(3):
+        parameter.grad = torch.ones(3)
+        optimizer.step()
+    guard.detach()
+    with gk.record.Reader(tmp_path / "run.keel") as run:
+        assert len(run) == 3
+
+
+def test_a_step_that_is_made_again_has_its_own(tmp_path):
+    parameter = nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.Adam([parameter])
+    guard = gk.attach(optimizer, None, record=tmp_path / "run.keel")
+    for size in (1.0, 1.0, 1.0):
+        parameter.grad = torch.full((3,), size)
+        optimizer.step()
+    guard.load_state_dict(guard.state_dict() | {"step": 2})
+    parameter.grad = torch.full((3,), 1000.0)
+    optimizer.step()
+    guard.detach()
+    with gk.record.Reader(tmp_path / "run.keel") as run:
+        assert float(run.scalar("second_moment_lag")[2]) == pytest.approx(1000.0, rel=1e-3)
+        assert run.weight_samples()[0].tolist() == [1, 2, 3]

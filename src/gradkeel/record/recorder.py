@@ -1,5 +1,6 @@
 """The recorder: what the guard tells of each step, kept as it is until the writing thread takes it."""
 
+import contextlib
 import os
 import sqlite3
 import time
@@ -175,20 +176,22 @@ class Recorder:
             device = measured.norms.device
             self._before = BeforeUpdate(guard.names, guard.parameters, device, updates=updates)
             if not guard.is_sharded:
-                self._lag = second_moment_lag(guard.optimizers, report, guard.parameters)
+                # An optimizer may keep anything under these names, and the record does without a figure.
+                with contextlib.suppress(Exception):
+                    self._lag = second_moment_lag(guard.optimizers, report, guard.parameters)
 
     def record(self, report: StepReport) -> None:
         """Take note of a step; does not sync the host."""
         if self._problems:
             self._warn_of_problems()
         sample = None if self._before is None else self._before.sample()
-        self._before = None
+        lag, self._lag, self._before, self._before_step = self._lag, None, None, 0
         if self._outbox is None or not self._outbox.is_open:
             return
         norms = report.selections[0].measured.norms
         if not norms.is_cpu and is_capturing(norms.device):
             return
-        kept = Kept.of(report, time.time(), self._scalars(report), sample)
+        kept = Kept.of(report, time.time(), self._scalars(report, lag), sample)
         if self._described is None or not same_layout(report, self._described):
             self._outbox.send()
             self._described, self._outbox.subject = report, self._subject()
@@ -209,15 +212,15 @@ class Recorder:
         self._file = self._outbox = None
         self._is_closed = True
 
-    def _scalars(self, report: StepReport) -> dict[str, Tensor | float]:
+    def _scalars(self, report: StepReport, lag: Tensor | None) -> dict[str, Tensor | float]:
         """What the user logged, and what is worth knowing beside it."""
         scalars, prescale = dict(report.scalars), report.prescale
         if self._guard is not None and "lr" in (group := self._guard.optimizers[0].param_groups[0]):
             scalars.setdefault("lr", group["lr"])
         if isinstance(prescale, Tensor) or prescale != 1.0:
             scalars["prescale"] = prescale
-        if self._lag is not None:
-            scalars["second_moment_lag"] = self._lag
+        if lag is not None:
+            scalars["second_moment_lag"] = lag
         return scalars
 
     def _subject(self) -> Subject:

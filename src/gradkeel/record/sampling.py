@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradkeel.guard.report import StepReport
+from gradkeel.guard.report import SelectionReport, StepReport
 from gradkeel.measure.powers import tensor_norms
 from gradkeel.policies.scopes import take
 from gradkeel.record.rows import Sample
@@ -78,39 +78,62 @@ def second_moment_lag(
     updates are as many times larger than they are meant to be. About 1 while nothing changes.
 
     Args:
-        optimizers: those with ``exp_avg_sq`` in their state count; None comes of it where there are none, or where the
-            gradients as they are applied are not known by their 2-norms.
+        optimizers: those with ``exp_avg_sq`` in their state count, or what AMSGrad divides by, its highest value; None
+            comes of it where there are none, or where the gradients as they are applied are not known by their 2-norms.
         report: of the step, which has been decided and not been made.
-        parameters: in the order of the report.
+        parameters: in the order of the report; those without a gradient are passed over, as the optimizer does.
 
     Source:
         Bai et al., "Adaptive preconditioners trigger loss spikes in Adam", 2025, arXiv:2506.04805.
     """
     if any(s.decision.clamp is not None or s.measured.norm_type != 2.0 for s in report.selections):
         return None
-    places = {id(p): i for i, p in enumerate(parameters)}
+    present = [here for s in report.selections for here in s.present]
+    places = {id(p): i for i, (p, here) in enumerate(zip(parameters, present, strict=True)) if here}
     rows, remembered = list[int](), list[Tensor]()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            held = [p for p in group["params"] if id(p) in places and _has_moment(optimizer.state.get(p), p)]
+            held = [
+                p
+                for p in group["params"]
+                if id(p) in places and _moment(optimizer.state.get(p), p) is not None
+            ]
             if not held or "betas" not in group:
                 continue
             rows += [places[id(p)] for p in held]
-            moments = [entries_to_read(optimizer.state[p]["exp_avg_sq"]) for p in held]
-            step = optimizer.state[held[0]]["step"]  # a group's parameters step together
-            step = step.double() if isinstance(step, Tensor) and not step.is_cpu else float(step)
-            total = tensor_norms(moments, 1.0, report.selections[0].measured.norms.device).sum()
-            remembered.append(total / (1 - group["betas"][1] ** step))
+            states = [optimizer.state[p] for p in held]
+            moments = [entries_to_read(_moment(s, p)) for s, p in zip(states, held, strict=True)]
+            totals = tensor_norms(moments, 1.0, report.selections[0].measured.norms.device)
+            remembered.append(
+                (totals / _correction(group["betas"][1], [s["step"] for s in states], totals)).sum()
+            )
     if not rows:
         return None
-    squares = torch.cat([(s.measured.norms * s.outcome.coefficients()).square() for s in report.selections])
+    squares = torch.cat([_squares(selection) for selection in report.selections])
     return (take(squares, rows).sum() / torch.stack(remembered).sum()).sqrt()
 
 
-def _has_moment(state: Mapping[str, Any] | None, parameter: Tensor) -> bool:
-    """Whether an optimizer keeps a second moment for each entry, and has begun to."""
-    moment = None if state is None else state.get("exp_avg_sq")
-    return moment is not None and moment.shape == parameter.shape and bool("step" in (state or {}))
+def _moment(state: Mapping[str, Any] | None, parameter: Tensor) -> Any:
+    """The second moment that an optimizer divides by, entry by entry, where it has begun to keep one."""
+    state = state or {}
+    moment = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
+    return moment if moment is not None and moment.shape == parameter.shape and "step" in state else None
+
+
+def _correction(beta: Any, steps: Sequence[Any], like: Tensor) -> Tensor | float:
+    """Adam's bias correction, [k] where parameters have not made as many steps: one without a gradient makes none."""
+    if any(isinstance(step, Tensor) and not step.is_cpu for step in steps):
+        return 1 - beta ** torch.stack([step.to(like) for step in steps])
+    made = [float(step) for step in steps]
+    return 1 - beta ** (made[0] if len(set(made)) == 1 else like.new_tensor(made))
+
+
+def _squares(selection: SelectionReport) -> Tensor:
+    """[n] the square of each parameter's norm, as its gradient is applied."""
+    units = None if selection.decision.unit_coefficients is None else selection.outcome.units()
+    if units is None:
+        return (selection.measured.norms * selection.outcome.coefficients()).square()
+    return torch.stack([part.square().sum() for part in units.split(list(selection.measured.unit_counts))])
 
 
 class BeforeUpdate:
