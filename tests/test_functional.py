@@ -384,3 +384,13 @@ def test_what_is_no_tensor_is_an_error():
 def test_a_norm_type_that_is_none_is_an_error():
     with pytest.raises(ValueError, match="norm_type"):
         gk.clip_grad_norm_(parameters_of(torch.ones(2)), 1.0, math.nan)
+
+
+def test_a_default_device_does_not_say_where_a_norm_is():
+    (parameter,) = parameters_of(torch.full((4,), 3.0))
+    total = torch.tensor(6.0)
+    with torch.device("meta"):
+        gk.functional.clip_grads_with_norm_(parameter, 3.0, total)
+        norm = gk.functional.clip_grad_norm_(parameter, 10.0)
+    assert norm.is_cpu
+    assert float(norm) == pytest.approx(3.0)

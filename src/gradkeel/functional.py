@@ -148,7 +148,9 @@ def clip_grads_with_norm_(
     """
     checked = _parameters("clip_grads_with_norm_", parameters)
     bound = _bound("clip_grads_with_norm_", "max_norm", max_norm)
-    _scale(checked, bound, whole(torch.as_tensor(total_norm)).detach().double())
+    # Without a device of its own a default device would take the tensor away from where it is.
+    given = total_norm if isinstance(total_norm, Tensor) else torch.tensor(total_norm, device="cpu")
+    _scale(checked, bound, whole(given).detach().double())
 
 
 @torch.no_grad()
@@ -299,4 +301,4 @@ def _narrowed(total: Tensor | float, gradients: list[Tensor]) -> Tensor:
         return on_mesh_of(gradients, total if is_wide else total.float())
     fits = total == 0 or not math.isfinite(total) or _LEAST_FLOAT32 <= total <= _LARGEST_FLOAT32
     dtype = torch.float64 if is_wide or not fits else torch.float32
-    return on_mesh_of(gradients, torch.tensor(total, dtype=dtype))
+    return on_mesh_of(gradients, torch.tensor(total, dtype=dtype, device="cpu"))

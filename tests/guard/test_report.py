@@ -254,3 +254,14 @@ def test_the_gradient_where_non_finite_begins_is_named_with_its_kind(value, kind
     guard = guarded("global-norm:1.0", [math.nan], [value], [1.0], nonfinite="keep")
     assert guard.report.skip_reason is None  # the step was made
     assert guard.report.nonfinite_reason() == f"step 1: the gradient of '1' is not finite ({kind})"
+
+
+@pytest.mark.parametrize("policy", ["value:0.5", "agc:0.1", "global-norm:1.0"])
+def test_a_default_device_does_not_say_where_a_norm_is(policy):
+    parameter = nn.Parameter(torch.ones(4))
+    guard = gk.attach(torch.optim.SGD([parameter], lr=0.1), policy)
+    parameter.grad = torch.ones(4)
+    with torch.device("meta"):
+        guard.optimizer.step()
+        assert guard.report.clipped_norm == pytest.approx(float(torch.linalg.vector_norm(parameter.grad)))
+        assert guard.report.stepped_tensor().is_cpu

@@ -270,7 +270,7 @@ class StepReport:
         """[] bool: whether the optimizer made its step, without syncing the host."""
         if isinstance(self.stepped_or_pending, Tensor):
             return self.stepped_or_pending
-        return torch.tensor(self.stepped_or_pending)
+        return torch.tensor(self.stepped_or_pending, device="cpu")
 
     @property
     def norms(self) -> dict[str, float]:

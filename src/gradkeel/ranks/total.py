@@ -52,7 +52,7 @@ def total_norm(
 
 def measure_total(tensors: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
     """Return [] the float64 norm of all these tensors; see `total_norm`."""
-    return torch.as_tensor(total_norm(tensors, norm_type, device)[0], dtype=torch.float64)
+    return torch.as_tensor(total_norm(tensors, norm_type, device)[0], dtype=torch.float64, device=device)
 
 
 @torch.no_grad()
