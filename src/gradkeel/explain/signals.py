@@ -105,8 +105,7 @@ def _cause(
 
 def _lagged(course: Course, onset: int) -> bool:
     """Whether Adam's second moment was far behind the gradients at most of the steps after the onset that tell."""
-    lags = course.reader.scalar("second_moment_lag")
-    after = lags[(course.steps > onset) & (course.steps <= onset + EARLY)] if len(lags) else lags
+    after = course.reader.scalar("second_moment_lag", onset + 1, onset + EARLY + 1)
     after = after[~after.isnan()]
     return len(after) >= _LAGGING and bool(after.median() > _LAG)
 
