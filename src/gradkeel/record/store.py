@@ -149,6 +149,9 @@ class Store:
             parts.append(steps)
             self._offsets.append(self._offsets[-1] + block.rows)
         self.steps = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+        self._whole: dict[
+            str, Tensor
+        ] = {}  # series that were read from end to end, since blocks were last looked for
         if found and not parts:
             raise RecordError(f"{self.path} is damaged: none of its {len(found)} blocks of steps can be read")
         if self.rows * self.width > _ALWAYS_ALLOWED + _MOST_PER_BYTE * size_of(self.path):
@@ -325,10 +328,16 @@ class Store:
         return read(name, first, last, stride)
 
     def _narrow(self, name: str, first: int, last: int, stride: int) -> Tensor:
-        series = series_of(name)
         if name == "step":
             return self.steps[first:last:stride]
-        touched = self._touched(first, last)
+        if (first, last) == (0, len(self.steps)) and last:
+            if name not in self._whole:
+                self._whole[name] = self._narrow_of(name, first, last)
+            return self._whole[name][::stride].clone()
+        return self._narrow_of(name, first, last)[::stride]
+
+    def _narrow_of(self, name: str, first: int, last: int) -> Tensor:
+        series, touched = series_of(name), self._touched(first, last)
         if not touched:
             return torch.empty(0, dtype=series.dtype)
         blocks = self.blocks[touched.start : touched.stop]
@@ -336,7 +345,7 @@ class Store:
         found = self._all_blobs(name, blocks)
         blobs = [blob or fill * block.rows for block, blob in zip(blocks, found, strict=True)]
         offset = self._offsets[touched.start]
-        return from_blobs(blobs, series.dtype)[first - offset : last - offset : stride]
+        return from_blobs(blobs, series.dtype)[first - offset : last - offset]
 
     def _wide(self, name: str, first: int, last: int, stride: int) -> Tensor:
         parts = [rows for _, rows in self.pieces(name, first, last, stride)]
