@@ -441,6 +441,9 @@ def test_a_filter_and_each_row_by_its_own_median(opened, large):
     )
     page.execute_script(search, "blocks.11.*.weight")
     assert page.execute_script(ROWS + "return y") == ["blocks.11.attention.weight", "blocks.11.mlp.weight"]
+    assert page.execute_script(
+        ROWS + "return plot.parentNode.clientHeight === plot.layout.height"
+    )  # no gap below
     page.execute_script(search, "S.11.MLP")
     assert len(page.execute_script(ROWS + "return y")) == 6
     page.execute_script(
@@ -500,6 +503,17 @@ def test_several_runs_over_each_other(opened, tmp_path, width, scheme):
     assert page.execute_script("return plots[0].data[0].y") == pytest.approx(losses.tolist(), rel=1e-5)
     assert page.execute_script("return document.documentElement.scrollWidth") <= width
     assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+def test_a_run_of_three_steps_beside_a_long_one(opened, tmp_path):
+    train(tmp_path / "short.keel", steps=3)
+    train(tmp_path / "long.keel", steps=150)
+    with Reader(tmp_path / "short.keel") as one, Reader(tmp_path / "long.keel") as other:
+        page = opened(runs_page([one, other]))
+    ticks = page.execute_script(
+        "return plots.map((p) => ['xaxis', 'yaxis'].map((a) => p._fullLayout[a]._vals.filter((v) => v.text).length))"
+    )
+    assert max(max(each) for each in ticks) <= 12, "a tick a step, or nine a decade, run into each other"
 
 
 def test_a_page_with_the_script_beside_it(browser, tmp_path):

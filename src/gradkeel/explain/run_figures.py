@@ -90,7 +90,7 @@ def traces(
             x=mark.at, y=1, yref="y domain", yanchor="bottom", text=_escaped(mark.text), showarrow=False,
             font={"size": 12},
         )  # fmt: skip
-    _whole_steps(figure, lines[0].buckets)
+    _whole_steps(figure, *(line.buckets for line in lines))
     figure.update_layout(height=380 + 16 * len(strips), hovermode="closest")
     return figure
 
@@ -245,9 +245,12 @@ def distribution(norms: Tensor, marks: Sequence[Mark], *, x_title: str) -> Any:
     return figure
 
 
-def _whole_steps(figure: Any, buckets: Buckets) -> None:
+def _whole_steps(figure: Any, *drawn: Buckets) -> None:
     """No tick between two steps."""
-    if len(buckets.first) and int(buckets.last[-1] - buckets.first[0]) < 10:
+    steps = [
+        int(at) for buckets in drawn if len(buckets.first) for at in (buckets.first[0], buckets.last[-1])
+    ]
+    if steps and max(steps) - min(steps) < 10:
         figure.update_xaxes(dtick=1)
 
 

@@ -210,16 +210,19 @@ def _style(figure: Any, x_title: str, y_title: str, ys: Sequence[float] = ()) ->
 
 def _log_ticks(values: Sequence[float]) -> str | int | None:
     """Plotly's code for ticks on a logarithmic axis: its own choice, then 1, 2, 5, then every so many decades."""
-    shown = [value for value in values if 0 < value < math.inf]
-    decades = math.log10(max(shown)) - math.log10(min(shown)) if shown else 0  # their ratio may overflow
-    return None if decades < 0.8 else "D2" if decades < 3 else math.ceil(decades / 6)
+    drawn = [value for value in values if 0 < value < math.inf]
+    if not drawn:
+        return None
+    decades = math.log10(max(drawn)) - math.log10(min(drawn))  # their ratio may overflow
+    # Around a constant plotly shows a decade on either side.
+    return None if 0 < decades < 0.8 else "D2" if decades < 3 else math.ceil(decades / 6)
 
 
 def _ticks_at(figure: Any, values: Sequence[float]) -> None:
     """A logarithmic x axis that names the values tried, every second or third of them where there are many."""
     step = 1 + (len(values) - 1) // 8
-    shown = values[::step]
-    figure.update_xaxes(type="log", tickvals=list(shown), ticktext=[f"{value:g}" for value in shown])
+    named = values[::step]
+    figure.update_xaxes(type="log", tickvals=list(named), ticktext=[f"{value:g}" for value in named])
 
 
 def _finite(values: Sequence[float]) -> list[float | None]:

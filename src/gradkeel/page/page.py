@@ -205,6 +205,7 @@ th, td { padding: 7px 10px; text-align: right; white-space: nowrap; border-botto
 th { font-weight: 600; color: var(--soft); vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 .figure { margin: 6px -6px 0; }
+.figure > div { height: auto !important; } /* plotly's is that of the figure before its rows are chosen */
 .rows { display: flex; flex-wrap: wrap; gap: 6px 14px; align-items: center; margin: 0 6px; font-size: .88rem; }
 .rows, .rows input, .rows select { color: var(--ink); font: inherit; font-size: .88rem; }
 .rows input[type=search], .rows select { background: var(--card); border: 1px solid var(--line); border-radius: 5px;
