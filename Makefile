@@ -158,8 +158,6 @@ $(other)/dev.stamp: pyproject.toml constraints.txt $(native) | $(other)/bin/pyth
 	$(other)/bin/python -m pip install --quiet -c $(other)/constraints.txt torch==$(TORCH) -e '.[dev]'
 	touch $@
 
-# In a folder of its own: the other tests run without it, as torch's CPU builds do. Its version is not among the
-# constraints, for a torch that is built for GPUs requires its own.
 $(RECIPES)/recipes.stamp: pyproject.toml constraints.txt constraints-recipes.txt $(native) | $(RECIPES)/bin/python
 	$(RECIPES)/bin/python -m pip install --quiet -c constraints.txt -c constraints-recipes.txt -e . \
 	    hydra-core hypothesis numpy pytest pytest-timeout stable_baselines3 trl
@@ -175,6 +173,8 @@ $(FLOORS)/floors.stamp: pyproject.toml constraints.txt $(native) | $(FLOORS)/bin
 	$(FLOORS)/bin/python -c 'import accelerate, lightning, matplotlib, mlflow, plotly, pyarrow, ray, tensorboard, transformers, typer, wandb'
 	touch $@
 
+# In a folder of its own: the other tests run without it, as torch's CPU builds do. Its version is not among the
+# constraints, for a torch that is built for GPUs requires its own.
 $(VENV)/triton-$(TRITON).stamp: | $(VENV)/dev.stamp
 	$(python) -m pip install --quiet --no-deps --upgrade --target $(VENV)/triton triton==$(TRITON)
 	touch $@
