@@ -451,6 +451,9 @@ def test_a_filter_and_each_row_by_its_own_median(opened, large):
     )
     relative = page.execute_script(ROWS + "return z[0]")
     assert relative == pytest.approx([math.log10(2.0) if step == 20 else 0.0 for step in range(30)])
+    size = {"width": 700, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)  # it follows the window still
+    wait_for(page, "document.documentElement.scrollWidth <= innerWidth")
     page.execute_script(search, "nothing [such")
     assert page.execute_script(ROWS + "return y") == []
     assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []

@@ -89,7 +89,7 @@ const arrange = async (plot, fresh) => {
     { y: [names], z: [rows.map((row) => row.logs)], customdata: [rows.map((row) => row.values)], zmin, zmax, colorbar },
     { "yaxis.categoryarray": names, "yaxis.tickvals": shown.map(([name]) => name),
       "yaxis.ticktext": shown.map(([, label]) => short(label)),
-      height: Math.min(1000, Math.max(260, 140 + 20 * rows.length)) }, [0]);
+      height: Math.min(1000, Math.max(260, 140 + 20 * rows.length)), autosize: true }, [0]);
   align();
 };
 for (const plot of plots) if (plot.data[0]?.meta && plot.data[0].type === "heatmap") arrange(plot, true);
