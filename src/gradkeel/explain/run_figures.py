@@ -273,7 +273,7 @@ def _range(logs: Tensor) -> tuple[float, float]:
 
 
 def _colorbar(low: float, top: float) -> dict[str, Any]:
-    stride = max(1, math.ceil((top - low) / 8))
+    stride = max(1, math.ceil((top - low) / 5))  # a map of few rows has no room for more
     ticks = list(range(math.ceil(low), math.floor(top) + 1, stride))
     if len(ticks) < 2:
         ticks_at = [low, top]

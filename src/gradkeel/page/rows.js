@@ -77,7 +77,7 @@ const arrange = async (plot, fresh) => {
     const logs = rows.flatMap((row) => row.logs.filter((log) => log !== null)).sort((a, b) => a - b);
     zmin = check.checked ? -1 : logs[Math.floor(logs.length / 50)] ?? 0;
     zmax = Math.max(check.checked ? 1 : zmin + 0.5, Math.min(logs.at(-1) ?? 0, zmin + 12));
-    const first = Math.ceil(zmin), stride = Math.max(1, Math.ceil((zmax - zmin) / 8));
+    const first = Math.ceil(zmin), stride = Math.max(1, Math.ceil((zmax - zmin) / 5));
     const at = Array.from({ length: Math.floor((zmax - first) / stride) + 1 }, (_, i) => first + i * stride);
     const texts = at.map((t) => (check.checked ? (t < 0 ? `÷${10 ** -t}` : `×${10 ** t}`) : `10<sup>${t}</sup>`));
     colorbar = { ...colorbar, tickvals: at, ticktext: texts };
