@@ -7,9 +7,10 @@ import os
 import shlex
 import statistics
 import subprocess
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 
 from gradkeel import language
 from gradkeel.attaching import POLICY_VARIABLE, RECORD_VARIABLE, SEED_VARIABLE
@@ -46,17 +47,26 @@ def in_subprocesses(
         futures: dict[Future[Run], int] = {}
         for i, trial in enumerate(trials):
             futures[pool.submit(_run, command, trial, folder, alive, _nobody if i else say)] = i
-        waiting = set(futures)
         try:
-            while waiting:
-                finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    yield futures[future], future.result()
+            yield from as_finished(futures)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(alive):
                 with contextlib.suppress(ProcessLookupError):
                     process.terminate()
+
+
+def as_finished(futures: dict[Future[Run], int]) -> Iterator[tuple[int, Run]]:
+    """Index and result of each trial as it finishes.
+
+    Not by `wait`: it holds every future's lock, and Ctrl-C in the midst of that would leave them held for ever.
+    """
+    finished: SimpleQueue[Future[Run]] = SimpleQueue()
+    for future in futures:
+        future.add_done_callback(finished.put)
+    for _ in futures:
+        future = finished.get()
+        yield futures[future], future.result()
 
 
 def _nobody(words: str) -> None:

@@ -8,11 +8,10 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
 
 import torch
 
-from gradkeel.compare.command import in_subprocesses
+from gradkeel.compare.command import as_finished, in_subprocesses
 from gradkeel.compare.plan import Comparison, Plan
 from gradkeel.compare.ray_pool import in_ray
 from gradkeel.compare.run import Run, Trial
@@ -108,17 +107,11 @@ def _in_workers(
     spawn = multiprocessing.get_context("spawn")
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_start_worker, initargs=(plan, records))
-    finished: SimpleQueue[Future[Run]] = SimpleQueue()
     complete = False
     try:
         with _ctrl_c_left_to_parent():
             futures: dict[Future[Run], int] = {pool.submit(_work, trial): i for i, trial in enumerate(trials)}
-            for future in futures:
-                future.add_done_callback(finished.put)
-        # Not by `wait`: it holds every future's lock, and Ctrl-C in the midst of that would leave them held for ever.
-        for _ in futures:
-            future = finished.get()
-            yield futures[future], future.result()
+        yield from as_finished(futures)
         complete = True
     finally:
         pool.shutdown(wait=complete, cancel_futures=True)
