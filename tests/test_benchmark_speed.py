@@ -5,6 +5,7 @@ import pytest
 from gradkeel import bench
 from gradkeel.bench import Gradients, Quartiles
 
+from benchmarks import pages
 from benchmarks.speed import __main__ as speed
 from benchmarks.speed.answer import Curve, Target, markdown
 
@@ -72,8 +73,8 @@ def test_the_page_is_written_between_its_marks(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     (tmp_path / "images").mkdir()
     page = tmp_path / "benchmarks.md"
-    page.write_text(f"above\n{speed.BEGIN}\nold\n{speed.END}\nbelow\n")
-    monkeypatch.setattr(speed, "DOCS", tmp_path)
+    page.write_text("above\n<!-- benchmarks:begin -->\nold\n<!-- benchmarks:end -->\nbelow\n")
+    monkeypatch.setattr(pages, "DOCS", tmp_path)
     answers = {"step": speed.asked("step", 5), "growth": speed.asked("growth", 5)}
     speed.write(answers)
     text = page.read_text()

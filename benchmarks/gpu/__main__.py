@@ -8,8 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-BEGIN, END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
+from benchmarks import pages
 
 
 def measured(rounds: int, only: str) -> dict[str, Any]:
@@ -45,7 +44,6 @@ def rows(title: str, table: dict[str, Any]) -> list[str]:
 
 def write(found: dict[str, Any]) -> None:
     """Put the tables between the marks of docs/benchmarks.md: ratios of all, and all times of the first two."""
-    before, _, rest = DOCS.read_text(encoding="utf-8").partition(BEGIN)
     lines = [f"{found['where']}; [all times](data/benchmarks-gpu.json).", ""]
     tables = found["tables"]
     kinds = {title.rsplit(", ", 2)[0]: None for title in tables if title.count(", ") > 2}
@@ -57,8 +55,8 @@ def write(found: dict[str, Any]) -> None:
     for title in [*list(tables)[:2], *whole]:
         lines += rows(title, tables[title])
     text = "\n".join(lines).rstrip()
-    DOCS.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
-    data = DOCS.parent / "data" / "benchmarks-gpu.json"
+    pages.put("benchmarks.md", "gpu", f"\n{text}\n")
+    data = pages.DOCS / "data" / "benchmarks-gpu.json"
     data.parent.mkdir(exist_ok=True)
     data.write_text(json.dumps(found, indent=1), encoding="utf-8")
 

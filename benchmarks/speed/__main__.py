@@ -13,6 +13,7 @@ import torch
 
 from gradkeel.bench.machine import machine
 
+from benchmarks import pages
 from benchmarks.speed.answer import Answer, Curve, Target, asked, markdown, ratio
 
 QUESTIONS = (
@@ -20,8 +21,6 @@ QUESTIONS = (
     "growth", "memory", "precision", "ranks",
 )  # fmt: skip
 PEERS = ("accelerate", "jax", "optax", "paddlepaddle")
-DOCS = Path(__file__).resolve().parents[2] / "docs"
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 
 def in_words(question: str) -> str:
@@ -116,15 +115,12 @@ def main() -> None:
 
 def write(answers: Mapping[str, Answer]) -> None:
     """Put everything between the marks of docs/benchmarks.md, and the pictures beside it."""
-    path = DOCS / "benchmarks.md"
-    before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
     lines = [where(), noise(answers), "", *targets(answers)]
     for question, answer in answers.items():
         lines += section(question, answer)
     found = "\n".join(lines).rstrip()
-    path.write_text(f"{before}{BEGIN}\n\n{found}\n\n{END}{after}", encoding="utf-8")
-    draw([curve for answer in answers.values() for curve in answer.curves], DOCS / "images")
+    pages.put("benchmarks.md", "benchmarks", f"\n{found}\n")
+    draw([curve for answer in answers.values() for curve in answer.curves], pages.DOCS / "images")
 
 
 if __name__ == "__main__":
