@@ -43,8 +43,8 @@ def document(comparison: Comparison) -> dict[str, Any]:
     }
     if plan.sweep is not None:
         result["sweep"] = [asdict(point) for point in sweep_points(plan.sweep, runs)]
-    document: dict[str, Any] = plain(result)
-    return document
+    finite: dict[str, Any] = plain(result)
+    return finite
 
 
 def _run(run: Run) -> dict[str, Any]:
