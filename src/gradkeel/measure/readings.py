@@ -41,15 +41,15 @@ class Members(Protocol):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the parameters."""
+        """The parameters have these names."""
 
     @property
     def groups(self) -> tuple[int, ...]:
-        """Indices of the parameters' groups in the optimizer."""
+        """The parameters' groups have these indices in the optimizer."""
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Numbers of entries of the parameters."""
+        """The parameters have so many entries."""
 
     def units(self, dim: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return how many units along ``dim`` each has, and how many entries a unit."""
