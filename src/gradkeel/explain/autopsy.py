@@ -41,8 +41,8 @@ class Autopsy(Generic[Batch]):
     together run the step again together, say whose batch it is, and all have the same result; each of them needs an
     autopsy. The loss, which each has of its own batch, is no alarm there.
 
-    Batches are kept by reference until the next good ones. Reading the norm syncs the host on an accelerator, at each
-    step. Nothing is tried where the guard raises on non-finite gradients, nor in a window of several denominators.
+    Batches are kept by reference until the next good ones. Reading norm and loss syncs the host on an accelerator, at
+    each step. Nothing is tried where the guard raises on non-finite gradients, nor in a window of several denominators.
 
     Args:
         guard: made by `gradkeel.attach`; with ``model=`` so that modules can be named.
@@ -191,7 +191,7 @@ def _weighed(now: Sequence[tuple[Any, Restore, Tensor | float]], window: Window 
     """The batches of a step with what each has added to the window's weight."""
     if window is None:
         return [Micro(batch, replay) for batch, replay, _ in now]
-    sums = [float(weighed) for _, _, weighed in now] + [float(window.weight())]
+    sums = [weighed for _, _, weighed in now] + [window.weight()]  # not read here: each would sync the host
     return [
         Micro(batch, replay, after - before)
         for (batch, replay, _), (before, after) in zip(now, itertools.pairwise(sums), strict=True)

@@ -26,7 +26,7 @@ class Micro:
 
     batch: Any
     replay: Restore
-    weight: float = 1.0
+    weight: Tensor | float = 1.0
 
 
 class _EndedError(Exception):
@@ -73,15 +73,14 @@ class Trials:
                 micro.replay()
                 self._try(change, partial(self._forward, micro, losses))
                 self._try(change, losses[-1].backward)
-        window, weights = self.guard.window, self.told(sum(micro.weight for micro in step))
+        window, weight = self.guard.window, float(sum(micro.weight for micro in step))
+        weights = self.told(weight)
         loss = sum(self.told(sum(float(one.detach()) for one in losses)))
         norm = self._norm()
         if window is None:
             loss /= len(weights)
         else:
-            norm *= window.mean_of(
-                sum(micro.weight for micro in step) if window.ranks is None else sum(weights)
-            )
+            norm *= window.mean_of(weight if window.ranks is None else sum(weights))
             loss /= sum(weights) or 1.0
         norm = max(self.told(norm), key=lambda one: math.inf if math.isnan(one) else one)
         is_bad = not math.isfinite(norm + loss) or norm > self._limits[0] or loss > self._limits[1]
@@ -91,7 +90,8 @@ class Trials:
     def _forward(self, micro: Micro, losses: list[Tensor]) -> None:
         window, loss = self.guard.window, self._loss(micro.batch)
         if window is not None:
-            loss = loss * (micro.weight if window.reduction == "mean" else float(micro.weight > 0))
+            weight = float(micro.weight)
+            loss = loss * (weight if window.reduction == "mean" else float(weight > 0))
         losses.append(loss)
 
     def _try(self, change: str, do: Callable[[], object]) -> None:
