@@ -23,7 +23,7 @@ from gradkeel.norms import Window
 from gradkeel.record.notes import write_note
 
 Batch = TypeVar("Batch")
-_FEWEST = 8  # norms
+_FEWEST_NORMS = 8
 _RATE_ROSE = 2.0
 
 
@@ -142,7 +142,7 @@ class Autopsy(Generic[Batch]):
         self._rates.append(float(guard.optimizer.param_groups[0].get("lr", 0.0)))
         given = report.scalars.get("loss", told) if guard.ranks is None else None
         norm, loss = report.norm, math.nan if given is None else float(given)
-        usual = statistics.median(self._norms) if len(self._norms) >= _FEWEST else None
+        usual = statistics.median(self._norms) if len(self._norms) >= _FEWEST_NORMS else None
         limits = math.inf if usual is None else self._ratio * usual, self._loss_limit()
         is_finite = math.isfinite(norm) and (given is None or math.isfinite(loss))
         if is_finite and not (norm > limits[0] or loss > limits[1]):
@@ -159,12 +159,18 @@ class Autopsy(Generic[Batch]):
             trials = Trials(guard, self._loss, restart, step, limits, self._max_reruns)
             result = examine(trials, report, self._good, usual, is_finite=is_finite, rate_rose=rose)
         if math.isfinite(norm) and not norm > limits[0]:
-            usual_loss = statistics.median(self._losses) if self._losses else 0.0
-            result = dataclasses.replace(result, loss=loss, usual_loss=usual_loss)
+            known = self._known_losses()
+            result = dataclasses.replace(
+                result, loss=loss, usual_loss=statistics.median(known) if known else 0.0
+            )
         self.last = self._unwritten = result
 
+    def _known_losses(self) -> list[float]:
+        """Of the last steps, NaN left out, which stands for a loss that nobody told."""
+        return [loss for loss in self._losses if not math.isnan(loss)]
+
     def _loss_limit(self) -> float:
-        known = [loss for loss in self._losses if math.isfinite(loss)]
+        known = self._known_losses()
         if len(known) < FEWEST:
             return math.inf
         usual = statistics.median(known)
