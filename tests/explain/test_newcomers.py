@@ -120,6 +120,7 @@ def test_the_learning_rate(tmp_path, optimizer, policy, verdict, log):
     words, found, _ = run(LEARNING_RATE, tmp_path / "run.keel", optimizer=optimizer, policy=policy, log=log)
     assert (found["verdict"], found["cause"], found["onset"]) == (verdict, "learning_rate", 1)
     assert "The cause: the learning rate." in words
+    assert ("The first update larger than the weights" in words) == (verdict == "diverged_from_start")
 
 
 def test_the_sample(tmp_path):
