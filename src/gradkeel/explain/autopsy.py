@@ -82,6 +82,7 @@ class Autopsy(Generic[Batch]):
             )
         self.last: AutopsyResult | None = None
         self._guard, self._loss = guard, loss
+        self._one_a_device = list({p.device: p for p in guard.parameters}.values())
         self._max_reruns, self._ratio = max_reruns, ratio
         self._left = [max_autopsies, max_autopsies]  # of steps that are not finite, and of those that are
         self._norms: deque[float] = deque(maxlen=PAST)
@@ -99,7 +100,7 @@ class Autopsy(Generic[Batch]):
         """Keep a reference to a batch of the coming step, and Python's and torch's random states before its pass."""
         window = self._guard.window
         weighed = 0.0 if window is None else window.weight()
-        self._now.append((batch, randomness(self._guard.parameters, numpy=False), weighed))
+        self._now.append((batch, randomness(self._one_a_device, numpy=False), weighed))
         return self
 
     def __enter__(self) -> Self:
