@@ -3,11 +3,12 @@
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from gradkeel.accumulate.arguments import ITEM, Reduction, check_arguments
 from gradkeel.accumulate.checkpoint import by_names, check, saved_sums
 from gradkeel.accumulate.loader import Batch, Lookahead, ahead
 from gradkeel.accumulate.micro import MicroBatch
@@ -24,8 +25,6 @@ from gradkeel.noise_scale import NoiseScale
 if TYPE_CHECKING:
     from gradkeel.ranks.group import Group, Ranks
 
-Reduction = Literal["sum", "mean"]
-ITEM = "item"
 _VERSION = 1
 
 
@@ -81,23 +80,14 @@ class Accumulator:
         accumulate_dtype: torch.dtype | None = None,
         noise_scale: bool = False,
     ) -> None:
-        if not isinstance(guard, Guard):
-            raise TypeError(f"Accumulator(guard={type(guard).__name__}): guard must be what attach() returns")
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"Accumulator(steps={steps!r}): steps must be an int, at least 1")
-        if reduction not in ("sum", "mean"):
-            raise ValueError(f"Accumulator(reduction={reduction!r}): reduction must be 'sum' or 'mean'")
-        if accumulate_dtype is not None and not accumulate_dtype.is_floating_point:
-            raise ValueError(f"Accumulator(accumulate_dtype={accumulate_dtype}): must be floating, or None")
-        if isinstance(per, str) or not per or len(set(per)) < len(per):
-            raise ValueError(f"Accumulator(per={per!r}): must be different names, as ('token', 'sequence')")
-        if noise_scale and len(per) > 1:
-            raise ValueError("Accumulator(noise_scale=True, per=...): the noise scale needs one denominator")
+        check_arguments(guard, steps, reduction, per, accumulate_dtype, noise_scale=noise_scale)
         if guard.window is not None:
             raise WindowError("Accumulator(guard=...): this guard has an accumulator already; use that one")
-        self.guard, self.steps = guard, steps
+        self.guard = guard
+        self.steps = steps
         self.reduction: Reduction = reduction
-        self.per, self._sync = tuple(per), GradientSync(model, process_group, divides)
+        self.per = tuple(per)
+        self._sync = GradientSync(model, process_group, divides)
         if noise_scale and self._sync.is_needed:
             raise ValueError("Accumulator(noise_scale=True): needs one process; ranks exchange windows only")
         self._watch = GradientWatch(lambda: guard.parameters)
@@ -105,13 +95,14 @@ class Accumulator:
         apart = accumulate_dtype is not None or len(self.per) > 1
         self._sums = {name: WideSums(accumulate_dtype or torch.float32) for name in self.per if apart}
         if self._sums and self._sync.keeps_sums:
-            who = "FullyShardedDataParallel (FSDP1)"
-            raise ValueError(f"Accumulator(per=, accumulate_dtype=): {who} sums; use FSDP2 (fully_shard)")
+            words = "FullyShardedDataParallel (FSDP1) sums itself; use FSDP2 (fully_shard)"
+            raise ValueError(f"Accumulator(per=..., accumulate_dtype=...): {words}")
         self._noise = NoiseMeter(guard) if noise_scale else None
         self._divisor: float | None = None
         self._last_loss: Tensor | None = None
         self._open = OpenWindow.empty(self.per)
-        self._resumed = self._is_inside = False  # the latter: of a micro-batch's context
+        self._resumed = False
+        self._is_inside = False  # of a micro-batch's context
         guard.window = self
         try:
             guard.connect()
@@ -174,8 +165,10 @@ class Accumulator:
         if not self._open.is_open:
             raise WindowError("accumulate.finish(): no window is open")
         if self._sync.is_needed and not self._open.is_complete:
-            words = "gradients have not been exchanged between ranks, as a last backward does; call accumulate.drop()"
-            raise WindowError(f"accumulate.finish(): {words}")
+            raise WindowError(
+                "accumulate.finish(): this window's gradients have not been exchanged between ranks, which happens in "
+                "the backward of its last micro-batch; call accumulate.drop()"
+            )
         self._complete()
 
     def drop(self) -> None:
@@ -273,9 +266,8 @@ class Accumulator:
         Returns what terms to come must be multiplied by. The window's weight is that of float16's divisor from then on.
         """
         totals = self._sync.added(self._open.weights(self.guard.device))
-        factors = self._open.merge(
-            totals, self._divisor or 1.0, 1 if self.ranks is None else len(self.ranks.members)
-        )
+        ranks = 1 if self.ranks is None else len(self.ranks.members)
+        factors = self._open.merge(totals, self._divisor or 1.0, ranks)
         first, *others = self._sums.values()
         first.absorb(others, list(factors))
         first.pour()
@@ -291,7 +283,8 @@ class Accumulator:
         self._open.is_complete = True
         self._open.total = self._open.weight
         self._watch.note()
-        if (loss := self._open.mean_loss()) is not None:
+        loss = self._open.mean_loss()
+        if loss is not None:
             self._last_loss = loss
             if "loss" not in self.guard.logged:
                 self.guard.log(loss=loss)

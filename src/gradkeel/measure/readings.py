@@ -16,7 +16,7 @@ from gradkeel.tensors import local_parts
 
 @dataclass(slots=True, eq=False)
 class Readings:
-    """Readings are norms of a selection's stored gradients, without prescale: one rank's, or all ranks' together.
+    """Norms of a selection's stored gradients, without prescale: one rank's, or all ranks' together.
 
     Attributes:
         present: which of the parameters have a gradient.
@@ -41,15 +41,15 @@ class Members(Protocol):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """They have these names."""
+        """The parameters have these names."""
 
     @property
     def groups(self) -> tuple[int, ...]:
-        """Their groups have these indices in the optimizer."""
+        """The parameters' groups have these indices in the optimizer."""
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """They have so many entries."""
+        """The parameters have so many entries."""
 
     def units(self, dim: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return how many units along ``dim`` each has, and how many entries a unit."""

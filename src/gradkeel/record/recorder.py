@@ -111,7 +111,6 @@ class Recorder:
         self._described: StepReport | None = None
         self._sampling = Sampling()
         self._before: BeforeUpdate | None = None
-        self._lag: Tensor | None = None
         self._before_step = 0
         self._problems: list[str] = []
         self._file: RecordFile | None = None
@@ -158,7 +157,7 @@ class Recorder:
         self._guard, self._described = guard, None
 
     def before_step(self, report: StepReport) -> None:
-        """Copy the weights, at steps at which the update is to be measured."""
+        """Look at the weights, at steps at which they are measured, and copy them where the update is to be."""
         guard, step = self._guard, report.step
         if guard is None or self._outbox is None or step == self._before_step:
             return  # a closure may be evaluated several times within a step
@@ -166,26 +165,27 @@ class Recorder:
         on_host = measured.norms.is_cpu
         if not on_host and is_capturing(measured.norms.device):
             return  # nothing is run now, and what a replay does is not seen
-        self._before_step, self._before, self._lag = step, None, None
+        self._before_step, self._before = step, None
         rate = guard.optimizers[0].param_groups[0].get("lr")
         if rate is not None and type(rate) is not float:
             rate = None if isinstance(rate, Tensor) and not rate.is_cpu else float(rate)
         weights, updates = self._sampling.next(step, float(measured.known_total) if on_host else None, rate)
         # Where parameters are sharded, this rank's weights are not the whole.
         if weights and (self._per_rank or not guard.is_sharded):
-            device = measured.norms.device
-            self._before = BeforeUpdate(guard.names, guard.parameters, device, updates=updates)
+            lag = None
             if not guard.is_sharded:
                 # An optimizer may keep anything under these names, and the record does without a figure.
                 with contextlib.suppress(Exception):
-                    self._lag = second_moment_lag(guard.optimizers, report, guard.parameters)
+                    lag = second_moment_lag(guard.optimizers, report, guard.parameters)
+            device = measured.norms.device
+            self._before = BeforeUpdate(guard.names, guard.parameters, device, lag, updates=updates)
 
     def record(self, report: StepReport) -> None:
         """Take note of a step; does not sync the host."""
         if self._problems:
             self._warn_of_problems()
-        sample = None if self._before is None else self._before.sample()
-        lag, self._lag, self._before, self._before_step = self._lag, None, None, 0
+        before, self._before, self._before_step = self._before, None, 0
+        sample, lag = (None, None) if before is None else (before.sample(), before.lag)
         if self._outbox is None or not self._outbox.is_open:
             return
         norms = report.selections[0].measured.norms

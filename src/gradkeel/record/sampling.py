@@ -83,6 +83,8 @@ def second_moment_lag(
         report: of the step, which has been decided and not been made.
         parameters: in the order of the report; those without a gradient are passed over, as the optimizer does.
 
+    Syncs the host where some parameters have made more steps than others and the host counts them.
+
     Source:
         Bai et al., "Adaptive preconditioners trigger loss spikes in Adam", 2025, arXiv:2506.04805.
     """
@@ -137,13 +139,23 @@ def _squares(selection: SelectionReport) -> Tensor:
 
 
 class BeforeUpdate:
-    """The norms of the weights before a step's update, and the weights themselves where the update is wanted."""
+    """The norms of the weights before a step's update, and the weights themselves where the update is wanted.
+
+    Attributes:
+        lag: of Adam's second moment, where that is known.
+    """
 
     @torch.no_grad()
     def __init__(
-        self, names: tuple[str, ...], parameters: Sequence[Tensor], device: torch.device, *, updates: bool
+        self,
+        names: tuple[str, ...],
+        parameters: Sequence[Tensor],
+        device: torch.device,
+        lag: Tensor | None,
+        *,
+        updates: bool,
     ) -> None:
-        self._names, self._parameters, self._device = names, parameters, device
+        self._names, self._parameters, self._device, self.lag = names, parameters, device, lag
         entries = [entries_to_read(parameter) for parameter in parameters]
         self._weights = tensor_norms(entries, 2.0, device)
         self._copies = [entry.clone() for entry in entries] if updates else None

@@ -149,9 +149,8 @@ class Store:
             parts.append(steps)
             self._offsets.append(self._offsets[-1] + block.rows)
         self.steps = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
-        self._whole: dict[
-            str, Tensor
-        ] = {}  # series that were read from end to end, since blocks were last looked for
+        # Series that were read from end to end since the blocks were last looked for.
+        self._whole: dict[str, Tensor] = {}
         if found and not parts:
             raise RecordError(f"{self.path} is damaged: none of its {len(found)} blocks of steps can be read")
         if self.rows * self.width > _ALWAYS_ALLOWED + _MOST_PER_BYTE * size_of(self.path):
