@@ -66,6 +66,12 @@ def letters(length: int = 24) -> Batch:
     return text[start], text[start + 1]
 
 
+def _counted() -> Batch:
+    """Texts, and how many of their 24 letters come before h, in four classes."""
+    x, _ = letters()
+    return x, ((x < 8).sum(dim=1) // 4).clamp(max=3)
+
+
 def token_losses(model: nn.Module, batch: Batch) -> Tensor:
     """[B] cross-entropy of sequences."""
     return F.cross_entropy(model(batch[0]).transpose(1, 2), batch[1], reduction="none").mean(dim=1)
@@ -166,14 +172,9 @@ def gpt() -> Program:
 
 
 def encoder() -> Program:
-    """Whether more than half of a text's letters come early in the alphabet, by a bidirectional transformer."""
+    """How many of a text's letters come early in the alphabet, by a bidirectional transformer."""
     model = _Transformer(causal=False, classes=4)
-
-    def batch() -> Batch:
-        x, _ = letters()
-        return x, ((x < 8).sum(dim=1) // 4).clamp(max=3)
-
-    return Program(model, batch, partial(class_losses, model), "blocks.1.up", _QUERIES)
+    return Program(model, _counted, partial(class_losses, model), "blocks.1.up", _QUERIES)
 
 
 def autoencoder() -> Program:
@@ -200,14 +201,9 @@ class _Bag(nn.Module):
 
 
 def embedding() -> Program:
-    """A class of a text, from the mean of its letters' embeddings."""
+    """The same as `encoder`, by the mean of the letters' embeddings."""
     model = _Bag()
-
-    def batch() -> Batch:
-        x, _ = letters()
-        return x, ((x < 8).sum(dim=1) // 4).clamp(max=3)
-
-    return Program(model, batch, partial(class_losses, model), "hidden", rate=3e-3)
+    return Program(model, _counted, partial(class_losses, model), "hidden", rate=3e-3)
 
 
 def gan() -> Program:

@@ -276,3 +276,22 @@ def test_a_large_step_leaves_one_to_a_step_that_is_not_finite():
             optimizer.zero_grad()
             seen.append(None if autopsy.last is None else autopsy.last.step)
     assert seen == [None] * 12 + [13, 13, 15, 15]
+
+
+def test_the_usual_loss_is_of_those_that_were_logged():
+    """At every other step none was, and NaN has no place in an order."""
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    guard = gk.attach(optimizer, None, model=model)
+    autopsy = gk.Autopsy(guard, loss=lambda batch: (model(batch) ** 2).mean())
+    batch = torch.ones(8, 4)
+    for step in range(1, 22):
+        with autopsy(batch):
+            (model(batch) ** 2).mean().backward()
+        if step % 2:
+            guard.log(loss=math.inf if step == 21 else step)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", GradkeelWarning)
+            optimizer.step()
+        optimizer.zero_grad()
+    assert (autopsy.last.step, autopsy.last.loss, autopsy.last.usual_loss) == (21, math.inf, 10.0)

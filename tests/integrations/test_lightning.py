@@ -50,8 +50,11 @@ class Manual(Module):
         optimizer.step()
 
 
-def fit(module, ckpt_path=None, **arguments):
-    data = [torch.randn(8, 4, generator=torch.Generator().manual_seed(step)) for step in range(6)]
+def batches(count):
+    return [torch.randn(8, 4, generator=torch.Generator().manual_seed(step)) for step in range(count)]
+
+
+def fit(module, ckpt_path=None, data=None, **arguments):
     trainer = lightning.Trainer(
         **{
             "accelerator": "cpu",
@@ -63,7 +66,8 @@ def fit(module, ckpt_path=None, **arguments):
             **arguments,
         }
     )
-    trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None), ckpt_path=ckpt_path)
+    loader = torch.utils.data.DataLoader(data or batches(6), batch_size=None)
+    trainer.fit(module, loader, ckpt_path=ckpt_path)
     return module
 
 
@@ -313,24 +317,13 @@ def test_an_autopsy_names_the_sample(tmp_path, accumulation):
 
     def train(**options):
         callback = GuardCallback("global-norm:1.0", **options)
-        module = Spoiled(guarded=False)
-        data = [
-            torch.randn(8, 4, generator=torch.Generator().manual_seed(i)) for i in range(16 * accumulation)
-        ]
+        data = batches(16 * accumulation)
         data[13 * accumulation - 1][5] = 1000.0
-        trainer = lightning.Trainer(
-            accelerator="cpu",
-            max_epochs=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            accumulate_grad_batches=accumulation,
-            callbacks=[callback],
+        module = fit(
+            Spoiled(guarded=False), data=data, callbacks=[callback], accumulate_grad_batches=accumulation
         )
-        trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None))
-        assert "training_step" not in vars(trainer.strategy)
-        return module, trainer.callback_metrics["seen"], callback
+        assert "training_step" not in vars(module.trainer.strategy)
+        return module, module.trainer.callback_metrics["seen"], callback
 
     plain, seen, _ = train()
     watched, seen_again, callback = train(autopsy=True, record=tmp_path / "run.keel")

@@ -23,7 +23,7 @@ from gradkeel.norms import Window
 from gradkeel.record.notes import write_note
 
 Batch = TypeVar("Batch")
-_FEWEST = 8  # norms
+_FEWEST_NORMS = 8
 _RATE_ROSE = 2.0
 
 
@@ -41,8 +41,8 @@ class Autopsy(Generic[Batch]):
     together run the step again together, say whose batch it is, and all have the same result; each of them needs an
     autopsy. The loss, which each has of its own batch, is no alarm there.
 
-    Batches are kept by reference until the next good ones. Reading the norm syncs the host on an accelerator, at each
-    step. Nothing is tried where the guard raises on non-finite gradients, nor in a window of several denominators.
+    Batches are kept by reference until the next good ones. Reading norm and loss syncs the host on an accelerator, at
+    each step. Nothing is tried where the guard raises on non-finite gradients, nor in a window of several denominators.
 
     Args:
         guard: made by `gradkeel.attach`; with ``model=`` so that modules can be named.
@@ -82,6 +82,7 @@ class Autopsy(Generic[Batch]):
             )
         self.last: AutopsyResult | None = None
         self._guard, self._loss = guard, loss
+        self._one_a_device = list({p.device: p for p in guard.parameters}.values())
         self._max_reruns, self._ratio = max_reruns, ratio
         self._left = [max_autopsies, max_autopsies]  # of steps that are not finite, and of those that are
         self._norms: deque[float] = deque(maxlen=PAST)
@@ -99,7 +100,7 @@ class Autopsy(Generic[Batch]):
         """Keep a reference to a batch of the coming step, and Python's and torch's random states before its pass."""
         window = self._guard.window
         weighed = 0.0 if window is None else window.weight()
-        self._now.append((batch, randomness(self._guard.parameters, numpy=False), weighed))
+        self._now.append((batch, randomness(self._one_a_device, numpy=False), weighed))
         return self
 
     def __enter__(self) -> Self:
@@ -142,7 +143,7 @@ class Autopsy(Generic[Batch]):
         self._rates.append(float(guard.optimizer.param_groups[0].get("lr", 0.0)))
         given = report.scalars.get("loss", told) if guard.ranks is None else None
         norm, loss = report.norm, math.nan if given is None else float(given)
-        usual = statistics.median(self._norms) if len(self._norms) >= _FEWEST else None
+        usual = statistics.median(self._norms) if len(self._norms) >= _FEWEST_NORMS else None
         limits = math.inf if usual is None else self._ratio * usual, self._loss_limit()
         is_finite = math.isfinite(norm) and (given is None or math.isfinite(loss))
         if is_finite and not (norm > limits[0] or loss > limits[1]):
@@ -159,12 +160,18 @@ class Autopsy(Generic[Batch]):
             trials = Trials(guard, self._loss, restart, step, limits, self._max_reruns)
             result = examine(trials, report, self._good, usual, is_finite=is_finite, rate_rose=rose)
         if math.isfinite(norm) and not norm > limits[0]:
-            usual_loss = statistics.median(self._losses) if self._losses else 0.0
-            result = dataclasses.replace(result, loss=loss, usual_loss=usual_loss)
+            known = self._known_losses()
+            result = dataclasses.replace(
+                result, loss=loss, usual_loss=statistics.median(known) if known else 0.0
+            )
         self.last = self._unwritten = result
 
+    def _known_losses(self) -> list[float]:
+        """Of the last steps, NaN left out, which stands for a loss that nobody told."""
+        return [loss for loss in self._losses if not math.isnan(loss)]
+
     def _loss_limit(self) -> float:
-        known = [loss for loss in self._losses if math.isfinite(loss)]
+        known = self._known_losses()
         if len(known) < FEWEST:
             return math.inf
         usual = statistics.median(known)
@@ -191,7 +198,7 @@ def _weighed(now: Sequence[tuple[Any, Restore, Tensor | float]], window: Window 
     """The batches of a step with what each has added to the window's weight."""
     if window is None:
         return [Micro(batch, replay) for batch, replay, _ in now]
-    sums = [float(weighed) for _, _, weighed in now] + [float(window.weight())]
+    sums = [weighed for _, _, weighed in now] + [window.weight()]  # not read here: each would sync the host
     return [
         Micro(batch, replay, after - before)
         for (batch, replay, _), (before, after) in zip(now, itertools.pairwise(sums), strict=True)

@@ -153,8 +153,9 @@ def _left(values: Tensor, best: int, lowest: float, last: float) -> int | None:
     lower = (values[best:] <= middle).nonzero().flatten()
     after = best + (int(lower[-1]) + 1 if len(lower) else 0)
     # Single batches that happen to fit do not bring a loss back: the last of a few is not the last of many.
-    spans = (values[best:].unfold(0, min(5, len(values) - best), 1).median(dim=1).values <= middle).nonzero()
-    stay = best + (int(spans[-1]) + min(5, len(values) - best) // 2 + 1 if len(spans) else 0)
+    few = min(5, len(values) - best)
+    spans = (values[best:].unfold(0, few, 1).median(dim=1).values <= middle).nonzero()
+    stay = best + (int(spans[-1]) + few // 2 + 1 if len(spans) else 0)
     row = min(after, stay)
     while row < len(values) - 1 and float(values[row]) <= middle:
         row += 1

@@ -216,9 +216,11 @@ def _scalar(
     known = values[torch.isfinite(values)]
     if not len(known) or (name == "lr" and bool((known == known[0]).all())):
         return []
-    rare = 2 * int((~values.isnan()).sum()) < len(values)  # what is measured now and then
-    here = ~values.isnan() if rare else slice(None)
-    line = Trace(name, bucket(steps[here], values[here], COLUMNS), color, sampled=rare)
+    measured = ~values.isnan()
+    rare = 2 * int(measured.sum()) < len(values)  # what is measured now and then
+    if rare:
+        steps, values = steps[measured], values[measured]
+    line = Trace(name, bucket(steps, values, COLUMNS), color, sampled=rare)
     above = bool((known > 0).all())
     y_title = {"loss": say("loss"), "lr": say("learning rate")}.get(name, title.lower())
     figure = traces([line], y_title=y_title, logarithmic=above, marks=marks)

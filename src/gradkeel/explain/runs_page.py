@@ -36,16 +36,15 @@ def runs_page(readers: Sequence[Reader], *, script: str | None = None) -> str:
     lines = [Line(name, words.verdict(one.diagnosis)) for name, one in explanations.items()]
     rows = []
     for name, one in explanations.items():
-        reader = runs[name]
-        loss = reader.losses() if "loss" in reader.scalar_names else torch.empty(0)
-        loss = loss[torch.isfinite(loss)]
+        losses = runs[name].losses()
+        losses = losses[torch.isfinite(losses)]
         rows.append(
             [
                 name,
                 one.policy,
                 f"{one.steps:,}",
-                readable(float(loss[-1])) if len(loss) else "–",
-                readable(float(reader.totals().nanmedian())),
+                readable(float(losses[-1])) if len(losses) else "–",
+                readable(float(runs[name].totals().nanmedian())),
                 f"{one.clipped:.1%}",
                 f"{one.skipped:,}",
             ]

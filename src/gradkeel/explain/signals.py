@@ -17,11 +17,8 @@ from gradkeel.explain.updates import LARGE
 from gradkeel.explain.verdict import EARLY, Diagnosis, Sign, Signals, Verdict, judge
 
 _NEAR = 3  # steps between an onset and the autopsy of it
-_DIVERGED = (
-    Verdict.DIVERGED_FROM_START, Verdict.DIVERGED_IN_WARMUP, Verdict.DIVERGED, Verdict.CLIPPING_HIDES_DIVERGENCE,
-    Verdict.STALLED,
-)  # fmt: skip
 _EARLY = (Verdict.DIVERGED_FROM_START, Verdict.DIVERGED_IN_WARMUP)
+_DIVERGED = (*_EARLY, Verdict.DIVERGED, Verdict.CLIPPING_HIDES_DIVERGENCE, Verdict.STALLED)
 _LAG, _LAGGING = 3.0, 3  # times, and at how many steps at least: after a single bad batch it is below 1
 _step = attrgetter("step")
 
@@ -62,25 +59,31 @@ def diagnose(
             weights=len(matrices),
         )
     )
-    onset = diagnosis.onset or 0
-    for autopsy in sorted(autopsies, key=lambda one: abs(one.step - onset)):
-        if diagnosis.onset is not None and abs(autopsy.step - diagnosis.onset) <= _NEAR:
-            if diagnosis.verdict in _EARLY and autopsy.step > diagnosis.onset:
-                continue  # updates had overwritten the weights before
-            own = [name for name in course.reader.names if name.startswith(f"{autopsy.module}.")]
-            where = tuple(own[:3]) if autopsy.module and own else diagnosis.where
-            reasons = (*diagnosis.reasons, autopsy.words())
-            diagnosis = dataclasses.replace(diagnosis, where=where, reasons=reasons, cause=autopsy.cause)
-            break
-    return dataclasses.replace(diagnosis, cause=_cause(course, diagnosis, events, autopsies))
+    onset = diagnosis.onset
+    if onset is None:
+        return diagnosis
+    # Where updates overwrite the weights from the start, later steps only suffer from it.
+    last = onset if diagnosis.verdict in _EARLY else onset + _NEAR
+    near = [one for one in autopsies if onset - _NEAR <= one.step <= last]
+    if near:
+        autopsy = min(near, key=lambda one: abs(one.step - onset))
+        own = [name for name in course.reader.names if name.startswith(f"{autopsy.module}.")]
+        where = tuple(own[:3]) if autopsy.module and own else diagnosis.where
+        reasons = (*diagnosis.reasons, autopsy.words())
+        diagnosis = dataclasses.replace(diagnosis, where=where, reasons=reasons, cause=autopsy.cause)
+    return dataclasses.replace(diagnosis, cause=_cause(course, onset, diagnosis, events, shares, autopsies))
 
 
 def _cause(
-    course: Course, diagnosis: Diagnosis, events: Sequence[Explosion], autopsies: Sequence[AutopsyResult]
+    course: Course,
+    onset: int,
+    diagnosis: Diagnosis,
+    events: Sequence[Explosion],
+    shares: Sequence[tuple[int, float]],
+    autopsies: Sequence[AutopsyResult],
 ) -> str | None:
     """What did it: by experiment where there is one of this very step, else by what the record shows."""
-    onset = diagnosis.onset
-    if onset is None or diagnosis.cause not in (None, "state"):
+    if diagnosis.cause not in (None, "state"):
         return diagnosis.cause
     if diagnosis.verdict is Verdict.LOSS_SCALE_OVERFLOW:
         return "loss_scale"
@@ -91,12 +94,9 @@ def _cause(
         return (
             "initialization" if diagnosis.verdict in _DIVERGED and set(found) & set(diagnosis.where) else None
         )
-    rose = len(course.rates) and _rose(course, onset)
-    _, weights, updates = course.samples
-    large = torch.linalg.vector_norm(updates, dim=1) > LARGE * torch.linalg.vector_norm(weights, dim=1)
-    overwrote = any(event.overwritten for event in events) or bool(
-        large[course.samples[0] <= onset + EARLY].any()
-    )
+    rose = _rose(course, onset)
+    large = any(share > LARGE for step, share in shares if step <= onset + EARLY)
+    overwrote = large or any(event.overwritten for event in events)
     blamed = any(one.cause == "learning_rate" and one.step <= onset for one in autopsies)
     if (diagnosis.verdict in _DIVERGED and (rose or overwrote or blamed)) or (early and overwrote):
         return "learning_rate"
@@ -127,10 +127,9 @@ def _unusual_weights(course: Course) -> list[str]:
     if not len(weights):
         return []
     found = []
-    for parameter in course.reader.parameters:
+    for parameter, size in zip(course.reader.parameters, weights[0].tolist(), strict=True):
         if len(parameter.shape) < 2:
             continue
-        size = float(weights[0, course.reader.names.index(parameter.name)])
         entry = size / math.sqrt(parameter.size)
         usual = math.sqrt(2 / math.prod(parameter.shape[1:]))
         if entry > 5 * usual and entry > 1.5:

@@ -26,7 +26,7 @@ class Micro:
 
     batch: Any
     replay: Restore
-    weight: float = 1.0
+    weight: Tensor | float = 1.0
 
 
 class _EndedError(Exception):
@@ -73,15 +73,14 @@ class Trials:
                 micro.replay()
                 self._try(change, partial(self._forward, micro, losses))
                 self._try(change, losses[-1].backward)
-        window, weights = self.guard.window, self.told(sum(micro.weight for micro in step))
+        window, weight = self.guard.window, float(sum(micro.weight for micro in step))
+        weights = self.told(weight)
         loss = sum(self.told(sum(float(one.detach()) for one in losses)))
         norm = self._norm()
         if window is None:
             loss /= len(weights)
         else:
-            norm *= window.mean_of(
-                sum(micro.weight for micro in step) if window.ranks is None else sum(weights)
-            )
+            norm *= window.mean_of(weight if window.ranks is None else sum(weights))
             loss /= sum(weights) or 1.0
         norm = max(self.told(norm), key=lambda one: math.inf if math.isnan(one) else one)
         is_bad = not math.isfinite(norm + loss) or norm > self._limits[0] or loss > self._limits[1]
@@ -91,7 +90,8 @@ class Trials:
     def _forward(self, micro: Micro, losses: list[Tensor]) -> None:
         window, loss = self.guard.window, self._loss(micro.batch)
         if window is not None:
-            loss = loss * (micro.weight if window.reduction == "mean" else float(micro.weight > 0))
+            weight = float(micro.weight)
+            loss = loss * (weight if window.reduction == "mean" else float(weight > 0))
         losses.append(loss)
 
     def _try(self, change: str, do: Callable[[], object]) -> None:
@@ -201,23 +201,26 @@ class _Culprit:
             here, members = trials.ranks.here, trials.ranks.members
             found = _halved(
                 len(members),
-                lambda a, b: trials.run(
-                    f"batches of ranks {members[a]} to {members[b - 1]} alone",
-                    step if a <= here < b else others(len(step)),
+                lambda half: trials.run(
+                    f"batches of ranks {members[half[0]]} to {members[half[-1]]} alone",
+                    step if here in half else others(len(step)),
                 ),
             )
-            if found is None:
+            if len(found) > 1:
                 return
-            place, self.rank = found, members[found]
+            place = found[0]
+            self.rank = members[place]
         if len(step) > 1:
-            self.micro = _halved(
+            found = _halved(
                 len(step),
-                lambda a, b: trials.run(
-                    f"batches {a} to {b - 1} alone", step[a:b] if here == place else others(b - a)
+                lambda half: trials.run(
+                    f"batches {half[0]} to {half[-1]} alone",
+                    step[half.start : half.stop] if here == place else others(len(half)),
                 ),
             )
-            if self.micro is None:
+            if len(found) > 1:
                 return
+            self.micro = found[0]
         micro = step[self.micro or 0]
         size = int(trials.told(float(samples_of(micro.batch) or 0))[place])
 
@@ -230,17 +233,17 @@ class _Culprit:
         self.sample = _bad_sample(size, bad)
 
 
-def _halved(size: int, is_bad: Callable[[int, int], bool]) -> int | None:
-    """The one of so many that does it, or None where there is not exactly one."""
-    low, high = 0, size
-    while high - low > 1:
-        middle = (low + high) // 2
-        halves = [(low, middle), (middle, high)]
-        bad = [is_bad(*half) for half in halves]
+def _halved(size: int, is_bad: Callable[[range], bool], few: int = 1) -> range:
+    """Which of so many do it: halved as long as exactly one half is bad, and down to a few of them."""
+    left = range(size)
+    while len(left) > few:
+        middle = len(left) // 2
+        halves = left[:middle], left[middle:]
+        bad = [is_bad(half) for half in halves]
         if sum(bad) != 1:
-            return None
-        low, high = halves[bad.index(True)]
-    return low
+            break
+        left = halves[bad.index(True)]
+    return left
 
 
 def _bad_sample(size: int, is_bad: Callable[[str, Sequence[int]], bool]) -> int | None:
@@ -251,19 +254,12 @@ def _bad_sample(size: int, is_bad: Callable[[str, Sequence[int]], bool]) -> int 
     """
     if size < 2:
         return None
-    low, high = 0, size
-    while high - low > 3:
-        middle = (low + high) // 2
-        halves = [(low, middle), (middle, high)]
-        bad = [is_bad(f"samples {a} to {b - 1} alone", range(a, b)) for a, b in halves]
-        if sum(bad) != 1:
-            break
-        low, high = halves[bad.index(True)]
-    if high - low > _MOST_LEFT_OUT:
+    left = _halved(size, lambda half: is_bad(f"samples {half[0]} to {half[-1]} alone", half), few=3)
+    if len(left) > _MOST_LEFT_OUT:
         return None
     gone = [
         sample
-        for sample in range(low, high)
+        for sample in left
         if not is_bad(f"without sample {sample}", [i for i in range(size) if i != sample])
     ]
     return gone[0] if len(gone) == 1 else None

@@ -109,7 +109,7 @@ def make_server(path: Path, *, port: int = 0) -> http.server.ThreadingHTTPServer
         path: of the record, which may not be there yet.
         port: 0 takes a free one.
     """
-    shown = RunPage(path)
+    page = RunPage(path)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -123,9 +123,9 @@ def make_server(path: Path, *, port: int = 0) -> http.server.ThreadingHTTPServer
                 self.end_headers()
                 return
             routes = {
-                "/": ("text/html", shown.html),
-                "/content": ("text/html", shown.content),
-                "/version": ("text/plain", shown.version),
+                "/": ("text/html", page.html),
+                "/content": ("text/html", page.content),
+                "/version": ("text/plain", page.version),
             }
             kind, answer = routes.get(self.path, ("", None))
             if answer is None:

@@ -85,9 +85,8 @@ class GuardCallback(Callback):  # type: ignore[misc]  # lightning is not followe
                 output = step(*given)
             finally:
                 del module.log, module.log_dict
-            return (
-                output["loss"] if isinstance(output, Mapping) else output
-            ) / trainer.accumulate_grad_batches
+            loss = output["loss"] if isinstance(output, Mapping) else output
+            return loss / trainer.accumulate_grad_batches
 
         self.autopsy = autopsy = Autopsy(guard, loss=loss_of)
 
