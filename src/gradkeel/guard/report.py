@@ -122,7 +122,7 @@ class SelectionReport:
     @property
     def norm(self) -> float:
         """Norm of the selection's true gradients, before clipping."""
-        return float(self.measured.total)
+        return float(self.measured.known_total)  # without making a tensor of what the host knows
 
     @property
     def norms(self) -> dict[str, float]:
