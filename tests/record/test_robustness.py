@@ -301,7 +301,7 @@ def test_a_full_disk_stops_the_record_and_not_the_training(tmp_path):
         guard = gk.attach(optimizer, None, model=model, record=recorder)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            for step in range(600):
+            for step in range(3000):
                 model(torch.ones(1, 2)).square().sum().backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -310,12 +310,12 @@ def test_a_full_disk_stops_the_record_and_not_the_training(tmp_path):
         print(guard.report.step, kinds.count("RecordWarning"), caught[0].message)
     """
     step, warned, message = run_script(script, tmp_path / "run.keel").split(maxsplit=2)
-    assert (step, warned) == ("600", "1")
+    assert (step, warned) == ("3000", "1")
     assert "recording stopped: the record" in message
     assert "training goes on" in message
     assert not (tmp_path / "run.keel-lock").exists()
     with Reader(tmp_path / "run.keel") as run:
-        assert 64 <= len(run) < 600
+        assert 64 <= len(run) < 3000
         assert run.steps().tolist() == list(range(1, len(run) + 1))
         assert run.norms().isfinite().all()
 
@@ -378,6 +378,7 @@ class Gate:
 def test_a_slow_sink_catches_up(tmp_path, make_report, monkeypatch, ends):
     """As many batches may wait as there is room for; whoever flushes or closes waits for all of them."""
     monkeypatch.setattr("gradkeel.record.outbox.MOST_WAITING", 3)
+    monkeypatch.setattr("gradkeel.record.outbox.LEAST_SECONDS", 0.0)
     sink, other = Gate(), Gate()
     other.go.set()
     recorder = Recorder(tmp_path / "run.keel", sinks=[sink, other], flush_seconds=60)
@@ -401,7 +402,8 @@ def test_a_slow_sink_catches_up(tmp_path, make_report, monkeypatch, ends):
     check_rows(tmp_path / "run.keel", sink.steps)
 
 
-def test_steps_wait_for_each_other_until_there_are_64(make_report):
+def test_steps_wait_for_each_other_until_there_are_64(make_report, monkeypatch):
+    monkeypatch.setattr("gradkeel.record.outbox.LEAST_SECONDS", 0.0)
     sink = Gate()
     sink.go.set()
     recorder = Recorder(None, sinks=[sink], flush_seconds=600)
@@ -415,8 +417,26 @@ def test_steps_wait_for_each_other_until_there_are_64(make_report):
     recorder.close()
 
 
+def test_fast_steps_share_a_batch(make_report):
+    sink = Gate()
+    sink.go.set()
+    recorder = Recorder(None, sinks=[sink], flush_seconds=600)
+    began = time.monotonic()
+    while time.monotonic() - began < 0.05:
+        recorder.record(make_report(len(recorder._outbox._kept) + 1))
+    held = len(recorder._outbox._kept)
+    assert held > 64  # a report is made in far less than a millisecond
+    assert sink.steps == []
+    time.sleep(0.1)
+    recorder.record(make_report(held + 1))
+    recorder._outbox._batches.join()
+    assert sink.steps == list(range(1, held + 2))
+    recorder.close()
+
+
 def test_a_disk_that_hangs_does_not_fill_the_memory(make_report, monkeypatch):
     monkeypatch.setattr("gradkeel.record.outbox.MOST_WAITING", 2)
+    monkeypatch.setattr("gradkeel.record.outbox.LEAST_SECONDS", 0.0)
 
     sink = Gate()
     recorder = Recorder(None, sinks=[sink], flush_seconds=60)

@@ -18,38 +18,40 @@ Number: TypeAlias = Any
 Memory: TypeAlias = Mapping[str, Any]
 """What is kept from step to step: tensors with the leading dimension k, or what one cell keeps of them."""
 
+# Plain numbers are asked for first: `isinstance(..., Tensor)` takes as long as what is then done with them.
+
 
 def where(condition: Number, yes: Number, no: Number) -> Number:
     """``yes`` where the condition holds, else ``no``; both are computed by then."""
-    if isinstance(condition, Tensor):
-        return torch.where(condition, yes, no)
-    return yes if condition else no
+    if condition is True:
+        return yes
+    return torch.where(condition, yes, no) if isinstance(condition, Tensor) else no
 
 
 def maximum(first: Number, second: Number) -> Number:
     """The larger; NaN if either is. A tensor among them comes first."""
-    if isinstance(first, Tensor):
+    if type(first) is not float and isinstance(first, Tensor):
         return first.clamp(min=second)
     return first if first >= second or first != first else second
 
 
 def minimum(first: Number, second: Number) -> Number:
     """The smaller; NaN if either is. A tensor among them comes first."""
-    if isinstance(first, Tensor):
+    if type(first) is not float and isinstance(first, Tensor):
         return first.clamp(max=second)
     return first if first <= second or first != first else second
 
 
 def divide(first: Number, second: Number) -> Number:
     """``first / second``, also by zero."""
-    if isinstance(second, Tensor) or second:
+    if (type(second) is not float and isinstance(second, Tensor)) or second:
         return first / second
     return first * math.copysign(math.inf, second)
 
 
 def log(value: Number) -> Number:
     """The natural logarithm."""
-    if isinstance(value, Tensor):
+    if type(value) is not float and isinstance(value, Tensor):
         return value.log()
     if value > 0:
         return math.log(value)
@@ -58,7 +60,7 @@ def log(value: Number) -> Number:
 
 def exp(value: Number) -> Number:
     """The exponential."""
-    if isinstance(value, Tensor):
+    if type(value) is not float and isinstance(value, Tensor):
         return value.exp()
     try:
         return math.exp(value)
@@ -68,19 +70,19 @@ def exp(value: Number) -> Number:
 
 def expm1(value: Number) -> Number:
     """``exp(value) - 1`` for a value of at most 0."""
-    return value.expm1() if isinstance(value, Tensor) else math.expm1(value)
+    return value.expm1() if type(value) is not float and isinstance(value, Tensor) else math.expm1(value)
 
 
 def sqrt(value: Number) -> Number:
     """The square root."""
-    if isinstance(value, Tensor):
+    if type(value) is not float and isinstance(value, Tensor):
         return value.sqrt()
     return math.sqrt(value) if value >= 0 else math.nan
 
 
 def real(count: Number, like: Number) -> Number:
     """A whole number as a real one, of the kind of ``like``."""
-    return count.to(like.dtype) if isinstance(count, Tensor) else float(count)
+    return count.to(like.dtype) if type(count) is not int and isinstance(count, Tensor) else float(count)
 
 
 def constant(value: float, like: Number) -> Number:

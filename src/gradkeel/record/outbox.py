@@ -13,9 +13,12 @@ from gradkeel.record.rows import Batch, Kept, Rows, Subject
 from gradkeel.record.schema import ROWS_PER_BLOCK
 
 MOST_WAITING = 4096
-"""Batches that may wait for a slow disk: at most a quarter of a million steps."""
+"""Batches that may wait for a slow disk: at least a quarter of an hour of training."""
 
 CLOSE_SECONDS = 60.0
+
+LEAST_SECONDS = 0.1
+"""A full block waits for so long: a batch has its price, which fast steps share."""
 
 
 class Sink(Protocol):
@@ -64,7 +67,8 @@ class Outbox:
         if self._kept and kept.report.step <= self._kept[-1].report.step:
             self.send()
         self._kept.append(kept)
-        if len(self._kept) >= ROWS_PER_BLOCK or time.monotonic() - self._sent_at >= self._flush_seconds:
+        waited = time.monotonic() - self._sent_at
+        if waited >= self._flush_seconds or (len(self._kept) >= ROWS_PER_BLOCK and waited >= LEAST_SECONDS):
             self.send()
 
     def send(self) -> None:

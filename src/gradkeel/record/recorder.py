@@ -58,10 +58,10 @@ class Recorder:
     """Records every step of a guarded run: to a file, to trackers, or to both.
 
     Pass it (or just the path) to ``gradkeel.attach(..., record=...)``. A step costs the training thread some
-    ten microseconds: its tensors are kept where they are, stacked 64 at a time (or after a second), copied to the
-    host without waiting, and written by a thread. Nothing that goes wrong there reaches the training: recording stops
-    with one `RecordWarning`. ``kill -9`` loses at most the steps of the last second, or the last 64 if these took
-    less, and never harms the file.
+    ten microseconds: its tensors are kept where they are, stacked after a second (after a tenth of one where 64 steps
+    wait), copied to the host without waiting, and written by a thread. Nothing that goes wrong there reaches the
+    training: recording stops with one `RecordWarning`. ``kill -9`` loses at most the steps that wait, and never
+    harms the file.
 
     Besides what the guard measures anyway, the parameters' own 2-norms and those of their updates are recorded: at
     each of the first 100 steps, then at every 50th, and after a jump of the learning rate and, on the CPU, of the
@@ -78,7 +78,7 @@ class Recorder:
             holds, which stay in it: ``Reader(path, superseded=True)``. Where another recorder of this process has
             the file, this one takes it over. None writes no file.
         sinks: who else is to be told, such as ``gradkeel.integrations.trackers.TensorBoard("runs/1")``.
-        flush_seconds: steps wait in memory for at most so long while training goes on.
+        flush_seconds: steps wait in memory for at most so long while training goes on; where 64 wait, a tenth of one.
         per_rank: give each rank of a distributed run a file of its own; the same on all ranks.
 
     Attributes:
@@ -167,7 +167,7 @@ class Recorder:
             return  # nothing is run now, and what a replay does is not seen
         self._before_step, self._before = step, None
         rate = guard.optimizers[0].param_groups[0].get("lr")
-        if rate is not None and type(rate) is not float:
+        if type(rate) is not float and rate is not None:
             rate = None if isinstance(rate, Tensor) and not rate.is_cpu else float(rate)
         weights, updates = self._sampling.next(step, float(measured.known_total) if on_host else None, rate)
         # Where parameters are sharded, this rank's weights are not the whole.
@@ -186,16 +186,17 @@ class Recorder:
             self._warn_of_problems()
         before, self._before, self._before_step = self._before, None, 0
         sample, lag = (None, None) if before is None else (before.sample(), before.lag)
-        if self._outbox is None or not self._outbox.is_open:
+        outbox = self._outbox
+        if outbox is None or not outbox.is_open:
             return
         norms = report.selections[0].measured.norms
         if not norms.is_cpu and is_capturing(norms.device):
             return
         kept = Kept.of(report, time.time(), self._scalars(report, lag), sample)
         if self._described is None or not same_layout(report, self._described):
-            self._outbox.send()
-            self._described, self._outbox.subject = report, self._subject()
-        self._outbox.add(kept)
+            outbox.send()
+            self._described, outbox.subject = report, self._subject()
+        outbox.add(kept)
 
     def flush(self) -> None:
         """Wait until every step so far is written."""
@@ -214,10 +215,10 @@ class Recorder:
 
     def _scalars(self, report: StepReport, lag: Tensor | None) -> dict[str, Tensor | float]:
         """What the user logged, and what is worth knowing beside it."""
-        scalars, prescale = dict(report.scalars), report.prescale
+        scalars, prescale = {**report.scalars}, report.prescale
         if self._guard is not None and "lr" in (group := self._guard.optimizers[0].param_groups[0]):
             scalars.setdefault("lr", group["lr"])
-        if isinstance(prescale, Tensor) or prescale != 1.0:
+        if type(prescale) is not float or prescale != 1.0:
             scalars["prescale"] = prescale
         if lag is not None:
             scalars["second_moment_lag"] = lag

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from gradkeel.guard.report import SelectionReport, SkipReason, StepReport, nonfinite_words
 from gradkeel.kernels.arrival import Arrival, to_host
 from gradkeel.norms import combine
+from gradkeel.policies.states import from_list
 from gradkeel.record.schema import CLIPPED, NONFINITE, SCALAR_PREFIX, STEPPED
 
 
@@ -165,46 +167,39 @@ class Batch:
         """The steps on the host; waits for the copy, so call it off the training thread."""
         self._arrival.wait()
         reports = [kept.report for kept in self._kept]
+        selections = [report.selections for report in reports]
         stacked = _stack(self._kept) if self._series is None else self._series
         series = {name: value.to(torch.float64) for name, value in stacked.items()}
-        _derive(series, reports[0].selections[0])
-        series["step"] = torch.tensor([report.step for report in reports])
-        series["time"] = torch.tensor([kept.time for kept in self._kept], dtype=torch.float64)
-        series["present"] = torch.tensor(
-            [[here for s in report.selections for here in s.present] for report in reports], dtype=torch.uint8
-        )
-        stepped = (series["verdict"].to(torch.uint8) & STEPPED).bool().tolist()
+        _derive(series, selections[0][0])
+        steps = [report.step for report in reports]
+        series["step"] = from_list(steps, torch.int64)
+        series["time"] = from_list([kept.time for kept in self._kept])
+        series["present"] = _present([tuple(s.present for s in row) for row in selections])
+        skipped = (series["verdict"] & STEPPED == 0).nonzero().flatten().tolist()
         return Rows(
             subject=self._subject,
-            selections=reports[0].selections,
-            steps=[report.step for report in reports],
+            selections=selections[0],
+            steps=steps,
             series=series,
-            skips=[
-                _skip(report, norms)
-                for report, norms, made in zip(reports, series["norms"], stepped, strict=True)
-                if not made
-            ],
+            skips=[_skip(reports[i], series["norms"][i]) for i in skipped],
             samples=self._samples,
         )
 
 
 def _stack(kept: Sequence[Kept]) -> dict[str, Tensor]:
     """The steps' device tensors, stacked: [k] and [k, n]."""
-    main = [row.report.selections[0] for row in kept]
+    columns = list(zip(*[row.report.selections for row in kept], strict=True))
+    main = columns[0]
     unknown = main[0].measured.norms.new_full((), math.nan)
     series = {
         "total": _scalars([s.measured.known_total for s in main], unknown),
         "bound": _scalars([_bound(s) for s in main], unknown),
         "stepped": _scalars([_number(row.report.stepped_or_pending) for row in kept], unknown),
     }
-    columns = range(len(kept[0].report.selections))
-    parts = [[row.report.selections[i].measured for row in kept] for i in columns]
+    parts = [[s.measured for s in column] for column in columns]
     series["norms"] = torch.cat([torch.stack([m.norms for m in part]) for part in parts], dim=1)
     series["coefficients"] = torch.cat(
-        [
-            _coefficients([_coefficient(row.report.selections[i]) for row in kept], part[0].norms)
-            for i, part in enumerate(parts)
-        ],
+        [_coefficients([_coefficient(s) for s in column], column[0].measured.norms) for column in columns],
         dim=1,
     )
     if any(m.weights is not None for part in parts for m in part):
@@ -259,11 +254,12 @@ def _number(flag: bool | Tensor) -> Tensor | float:
 
 
 def _scalars(values: Sequence[Tensor | float], like: Tensor) -> Tensor:
-    if like.is_cpu and not any(isinstance(value, Tensor) for value in values):
-        return torch.tensor(values, dtype=torch.float64)
+    if like.is_cpu:
+        return from_list(list(values))
     # Filled on the device: a number that travelled there would make the host wait.
+    number = like.new_empty(())
     return torch.stack(
-        [v.to(like.dtype) if isinstance(v, Tensor) else torch.full_like(like, v) for v in values]
+        [v.to(like.dtype) if isinstance(v, Tensor) else torch.full_like(number, v) for v in values]
     )
 
 
@@ -274,31 +270,36 @@ def _coefficients(values: Sequence[Tensor | float | None], norms: Tensor) -> Ten
         return torch.stack(
             [v.expand_as(norms) if isinstance(v, Tensor) else torch.full_like(norms, v) for v in filled]
         )
-    rows = _scalars(filled, norms.new_empty(()))
-    return rows.unsqueeze(1).expand(-1, norms.numel())
+    return _scalars(filled, norms).unsqueeze(1).expand(-1, norms.numel())
 
 
 def _derive(series: dict[str, Tensor], main: SelectionReport) -> None:
     """Fill in what follows from norms and coefficients; on the host."""
     columns = len(main.measured.names)
-    norms, coefficients = series["norms"], series["coefficients"]
-    own = coefficients[:, :columns]
-    smallest = own.amin(dim=1) if columns else torch.ones(len(own), dtype=torch.float64)
-    same = bool((own == smallest.unsqueeze(1)).all())
+    norms, own = series["norms"], series["coefficients"][:, :columns]
+    smallest = largest = torch.ones(len(own), dtype=torch.float64)
+    if columns:
+        smallest, largest = own.aminmax(dim=1)
     if "clipped_total" not in series:
         series["clipped_total"] = (
             series["total"] * smallest
-            if same
+            if smallest.equal(largest)
             else torch.stack([combine(row, main.measured.norm_type) for row in norms[:, :columns] * own])
         )
     series["coefficient"] = smallest
-    clipped = (own < 1).any(dim=1) | (
-        series.pop("clipped", smallest) == 1.0 if "clipped" in series else False
-    )
-    verdict = (
-        series.pop("stepped") * STEPPED + clipped * CLIPPED + (~torch.isfinite(norms)).any(dim=1) * NONFINITE
-    )
+    clipped = smallest < 1
+    if "clipped" in series:
+        clipped = clipped | (series.pop("clipped") == 1.0)
+    is_finite = torch.isfinite(norms).all(dim=1)
+    verdict = series.pop("stepped") * STEPPED + clipped * CLIPPED + ~is_finite * NONFINITE
     series["verdict"] = verdict.to(torch.uint8)
+
+
+def _present(rows: Sequence[tuple[tuple[bool, ...], ...]]) -> Tensor:
+    """[k, n] from each selection's flags at each step; they are nearly always the same at all."""
+    is_same = rows.count(rows[0]) == len(rows)
+    flags = [[*chain.from_iterable(row)] for row in (rows[:1] if is_same else rows)]
+    return torch.tensor(flags, dtype=torch.uint8).expand(len(rows), -1)
 
 
 def _skip(report: StepReport, norms: Tensor) -> tuple[int, SkipReason, str]:

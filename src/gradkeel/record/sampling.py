@@ -3,6 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ SUSPICION, ALARM = 1.5, 3.0
 """Times the highest norm of the last 20 steps: from there on weights, and also updates, are measured whatever the
 interval."""
 AFTER_ALARM = 10
+_NO_STATE: Mapping[str, Any] = {}
 RATE_ALARM = 2.0  # times the last learning rate
 
 
@@ -68,7 +70,6 @@ class Sampling:
         return total / highest if highest > 0 else 0.0
 
 
-@torch.no_grad()
 def second_moment_lag(
     optimizers: Sequence[Optimizer], report: StepReport, parameters: Sequence[Tensor]
 ) -> Tensor | None:
@@ -90,34 +91,35 @@ def second_moment_lag(
     """
     if any(s.decision.clamp is not None or s.measured.norm_type != 2.0 for s in report.selections):
         return None
-    present = [here for s in report.selections for here in s.present]
+    present = chain.from_iterable(s.present for s in report.selections)
     places = {id(p): i for i, (p, here) in enumerate(zip(parameters, present, strict=True)) if here}
     rows, remembered = list[int](), list[Tensor]()
+    device = report.selections[0].measured.norms.device
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            held = [
-                p
-                for p in group["params"]
-                if id(p) in places and _moment(optimizer.state.get(p), p) is not None
+            kept = [
+                (places[id(p)], moment, state["step"])
+                for p in (group["params"] if "betas" in group else ())
+                if id(p) in places
+                and (moment := _moment(state := optimizer.state.get(p, _NO_STATE), p)) is not None
             ]
-            if not held or "betas" not in group:
+            if not kept:
                 continue
-            rows += [places[id(p)] for p in held]
-            states = [optimizer.state[p] for p in held]
-            moments = [entries_to_read(_moment(s, p)) for s, p in zip(states, held, strict=True)]
-            totals = tensor_norms(moments, 1.0, report.selections[0].measured.norms.device)
-            remembered.append(
-                (totals / _correction(group["betas"][1], [s["step"] for s in states], totals)).sum()
-            )
+            rows += [place for place, _, _ in kept]
+            sums = tensor_norms([moment for _, moment, _ in kept], 1.0, device)
+            corrections = _correction(group["betas"][1], [made for _, _, made in kept], sums)
+            remembered.append((sums / corrections).sum())
     if not rows:
         return None
-    squares = torch.cat([_squares(selection) for selection in report.selections])
-    return (take(squares, rows).sum() / torch.stack(remembered).sum()).sqrt()
+    squares = [_squares(selection) for selection in report.selections]
+    whole = squares[0] if len(squares) == 1 else torch.cat(squares)
+    if rows != list(range(len(parameters))):
+        whole = take(whole, rows)
+    return (whole.sum() / sum(remembered)).sqrt()
 
 
-def _moment(state: Mapping[str, Any] | None, parameter: Tensor) -> Any:
+def _moment(state: Mapping[str, Any], parameter: Tensor) -> Any:
     """The second moment that an optimizer divides by, entry by entry, where it has begun to keep one."""
-    state = state or {}
     moment = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
     return moment if moment is not None and moment.shape == parameter.shape and "step" in state else None
 
@@ -132,10 +134,13 @@ def _correction(beta: Any, steps: Sequence[Any], like: Tensor) -> Tensor | float
 
 def _squares(selection: SelectionReport) -> Tensor:
     """[n] the square of each parameter's norm, as its gradient is applied."""
-    units = None if selection.decision.unit_coefficients is None else selection.outcome.units()
-    if units is None:
-        return (selection.measured.norms * selection.outcome.coefficients()).square()
-    return torch.stack([part.square().sum() for part in units.split(list(selection.measured.unit_counts))])
+    measured, decision = selection.measured, selection.decision
+    if decision.unit_coefficients is not None and (units := selection.outcome.units()) is not None:
+        return torch.stack([part.square().sum() for part in units.split(list(measured.unit_counts))])
+    coefficients = decision.known_coefficients
+    if coefficients is None or (isinstance(coefficients, float) and coefficients == 1.0):
+        return measured.norms.square()
+    return (measured.norms * coefficients).square()
 
 
 class BeforeUpdate:
@@ -145,7 +150,6 @@ class BeforeUpdate:
         lag: of Adam's second moment, where that is known.
     """
 
-    @torch.no_grad()
     def __init__(
         self,
         names: tuple[str, ...],
@@ -160,12 +164,10 @@ class BeforeUpdate:
         self._weights = tensor_norms(entries, 2.0, device)
         self._copies = [entry.clone() for entry in entries] if updates else None
 
-    @torch.no_grad()
     def sample(self) -> Sample:
         """Norms of the weights before the update, and of the update; call it after the optimizer's step."""
         if self._copies is None:
             return Sample(self._names, self._weights, torch.full_like(self._weights, math.nan))
         entries = [entries_to_read(parameter) for parameter in self._parameters]
-        for before, after in zip(self._copies, entries, strict=True):
-            before.sub_(after)  # in place, for the copies are as large as the model
+        torch._foreach_sub_(self._copies, entries)  # in place, for the copies are as large as the model
         return Sample(self._names, self._weights, tensor_norms(self._copies, 2.0, self._device))

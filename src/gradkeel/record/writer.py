@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -87,7 +87,10 @@ class RecordFile:
             if goes_back:
                 self._supersede(first)
             self._note_parameters(rows)
-            self._append({name: self._in_order(name, values, rows) for name, values in rows.series.items()})
+            columns = [self._positions[name] for name in rows.names]
+            self._append(
+                {name: self._in_order(name, values, columns) for name, values in rows.series.items()}
+            )
             self._connection.executemany(
                 "INSERT INTO skips (step, kind, reason, session) VALUES (?, ?, ?, ?)",
                 [(step, why.value, words, self._session) for step, why, words in rows.skips],
@@ -226,28 +229,40 @@ class RecordFile:
         self._width = len(self._positions) if width is None else width
         self._open_rows: dict[str, Tensor] = {}
 
-    def _in_order(self, name: str, values: Tensor, rows: Rows) -> Tensor:
-        """The values with their columns in the file's order."""
+    def _in_order(self, name: str, values: Tensor, columns: Sequence[int]) -> Tensor:
+        """The values with their columns at the file's."""
         series = series_of(name)
         values = values.to(series.dtype)
         if not series.is_wide:
             return values
-        return placed(values, [self._positions[name] for name in rows.names], self._width, series.fill)
+        return placed(values, columns, self._width, series.fill)
 
     def _sampled(self, sample: Sample) -> tuple[bytes, bytes]:
         known = {i: self._positions[name] for i, name in enumerate(sample.names) if name in self._positions}
-        values = torch.stack([sample.weights, sample.updates]).to(torch.float64)[:, list(known)]
-        weights, updates = placed(values, list(known.values()), self._width, float("nan"))
+        columns = list(known.values())
+        weights, updates = (
+            placed(
+                (values if len(known) == len(values) else values[list(known)]).to(torch.float64).unsqueeze(0),
+                columns,
+                self._width,
+                float("nan"),
+            )
+            for values in (sample.weights, sample.updates)
+        )
         return to_blob(weights), b"" if bool(updates.isnan().all()) else to_blob(updates)
 
     def _append(self, new: dict[str, Tensor]) -> None:
         """Add rows to the open block; write it, and as many full ones as there are."""
         old = self._open_rows
         counts = len(old.get("step", ())), len(new["step"])
-        merged = {
-            name: torch.cat([_or_fill(name, old, new, counts[0]), _or_fill(name, new, old, counts[1])])
-            for name in dict.fromkeys((*old, *new))
-        }
+        merged = (
+            new
+            if not old
+            else {
+                name: torch.cat([_or_fill(name, old, new, counts[0]), _or_fill(name, new, old, counts[1])])
+                for name in dict.fromkeys((*old, *new))
+            }
+        )
         rows = sum(counts)
         for first in range(0, rows, ROWS_PER_BLOCK):
             self._open_rows = {
