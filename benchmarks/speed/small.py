@@ -27,10 +27,12 @@ FIRST = 100
 """Steps at each of which a record looks at weights and updates too."""
 TIMES = 30
 """As many rounds for one: they are short."""
+TURN = 250
+"""Training steps at a time, so that what the thread of a record does is counted where it belongs."""
 
 
 def recorded(gradients: Gradients, limit: float, path: Path) -> Contender:
-    """The guarded step that is recorded as well; the thread that writes has the other core."""
+    """The guarded step that is recorded as well: what the training thread does for it."""
     optimizer = NoStep(gradients.parameters)
     gk.attach(optimizer, ClipByGlobalNorm(limit), record=path)
     for _ in range(FIRST):
@@ -57,7 +59,7 @@ def clipped(gradients: Gradients, folder: Path, *, active: bool, rounds: int) ->
 
 
 def trained(folder: Path, rounds: int) -> Race:
-    """Whole training steps of the MLP: each contender its own, of the same weights."""
+    """`TURN` whole training steps of the MLP: each contender its own, of the same weights."""
 
     def loop(
         name: str, policy: Policy | None, record: Path | None = None, *, torchs: bool = False
@@ -66,19 +68,22 @@ def trained(folder: Path, rounds: int) -> Race:
         model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 10))
         inputs, targets = torch.randn(64, 32), torch.randint(10, (64,))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        recorder = None if record is None else gk.Recorder(record)
         if policy is not None:
-            gk.attach(optimizer, policy, model=model, record=record)
+            gk.attach(optimizer, policy, model=model, record=recorder)
 
-        def step() -> None:
-            nn.functional.cross_entropy(model(inputs), targets).backward()
-            if torchs:
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+        def turn() -> None:
+            for _ in range(TURN):
+                nn.functional.cross_entropy(model(inputs), targets).backward()
+                if torchs:
+                    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            if recorder is not None:
+                recorder.flush()
 
-        for _ in range(FIRST):
-            step()
-        return Contender(name, step)
+        turn()
+        return Contender(name, turn)
 
     constant = ClipByGlobalNorm(1.0)
     contenders = [
@@ -88,7 +93,7 @@ def trained(folder: Path, rounds: int) -> Race:
         loop(RECORDED, constant, folder / "trained.keel"),
         loop("no clipping", None),
     ]
-    return race(contenders, rounds=rounds * TIMES)
+    return race(contenders, rounds=3 * rounds)
 
 
 def cost(found: Race, name: str, to: str) -> Quartiles:
@@ -126,7 +131,7 @@ def _asked(rounds: int, folder: Path) -> Answer:
                     record = found.ratio(RECORDED, GUARDED)
                     targets.append(Target(f"{words}, recorded to not recorded", 1.05, record))
         found = trained(folder, rounds)
-        tables.append(Table("MLP, 4 tensors, whole training steps", found))
+        tables.append(Table(f"MLP, 4 tensors, {TURN} whole training steps", found))
         targets += [
             target("MLP, whole training steps, guarded to torch", 1.0, found, GUARDED),
             Target(
