@@ -14,7 +14,7 @@ from gradkeel.errors import NonFiniteGradientError
 from gradkeel.kernels.graph import Entry, Graph, Graphs, can_capture, tell_autograd
 from gradkeel.kernels.native import Table
 from gradkeel.ranks.total import total_norm
-from gradkeel.tensors import are_plain, is_distributed, on_mesh_of, settle, whole
+from gradkeel.tensors import are_plain, is_distributed, on_mesh_of, settle, settled, whole
 
 _WIDE = {torch.float64, torch.complex128}
 # Between these, zero and inf aside, a number has its like in float32; half of the smallest is rounded to zero.
@@ -80,7 +80,7 @@ def _clipped(
     total, table = _total(gradients, norm_type, error_if_nonfinite, among=parameters)
     _scale(parameters, bound, total, table)
     # A rank without gradients must return what the others do.
-    return _narrowed(total, gradients or [p for p in parameters if is_distributed(p)])
+    return _narrowed(total, gradients or [p for p in parameters if is_distributed(p)], table)
 
 
 class _Captured:
@@ -206,7 +206,8 @@ def get_total_norm(
             "get_total_norm(tensors=...): parameters were given, whose norm is that of the weights; pass the gradients "
             "[p.grad for p in parameters if p.grad is not None], or [p.detach() for p in parameters] for the weights"
         )
-    return _narrowed(_total(given, float(norm_type), error_if_nonfinite)[0], given)
+    total, table = _total(settled(given), float(norm_type), error_if_nonfinite)
+    return _narrowed(total, given, table)
 
 
 def _parameters(function: str, parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
@@ -258,7 +259,7 @@ def _bound(function: str, argument: str, value: float) -> float:
 
 
 def _total(
-    gradients: list[Tensor], norm_type: float, error_if_nonfinite: bool, *, among: Sequence[Tensor] = ()
+    gradients: Sequence[Tensor], norm_type: float, error_if_nonfinite: bool, *, among: Sequence[Tensor] = ()
 ) -> tuple[Tensor | float, Table | None]:
     """The norm of all gradients, a number where the host knows it; and where they lie, if that is known."""
     if math.isnan(norm_type):
@@ -291,12 +292,15 @@ def _scale(
     scale(parameters, torch.where(torch.isfinite(total), coefficient, torch.ones_like(coefficient)))
 
 
-def _narrowed(total: Tensor | float, gradients: list[Tensor]) -> Tensor:
+def _narrowed(total: Tensor | float, gradients: list[Tensor], table: Table | None) -> Tensor:
     """The norm in float32, or in float64 where a gradient is float64 or, as the host can see, float32 is too narrow.
 
     Of DTensors on one mesh it is one too, the same on each of its ranks, as code that is written for torch expects.
     """
-    is_wide = not _WIDE.isdisjoint([gradient.dtype for gradient in gradients])
+    if table is None:
+        is_wide = not _WIDE.isdisjoint([gradient.dtype for gradient in gradients])
+    else:  # plain tensors that were read as they are
+        is_wide, gradients = table.is_wide, []
     if isinstance(total, Tensor):
         return on_mesh_of(gradients, total if is_wide else total.float())
     fits = total == 0 or not math.isfinite(total) or _LEAST_FLOAT32 <= total <= _LARGEST_FLOAT32

@@ -640,7 +640,7 @@ EXPORT double gradkeel_total(const double *norms, int64_t count, int32_t norm) {
 
 struct answer {
     double total;
-    int32_t is_read, are_apart;
+    int32_t is_read, are_apart, is_wide;
 };
 
 /* Whether no two of the tensors begin at one address; also 0 without memory. */
@@ -674,7 +674,11 @@ EXPORT int64_t gradkeel_norms(void *list, int64_t count, item_of_list item, expo
     answer->is_read = 0;
     if (taken < count) return taken;
     answer->are_apart = are_apart(table, count);
-    for (int64_t i = 0; i < count; i++) entries += table[i].entries;
+    answer->is_wide = 0;
+    for (int64_t i = 0; i < count; i++) {
+        entries += table[i].entries;
+        answer->is_wide |= table[i].kind == FLOAT64;
+    }
     if (entries >= GRAIN) return taken;
     answer->is_read = gradkeel_read(table, count, norm, norms, NULL, NULL, team) == 0 ? 1 : -1;
     answer->total = gradkeel_total(norms, count, norm);

@@ -38,7 +38,10 @@ class _Team(ctypes.Structure):
 class _Answer(ctypes.Structure):
     """struct answer of native.c."""
 
-    _fields_ = (("total", ctypes.c_double), ("is_read", ctypes.c_int32), ("are_apart", ctypes.c_int32))
+    _fields_ = (
+        ("total", ctypes.c_double), ("is_read", ctypes.c_int32), ("are_apart", ctypes.c_int32),
+        ("is_wide", ctypes.c_int32),
+    )  # fmt: skip
 
 
 @dataclass(slots=True, eq=False)
@@ -50,12 +53,14 @@ class Table:
         address: the table as the library reads it.
         rows: how many units the tensors have; each is one where it was not cut.
         are_few: whether there are so few entries that the interpreter's lock need not be released for them.
+        is_wide: whether one of them is known to be float64.
     """
 
     tensors: list[Tensor]
     address: Any
     rows: int
     are_few: bool = False
+    is_wide: bool = False
 
 
 class Kernels:
@@ -195,7 +200,8 @@ class Kernels:
         else:
             self._check(self._read(address, count, norm, pointer, None, None, team))
             total = self._total(pointer, count, norm)
-        return norms, total, Table(tensors, address, count, are_few) if answer.are_apart else None
+        table = Table(tensors, address, count, are_few, answer.is_wide != 0) if answer.are_apart else None
+        return norms, total, table
 
     def read(
         self, table: Table, norm_type: float, *, units: bool = False, peaks: bool = False

@@ -31,28 +31,28 @@ def total_norm(
     A collective if some are distributed over ranks.
 
     Args:
-        tensors: such as gradients.
+        tensors: such as gradients; none is ``Partial``, as `settle` and `settled` see to.
         norm_type: the p of the p-norm.
         device: where norms are put together.
         among: where some ranks have fewer tensors than others: some that lie in all the ways that any rank's do, such
             as the parameters.
     """
-    given = settled(tensors)
-    alike = among or given
+    alike = among or tensors
     ranks = participants(alike, (), None) if are_distributed(alike) else None
     table = None
     if ranks is None:
-        reading = read(local_parts(given), norm_type, device)
+        reading = read(tensors, norm_type, device)
         total = combine(reading.norms, norm_type) if reading.total is None else reading.total
         table = reading.table
     else:
-        total = _over_ranks(ranks, given, alike, norm_type, device)
+        total = _over_ranks(ranks, tensors, alike, norm_type, device)
     return total.item() if isinstance(total, Tensor) and is_on_host(total) else total, table
 
 
 def measure_total(tensors: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
     """Return [] the float64 norm of all these tensors; see `total_norm`."""
-    return torch.as_tensor(total_norm(tensors, norm_type, device)[0], dtype=torch.float64, device=device)
+    total = total_norm(settled(tensors), norm_type, device)[0]
+    return torch.as_tensor(total, dtype=torch.float64, device=device)
 
 
 @torch.no_grad()
