@@ -96,7 +96,7 @@ class _Captured:
         """[] the norm before clipping."""
         self._bound.fill_(bound)
         total = self._graph.replay().clone()
-        tell_autograd(parameters)
+        tell_autograd([parameter.grad for parameter in parameters])
         return total
 
 

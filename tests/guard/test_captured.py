@@ -70,7 +70,7 @@ def test_a_replay_leaves_a_row_of_its_own(policy, route):
     before = {label: state for label, state in roster.filled({}).items() if state}
     captured = Captured(optimizer, roster, before, given, Played)
     first = captured.replay(given, before)
-    captured.apply(first)
+    captured.apply(first, [p.grad for p in guard.parameters])
     second = captured.replay(Given(4, 1.0, None, None, tolerant=False, route=route), first.states)
     (main, *_) = second.reports()
     assert main.measured.step == 4
@@ -103,5 +103,5 @@ def test_writing_after_a_clamp_shows_in_the_versions():
     given = Given(3, 1.0, None, None, tolerant=False, route=Route.HOST)
     captured = Captured(optimizer, guard._roster, {}, given, Played)
     versions = [parameter.grad._version for parameter in guard.parameters]
-    captured.apply(captured.replay(given, {}))
+    captured.apply(captured.replay(given, {}), [p.grad for p in guard.parameters])
     assert all(p.grad._version > old for p, old in zip(guard.parameters, versions, strict=True))

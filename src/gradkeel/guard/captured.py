@@ -177,14 +177,14 @@ class Captured:
         after: dict[str, State] = {label: RowState(words, places) for label, places in self._places.items()}
         return Row(after, verdict, may_step, reports, again, decided.found_inf, decided.kernel_scale)
 
-    def apply(self, row: Row) -> None:
+    def apply(self, row: Row, gradients: Sequence[Tensor | None]) -> None:
         """Carry the last decision, which is the row's, out on the gradients, if it was not; does not sync the host."""
         if self._apply is not None:
             self._apply.replay()
         parts, reports = self._roster.parts, self._decide.result.reports
         clamped = [i for i in self._roster.here if reports[i].decision.clamp is not None]
         # Whoever measures after a clamp sees by the version whether there has been another one since.
-        tell_autograd(self._roster.parameters, all_of_them=bool(clamped))
+        tell_autograd(gradients, all_of_them=bool(clamped))
         for i in clamped:
             row.again[i] = norm_while_unchanged(parts[i].selection.parameters, reports[i].measured)
 

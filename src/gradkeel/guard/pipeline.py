@@ -110,7 +110,8 @@ class Pipeline:
                 given = self._given()
                 entry, captured = None, None
                 if given is not None:
-                    entry, captured = self._replays.find(self._alone, roster, self._states, given)
+                    gradients = [parameter.grad for parameter in roster.parameters]
+                    entry, captured = self._replays.find(self._alone, roster, gradients, self._states, given)
                 found: Sequence[Readings] = ()
                 if entry is None:
                     found = roster.readings()
@@ -121,7 +122,7 @@ class Pipeline:
                 roster.fail()
                 raise
             if captured is not None and given is not None:
-                self._staged = self._replayed(captured, given)
+                self._staged = self._replayed(captured, given, gradients)
             else:
                 self._staged = self._launched(found, entry)
         finally:
@@ -177,15 +178,15 @@ class Pipeline:
             commit = self._abandon(row, why) and bool(finite)
         return row, committed(roster.parts, reports, after, self._states, commit), commit
 
-    def _replayed(self, captured: Captured, given: Given) -> Staged:
-        """The same by what was captured."""
+    def _replayed(self, captured: Captured, given: Given, gradients: Sequence[Tensor | None]) -> Staged:
+        """The same by what was captured for these gradients."""
         row = captured.replay(given, self._states)
         report = StepReport(given.step, row.reports, given.prescale, dict(self._scalars))
         if row.found_inf is not None:
             if row.kernel_scale is not None:
                 self._first.give("grad_scale", row.kernel_scale)
             else:
-                captured.apply(row)
+                captured.apply(row, gradients)
             self._first.give("found_inf", row.found_inf)
             report.stepped_or_pending = row.may_step
             self._told = row.verdict
@@ -195,7 +196,7 @@ class Pipeline:
             why = self._why(given.found_inf, is_finite=is_finite, tolerant=given.tolerant)
             self._abandon(report, why)
         elif is_scaled:
-            captured.apply(row)
+            captured.apply(row, gradients)
         return report, row.states, is_finite
 
     def _is_tolerant(self, found_inf: Tensor | None) -> bool:

@@ -6,9 +6,10 @@ nothing that only the host knows, such as the number of the step. Everything els
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from gradkeel.apply.fused import Folding
@@ -41,18 +42,21 @@ class Replays:
         self._may_fold = len(roster.here) == 1 and all(p.dtype == torch.float32 for p in roster.parameters)
 
     def find(
-        self, optimizer: Optimizer | None, roster: Roster, states: Mapping[str, State], given: Given
+        self,
+        optimizer: Optimizer | None,
+        roster: Roster,
+        gradients: Sequence[Tensor | None],
+        states: Mapping[str, State],
+        given: Given,
     ) -> tuple[Entry[Captured] | None, Captured | None]:
-        """The entry of the gradients that there are, and what is to be replayed for it.
+        """The entry of the parameters' gradients, and what is to be replayed for it.
 
         Without the first the step is launched; without the second too, as a rehearsal.
         """
         self._look_at(roster)
-        tensors = [parameter.grad for parameter in roster.parameters]
-        if self._graphs is None or not any(tensor is not None for tensor in tensors):
+        if self._graphs is None or not any(gradient is not None for gradient in gradients):
             return None, None
-        if self._with_weights:
-            tensors += roster.parameters
+        tensors = [*gradients, *roster.parameters] if self._with_weights else gradients
         entry = self._graphs.of(given.kind(), tensors)
         if entry is None:
             return None, None

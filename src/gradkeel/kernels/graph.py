@@ -159,12 +159,11 @@ def can_capture(device: torch.device) -> bool:
     return kernels is not None and kernels.fault is None
 
 
-def tell_autograd(parameters: Sequence[Tensor], *, all_of_them: bool = False) -> None:
+def tell_autograd(gradients: Sequence[Tensor | None], *, all_of_them: bool = False) -> None:
     """Count a replay's writes up in the gradients' versions: of those that autograd may have saved, or of all.
 
     To count up all would take the host longer than the rest of a replay.
     """
-    held = [own for parameter in parameters if (own := parameter.grad) is not None]
-    written = held if all_of_them else [own for own in held if own.requires_grad]
+    written = [own for own in gradients if own is not None and (all_of_them or own.requires_grad)]
     if written:
         torch.autograd.graph.increment_version(written)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -49,9 +50,10 @@ def read(words: Tensor, place: Place) -> Tensor:
     return wide.as_strided(shape, strides, wide.storage_offset() + place.first).to(place.dtype)
 
 
-def _strides(shape: torch.Size) -> list[int]:
+@lru_cache(maxsize=256)
+def _strides(shape: torch.Size) -> tuple[int, ...]:
     strides, size = [], 1
     for length in reversed(shape):
         strides.append(size)
         size *= max(1, length)
-    return strides[::-1]
+    return tuple(strides[::-1])
