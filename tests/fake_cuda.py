@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gradkeel.kernels import foreach
-from gradkeel.policies import scopes
+from gradkeel import norms
 
 
 class Event:
@@ -28,12 +27,9 @@ class Event:
 def fake_mode():
     """One mode for all tests, for constants are kept; they must not be met by others."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    kept = (foreach.constant, scopes._constant)
-    for function in kept:
-        function.cache_clear()
+    norms.fixed.cache_clear()
     yield mode
-    for function in kept:
-        function.cache_clear()
+    norms.fixed.cache_clear()
 
 
 def inverted(tensor):

@@ -91,7 +91,7 @@ def test_norms_after_scaling_are_those_of_the_scaled_gradients(counts, seed, nor
     total = case.norm(torch.cat(case.scaled))
     assert case.outcome.total().item() == pytest.approx(total, **CLOSE)
     units = [case.norm(row) for gradient in case.scaled for row in gradient]
-    assert case.outcome.units().tolist() == pytest.approx(units, **CLOSE)
+    assert case.outcome.norms.after(case.outcome.decision).units.tolist() == pytest.approx(units, **CLOSE)
 
 
 @given(COUNTS, st.integers(0, 10**6), DECISIONS)
@@ -190,5 +190,5 @@ def test_a_coefficient_of_one_clips_nothing(factor, kind):
 def test_units_that_were_not_measured_have_no_norms():
     norms = Case([2, 1], 0).outcome.norms
     norms.units = None
-    assert Outcome(norms, Decision()).units() is None
+    assert norms.after(Decision()).units is None
     assert Outcome(norms, Decision()).total() is norms.total

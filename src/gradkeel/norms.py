@@ -6,8 +6,9 @@ once it is made; they are not frozen, for that would make each of them four time
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
@@ -53,6 +54,63 @@ def combine(norms: Tensor, norm_type: float) -> Tensor:
 def _vector_norm(values: Tensor, norm_type: float) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(values, norm_type, dim=-1)
     return norm
+
+
+def take(values: Tensor, rows: Sequence[int]) -> Tensor:
+    """Return ``values[rows]``, without a host sync after the first call with these rows."""
+    return values.index_select(0, index(rows, values.device))
+
+
+def index(rows: Sequence[int], device: torch.device) -> Tensor:
+    """Return ``rows`` as a tensor on ``device``, made once."""
+    return fixed(tuple(rows), torch.int64, device)
+
+
+@lru_cache(maxsize=512)
+def fixed(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return these numbers as a tensor on ``device``, made once: to make it waits for the device."""
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+@lru_cache(maxsize=64)
+def expanded(values: tuple[int, ...], counts: tuple[int, ...]) -> tuple[int, ...]:
+    """Repeat each of n values as often as its count says: a number per parameter becomes a number per unit."""
+    return tuple(value for value, times in zip(values, counts, strict=True) for _ in range(times))
+
+
+@lru_cache(maxsize=64)
+def rows_of(counts: tuple[int, ...], width: int, device: torch.device) -> Tensor:
+    """Return indices that lay n runs of ``counts`` values each out as rows of ``width`` places, row after row.
+
+    Each run begins a row of its own, and has one even where it is empty; places that are left over hold the number
+    of all values.
+    """
+    places, start, end = list[int](), 0, sum(counts)
+    for count in counts:
+        places += [*range(start, start + count), *[end] * (rows_for(count, width) * width - count)]
+        start += count
+    return torch.tensor(places, dtype=torch.int64, device=device)
+
+
+def rows_for(count: int, width: int) -> int:
+    """Return how many rows of ``width`` places so many values take, at least one."""
+    return max(1, -(-count // width))
+
+
+def per_tensor(units: Tensor, norms: "GradientNorms", *, least: bool = False) -> Tensor:
+    """[n] norm of each tensor from those of its units, or the least of them."""
+    counts = norms.unit_counts
+    if not any(counts):
+        return torch.full_like(norms.norms, torch.inf if least else 0.0)
+    # In two rounds of equal rows, filled up with what counts for nothing: as many operations whatever the tensors,
+    # in a fixed order, and few places are left over even where one tensor has most of the units.
+    width = math.isqrt(max(counts)) + 1
+    pieces = tuple(rows_for(count, width) for count in counts)
+    for runs, places in ((counts, width), (pieces, max(pieces))):
+        filled = torch.cat([units, units.new_full((1,), torch.inf if least else 0.0)])
+        rows = filled.index_select(0, rows_of(runs, places, units.device)).reshape(-1, places)
+        units = rows.amin(1) if least else combine(rows, norms.norm_type)
+    return units
 
 
 _Class = TypeVar("_Class", bound=type)
@@ -133,6 +191,24 @@ class GradientNorms:
         @property
         def known_total(self) -> Tensor | float:
             """The same, or the number of the host's that it was given as."""
+
+    def after(self, decision: "Decision") -> "GradientNorms":
+        """The norms that the gradients have after a decision, which must not clamp; does not sync the host."""
+        norms, factors, unit_factors = self, decision.coefficients, decision.unit_coefficients
+        if factors is not None:
+            units, is_one = norms.units, factors.dim() == 0
+            if units is not None:
+                rows = expanded(tuple(range(len(norms.names))), norms.unit_counts)
+                units = units * (factors if is_one else take(factors, rows))
+            tensors = norms.norms * factors
+            total = norms.total * factors if is_one else combine(tensors, norms.norm_type)
+            norms = replace(norms, norms=tensors, total=total, units=units)
+        if unit_factors is not None:
+            assert norms.units is not None, "a decision on units comes from norms of units"
+            units = norms.units * unit_factors
+            tensors = per_tensor(units, norms)
+            norms = replace(norms, norms=tensors, total=combine(tensors, norms.norm_type), units=units)
+        return norms
 
 
 @_late("coefficients", "skip", "bound")

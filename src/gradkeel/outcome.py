@@ -1,4 +1,4 @@
-"""What a decision does to the norms that it was made on: the one answer for report, record, replay and chains."""
+"""What a decision does to the norms that it was made on: the one answer for report, record and replay."""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradkeel.norms import Decision, GradientNorms, combine
+from gradkeel.norms import Decision, GradientNorms, per_tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,10 +34,8 @@ class Outcome:
         if decision.coefficients is not None:
             result = result * decision.coefficients
         if decision.unit_coefficients is not None:
-            parts = decision.unit_coefficients.split(list(self.norms.unit_counts))
-            result = result * torch.stack(
-                [part.min() if part.numel() else norms.new_ones(()) for part in parts]
-            )
+            least = per_tensor(decision.unit_coefficients, self.norms, least=True)
+            result = result * torch.where(least == math.inf, 1.0, least)  # of no units
         return result
 
     def coefficient(self) -> float:
@@ -62,29 +60,6 @@ class Outcome:
             result = result | (lowest < low).any() | (highest > high).any()
         return result
 
-    def units(self) -> Tensor | None:
-        """[u] norms of the units after scaling; None where they were not measured."""
-        units, decision = self.norms.units, self.decision
-        if units is None:
-            return None
-        if decision.coefficients is not None:
-            factors = decision.coefficients
-            if factors.dim():
-                counts = torch.tensor(self.norms.unit_counts, device=factors.device)
-                factors = factors.repeat_interleave(counts)
-            units = units * factors
-        return units if decision.unit_coefficients is None else units * decision.unit_coefficients
-
     def total(self) -> Tensor | None:
         """[] norm of all gradients after scaling; None where a clamp makes it unknown."""
-        norms, decision = self.norms, self.decision
-        if decision.clamp is not None:
-            return None
-        units = self.units() if decision.unit_coefficients is not None else None
-        if units is not None:
-            return combine(units, norms.norm_type)
-        if decision.coefficients is None:
-            return norms.total
-        if decision.coefficients.dim() == 0:
-            return norms.total * decision.coefficients
-        return combine(norms.norms * decision.coefficients, norms.norm_type)
+        return None if self.decision.clamp is not None else self.norms.after(self.decision).total

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from gradkeel import policies as gp
-from gradkeel.norms import GradientNorms
-from gradkeel.policies.compose.chain import per_tensor
+from gradkeel.norms import GradientNorms, per_tensor
 from policy_rows import Run, gradients
 from streams import measured, play
 

@@ -6,11 +6,11 @@ tensors. The host is not synced, but for lists of sizes that are sent to the dev
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from gradkeel.norms import index, take
 from gradkeel.tensors import is_dense
 
 BUCKET = 1 << 24
@@ -171,7 +171,7 @@ def clamp(tensors: Sequence[Tensor], low: float, high: float) -> None:
 def spread(values: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Each of the [k] values as a tensor that lies as the tensor of its index does, all in one piece of memory."""
     sizes = [tensor.numel() for tensor in tensors]
-    flat = values.repeat_interleave(constant(tuple(sizes), values.device), output_size=sum(sizes))
+    flat = values.repeat_interleave(index(sizes, values.device), output_size=sum(sizes))
     parts = zip(flat.split(sizes), tensors, strict=True)
     return [
         part.view(tensor.shape) if tensor.is_contiguous() else _alike(part, tensor) for part, tensor in parts
@@ -187,8 +187,8 @@ def _alike(part: Tensor, tensor: Tensor) -> Tensor:
 def _spread_units(values: Tensor, tensors: Sequence[Tensor], counts: Sequence[int], dim: int) -> list[Tensor]:
     """The same of the values of units."""
     sizes = [tensor.numel() for tensor in tensors]
-    of_unit = constant(tuple(size // max(1, n) for size, n in zip(sizes, counts, strict=True)), values.device)
-    repeats = of_unit.repeat_interleave(constant(tuple(counts), values.device), output_size=len(values))
+    of_unit = index([size // max(1, n) for size, n in zip(sizes, counts, strict=True)], values.device)
+    repeats = of_unit.repeat_interleave(index(counts, values.device), output_size=len(values))
     flat = values.repeat_interleave(repeats, output_size=sum(sizes))
     result = []
     for part, tensor in zip(flat.split(sizes), tensors, strict=True):
@@ -224,20 +224,14 @@ def in_order(rows: Sequence[Sequence[int]], values: Sequence[Tensor]) -> Tensor:
     order = [i for group in rows for i in group]
     place = {row: i for i, row in enumerate(order)}
     joined = torch.cat(list(values))
-    return joined.index_select(0, constant(tuple(place[i] for i in range(len(order))), joined.device))
+    return take(joined, [place[i] for i in range(len(order))])
 
 
 def pick(values: Tensor, rows: Sequence[int]) -> Tensor:
     """``values[rows]`` of [n] values, without a sync after the first time; a [] one is for all rows."""
     if values.dim() == 0 or (len(rows) == len(values) and list(rows) == list(range(len(rows)))):
         return values
-    return values.index_select(0, constant(tuple(rows), values.device))
-
-
-@lru_cache(maxsize=256)
-def constant(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """Numbers of the host's as an int64 tensor: making one waits for the device, so each is made once."""
-    return torch.tensor(values, dtype=torch.int64, device=device)
+    return take(values, rows)
 
 
 def _filled(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradkeel.norms import GradientNorms, combine, is_on_host
+from gradkeel.norms import GradientNorms, combine, expanded, fixed, is_on_host, take
 from gradkeel.policies.base import Scope
 from gradkeel.policies.numbers import Number, where
 from gradkeel.policies.states import from_list
@@ -77,7 +77,7 @@ class Cells:
     @property
     def sizes(self) -> Number:
         """[k] number of entries of each cell."""
-        return _constant(_sizes(self._measured, self._scope), self.norms.dtype, self.norms.device)
+        return fixed(_sizes(self._measured, self._scope), self.norms.dtype, self.norms.device)
 
 
 class Cell(Cells):
@@ -182,22 +182,6 @@ def spread(values: Tensor | list[float], measured: GradientNorms, scope: Scope) 
     return values if scope != "group" else take(values, _places(measured.groups))
 
 
-def take(values: Tensor, rows: Sequence[int]) -> Tensor:
-    """Return ``values[rows]``, without a host sync after the first call with these rows."""
-    return values.index_select(0, index(rows, values.device))
-
-
-def index(rows: Sequence[int], device: torch.device) -> Tensor:
-    """Return ``rows`` as a tensor on ``device``, made once."""
-    return _constant(tuple(rows), torch.int64, device)
-
-
-@lru_cache(maxsize=256)
-def _constant(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    # Making a device tensor of host numbers waits for the device, so each is made once.
-    return torch.tensor(values, dtype=dtype, device=device)
-
-
 @lru_cache(maxsize=64)
 def group_members(groups: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     """Return, for each parameter group in ascending order, which parameters are in it."""
@@ -208,28 +192,3 @@ def group_members(groups: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
 def _places(groups: tuple[int, ...]) -> tuple[int, ...]:
     order = {group: i for i, group in enumerate(sorted(set(groups)))}
     return tuple(order[group] for group in groups)
-
-
-@lru_cache(maxsize=64)
-def expanded(values: tuple[int, ...], counts: tuple[int, ...]) -> tuple[int, ...]:
-    """Repeat each of n values as often as its count says: a number per parameter becomes a number per unit."""
-    return tuple(value for value, times in zip(values, counts, strict=True) for _ in range(times))
-
-
-@lru_cache(maxsize=64)
-def rows_of(counts: tuple[int, ...], width: int, device: torch.device) -> Tensor:
-    """Return indices that lay n runs of ``counts`` values each out as rows of ``width`` places, row after row.
-
-    Each run begins a row of its own, and has one even where it is empty; places that are left over hold the number
-    of all values.
-    """
-    places, start, end = list[int](), 0, sum(counts)
-    for count in counts:
-        places += [*range(start, start + count), *[end] * (rows_for(count, width) * width - count)]
-        start += count
-    return torch.tensor(places, dtype=torch.int64, device=device)
-
-
-def rows_for(count: int, width: int) -> int:
-    """Return how many rows of ``width`` places so many values take, at least one."""
-    return max(1, -(-count // width))

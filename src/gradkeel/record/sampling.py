@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradkeel.guard.report import SelectionReport, StepReport
+from gradkeel.guard.report import StepReport
 from gradkeel.measure.powers import tensor_norms
-from gradkeel.policies.scopes import take
+from gradkeel.norms import take
 from gradkeel.record.rows import Sample
 from gradkeel.tensors import entries_to_read
 
@@ -111,7 +111,7 @@ def second_moment_lag(
             remembered.append((sums / corrections).sum())
     if not rows:
         return None
-    squares = [_squares(selection) for selection in report.selections]
+    squares = [s.measured.after(s.decision).norms.square() for s in report.selections]
     whole = squares[0] if len(squares) == 1 else torch.cat(squares)
     if rows != list(range(len(parameters))):
         whole = take(whole, rows)
@@ -130,17 +130,6 @@ def _correction(beta: Any, steps: Sequence[Any], like: Tensor) -> Tensor | float
         return 1 - beta ** torch.stack([step.to(like) for step in steps])
     made = [float(step) for step in steps]
     return 1 - beta ** (made[0] if len(set(made)) == 1 else like.new_tensor(made))
-
-
-def _squares(selection: SelectionReport) -> Tensor:
-    """[n] the square of each parameter's norm, as its gradient is applied."""
-    measured, decision = selection.measured, selection.decision
-    if decision.unit_coefficients is not None and (units := selection.outcome.units()) is not None:
-        return torch.stack([part.square().sum() for part in units.split(list(measured.unit_counts))])
-    coefficients = decision.known_coefficients
-    if coefficients is None or (isinstance(coefficients, float) and coefficients == 1.0):
-        return measured.norms.square()
-    return (measured.norms * coefficients).square()
 
 
 class BeforeUpdate:

@@ -1,19 +1,16 @@
 """Policies made of policies: one after the other, and one until the other is ready."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, reduce
 from operator import or_
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from gradkeel.norms import Decision, GradientNorms, Needs, State, combine
+from gradkeel.norms import Decision, GradientNorms, Needs, State
 from gradkeel.policies.base import Policy, count
 from gradkeel.policies.clip import Clip
-from gradkeel.policies.scopes import expanded, rows_for, rows_of, take
 from gradkeel.policies.states import JoinedState
 
 
@@ -87,7 +84,7 @@ class Chain(Composite):
         """Let each stage decide on what the one before leaves."""
         total, decision, states = Decision(), Decision(), {}
         for i, stage in enumerate(self.stages):
-            norms = scaled(norms, decision)
+            norms = norms.after(decision)
             decision, states[str(i)] = stage.decide(norms, part(state, str(i)))
             total = _product(total, decision)
         return total, JoinedState(states)
@@ -167,42 +164,6 @@ class Warmup(Composite):
 
     def __repr__(self) -> str:
         return f"Warmup({self.steps}, {brief(self.before)}, {brief(self.after)})"
-
-
-def scaled(norms: GradientNorms, decision: Decision) -> GradientNorms:
-    """The norms that the gradients will have after ``decision``, which must not clamp."""
-    if decision.coefficients is not None:
-        factors = decision.coefficients
-        total = (
-            norms.total * factors if factors.dim() == 0 else combine(norms.norms * factors, norms.norm_type)
-        )
-        units = norms.units
-        if units is not None:
-            rows = expanded(tuple(range(len(norms.names))), norms.unit_counts)
-            units = units * (factors if factors.dim() == 0 else take(factors, rows))
-        norms = replace(norms, norms=norms.norms * factors, total=total, units=units)
-    if decision.unit_coefficients is not None:
-        assert norms.units is not None, "a decision on units comes from norms of units"
-        units = norms.units * decision.unit_coefficients
-        tensors = per_tensor(units, norms)
-        norms = replace(norms, norms=tensors, total=combine(tensors, norms.norm_type), units=units)
-    return norms
-
-
-def per_tensor(units: Tensor, norms: GradientNorms, *, least: bool = False) -> Tensor:
-    """[n] norm of each tensor from those of its units, or the least of them."""
-    counts = norms.unit_counts
-    if not any(counts):
-        return torch.full_like(norms.norms, torch.inf if least else 0.0)
-    # In two rounds of equal rows, filled up with what counts for nothing: as many operations whatever the tensors,
-    # in a fixed order, and few places are left over even where one tensor has most of the units.
-    width = math.isqrt(max(counts)) + 1
-    pieces = tuple(rows_for(count, width) for count in counts)
-    for runs, places in ((counts, width), (pieces, max(pieces))):
-        filled = torch.cat([units, units.new_full((1,), torch.inf if least else 0.0)])
-        rows = filled.index_select(0, rows_of(runs, places, units.device)).reshape(-1, places)
-        units = rows.amin(1) if least else combine(rows, norms.norm_type)
-    return units
 
 
 def _product(first: Decision, second: Decision) -> Decision:

@@ -9,7 +9,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradkeel.norms import Decision, GradientNorms, Needs, State, combine
+from gradkeel.norms import (
+    Decision,
+    GradientNorms,
+    Needs,
+    State,
+    combine,
+    expanded,
+    index,
+    per_tensor,
+    take,
+)
 from gradkeel.policies.base import Policy
 from gradkeel.policies.compose.chain import (
     Composite,
@@ -17,10 +27,9 @@ from gradkeel.policies.compose.chain import (
     check_policies,
     nested,
     part,
-    per_tensor,
     union,
 )
-from gradkeel.policies.scopes import expanded, group_members, index, take
+from gradkeel.policies.scopes import group_members
 from gradkeel.policies.states import JoinedState
 
 
