@@ -113,7 +113,7 @@ def test_norms_of_units(dtype, norm_type, dim):
     tensors = of_many_shapes(dtype)
     if dtype == torch.float64:
         tensors += [torch.tensor([[3.0, -4.0], [0.0, 0.0]], dtype=dtype) * scale for scale in (1e300, 1e-300)]
-    _, _, units, _ = read(tensors, norm_type, wide=torch.float64, unit_dim=dim, peaks=False)
+    units = read(tensors, norm_type, wide=torch.float64, unit_dim=dim, peaks=False).units
     wanted = [reference.norm([unit], norm_type) for tensor in tensors for unit in in_units(tensor, dim)]
     assert units.tolist() == pytest.approx(wanted, rel=1e-12)  # float64 additions in another order
 
@@ -123,7 +123,7 @@ def test_a_unit_that_is_not_finite_shows():
         for dtype in DTYPES:
             tensor = torch.ones(3, 2, dtype=dtype)
             tensor[1, 1] = bad
-            _, _, units, _ = read([tensor], 2.0, wide=torch.float64, unit_dim=0, peaks=False)
+            units = read([tensor], 2.0, wide=torch.float64, unit_dim=0, peaks=False).units
             assert torch.isfinite(units).tolist() == [True, False, True]
 
 

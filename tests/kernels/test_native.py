@@ -84,7 +84,7 @@ def test_norms_and_units_are_their_float64_twins(norm_type, kinds, seed, level):
     tensors = [torch.randn(shape, generator=generator).to(dtype) for shape, dtype in kinds]
     kernels = native.Kernels(level)
     table = kernels.table(tensors, 0)
-    norms, units, peaks = kernels.read(table, norm_type, units=True, peaks=True)
+    norms, _, units, peaks, _ = kernels.read(table, norm_type, units=True, peaks=True)
     cut = [unit for tensor in tensors for unit in (tensor.unbind(0) if tensor.dim() > 1 else [tensor])]
     for got, cells in ((norms, tensors), (units, cut)):
         for norm, cell in zip(got.tolist(), cells, strict=True):
@@ -98,15 +98,15 @@ def test_norms_and_units_are_their_float64_twins(norm_type, kinds, seed, level):
 @pytest.mark.parametrize("size", [5, 300_000])  # read in the call that looks for them, and in a second one
 def test_norms_and_their_total_in_one_call(kernels, size, norm_type):
     tensors = [torch.randn(size), torch.randn(3, 4).half(), torch.randn(7, dtype=torch.float64) * 1e200]
-    norms, total, table = kernels.norms(tensors, norm_type)
+    norms, total, _, _, table = kernels.norms(tensors, norm_type)
     assert table.tensors is tensors
-    assert kernels.norms([tensors[0], *tensors], norm_type)[2] is None
+    assert kernels.norms([tensors[0], *tensors], norm_type).table is None
     assert torch.equal(norms, kernels.read(kernels.table(tensors), norm_type)[0])
     assert total == pytest.approx(reference.norm(tensors, norm_type), rel=1e-12)
     small = [tensor * 1e-300 for tensor in tensors[2:]] * 2
-    assert kernels.norms(small, norm_type)[1] == pytest.approx(reference.norm(small, norm_type), rel=1e-12)
-    assert kernels.norms([torch.zeros(size)], norm_type)[1] == 0.0
-    assert kernels.norms([], norm_type)[1] == 0.0
+    assert kernels.norms(small, norm_type).total == pytest.approx(reference.norm(small, norm_type), rel=1e-12)
+    assert kernels.norms([torch.zeros(size)], norm_type).total == 0.0
+    assert kernels.norms([], norm_type).total == 0.0
 
 
 @needs_kernels
@@ -114,7 +114,7 @@ def test_norms_and_their_total_in_one_call(kernels, size, norm_type):
 def test_the_total_is_not_finite_exactly_where_an_entry_is(kernels, bad):
     tensors = [torch.ones(3), torch.tensor([1.0, bad]), torch.full((2,), 1e30)]
     for norm_type in NORM_TYPES:
-        _, total, _ = kernels.norms(tensors, norm_type)
+        total = kernels.norms(tensors, norm_type).total
         assert math.isnan(total) if math.isnan(bad) else total == math.inf
 
 
@@ -122,7 +122,7 @@ def test_the_total_is_not_finite_exactly_where_an_entry_is(kernels, bad):
 @pytest.mark.parametrize("size", [5, 300_000])
 def test_all_are_multiplied_by_one_factor_where_they_were_read(kernels, size):
     tensors = [torch.randn(size), torch.randn(3, 4).half(), torch.randn(4, 3).t()]
-    table = kernels.norms(tensors, 2.0)[2]
+    table = kernels.norms(tensors, 2.0).table
     wanted = [tensor * 0.3 for tensor in tensors]
     versions = [tensor._version for tensor in tensors]
     kernels.scale(table, 0.3)
@@ -153,7 +153,7 @@ def test_67_million_entries_are_exact_to_nine_digits(kernels):
 def test_bfloat16_entries_whose_sums_leave_float32_are_summed_in_float64(kernels, entry, size, norm_type):
     tensor = torch.full((size,), entry, dtype=torch.bfloat16)
     tensor[: size // 2 : 7] = 0
-    norms, _, _ = kernels.read(kernels.table([tensor]), norm_type)
+    norms = kernels.read(kernels.table([tensor]), norm_type).norms
     assert norms.item() == pytest.approx(reference.norm([tensor], norm_type), rel=tolerance(tensor))
 
 
@@ -164,7 +164,7 @@ def test_finite_entries_have_a_finite_norm(kernels, entry):
     tensor = torch.zeros(3, 5, dtype=dtype)
     tensor[1, 2:4] = torch.tensor([1.0, -1.0]) * entry
     for norm_type in (2.0, math.inf) if entry == 1.7e308 else NORM_TYPES:
-        norms, units, _ = kernels.read(kernels.table([tensor], 0), norm_type, units=True)
+        norms, _, units, _, _ = kernels.read(kernels.table([tensor], 0), norm_type, units=True)
         wanted = tensor[1, 2].item() * {1.0: 2.0, 2.0: 1.0 if entry == 1.7e308 else math.sqrt(2)}.get(
             norm_type, 1.0
         )
@@ -186,7 +186,7 @@ def test_what_is_not_finite_shows(kernels, dtype, size, bad):
         if math.isnan(bad) and math.copysign(1, bad) < 0:
             tensor[place] = -tensor[place]
         for norm_type in NORM_TYPES:
-            norms, _, peaks = kernels.read(kernels.table([tensor]), norm_type, peaks=True)
+            norms, _, _, peaks, _ = kernels.read(kernels.table([tensor]), norm_type, peaks=True)
             assert str(norms.item()) == str(abs(bad))
             low, high = peaks[0].tolist()
             assert (math.isnan(low) and math.isnan(high)) if math.isnan(bad) else bad in (low, high)
@@ -196,7 +196,7 @@ def test_what_is_not_finite_shows(kernels, dtype, size, bad):
 @pytest.mark.parametrize("dtype", HALVES)
 def test_every_16_bit_number_is_read_as_torch_reads_it(kernels, dtype):
     numbers = all_halves(dtype)
-    norms, _, _ = kernels.read(kernels.table(list(numbers.unbind())), 2.0)
+    norms = kernels.read(kernels.table(list(numbers.unbind())), 2.0).norms
     assert is_same(norms, numbers.double().abs())
 
 

@@ -21,7 +21,7 @@ pytest.importorskip(
 )
 
 from gradkeel.errors import GradkeelWarning
-from gradkeel.kernels import triton_host, triton_layout
+from gradkeel.kernels import native, triton_host, triton_layout
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -234,7 +234,7 @@ def test_norms_of_units(dtype, norm_type, is_long):
     tensors += [torch.randn(2, 3, 4, 5).to(dtype).contiguous(memory_format=torch.channels_last)]
     if is_long:
         tensors += [torch.randn(2, triton_layout.PIECE + 1).to(dtype), torch.randn(70_000).to(dtype)]
-    norms, total, found, _ = triton_host.read(tensors, norm_type, 0)
+    norms, total, found, *_ = triton_host.read(tensors, norm_type, 0)
     wanted = [reference.norm([unit], norm_type) for tensor in tensors for unit in units_of(tensor)]
     assert found.tolist() == pytest.approx(wanted, rel=1e-11)  # float64 additions in another order
     assert norms.tolist() == pytest.approx(
@@ -269,7 +269,7 @@ def test_extremes(dtype):
     tensors += [torch.full((70_000,), -2.0).to(dtype), torch.ones(2049).to(dtype)]
     tensors[6][2048] = math.nan
     with_nothing = [*tensors, None]
-    norms, _, units, peaks = triton_host.read(with_nothing, 2.0, peaks=True)
+    norms, _, units, peaks, _ = triton_host.read(with_nothing, 2.0, peaks=True)
     wanted = [list(map(float, torch.aminmax(t))) if t.numel() else [0.0, 0.0] for t in tensors]
     assert units is None
     assert str(peaks.tolist()) == str([*wanted, [0.0, 0.0]])
@@ -356,7 +356,7 @@ def test_one_that_is_wrong_is_not_used_and_one_warning_says_so(checked, monkeypa
     def broken(layout, norm_type, *, peaks=False):
         if fault == "uncompilable":
             raise RuntimeError("no such target")
-        return triton_host.Read(torch.ones(layout.tensors, dtype=torch.float64), None, None, None)
+        return native.Read(torch.ones(layout.tensors, dtype=torch.float64))
 
     monkeypatch.setattr(checked, "read", broken)
     with pytest.warns(

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +61,24 @@ class Table:
     rows: int
     are_few: bool = False
     is_wide: bool = False
+
+
+class Read(NamedTuple):
+    """What one read of k tensors gave, in float64 (float32 on devices without it).
+
+    Attributes:
+        norms: [k] norm of each tensor.
+        total: norm of all of them together, where it is known already: a number of the host's, or [] on an accelerator.
+        units: [u] norm of each unit, tensor after tensor, where asked for.
+        peaks: [k, 2] each tensor's lowest and highest entry, where asked for: NaN where an entry is, 0 if empty.
+        table: where they lie, if they were read as they are by these kernels and no two begin at one address.
+    """
+
+    norms: Tensor
+    total: Tensor | float | None = None
+    units: Tensor | None = None
+    peaks: Tensor | None = None
+    table: Table | None = None
 
 
 class Kernels:
@@ -173,8 +191,8 @@ class Kernels:
             return -1
         return found
 
-    def norms(self, tensors: list[Tensor], norm_type: float) -> tuple[Tensor, float, Table | None] | None:
-        """[k] float64 norm of each, that of all, and their table if no two share an address; None if one is unfit.
+    def norms(self, tensors: list[Tensor], norm_type: float) -> Read | None:
+        """Norms of the tensors and of all, and their table; None if one is unfit.
 
         Few entries are read in the same call that looks where they lie; for more the interpreter's lock is released.
         """
@@ -201,12 +219,10 @@ class Kernels:
             self._check(self._read(address, count, norm, pointer, None, None, team))
             total = self._total(pointer, count, norm)
         table = Table(tensors, address, count, are_few, answer.is_wide != 0) if answer.are_apart else None
-        return norms, total, table
+        return Read(norms, total, table=table)
 
-    def read(
-        self, table: Table, norm_type: float, *, units: bool = False, peaks: bool = False
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Read each tensor once, in float64: norms [k], norms of the units [u], and peaks [k, 2]."""
+    def read(self, table: Table, norm_type: float, *, units: bool = False, peaks: bool = False) -> Read:
+        """Read each tensor once: norms, and those of the units and the peaks where wanted."""
         count = len(table.tensors)
         norms = torch.empty(count, dtype=torch.float64, device="cpu")
         unit_norms = torch.empty(table.rows, dtype=torch.float64, device="cpu") if units else None
@@ -217,7 +233,7 @@ class Kernels:
                 self._team(),
             )
         )  # fmt: skip
-        return norms, unit_norms, extremes
+        return Read(norms, None, unit_norms, extremes)
 
     def scale(self, table: Table, factors: Tensor | float, *, by_unit: bool = False) -> None:
         """Multiply all tensors by one factor, or each tensor, or each unit, by its own, in place.

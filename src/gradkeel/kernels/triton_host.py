@@ -12,7 +12,7 @@ import os
 import threading
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,25 +20,10 @@ from torch import Tensor
 from gradkeel.errors import GradkeelWarning
 from gradkeel.kernels.addresses import without_slots
 from gradkeel.kernels.arrival import is_capturing
+from gradkeel.kernels.native import Read
 from gradkeel.kernels.triton_layout import DTYPES, Layout, Layouts, kinds_of
 
 VARIABLE = "GRADKEEL_TRITON"
-
-
-class Read(NamedTuple):
-    """What one read of k tensors gave, in float64.
-
-    Attributes:
-        norms: [k] norm of each tensor.
-        total: [] norm of all of them together.
-        units: [u] norm of each unit, tensor after tensor, where asked for.
-        peaks: [k, 2] each tensor's lowest and highest entry, where asked for: NaN where an entry is.
-    """
-
-    norms: Tensor
-    total: Tensor | None
-    units: Tensor | None
-    peaks: Tensor | None
 
 
 _OFF, _ON = {"off", "0", "no", "false"}, {"on", "1", "yes", "true"}

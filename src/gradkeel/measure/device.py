@@ -7,11 +7,12 @@ from torch import Tensor
 
 from gradkeel.kernels import foreach, triton_host
 from gradkeel.kernels.addresses import miss
+from gradkeel.kernels.native import Read
 
 
 def read(
     tensors: Sequence[Tensor], norm_type: float, *, wide: torch.dtype, unit_dim: int | None, peaks: bool
-) -> triton_host.Read:
+) -> Read:
     """Return norms of the tensors, those of their units along ``unit_dim``, and extremes, where wanted.
 
     A tensor with at most one dimension is one unit.
@@ -22,7 +23,7 @@ def read(
     if found is None:
         miss()
         extremes = foreach.peaks(tensors, wide) if peaks else None
-        found = triton_host.Read(foreach.norms(tensors, norm_type, wide), None, None, extremes)
+        found = Read(foreach.norms(tensors, norm_type, wide), peaks=extremes)
     if found.units is None and unit_dim is not None:
         miss()
         found = found._replace(units=_units(tensors, norm_type, found.norms, unit_dim))

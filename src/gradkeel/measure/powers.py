@@ -5,14 +5,13 @@ On CPU the native kernels read where they are in use, torch's own operations els
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from gradkeel.kernels import foreach, native
-from gradkeel.kernels.triton_host import Read
+from gradkeel.kernels.native import Read
 from gradkeel.measure import device as accelerator
 from gradkeel.tensors import entries_by_position, entries_to_read
 
@@ -26,25 +25,6 @@ _SAFE = {torch.float64: (1e-140, 1e150)}
 _SAFE_FLOAT32 = (1e-15, 1e18)
 
 
-@dataclass(slots=True, eq=False)
-class Reading:
-    """One read of k tensors gave this, in float64 (float32 on devices without it).
-
-    Attributes:
-        norms: [k] norm of each tensor.
-        units: [u] norm of each unit, tensor after tensor, where asked for.
-        peaks: [k, 2] each tensor's lowest and highest entry, where asked for; 0, 0 for an empty one.
-        total: norm of all of them together, where it is known already: a number of the host's, or [] on an accelerator.
-        table: where they lie, if the native kernels have read them as they are and no two begin at one address.
-    """
-
-    norms: Tensor
-    units: Tensor | None = None
-    peaks: Tensor | None = None
-    total: Tensor | float | None = None
-    table: native.Table | None = None
-
-
 def read(
     tensors: Sequence[Tensor],
     norm_type: float,
@@ -52,7 +32,7 @@ def read(
     *,
     unit_dim: int | None = None,
     with_peaks: bool = False,
-) -> Reading:
+) -> Read:
     """Return norms of tensors of any layout, and those of the units along ``unit_dim`` and the peaks where asked for.
 
     A tensor whose entries are all finite has finite norms; a NaN or inf entry gives NaN or inf. On an accelerator all
@@ -78,7 +58,7 @@ def _reading(
     *,
     unit_dim: int | None,
     with_peaks: bool,
-) -> Reading:
+) -> Read:
     """Read real strided tensors by torch's operations and Triton's kernels.
 
     ``placed`` has each entry at its place: units are cut of these. CPU-offloaded tensors may stand beside those on an
@@ -87,14 +67,13 @@ def _reading(
     wide = wide_dtype(device)
     if not entries:
         nothing = torch.zeros(0, dtype=wide, device=device)
-        return Reading(
-            nothing, nothing if unit_dim is not None else None, nothing.view(0, 2) if with_peaks else None
-        )
+        units = nothing if unit_dim is not None else None
+        return Read(nothing, None, units, nothing.view(0, 2) if with_peaks else None)
     places: dict[torch.device, list[int]] = {}
     for i, tensor in enumerate(entries):
         places.setdefault(tensor.device, []).append(i)
     found: list[list[Tensor]] = []
-    total: Tensor | None = None
+    total: Tensor | float | None = None
     for kind, rows in places.items():
         chosen, cut = [entries[i] for i in rows], [placed[i] for i in rows]
         if kind.type == "cpu":
@@ -113,7 +92,7 @@ def _reading(
     if unit_dim is not None:
         units = _units_in_order(order, [own[1] for own in found], placed, unit_dim)
     peaks = foreach.in_order(order, [own[-1] for own in found]) if with_peaks else None
-    return Reading(norms, units, peaks, total)
+    return Read(norms, total, units, peaks)
 
 
 _ReadHere = Callable[..., Read]
@@ -154,18 +133,18 @@ def _native_reading(
     *,
     unit_dim: int | None,
     with_peaks: bool,
-) -> Reading | None:
+) -> Read | None:
     """Read by the native kernels; None where one of the tensors is not for them."""
     if unit_dim is None and not with_peaks:
         if (found := kernels.norms(list(tensors), norm_type)) is not None:
-            return Reading(found[0], total=found[1], table=found[2])
+            return found
         found = kernels.norms([entries_to_read(tensor) for tensor in tensors], norm_type)
-        return None if found is None else Reading(found[0], total=found[1])
+        return None if found is None else found._replace(table=None)
     # What sparse, complex and sharded tensors hold is dense, but not cut into units as they are.
     table = kernels.table(tensors, unit_dim, otherwise=entries_to_read if unit_dim is None else None)
     if table is None or (with_peaks and any(map(Tensor.is_neg, table.tensors))):
         return None
-    return Reading(*kernels.read(table, norm_type, units=unit_dim is not None, peaks=with_peaks))
+    return kernels.read(table, norm_type, units=unit_dim is not None, peaks=with_peaks)
 
 
 def _cpu_reading(tensors: Sequence[Tensor], norm_type: float, *, unit_dim: int | None, peaks: bool) -> Read:

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gradkeel.kernels.native import Table
-from gradkeel.measure.powers import Reading, read, unit_count, wide_dtype
+from gradkeel.kernels.native import Read, Table
+from gradkeel.measure.powers import read, unit_count, wide_dtype
 from gradkeel.norms import GradientNorms, Needs, combine
 from gradkeel.selection import Selection
 from gradkeel.tensors import local_parts
@@ -23,7 +23,7 @@ class Readings:
         norms, units, peaks: as in `gradkeel.norms.GradientNorms`; n parameters, u units.
         weights, unit_weights: of the parameters themselves, where asked for.
         total: norm of all of them together, where it is known already: a number of the host's, or [] on an accelerator.
-        table: as in `gradkeel.measure.powers.Reading`; None where a parameter has no gradient.
+        table: as in `gradkeel.kernels.native.Read`; None where a parameter has no gradient.
     """
 
     present: tuple[bool, ...]
@@ -123,7 +123,7 @@ def readings(selection: Selection, needs: Needs, device: torch.device) -> Readin
             )
     else:
         present = tuple(parameter.grad is not None for parameter in selection.parameters)
-    weights = Reading(reading.norms)
+    weights = Read(reading.norms)
     if needs.weights:
         weights = read(local_parts(selection.parameters), needs.norm_type, device, unit_dim=needs.unit_dim)
     units = reading.units
