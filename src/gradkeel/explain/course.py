@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gradkeel.explain.jumps import Jump, find_jumps
+from gradkeel.explain.weights import Jump, find_jumps
 from gradkeel.guard import SkipReason
 from gradkeel.record import Reader
 

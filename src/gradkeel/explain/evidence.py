@@ -5,10 +5,9 @@ import math
 from gradkeel.explain.course import Course
 from gradkeel.explain.drift import Drift
 from gradkeel.explain.events import Event
-from gradkeel.explain.jumps import Jump
 from gradkeel.explain.readable import readable
 from gradkeel.explain.spread import Reached
-from gradkeel.explain.updates import Overwrite
+from gradkeel.explain.weights import Jump, Overwrite
 from gradkeel.language import count, heard, say
 
 _BACK = 50  # steps before an event in which a change of the learning rate is told

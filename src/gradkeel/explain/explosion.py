@@ -11,9 +11,8 @@ from gradkeel.explain import evidence
 from gradkeel.explain.course import Course
 from gradkeel.explain.drift import find_drift
 from gradkeel.explain.events import CALM_ROWS, Ended, Event, find_events
-from gradkeel.explain.jumps import Jump
 from gradkeel.explain.spread import Reached, spread
-from gradkeel.explain.updates import Overwrite, find_overwrites
+from gradkeel.explain.weights import Jump, Overwrite, find_overwrites
 from gradkeel.guard import SkipReason
 from gradkeel.record import Reader
 

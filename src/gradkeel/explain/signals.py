@@ -13,8 +13,8 @@ from gradkeel.explain.explosion import Explosion, larger_updates
 from gradkeel.explain.fading import Fading
 from gradkeel.explain.findings import AutopsyResult
 from gradkeel.explain.losses import find_losses
-from gradkeel.explain.updates import LARGE
 from gradkeel.explain.verdict import EARLY, Diagnosis, Sign, Signals, Verdict, judge
+from gradkeel.explain.weights import LARGE
 
 _NEAR = 3  # steps between an onset and the autopsy of it
 _EARLY = (Verdict.DIVERGED_FROM_START, Verdict.DIVERGED_IN_WARMUP)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradkeel.explain.losses import FLAT, TAIL, loss_course, not_finite
 from gradkeel.explain.readable import readable
-from gradkeel.explain.updates import LARGE
+from gradkeel.explain.weights import LARGE
 from gradkeel.guard import SkipReason
 from gradkeel.language import say
 
