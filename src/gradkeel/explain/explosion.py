@@ -12,7 +12,7 @@ from gradkeel.explain.course import Course
 from gradkeel.explain.drift import find_drift
 from gradkeel.explain.events import CALM_ROWS, Ended, Event, find_events
 from gradkeel.explain.spread import Reached, spread
-from gradkeel.explain.weights import Jump, Overwrite, find_overwrites
+from gradkeel.explain.weights import Jump, Overwrite, find_jumps, find_overwrites, larger_updates
 from gradkeel.guard import SkipReason
 from gradkeel.record import Reader
 
@@ -65,23 +65,23 @@ class Explosion:
 
 def find_explosions(run: Reader | Course) -> list[Explosion]:
     """All explosions of a run, in order; empty for a healthy one."""
-    course = Course.read(run) if isinstance(run, Reader) else run
+    course = Course(run) if isinstance(run, Reader) else run
     found: list[Explosion] = []
-    jumps, overwrites = list(course.jumps), find_overwrites(course.reader.names, course.samples)
+    jumps, overwrites = find_jumps(course), find_overwrites(course)
+    left = jumps
     for event in find_events(course.totals, course.nonfinite):
+        first, last = course.step(event.start), course.step(event.stop - 1)
         if event.baseline is None:
             found.append(_initial(course, event))
-            overwrites = [o for o in overwrites if o.step > course.step(event.stop - 1)]
+            overwrites = [o for o in overwrites if o.step > last]
             continue
-        own_jumps = _jumps_of(event, course)
-        own_overwrites = _overwrites_of(event, course, overwrites)
+        # Shortly before the event, in it, or first seen there.
+        own_jumps = [j for j in jumps if j.after < last and first - 3 <= j.step <= max(last, first + 10)]
+        own_overwrites = [o for o in overwrites if first - LONG_BEFORE <= o.step <= last + 1]
         found.append(_later(course, event, own_jumps, own_overwrites))
-        jumps = [jump for jump in jumps if jump not in own_jumps]
+        left = [jump for jump in left if jump not in own_jumps]
         overwrites = [overwrite for overwrite in overwrites if overwrite not in own_overwrites]
-    found += [
-        _altered(course, [j for j in jumps if j.step == step])
-        for step in dict.fromkeys(j.step for j in jumps)
-    ]
+    found += [_altered([j for j in left if j.step == step]) for step in dict.fromkeys(j.step for j in left)]
     altered = {explosion.step for explosion in found if explosion.altered}
     found += [_overwritten(course, overwrite) for overwrite in overwrites if overwrite.step not in altered]
     if not found:
@@ -102,20 +102,6 @@ def worst(explosions: list[Explosion]) -> Explosion:
         return severity, -1.0 if explosion.kind == "overflow" else height
 
     return max(explosions, key=rank) if explosions else Explosion(found=False)
-
-
-def _jumps_of(event: Event, course: Course) -> list[Jump]:
-    """The changes of weights that belong to an event: shortly before it, in it, or first seen there."""
-    first, last = course.step(event.start), course.step(event.stop - 1)
-    return [
-        jump for jump in course.jumps if jump.after < last and first - 3 <= jump.step <= max(last, first + 10)
-    ]
-
-
-def _overwrites_of(event: Event, course: Course, overwrites: list[Overwrite]) -> list[Overwrite]:
-    """The overwriting updates that belong to an event: shortly before it, or in it, as its consequence."""
-    first, last = course.step(event.start), course.step(event.stop - 1)
-    return [o for o in overwrites if first - LONG_BEFORE <= o.step <= last + 1]
 
 
 def _later(course: Course, event: Event, jumps: list[Jump], overwrites: list[Overwrite]) -> Explosion:
@@ -196,24 +182,7 @@ def _growth(course: Course, name: str, step: int) -> float | None:
     return now / first if first > 0 and math.isfinite(now / first) else None
 
 
-def larger_updates(course: Course, last_step: int) -> list[tuple[str, int, float]]:
-    """Parameter, step and ratio of each first update larger than the weights it changed, ``|dw| / |w| > 1``.
-
-    In order of the steps, and of the ratio within one; a parameter whose weights are all zero has no ratio.
-    """
-    steps, weights, updates = course.samples
-    known = (weights > 0) & ~updates.isnan()
-    # A weight that became NaN has no finite norm, and is larger than anything.
-    ratios = torch.where(weights > 0, (updates / weights).nan_to_num(nan=math.inf), 0.0)
-    larger = (ratios > 1) & (steps <= last_step).unsqueeze(1) & (known | ~torch.isfinite(weights))
-    found = []
-    for j in larger.any(dim=0).nonzero().flatten().tolist():
-        row = int(larger[:, j].int().argmax())
-        found.append((course.reader.names[j], int(steps[row]), float(ratios[row, j])))
-    return sorted(found, key=lambda item: (item[1], -item[2]))
-
-
-def _altered(course: Course, jumps: list[Jump]) -> Explosion:
+def _altered(jumps: list[Jump]) -> Explosion:
     """Weights that changed by themselves, without a trace in the gradient norm."""
     step = jumps[0].step
     return Explosion(
@@ -252,7 +221,7 @@ def _drift(course: Course) -> list[Explosion]:
     drift = find_drift(course)
     if drift is None:
         return []
-    steps = course.step(len(course.steps) - 1) - drift.step
+    steps = course.step(-1) - drift.step
     return [
         Explosion(
             found=True,
@@ -260,10 +229,10 @@ def _drift(course: Course) -> list[Explosion]:
             step=drift.step,
             parameter=drift.parameter,
             ended="high",
-            last_step=course.step(len(course.steps) - 1),
+            last_step=course.step(-1),
             norm_before=drift.before,
             peak_norm=drift.after,
-            peak_step=course.step(len(course.steps) - 1),
+            peak_step=course.step(-1),
             growth_per_step=_rate(drift.before, drift.after, steps),
             spread=tuple(Reached(name, drift.step, growth) for name, growth in drift.growths if growth > 1),
             evidence=evidence.drift(drift),

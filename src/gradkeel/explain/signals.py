@@ -9,12 +9,12 @@ from operator import attrgetter
 import torch
 
 from gradkeel.explain.course import Course
-from gradkeel.explain.explosion import Explosion, larger_updates
+from gradkeel.explain.explosion import Explosion
 from gradkeel.explain.fading import Fading
 from gradkeel.explain.findings import AutopsyResult
 from gradkeel.explain.losses import find_losses
 from gradkeel.explain.verdict import EARLY, Diagnosis, Sign, Signals, Verdict, judge
-from gradkeel.explain.weights import LARGE
+from gradkeel.explain.weights import LARGE, larger_updates
 
 _NEAR = 3  # steps between an onset and the autopsy of it
 _EARLY = (Verdict.DIVERGED_FROM_START, Verdict.DIVERGED_IN_WARMUP)
@@ -52,7 +52,7 @@ def diagnose(
             rates=course.rates,
             nonfinite=course.nonfinite,
             skips=course.skip_reasons,
-            larger=larger_updates(course, course.step(len(course.steps) - 1)),
+            larger=larger_updates(course, course.step(-1)),
             shares=shares,
             signs=sorted([*map(partial(_sign, course), events), *_of_losses(course, events)], key=_step),
             hardly=faded,

@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from gradkeel.explain.course import Course
 from gradkeel.explain.events import log_norms
 from gradkeel.record import Reader
 from gradkeel.record.sampling import EVERY
@@ -50,46 +51,47 @@ class Jump:
         return self.after_norm / self.before_norm if self.before_norm else math.inf
 
 
-def find_jumps(reader: Reader, samples: tuple[Tensor, Tensor, Tensor]) -> list[Jump]:
-    """All such changes that the samples of the weights (`Reader.weight_samples`) show, in order.
+def find_jumps(course: Course) -> list[Jump]:
+    """All such changes that the samples of the weights show, in order.
 
     A norm changes by no more than the norm of the update: ``| |w'| - |w| | <= |dw|``. Where the updates between two
     samples were not measured, each is taken as up to three times the largest of the last ten that were, times the
     growth of the learning rate since, and as any size where the gradient norm spiked; and as that is only an estimate,
     a change of more than a quarter of all parameters at once is then put down to the optimizer.
     """
-    steps, weights, updates = samples
+    steps, weights, updates = course.samples
     if len(steps) < 2:
         return []
     gaps = steps[1:] - steps[:-1]
     change = (weights[1:] - weights[:-1]).abs()
     reach = torch.where((gaps == 1).unsqueeze(1), updates[:-1] * 1.001, math.nan)
     estimated = reach.isnan()
-    spikes = _growth(reader, steps, reader.totals(), lambda past: past.median(dim=1).values)
-    growth = _growth(reader, steps, reader.scalar("lr"), lambda past: past.amin(dim=1)) * torch.where(
-        spikes > _SPIKE, math.inf, 1.0
-    )
+    spikes = _growth(course, course.totals, lambda past: past.median(dim=1).values)
+    growth = _growth(course, course.rates, lambda past: past.amin(dim=1))
+    growth *= torch.where(spikes > _SPIKE, math.inf, 1.0)
     usual = _SLACK * (gaps * growth).unsqueeze(1) * _largest_lately(updates)[:-1]
     reach = torch.where(estimated, usual, reach) + 1e-5 * weights[:-1]
     larger, smaller = torch.maximum(weights[1:], weights[:-1]), torch.minimum(weights[1:], weights[:-1])
     least = torch.where(estimated, LEAST_ESTIMATED, LEAST)
     jumped = (change > reach) & (larger > least * smaller) & torch.isfinite(larger)
-    together = jumped.sum(dim=1, keepdim=True) > max(1, len(reader.names) // 4)
+    together = jumped.sum(dim=1, keepdim=True) > max(1, len(course.reader.names) // 4)
     jumped &= ~(estimated & together)
     jumps = []
     for i, j in jumped.nonzero().tolist():
         exact = int(gaps[i]) == 1
-        step = int(steps[i + 1]) if exact else _sharpest_change(reader, int(steps[i]), int(steps[i + 1]))
-        norms = (float(weights[i, j]), float(weights[i + 1, j]))
-        jumps.append(Jump(reader.names[j], step, int(steps[i]), int(steps[i + 1]), *norms, exact))
+        after, until = steps[i : i + 2].tolist()
+        step = until if exact else _sharpest_change(course.reader, after, until)
+        before, now = weights[i : i + 2, j].tolist()
+        jumps.append(Jump(course.reader.names[j], step, after, until, before, now, exact))
     return jumps
 
 
-def _growth(reader: Reader, steps: Tensor, values: Tensor, level: Callable[[Tensor], Tensor]) -> Tensor:
+def _growth(course: Course, values: Tensor, level: Callable[[Tensor], Tensor]) -> Tensor:
     """[s - 1] highest of a number a step from each sample up to the next, over its level shortly before it."""
+    steps = course.samples[0]
     if not len(values) or bool(values.isnan().all()):
         return torch.ones(len(steps) - 1, dtype=torch.float64)
-    rows = torch.searchsorted(reader.steps(), steps)
+    rows = torch.searchsorted(course.steps, steps)
     padded = torch.cat([values[:1].expand(EVERY), values]).nan_to_num()
     before = level(padded.unfold(0, EVERY, 1)[rows[:-1]])
     parts = (values[first:last] for first, last in pairwise(rows.tolist()))
@@ -153,14 +155,9 @@ class Overwrite:
     lasts: bool
 
 
-def find_overwrites(names: tuple[str, ...], samples: tuple[Tensor, Tensor, Tensor]) -> list[Overwrite]:
-    """All of them, in order.
-
-    Args:
-        names: of the n parameters.
-        samples: steps [s], weight norms [s, n], update norms [s, n], NaN where not measured.
-    """
-    steps, weights, updates = samples
+def find_overwrites(course: Course) -> list[Overwrite]:
+    """All of them, in order."""
+    names, (steps, weights, updates) = course.reader.names, course.samples
     measured = ~updates.isnan().all(dim=1) & torch.isfinite(weights).all(dim=1)
     steps, weights, updates = steps[measured], weights[measured], updates[measured]
     whole = torch.linalg.vector_norm(updates.nan_to_num(nan=math.inf), dim=1)
@@ -188,3 +185,20 @@ def find_overwrites(names: tuple[str, ...], samples: tuple[Tensor, Tensor, Tenso
         )
         row = stop
     return found
+
+
+def larger_updates(course: Course, last_step: int) -> list[tuple[str, int, float]]:
+    """Parameter, step and ratio of each first update larger than the weights it changed, ``|dw| / |w| > 1``.
+
+    In order of the steps, and of the ratio within one; a parameter whose weights are all zero has no ratio.
+    """
+    steps, weights, updates = course.samples
+    known = (weights > 0) & ~updates.isnan()
+    # A weight that became NaN has no finite norm, and is larger than anything.
+    ratios = torch.where(weights > 0, (updates / weights).nan_to_num(nan=math.inf), 0.0)
+    larger = (ratios > 1) & (steps <= last_step).unsqueeze(1) & (known | ~torch.isfinite(weights))
+    found = []
+    for j in larger.any(dim=0).nonzero().flatten().tolist():
+        row = int(larger[:, j].int().argmax())
+        found.append((course.reader.names[j], int(steps[row]), float(ratios[row, j])))
+    return sorted(found, key=lambda item: (item[1], -item[2]))
