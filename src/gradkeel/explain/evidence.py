@@ -3,7 +3,6 @@
 import math
 
 from gradkeel.explain.course import Course
-from gradkeel.explain.drift import Drift
 from gradkeel.explain.events import Event
 from gradkeel.explain.readable import readable
 from gradkeel.explain.spread import Reached
@@ -106,21 +105,20 @@ def overwrite(overwrite: Overwrite) -> str:
     )
 
 
-def drift(drift: Drift) -> tuple[str, ...]:
-    """Of a slow rise."""
+def drift(stretch: int, before: float, after: float, growths: list[tuple[str, float]]) -> tuple[str, ...]:
+    """Of a slow rise between two levels of the norm, over ``stretch`` steps each, and of each parameter's own."""
+    parameter, growth = growths[0]
     return (
         say(
             "The level of the gradient norm (its median over {stretch} steps) rose from {before} to {after}, {times} "
             "times, without a jump.",
-            stretch=drift.stretch,
-            before=readable(drift.before),
-            after=readable(drift.after),
-            times=readable(drift.after / drift.before),
+            stretch=stretch,
+            before=readable(before),
+            after=readable(after),
+            times=readable(after / before),
         ),
         say(
-            "The level of {parameter} rose most: {times} times.",
-            parameter=drift.parameter,
-            times=readable(drift.growths[0][1]),
+            "The level of {parameter} rose most: {times} times.", parameter=parameter, times=readable(growth)
         ),
     )
 
