@@ -115,7 +115,7 @@ def explain(run: str | os.PathLike[str] | Reader, *, bounds: Sequence[float] = (
     course = Course(run)
     events, autopsies = find_explosions(course), _autopsies(run)
     explosion, fading = worst(events), find_fading(course)
-    explanation = Explanation(
+    return Explanation(
         path=str(run.path),
         steps=len(run),
         first_step=run.first_step,
@@ -132,8 +132,8 @@ def explain(run: str | os.PathLike[str] | Reader, *, bounds: Sequence[float] = (
         threshold=advise(run, bounds=bounds, explosion=explosion),
         autopsies=autopsies,
         rolled_back=tuple(_rolled_back(run, rollback) for rollback in run.rollbacks[-_MOST_ROLLBACKS:]),
+        damage=run.damage,  # the last: what reading has come upon
     )
-    return dataclasses.replace(explanation, damage=run.damage)  # what reading has come upon
 
 
 def _autopsies(run: Reader) -> tuple[AutopsyResult, ...]:

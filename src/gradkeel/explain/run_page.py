@@ -84,8 +84,7 @@ def _subtitle(reader: Reader, explanation: Explanation) -> str:
 def _lines(explanation: Explanation) -> list[Line]:
     """The explanation in words."""
     explosion, diagnosis = explanation.explosion, explanation.diagnosis
-    told = [words.verdict(diagnosis), *words.cause(diagnosis), *diagnosis.reasons, *words.missing(diagnosis)]
-    lines = [Line(say("VERDICT"), join(told))]
+    lines = [Line(say("VERDICT"), join([words.verdict(diagnosis), *words.grounds(diagnosis)]))]
     if explosion.found or diagnosis.verdict == "healthy":
         lines.append(Line(say("FOUND"), words.headline(explosion)))
     if explosion.found:
