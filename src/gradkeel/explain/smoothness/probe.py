@@ -203,13 +203,11 @@ class SmoothnessProbe:
         """
         chosen = [m for m in self._measurements if m.resolved]
         fit = fit_smoothness([m.norm for m in chosen], [m.smoothness for m in chosen])
-        return (
-            fit
-            if is_plain_sgd(self._optimizer)
-            else fit.without_constants(
-                f"no (L0, L1) is fitted under {type(self._optimizer).__name__}, which is not plain SGD: its steps do "
-                "not follow the gradient, so a bound on the gradient's norm does not bound them"
-            )
+        if is_plain_sgd(self._optimizer):
+            return fit
+        return fit.without_constants(
+            f"no (L0, L1) is fitted under {type(self._optimizer).__name__}, which is not plain SGD: its steps do not "
+            "follow the gradient, so a bound on the gradient's norm does not bound them"
         )
 
     def detach(self) -> None:
