@@ -22,10 +22,11 @@ from gradkeel.explain.run_figures import (
     distribution,
     heat_map,
     traces,
+    width_of,
 )
 from gradkeel.language import heard, join, say
 from gradkeel.page.page import Line, Section, Table, page
-from gradkeel.record import Buckets, Reader, bucket, bucket_norms
+from gradkeel.record import Reader, bucket, bucket_norms
 
 COLUMNS = 600
 _MOST_CELLS = 120_000  # of the heat map: some 3 MB of page
@@ -123,15 +124,12 @@ def _marks(explanation: Explanation) -> list[Mark]:
 def _norm(reader: Reader, steps: Tensor, marks: list[Mark]) -> Section:
     raw = bucket(steps, reader.totals(), COLUMNS)
     lines = [Trace(say("before clipping"), raw, BLUE)]
-    strips = []
     verdicts = (
         (say("clipped"), reader.clipped(), ORANGE),
         (say("skipped"), ~reader.stepped(), RED),
         (say("not finite"), reader.nonfinite(), VIOLET),
     )
-    for name, happened, color in verdicts:
-        if bool(happened.any()):
-            strips.append((name, _shares(happened), color))
+    strips = [(name, _shares(happened), color) for name, happened, color in verdicts if bool(happened.any())]
     if bool(reader.clipped().any()):
         lines.append(Trace(say("after clipping"), bucket(steps, reader.clipped_totals(), COLUMNS), GREEN))
     bounds = reader.bounds()
@@ -139,18 +137,14 @@ def _norm(reader: Reader, steps: Tensor, marks: list[Mark]) -> Section:
         lines.append(Trace(say("bound"), bucket(steps, bounds, COLUMNS), GREY, "dash"))
     kind = say("{p:g}-norm", p=reader.norm_type)
     told = say("The {kind} of the gradients that the main policy looks at, taken together.", kind=kind)
-    text = join([told, say("The strips below mark steps.") if strips else "", _bucketed(raw)])
+    many = say(
+        "Each point stands for {width} steps: the line is their median, the shade their range.",
+        width=width_of(raw),
+    )
+    marked = say("The strips below mark steps.")
+    text = join([told, marked if strips else "", many if width_of(raw) > 1 else ""])
     figure = traces(lines, y_title=say("gradient norm"), marks=marks, strips=strips)
     return Section(say("Gradient norm"), text, figure=figure)
-
-
-def _bucketed(buckets: Buckets) -> str:
-    if bool((buckets.first == buckets.last).all()):
-        return ""
-    width = int(buckets.last[0] - buckets.first[0]) + 1
-    return say(
-        "Each point stands for {width} steps: the line is their median, the shade their range.", width=width
-    )
 
 
 def _shares(happened: Tensor) -> Tensor:
@@ -173,8 +167,7 @@ def _heat(reader: Reader, steps: Tensor, marks: list[Mark], explanation: Explana
     ]
     if bool(touched.any()):
         told.append(say("The red marks on top show gradients that were not finite."))
-    width = int(buckets.last[0] - buckets.first[0]) + 1
-    if width > 1:
+    if (width := width_of(buckets)) > 1:
         told.append(say("Each cell is the highest norm of {width} steps.", width=width))
     if len(reader.names) > 1:
         told.append(say("A row marked ▸ is a whole module; click on it to see what is in it."))

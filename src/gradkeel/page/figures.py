@@ -3,7 +3,6 @@
 Colours of text and grid come from the page (page.py), so that one figure serves light and dark.
 """
 
-import html
 import math
 import statistics
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 from gradkeel.errors import MissingExtraError
 from gradkeel.language import say, shown
+from gradkeel.page.page import escaped
 
 # Told apart by most colour-blind readers, and legible on white and on near-black.
 COLORS = ("#d1495b", "#2f8fc4", "#d98c21", "#35a06b", "#9a6fd0", "#7f8c8d", "#b5651d", "#c2539b")
@@ -69,7 +69,7 @@ def curves(groups: Sequence[Curves], *, x_title: str, y_title: str) -> Any:
     figure = go.Figure()
     at_step = say("{when}: {norm}", when=say("step {step}", step="%{x}"), norm="%{y:.4g}")
     for group in groups:
-        color, name = COLORS[group.color % len(COLORS)], html.escape(shown(group.name))
+        color, name = COLORS[group.color % len(COLORS)], escaped(group.name)
         for i, line in enumerate(group.lines):
             style = {"color": color, "width": 1}
             figure.add_scatter(
@@ -117,12 +117,12 @@ def against(
     # A tenth of the plot above everything that is finite.
     ceiling = top * (top / min(depths, default=top)) ** 0.12 * 1.15
     for one in series:
-        color, name = COLORS[one.color % len(COLORS)], html.escape(shown(one.name))
+        color, name = COLORS[one.color % len(COLORS)], escaped(one.name)
         fine = [point for point in one.points if math.isfinite(point.median)]
         figure.add_scatter(
             x=[p.x for p in fine], y=[p.median for p in fine], mode="lines+markers", name=name, legendgroup=name,
             line={"color": color, "width": 2.5}, marker={"size": 8},
-            customdata=[html.escape(shown(p.note)) for p in fine],
+            customdata=[escaped(p.note) for p in fine],
             error_y={
                 "type": "data", "symmetric": False, "thickness": 1.2, "width": 4,
                 "array": [_gap(p.highest, p.median) for p in fine],
@@ -134,17 +134,18 @@ def against(
         if lost:
             figure.add_scatter(
                 x=[p.x for p in lost], y=[ceiling] * len(lost), mode="markers", legendgroup=name,
-                showlegend=not fine, name=name, customdata=[html.escape(shown(p.note)) for p in lost],
+                showlegend=not fine, name=name, customdata=[escaped(p.note) for p in lost],
                 marker={"symbol": "x", "size": 10, "color": color},
                 hovertemplate=hover(name, f"%{{x:.4g}}: {shown(failed)}", "%{customdata}"),
             )  # fmt: skip
     _style(figure, x_title, y_title, [*heights, *depths, ceiling])
-    xs = [point.x for one in series for point in one.points]
-    _ticks_at(figure, sorted(set(xs)))
+    xs = sorted({point.x for one in series for point in one.points})
+    named = xs[:: 1 + (len(xs) - 1) // 8]  # of many values tried every second or third
+    figure.update_xaxes(type="log", tickvals=named, ticktext=[f"{x:g}" for x in named])
     if any(not math.isfinite(p.median) for one in series for p in one.points):
         figure.add_hline(y=ceiling, line={"dash": "dot", "width": 1, "color": "#888"})
         figure.add_annotation(
-            x=0, xref="paper", y=math.log10(ceiling), text=html.escape(shown(failed)), showarrow=False,
+            x=0, xref="paper", y=math.log10(ceiling), text=escaped(failed), showarrow=False,
             xanchor="left", yanchor="bottom", font={"size": 12},
         )  # fmt: skip
     for band in bands:
@@ -156,11 +157,14 @@ def against(
             line_width=0,
             layer="below",
         )
-        figure.add_annotation(
-            x=(math.log10(band.first) + math.log10(band.last)) / 2, y=1, yref="paper", yanchor="bottom",
-            text=html.escape(shown(band.label)), showarrow=False, font={"size": 12},
-        )  # fmt: skip
+        label(figure, (math.log10(band.first) + math.log10(band.last)) / 2, band.label)
     return figure
+
+
+def label(figure: Any, x: float, text: str, **place: Any) -> None:
+    """A word at x above the plot, or at another place."""
+    above = {"y": 1, "yref": "paper", "yanchor": "bottom", "font": {"size": 12}, "showarrow": False}
+    figure.add_annotation(x=x, text=escaped(text), **above | place)
 
 
 def median_line(lines: Sequence[Sequence[float]]) -> list[float]:
@@ -216,13 +220,6 @@ def _log_ticks(values: Sequence[float]) -> str | int | None:
     decades = math.log10(max(drawn)) - math.log10(min(drawn))  # their ratio may overflow
     # Around a constant plotly shows a decade on either side.
     return None if 0 < decades < 0.8 else "D2" if decades < 3 else math.ceil(decades / 6)
-
-
-def _ticks_at(figure: Any, values: Sequence[float]) -> None:
-    """A logarithmic x axis that names the values tried, every second or third of them where there are many."""
-    step = 1 + (len(values) - 1) // 8
-    named = values[::step]
-    figure.update_xaxes(type="log", tickvals=list(named), ticktext=[f"{value:g}" for value in named])
 
 
 def _finite(values: Sequence[float]) -> list[float | None]:

@@ -77,14 +77,14 @@ def page(
     plotly = (
         f'<script src="{script}"></script>' if script else f"<script>{_plotly_script()}</script>"
     ) * drawn
-    heads = "".join(f"<dt>{_escaped(line.label)}</dt><dd>{_text(line)}</dd>" for line in lines)
+    heads = "".join(f"<dt>{escaped(line.label)}</dt><dd>{_text(line)}</dd>" for line in lines)
     body = "\n".join(_section(section, i) for i, section in enumerate(sections))
     return (
         f'<!doctype html>\n<html lang="{_TAGS[language()]}">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{_escaped(title)}</title>\n<style>{_STYLE}</style>\n{plotly}\n</head>\n<body>\n<main>\n"
-        f"<h1>{_escaped(title)}</h1>\n<p class=subtitle>{_escaped(subtitle)}</p>\n"
+        f"<title>{escaped(title)}</title>\n<style>{_STYLE}</style>\n{plotly}\n</head>\n<body>\n<main>\n"
+        f"<h1>{escaped(title)}</h1>\n<p class=subtitle>{escaped(subtitle)}</p>\n"
         f"<dl>{heads}</dl>\n{body}\n</main>\n{_linked() if drawn else ''}</body>\n</html>\n"
     )
 
@@ -103,18 +103,19 @@ def _linked() -> str:
 
 
 def _text(line: Line) -> str:
-    return f"<code>{_escaped(line.text)}</code>" if line.command else _escaped(line.text)
+    return f"<code>{escaped(line.text)}</code>" if line.command else escaped(line.text)
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """A text in the reader's language, as HTML has it."""
     return html.escape(shown(text))
 
 
 def _section(section: Section, index: int) -> str:
     anchor = re.sub(r"[^a-z0-9]+", "-", section.title.lower()).strip("-")
-    parts = [f'<h2><a href="#{anchor}">{_escaped(section.title)}</a></h2>']
+    parts = [f'<h2><a href="#{anchor}">{escaped(section.title)}</a></h2>']
     if section.text:
-        parts.append(f"<p>{_escaped(section.text)}</p>")
+        parts.append(f"<p>{escaped(section.text)}</p>")
     if section.table is not None:
         parts.append(_table(section.table))
     if section.figure is not None:
@@ -125,14 +126,14 @@ def _section(section: Section, index: int) -> str:
             div_id=f"figure-{index}",
             default_width="100%",
         )
-        parts.append(f'<div class="figure" role="img" aria-label="{_escaped(section.title)}">{inner}</div>')
+        parts.append(f'<div class="figure" role="img" aria-label="{escaped(section.title)}">{inner}</div>')
     return f'<section id="{anchor}">' + "\n".join(parts) + "</section>"
 
 
 def _table(table: Table) -> str:
-    head = "".join(f"<th>{_escaped(cell)}</th>" for cell in table.headers)
+    head = "".join(f"<th>{escaped(cell)}</th>" for cell in table.headers)
     rows = "".join(
-        "<tr>" + "".join(f"<td>{_escaped(cell)}</td>" for cell in row) + "</tr>" for row in table.rows
+        "<tr>" + "".join(f"<td>{escaped(cell)}</td>" for cell in row) + "</tr>" for row in table.rows
     )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
