@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import compress
 from operator import attrgetter
 
 import torch
@@ -38,11 +39,10 @@ def diagnose(
     whole = torch.linalg.vector_norm(updates, dim=1) / torch.linalg.vector_norm(weights, dim=1)
     shares = [(s, r) for s, r in zip(steps.tolist(), whole.tolist(), strict=True) if r == r]
     matrices = {p.name for p in course.reader.parameters if len(p.shape) > 1}
-    # A bias before a normalization has no gradient, by its nature: only weights are told of.
-    faded = [(f.parameter, f.since) for f in (*fading.dead, *fading.vanishing) if f.parameter in matrices]
-    faded += [
-        (name, course.step(0)) for name in fading.frozen if name in matrices and _had_gradient(course, name)
-    ]
+    first = course.step(0)
+    faded = [(f.parameter, f.since) for f in (*fading.dead, *fading.vanishing)]
+    had_gradient = compress(course.reader.names, (course.reader.norms(first, first + 1)[0] > 0).tolist())
+    faded += [(name, first) for name in had_gradient if name in fading.frozen]
     diagnosis = judge(
         Signals(
             steps=course.steps,
@@ -55,7 +55,8 @@ def diagnose(
             larger=larger_updates(course, course.step(-1)),
             shares=shares,
             signs=sorted([*map(partial(_sign, course), events), *_of_losses(course, events)], key=_step),
-            hardly=faded,
+            # A bias before a normalization has no gradient, by its nature: only weights are told of.
+            hardly=[(name, since) for name, since in faded if name in matrices],
             weights=len(matrices),
         )
     )
@@ -151,8 +152,3 @@ def _sign(course: Course, event: Explosion) -> Sign:
     at_once = len(first) == len(course.reader.names) > 1 and all(r.growth is None for r in event.spread)
     where = () if at_once else (*event.altered, *(name for name in first if name not in event.altered))
     return Sign(str(event.kind), event.step, where[:3], event.ended == "recovered")
-
-
-def _had_gradient(course: Course, name: str) -> bool:
-    column = course.reader.names.index(name)
-    return bool(course.reader.norms(course.step(0), course.step(0) + 1)[0, column] > 0)

@@ -222,13 +222,8 @@ class _Judge:
     def _warmup_end(self) -> int | None:
         """How many steps the learning rate rose from the beginning; None where it did not."""
         rates = self.signals.rates
-        if (
-            len(rates) < 3
-            or not bool(torch.isfinite(rates).all())
-            or not float(rates.max()) > 2 * float(rates[0])
-        ):
-            return None
-        return int(rates.argmax()) + 1
+        rose = len(rates) >= 3 and bool(rates.isfinite().all() & (rates.max() > 2 * rates[0]))
+        return int(rates.argmax()) + 1 if rose else None
 
     def _diverged(self, verdict: Verdict, onset: int, where: Sequence[str]) -> Diagnosis:
         """A divergence, under the name that clipping gives it where it hides it."""
@@ -236,14 +231,13 @@ class _Judge:
         row = int(torch.searchsorted(s.steps, onset))
         hidden = float((s.coefficients[row:] < HIDDEN).double().mean()) if row < len(s.steps) else 0.0
         if loss is not None:
-            first, best = readable(loss.first), readable(loss.best)
             last = readable(loss.last) if loss.is_finite else say("not finite")
-            told = say("The loss began at {first} and ended at {last}.", first=first, last=last)
-            if loss.best < loss.first:
-                told = say(
-                    "The loss began at {first}, was {best} at best, and ended at {last}.",
-                    first=first, best=best, last=last,
-                )  # fmt: skip
+            told = say(
+                "The loss began at {first}, was {best} at best, and ended at {last}."
+                if loss.best < loss.first
+                else "The loss began at {first} and ended at {last}.",
+                first=readable(loss.first), best=readable(loss.best), last=last,
+            )  # fmt: skip
             self.reasons.append(told)
         if hidden > 0.5:
             verdict = Verdict.CLIPPING_HIDES_DIVERGENCE
@@ -297,9 +291,9 @@ class _Judge:
             return self._say(Verdict.SPIKE_UNRECOVERED, sign.step, sign.where, 0.7)
         if sign.is_over or self.loss is not None:
             return self._say(Verdict.SPIKE_RECOVERED, sign.step, sign.where, 0.8)
-        if sign.kind == "initialization":
-            return self._diverged(Verdict.DIVERGED_FROM_START, sign.step, sign.where)
-        return self._diverged(Verdict.DIVERGED, sign.step, sign.where)
+        initial = sign.kind == "initialization"
+        verdict = Verdict.DIVERGED_FROM_START if initial else Verdict.DIVERGED
+        return self._diverged(verdict, sign.step, sign.where)
 
     def _is_worse_since(self, step: int) -> bool:
         """Whether the loss, after an event, ended higher than before it."""
