@@ -1,5 +1,6 @@
 """The one verdict on a run, from everything that was recorded of it: the loss first, for it is what training is for."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -146,8 +147,7 @@ class _Judge:
 
     def _born_bad(self) -> Diagnosis | None:
         """Non-finite out of calm, and after no update that was far too large."""
-        row = self._first_bad
-        return None if row is None or self._overwrites(until=row) is not None else self._not_finite()
+        return self._not_finite() if self._overwrites(until=self._first_bad) is None else None
 
     def _not_finite(self) -> Diagnosis | None:
         """Non-finite out of calm: nothing rose before it."""
@@ -167,23 +167,21 @@ class _Judge:
 
     def _rose_before(self, row: int) -> bool:
         """Whether norm or loss had left their past before a row, so that it only ends what had begun."""
-        s = self.signals
-        past, now = s.totals[max(0, row - 32) : max(0, row - 3)], s.totals[max(0, row - 3) : row]
-        now = now[torch.isfinite(now)]
-        past = past[torch.isfinite(past)]
+        totals, last = self.signals.totals, max(0, row - 3)
+        parts = totals[max(0, row - 32) : last], totals[last:row]
+        past, now = (part[torch.isfinite(part)] for part in parts)
         if not len(past):
-            return len(now) > 1 and float(now.max()) > 10 * float(s.totals[0])
+            return len(now) > 1 and float(now.max()) > 10 * float(totals[0])
         return len(now) > 0 and float(now.max()) > 30 * float(past.median())
 
     # ---- far too large steps -----------------------------------------------------------------------------------------
 
     def _overwrites(self, until: int | None = None) -> int | None:
         """The first step whose update was a large part of all weights."""
-        last = None if until is None else int(self.signals.steps[until])
-        for step, share in self.signals.shares:
-            if (last is None or step <= last) and not share <= LARGE:
-                return step
-        return None
+        last = math.inf if until is None else int(self.signals.steps[until])
+        return next(
+            (step for step, share in self.signals.shares if step <= last and not share <= LARGE), None
+        )
 
     def _from_start(self) -> Diagnosis | None:
         """A run that never trained, or stopped to in its warm-up, because its steps were too large."""
