@@ -31,6 +31,7 @@ _FLOOR = 0.04  # of the standard deviation of a log10 norm: about 10%
 _QUARTILE_TO_STD = 1.4826
 
 Ended = Literal["recovered", "non-finite", "high"]
+"""The norm came back, was not finite to the end, or was still high at the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,21 +53,12 @@ class Baseline:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Rows in which the norm was far above its own past.
-
-    Attributes:
-        start: row at which it began.
-        stop: row after the last one.
-        alarm: first row at which it was beyond doubt.
-        baseline: what was normal before; None where it began before there was a past.
-        ended: "recovered": the norm came back; "non-finite": it was not finite to the end; "high": it was still high
-            at the end.
-    """
+    """Rows, from ``start`` up to ``stop``, in which the norm was far above its own past."""
 
     start: int
     stop: int
-    alarm: int
-    baseline: Baseline | None
+    alarm: int  # the first row at which it was beyond doubt
+    baseline: Baseline | None  # what was normal before; None where it began before there was a past
     ended: Ended
 
 

@@ -60,25 +60,16 @@ def _is_over(later: Tensor, limit: float) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class LossCourse:
-    """What the loss of a run did.
-
-    Attributes:
-        first, best, last: its levels at the beginning, at its best and at the end.
-        noise: its usual change from step to step.
-        error: up to here two levels differ by noise.
-        left: the step from which on it was above its best for good, or None.
-        is_finite: whether it was at the end.
-        is_sudden: whether it left at once.
-    """
+    """What the loss of a run did: its levels at the beginning, at its best and at the end, and how it got there."""
 
     first: float
     best: float
     last: float
-    noise: float
-    error: float
-    left: int | None
-    is_finite: bool
-    is_sudden: bool = True
+    noise: float  # its usual change from step to step
+    error: float  # up to here two levels differ by noise
+    left: int | None  # the step from which on it was above its best for good
+    is_finite: bool  # at the end
+    is_sudden: bool = True  # it left at once
 
     @property
     def is_above(self) -> bool:

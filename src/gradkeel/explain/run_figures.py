@@ -24,21 +24,13 @@ _LONGEST_NAME = 26
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trace:
-    """A number a step, as buckets of steps: its median as a line, and its range as a shade where they hold several.
-
-    Attributes:
-        name: for the legend.
-        buckets: [c] each.
-        color: of line and shade.
-        dash: plotly's name of the line's dashes.
-        sampled: that only some steps were measured, which are drawn as points.
-    """
+    """A number a step, as buckets of steps: its median as a line, and its range as a shade where they hold several."""
 
     name: str
-    buckets: Buckets
+    buckets: Buckets  # [c] each
     color: str
-    dash: str = "solid"
-    sampled: bool = False
+    dash: str = "solid"  # as plotly calls it
+    sampled: bool = False  # only some steps were measured, which are drawn as points
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,33 +75,24 @@ class Sign:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Signals:
-    """What a verdict is made from.
-
-    Attributes:
-        steps: [k] numbers of the steps.
-        losses, totals, coefficients, rates: [k] loss, gradient norm, what clipping multiplied by, and learning rate;
-            NaN where not known.
-        nonfinite: [k] bool: steps with a gradient that was not finite.
-        skips: why steps were skipped, by number.
-        larger: parameter, step and ratio of each first update larger than the weights it changed.
-        shares: steps, and the norm of the whole update over that of all weights.
-        signs: what the norms and weights showed, in order.
-        hardly: weights that hardly learn, with the step since when.
-        weights: how many weights there are, biases left out.
-    """
+    """What a verdict is made from; tensors are [k], one number a step, and NaN where it is not known."""
 
     steps: Tensor
     losses: Tensor
-    totals: Tensor
-    coefficients: Tensor
+    totals: Tensor  # gradient norms
+    coefficients: Tensor  # what clipping multiplied by
     rates: Tensor
-    nonfinite: Tensor
-    skips: Mapping[int, SkipReason]
-    larger: Sequence[tuple[str, int, float]] = ()
-    shares: Sequence[tuple[int, float]] = ()
-    signs: Sequence[Sign] = ()
-    hardly: Sequence[tuple[str, int]] = ()
-    weights: int = 0
+    nonfinite: Tensor  # bool: steps with a gradient that was not finite
+    skips: Mapping[int, SkipReason]  # by the steps' numbers
+    larger: Sequence[
+        tuple[str, int, float]
+    ] = ()  # first updates larger than the weights: parameter, step, ratio
+    shares: Sequence[
+        tuple[int, float]
+    ] = ()  # steps, and the norm of the whole update over that of all weights
+    signs: Sequence[Sign] = ()  # in order
+    hardly: Sequence[tuple[str, int]] = ()  # weights that hardly learn, with the step since when
+    weights: int = 0  # how many there are, biases left out
 
 
 def judge(signals: Signals) -> Diagnosis:

@@ -26,24 +26,15 @@ FEWEST = 8
 
 @dataclass(frozen=True, slots=True)
 class Jump:
-    """A parameter's norm before and after a change that the optimizer did not make.
-
-    Attributes:
-        parameter: its name.
-        step: the step before whose update the new norm was first there; where it was not measured at each step, the
-            one at which gradients and loss changed most.
-        after, until: the last step at which the old norm was measured, and the first at which the new one was.
-        before_norm, after_norm: 2-norms of the parameter.
-        is_exact: whether the norm was measured at the step before, so that the step is certain.
-    """
+    """A parameter's norm before and after a change that the optimizer did not make."""
 
     parameter: str
-    step: int
-    after: int
-    until: int
+    step: int  # before whose update the new norm was first there; if not exact, where gradients and loss changed most
+    after: int  # the last step at which the old norm was measured
+    until: int  # the first at which the new one was
     before_norm: float
     after_norm: float
-    is_exact: bool
+    is_exact: bool  # the norm was measured at the step before, so that the step is certain
 
     @property
     def ratio(self) -> float:
@@ -136,23 +127,16 @@ def _gain(logs: Tensor, i: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Overwrite:
-    """An update as large as the weights, after updates had been small.
-
-    Attributes:
-        step: at which it was made.
-        last_step: the last measured one of its kind.
-        ratio: norm of the whole update over that of all weights.
-        before: the usual such ratio before.
-        parameters: whose update was larger than their weights, largest first, with the ratio.
-        lasts: whether updates were still so large when last measured.
-    """
+    """An update as large as the weights, after updates had been small."""
 
     step: int
-    last_step: int
-    ratio: float
-    before: float
-    parameters: tuple[tuple[str, float], ...]
-    lasts: bool
+    last_step: int  # the last measured one of its kind
+    ratio: float  # norm of the whole update over that of all weights
+    before: float  # the usual such ratio before
+    parameters: tuple[
+        tuple[str, float], ...
+    ]  # updated by more than their weights, and the ratio; largest first
+    lasts: bool  # updates were still so large when last measured
 
 
 def find_overwrites(course: Course) -> list[Overwrite]:

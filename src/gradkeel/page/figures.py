@@ -20,17 +20,11 @@ SHADES = {"bad": "#d1495b", "good": "#35a06b", "weak": "#2f8fc4"}
 
 @dataclass(frozen=True)
 class Curves:
-    """One policy's curves: a line a seed, over the number of updates made.
-
-    Attributes:
-        name: for the legend.
-        lines: values by step; non-finite ones are left out, and mark the line's end with a cross.
-        color: index into ``COLORS``.
-    """
+    """One policy's curves: a line a seed, over the number of updates made."""
 
     name: str
-    lines: Sequence[Sequence[float]]
-    color: int
+    lines: Sequence[Sequence[float]]  # non-finite values are left out, and mark the line's end with a cross
+    color: int  # index into COLORS
 
 
 @dataclass(frozen=True)

@@ -39,19 +39,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, plain text, and under it a table, a figure, both or neither.
-
-    Attributes:
-        title: the heading.
-        text: a paragraph, or nothing.
-        table: what stands under the text.
-        figure: a plotly figure, or None.
-    """
+    """A heading, a paragraph of plain text, and under it a table, a figure, both or neither."""
 
     title: str
     text: str = ""
     table: Table | None = None
-    figure: Any = None
+    figure: Any = None  # of plotly
 
 
 def page(
