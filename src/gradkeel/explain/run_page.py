@@ -159,18 +159,18 @@ def _heat(reader: Reader, steps: Tensor, marks: list[Mark], explanation: Explana
     bad = steps[reader.nonfinite()]
     touched = torch.zeros(len(buckets.first), dtype=torch.bool)
     touched[torch.searchsorted(buckets.last, bad).clamp(max=len(touched) - 1)] = True
+    width = width_of(buckets)
     told = [
         say(
             "Each row is a parameter, in the model's order; brighter is larger, on a logarithmic scale. An explosion "
             "shows as a column that lights up, and the row where it begins is where to look."
-        )
+        ),
+        say("The red marks on top show gradients that were not finite.") if bool(touched.any()) else "",
+        say("Each cell is the highest norm of {width} steps.", width=width) if width > 1 else "",
+        say("A row marked ▸ is a whole module; click on it to see what is in it.")
+        if len(reader.names) > 1
+        else "",
     ]
-    if bool(touched.any()):
-        told.append(say("The red marks on top show gradients that were not finite."))
-    if (width := width_of(buckets)) > 1:
-        told.append(say("Each cell is the highest norm of {width} steps.", width=width))
-    if len(reader.names) > 1:
-        told.append(say("A row marked ▸ is a whole module; click on it to see what is in it."))
     where = explanation.explosion.spread
     figure = heat_map(
         reader.names, buckets, touched, marks=marks, norm_type=reader.norm_type,

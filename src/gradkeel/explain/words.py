@@ -137,27 +137,22 @@ def progress(explosion: Explosion) -> list[str]:
 
 def fading(fading: Fading) -> list[str]:
     """What hardly learns, a sentence each."""
-    sentences = [
+    faded = [
         say(
-            "The gradient of {parameter} is vanishing: {share:.1g} of the median parameter's since about step {step}.",
-            parameter=faded.parameter,
-            share=faded.share,
-            step=faded.since,
+            "The gradient of {parameter} is vanishing: {share:.1g} of the median parameter's since about step {step}."
+            if one in fading.vanishing
+            else "The gradient of {parameter} is dead: exactly zero since about step {step}.",
+            parameter=one.parameter,
+            share=one.share,
+            step=one.since,
         )
-        for faded in fading.vanishing
+        for one in (*fading.vanishing, *fading.dead)
     ]
-    sentences += [
-        say(
-            "The gradient of {parameter} is dead: exactly zero since about step {step}.",
-            parameter=faded.parameter,
-            step=faded.since,
-        )
-        for faded in fading.dead
-    ]
-    return sentences + [
+    words = [
         say("{name} is frozen: it got no gradient, or no update moved it.", name=name)
         for name in fading.frozen
     ]
+    return faded + words
 
 
 def rolled_back(explanation: "Explanation") -> list[str]:

@@ -3,6 +3,7 @@
 Colours of text and grid come from the page (page.py), so that one figure serves light and dark.
 """
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -70,14 +71,11 @@ def curves(groups: Sequence[Curves], *, x_title: str, y_title: str) -> Any:
                 y=_finite(line), mode="lines", line=style, opacity=0.4, legendgroup=name, showlegend=False,
                 hovertemplate=hover(say("{name}, seed {seed}", name=name, seed=i), at_step),
             )  # fmt: skip
-        end = [
-            (len(kept) - 1, kept[-1])
-            for line in group.lines
-            if (kept := _until_bad(line)) and len(kept) < len(line)
-        ]
-        if end:
+        ended = [kept for line in group.lines if 0 < len(kept := _until_bad(line)) < len(line)]
+        if ended:
             figure.add_scatter(
-                x=[x for x, _ in end], y=[y for _, y in end], mode="markers", legendgroup=name, showlegend=False,
+                x=[len(kept) - 1 for kept in ended], y=[kept[-1] for kept in ended], mode="markers",
+                legendgroup=name, showlegend=False,
                 marker={"symbol": "x", "size": 8, "color": color},
                 hovertemplate=hover(name, say("not finite after step {step}", step="%{x}")),
             )  # fmt: skip
@@ -163,12 +161,8 @@ def label(figure: Any, x: float, text: str, **place: Any) -> None:
 
 def median_line(lines: Sequence[Sequence[float]]) -> list[float]:
     """Median over seeds at each step, a line that has ended counting as infinitely high."""
-    length = max(map(len, lines), default=0)
-    columns = [
-        [line[i] if i < len(line) and math.isfinite(line[i]) else math.inf for line in lines]
-        for i in range(length)
-    ]
-    return [statistics.median(column) for column in columns]
+    columns = itertools.zip_longest(*lines, fillvalue=math.inf)
+    return [statistics.median(at if math.isfinite(at) else math.inf for at in column) for column in columns]
 
 
 def hover(*lines: str) -> str:
