@@ -144,7 +144,8 @@ class Autopsy(Generic[Batch]):
         given = report.scalars.get("loss", told) if guard.ranks is None else None
         norm, loss = report.norm, math.nan if given is None else float(given)
         usual = statistics.median(self._norms) if len(self._norms) >= _FEWEST_NORMS else None
-        limits = math.inf if usual is None else self._ratio * usual, self._loss_limit()
+        usual_loss, loss_limit = self._usual_loss()
+        limits = math.inf if usual is None else self._ratio * usual, loss_limit
         is_finite = math.isfinite(norm) and (given is None or math.isfinite(loss))
         if is_finite and not (norm > limits[0] or loss > limits[1]):
             self._norms.append(norm)
@@ -160,22 +161,16 @@ class Autopsy(Generic[Batch]):
             trials = Trials(guard, self._loss, restart, step, limits, self._max_reruns)
             result = examine(trials, report, self._good, usual, is_finite=is_finite, rate_rose=rose)
         if math.isfinite(norm) and not norm > limits[0]:
-            known = self._known_losses()
-            result = dataclasses.replace(
-                result, loss=loss, usual_loss=statistics.median(known) if known else 0.0
-            )
+            result = dataclasses.replace(result, loss=loss, usual_loss=usual_loss)
         self.last = self._unwritten = result
 
-    def _known_losses(self) -> list[float]:
-        """Of the last steps, NaN left out, which stands for a loss that nobody told."""
-        return [loss for loss in self._losses if not math.isnan(loss)]
-
-    def _loss_limit(self) -> float:
-        known = self._known_losses()
+    def _usual_loss(self) -> tuple[float, float]:
+        """The median of the last losses, 0 without any, and from where on another one is an alarm."""
+        known = [loss for loss in self._losses if not math.isnan(loss)]  # NaN: nobody told it
+        usual = statistics.median(known) if known else 0.0
         if len(known) < FEWEST:
-            return math.inf
-        usual = statistics.median(known)
-        return usual + max(loss_rises(usual, max(known), self._first_loss))
+            return usual, math.inf
+        return usual, usual + max(loss_rises(usual, max(known), self._first_loss))
 
     def record(self, report: StepReport) -> None:
         """Write the result into the record, and warn; one of the ranks does."""

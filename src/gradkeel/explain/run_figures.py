@@ -201,8 +201,7 @@ def heat_map(
 
 def distribution(norms: Tensor, marks: Sequence[Mark], *, x_title: str) -> Any:
     """A plotly figure of how often which norm occurred, on a logarithmic axis, with bounds as vertical lines."""
-    go = _plotly()
-    figure = go.Figure()
+    figure = _plotly().Figure()
     logs = norms[torch.isfinite(norms) & (norms > 0)].log10()
     drawn = [mark for mark in marks if 0 < mark.at < math.inf]
     reach = [math.log10(mark.at) for mark in drawn]

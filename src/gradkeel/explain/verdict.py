@@ -195,11 +195,10 @@ class _Judge:
         where = [name for name, step, _ in s.larger if step <= large + 3]
         if s.larger:
             name, step, ratio = s.larger[0]
-            told = say(
+            self.reasons.append(say(
                 "At step {step} the update of {name} was {times} times its weights.",
                 step=step, name=name, times=readable(ratio),
-            )  # fmt: skip
-            self.reasons.append(told)
+            ))  # fmt: skip
         verdict = Verdict.DIVERGED_IN_WARMUP if warmup and large > first else Verdict.DIVERGED_FROM_START
         return self._diverged(verdict, large, where)
 
@@ -221,20 +220,18 @@ class _Judge:
         hidden = float((s.coefficients[row:] < HIDDEN).double().mean()) if row < len(s.steps) else 0.0
         if loss is not None:
             last = readable(loss.last) if loss.is_finite else say("not finite")
-            told = say(
+            self.reasons.append(say(
                 "The loss began at {first}, was {best} at best, and ended at {last}."
                 if loss.best < loss.first
                 else "The loss began at {first} and ended at {last}.",
                 first=readable(loss.first), best=readable(loss.best), last=last,
-            )  # fmt: skip
-            self.reasons.append(told)
+            ))  # fmt: skip
         if hidden > 0.5:
             verdict = Verdict.CLIPPING_HIDES_DIVERGENCE
-            told = say(
+            self.reasons.append(say(
                 "In {share:.0%} of the steps since, clipping multiplied by less than {limit:g}.",
                 share=hidden, limit=HIDDEN,
-            )  # fmt: skip
-            self.reasons.append(told)
+            ))  # fmt: skip
         return self._say(verdict, onset, where, 0.9 if loss is not None else 0.7)
 
     # ---- later ---------------------------------------------------------------------------------------------------
@@ -258,11 +255,10 @@ class _Judge:
             return self._say(Verdict.DRIFT, onset, where, 0.8)
         if loss.is_clearly_above:
             return self._diverged(Verdict.DIVERGED, onset, where)
-        best, end = readable(loss.best), readable(loss.last)
-        told = say(
-            "The loss was {best} at best, and ended at {end}: it did not come back.", best=best, end=end
-        )
-        self.reasons.append(told)
+        self.reasons.append(say(
+            "The loss was {best} at best, and ended at {end}: it did not come back.",
+            best=readable(loss.best), end=readable(loss.last),
+        ))  # fmt: skip
         return self._say(Verdict.SPIKE_UNRECOVERED, onset, where, 0.85 if sign else 0.7)
 
     def _spiked(self) -> Diagnosis | None:
@@ -309,11 +305,10 @@ class _Judge:
             return None
         onset = min(early, since)
         where = [name for name, step, _ in s.larger if step <= onset + 3]
-        told = say(
+        self.reasons.append(say(
             "{n} of {weights} weights hardly learn since about step {step}.",
             n=len(s.hardly), weights=s.weights, step=since,
-        )  # fmt: skip
-        self.reasons.append(told)
+        ))  # fmt: skip
         if warmup and first < onset <= warmup + EARLY:
             return self._diverged(Verdict.DIVERGED_IN_WARMUP, onset, where)
         is_early = onset - first < EARLY

@@ -60,8 +60,7 @@ class Band:
 
 def curves(groups: Sequence[Curves], *, x_title: str, y_title: str) -> Any:
     """A plotly figure of every seed as a thin line and each group's median as a thick one; logarithmic y."""
-    go = _plotly()
-    figure = go.Figure()
+    figure = _plotly().Figure()
     at_step = say("{when}: {norm}", when=say("step {step}", step="%{x}"), norm="%{y:.4g}")
     for group in groups:
         color, name = COLORS[group.color % len(COLORS)], escaped(group.name)
@@ -99,8 +98,7 @@ def against(
         failed: what a median that is not finite means, written beside the crosses.
         bands: shaded ranges of x behind the lines.
     """
-    go = _plotly()
-    figure = go.Figure()
+    figure = _plotly().Figure()
     heights = [
         value for one in series for p in one.points for value in (p.median, p.highest) if 0 < value < math.inf
     ]

@@ -20,8 +20,7 @@ FITTED, ENVELOPE = say("L0 + L1 · norm"), say("envelope")
 
 def smoothness_figure(measurements: Sequence[LocalSmoothness], fit: SmoothnessFit) -> Any:
     """A plotly figure: a point a measurement, colored by step, and the fitted line with its envelope; both axes log."""
-    go = _plotly()
-    figure = go.Figure()
+    figure = _plotly().Figure()
     points = [m for m in measurements if m.resolved]
     norms, heights = [m.norm for m in points], [m.smoothness for m in points]
     figure.add_scatter(
