@@ -69,12 +69,7 @@ def log_norms(norms: Tensor) -> Tensor:
 
 
 def find_events(norms: Tensor, nonfinite: Tensor) -> list[Event]:
-    """All events, in order; at most ``MOST_EVENTS``.
-
-    Args:
-        norms: [k] one norm a step.
-        nonfinite: [k] bool: steps at which any gradient was not finite.
-    """
+    """All events, in order, at most ``MOST_EVENTS``; ``nonfinite`` [k] says where any gradient was not finite."""
     logs = log_norms(norms).masked_fill(nonfinite, math.nan)
     events: list[Event] = []
     calm = logs.clone()

@@ -32,11 +32,7 @@ def loss_rises(usual: Number, highest: Number, first: float) -> tuple[Number, Nu
 
 
 def find_losses(losses: Tensor) -> list[tuple[int, bool]]:
-    """Row at which the loss left its past, and whether it came back, of each time; in order.
-
-    Args:
-        losses: [k] loss of each step, NaN where not known.
-    """
+    """Rows at which the losses [k] left their past, NaN where not known, and whether they came back; in order."""
     known = losses[torch.isfinite(losses)]
     if len(known) <= FEWEST:
         return []

@@ -25,16 +25,9 @@ _step = attrgetter("step")
 
 
 def diagnose(
-    course: Course, events: list[Explosion], fading: Fading, autopsies: Sequence[AutopsyResult] = ()
+    course: Course, events: list[Explosion], fading: Fading, autopsies: Sequence[AutopsyResult]
 ) -> Diagnosis:
-    """The verdict on a recorded run.
-
-    Args:
-        course: of the run.
-        events: its explosions.
-        fading: what hardly learns.
-        autopsies: what experiments showed; a module that they name is where the run went wrong at that step.
-    """
+    """The verdict on a recorded run; a module that an autopsy names is where it went wrong at that step."""
     steps, weights, updates = course.samples
     whole = torch.linalg.vector_norm(updates, dim=1) / torch.linalg.vector_norm(weights, dim=1)
     shares = [(s, r) for s, r in zip(steps.tolist(), whole.tolist(), strict=True) if r == r]

@@ -33,10 +33,6 @@ def spread(course: Course, event: Event) -> list[Reached]:
 
     Within one step: gradients that were not finite first, from the last parameter to the first, as backward meets
     them; then those that grew most.
-
-    Args:
-        course: of the run.
-        event: where its total norm left its past.
     """
     begin = max(0, event.start - RECENT)
     norms = course.reader.store.series("norms", begin, min(event.stop, event.start + _FUTURE))

@@ -123,15 +123,9 @@ def examine(
     is_finite: bool,
     rate_rose: bool,
 ) -> AutopsyResult:
-    """What the trials of a step show.
+    """What the trials of a step show, beside the batches of the last good one and the ``usual`` norm before it.
 
-    Args:
-        trials: of the step.
-        report: of the guard on it.
-        good: the batches of the last good step.
-        usual: the median norm before.
-        is_finite: whether norm and loss were.
-        rate_rose: whether the learning rate has risen lately.
+    ``is_finite``: norm and loss were; ``rate_rose``: the learning rate has risen lately.
     """
     found = _Culprit()
     cause: Cause = "batch"

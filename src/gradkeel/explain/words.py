@@ -137,10 +137,11 @@ def progress(explosion: Explosion) -> list[str]:
 
 def fading(fading: Fading) -> list[str]:
     """What hardly learns, a sentence each."""
+    vanishing = set(fading.vanishing)
     faded = [
         say(
             "The gradient of {parameter} is vanishing: {share:.1g} of the median parameter's since about step {step}."
-            if one in fading.vanishing
+            if one in vanishing
             else "The gradient of {parameter} is dead: exactly zero since about step {step}.",
             parameter=one.parameter,
             share=one.share,

@@ -92,11 +92,7 @@ def against(
 ) -> Any:
     """A plotly figure of medians and ranges against x, both logarithmic.
 
-    Args:
-        series: one line each.
-        x_title, y_title: of the axes.
-        failed: what a median that is not finite means, written beside the crosses.
-        bands: shaded ranges of x behind the lines.
+    ``failed`` says, beside the crosses, what a median that is not finite means; bands are shaded behind the lines.
     """
     figure = _plotly().Figure()
     heights = [
