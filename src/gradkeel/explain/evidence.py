@@ -3,9 +3,8 @@
 import math
 
 from gradkeel.explain.course import Course
-from gradkeel.explain.events import Event
+from gradkeel.explain.events import Event, Reached
 from gradkeel.explain.readable import readable
-from gradkeel.explain.spread import Reached
 from gradkeel.explain.weights import Jump, Overwrite
 from gradkeel.language import count, heard, say
 

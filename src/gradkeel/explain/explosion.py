@@ -9,8 +9,7 @@ from torch import Tensor
 
 from gradkeel.explain import evidence
 from gradkeel.explain.course import Course
-from gradkeel.explain.events import CALM_ROWS, Ended, Event, find_events, log_norms
-from gradkeel.explain.spread import Reached, spread
+from gradkeel.explain.events import CALM_ROWS, Ended, Event, Reached, find_events, log_norms, spread
 from gradkeel.explain.weights import Jump, Overwrite, find_jumps, find_overwrites, larger_updates
 from gradkeel.guard import SkipReason
 from gradkeel.record import Reader, bucket_norms
