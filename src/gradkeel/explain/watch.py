@@ -86,18 +86,13 @@ def make_server(path: Path, *, port: int = 0) -> http.server.ThreadingHTTPServer
                 self.send_response(HTTPStatus.NO_CONTENT)
                 self.end_headers()
                 return
-            routes = {
-                "/": ("text/html", page.html),
-                "/content": ("text/html", page.content),
-                "/version": ("text/plain", page.version),
-            }
-            kind, answer = routes.get(self.path, ("", None))
+            answer = {"/": page.html, "/content": page.content, "/version": page.version}.get(self.path)
             if answer is None:
                 self.send_error(HTTPStatus.NOT_FOUND)
                 return
-            body = answer().encode()
+            body, kind = answer().encode(), "plain" if self.path == "/version" else "html"
             self.send_response(HTTPStatus.OK)
-            self.send_header("Content-Type", f"{kind}; charset=utf-8")
+            self.send_header("Content-Type", f"text/{kind}; charset=utf-8")
             self.send_header("Content-Length", str(len(body)))
             self.send_header("Cache-Control", "no-store")
             self.end_headers()
