@@ -258,5 +258,5 @@ def _growths(reader: Reader, *spans: tuple[int, int | None]) -> list[tuple[str, 
 
 
 def _rate(before: float, after: float, steps: int) -> float | None:
-    """Mean factor a step from one norm to another."""
+    """Mean factor a step from one norm to another; None where both are of one step."""
     return (after / before) ** (1 / steps) if before > 0 and after > 0 and steps else None

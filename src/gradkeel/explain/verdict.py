@@ -84,12 +84,8 @@ class Signals:
     rates: Tensor
     nonfinite: Tensor  # bool: steps with a gradient that was not finite
     skips: Mapping[int, SkipReason]  # by the steps' numbers
-    larger: Sequence[
-        tuple[str, int, float]
-    ] = ()  # first updates larger than the weights: parameter, step, ratio
-    shares: Sequence[
-        tuple[int, float]
-    ] = ()  # steps, and the norm of the whole update over that of all weights
+    larger: Sequence[tuple[str, int, float]] = ()  # first updates larger than weights: parameter, step, ratio
+    shares: Sequence[tuple[int, float]] = ()  # step, and the whole update's norm over that of all weights
     signs: Sequence[Sign] = ()  # in order
     hardly: Sequence[tuple[str, int]] = ()  # weights that hardly learn, with the step since when
     weights: int = 0  # how many there are, biases left out
