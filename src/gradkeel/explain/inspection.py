@@ -13,16 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 _HALF = (torch.float16, torch.bfloat16)
 _GREW = 10.0
 # These hand on what they are given, and make no number of their own.
-_NOT_MADE_BY = (
-    "view",
-    "detach",
-    "clone",
-    "copy_",
-    "isfinite",
-    "isnan",
-    "isinf",
-    "masked_fill",
-)
+_NOT_MADE_BY = ("view", "detach", "clone", "copy_", "isfinite", "isnan", "isinf", "masked_fill")
 
 
 class Inspection:

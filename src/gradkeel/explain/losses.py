@@ -68,13 +68,8 @@ class LossCourse:
     is_sudden: bool = True  # it left at once
 
     @property
-    def is_above(self) -> bool:
-        """Whether it ended above where it began."""
-        return not self.is_finite or self.last > self.first
-
-    @property
     def is_clearly_above(self) -> bool:
-        """Likewise, and by more than noise."""
+        """Whether it ended above where it began, by more than noise."""
         return not self.is_finite or self.last > self.first + max(self.noise / 2, FLAT * abs(self.first))
 
     @property

@@ -320,7 +320,8 @@ class _Judge:
         if loss is None:
             return None
         tiny = bool(self.signals.shares) and max(share for _, share in self.signals.shares) < 1e-5
-        if loss.is_above or (tiny and not loss.has_learned):
+        above = not loss.is_finite or loss.last > loss.first
+        if above or (tiny and not loss.has_learned):
             first, last = readable(loss.first), readable(loss.last)
             words = say("The loss began at {first} and ended at {last}.", first=first, last=last)
             return self._say(Verdict.STALLED, int(self.signals.steps[0]), (), 0.6, words)
