@@ -34,7 +34,9 @@ def diagnose(
     matrices = {p.name for p in course.reader.parameters if len(p.shape) > 1}
     first = course.step(0)
     faded = [(f.parameter, f.since) for f in (*fading.dead, *fading.vanishing)]
-    had_gradient = compress(course.reader.names, (course.reader.norms(first, first + 1)[0] > 0).tolist())
+    had_gradient = compress(
+        course.reader.names, (course.reader.norms(first, first + 1) > 0).any(dim=0).tolist()
+    )
     faded += [(name, first) for name in had_gradient if name in fading.frozen]
     diagnosis = judge(
         Signals(
