@@ -8,7 +8,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from gradkeel.errors import GradkeelWarning
 from gradkeel.explain.findings import NOTE, AutopsyResult
 from gradkeel.explain.losses import FEWEST, PAST, loss_rises
 from gradkeel.explain.trials import Micro, Trials, examine
-from gradkeel.explain.undisturbed import Restore, randomness, undisturbed
+from gradkeel.explain.undisturbed import randomness, undisturbed
 from gradkeel.guard import Guard, SkipReason, StepReport
 from gradkeel.norms import Window
 from gradkeel.record.notes import write_note
@@ -89,7 +89,7 @@ class Autopsy(Generic[Batch]):
         self._losses: deque[float] = deque(maxlen=PAST)
         self._rates: deque[float] = deque(maxlen=PAST)
         self._first_loss = math.nan
-        self._now: list[tuple[Batch, Restore, Tensor | float]] = []
+        self._now: list[Micro] = []  # with the window's weight before each
         self._good: list[Micro] = []
         self._told: Tensor | None = None  # loss of the batches so far
         self._unwritten: AutopsyResult | None = None
@@ -99,8 +99,8 @@ class Autopsy(Generic[Batch]):
     def __call__(self, batch: Batch) -> Self:
         """Keep a reference to a batch of the coming step, and Python's and torch's random states before its pass."""
         window = self._guard.window
-        weighed = 0.0 if window is None else window.weight()
-        self._now.append((batch, randomness(self._one_a_device, numpy=False), weighed))
+        before = 0.0 if window is None else window.weight()
+        self._now.append(Micro(batch, randomness(self._one_a_device, numpy=False), before))
         return self
 
     def __enter__(self) -> Self:
@@ -124,7 +124,7 @@ class Autopsy(Generic[Batch]):
             raise RuntimeError(
                 "Autopsy.loss(): no batch is under way; call it inside of `with autopsy(batch):`"
             )
-        loss = self._loss(self._now[-1][0])
+        loss = self._loss(self._now[-1].batch)
         self._told = loss.detach() if self._told is None else self._told + loss.detach()
         return loss
 
@@ -144,7 +144,8 @@ class Autopsy(Generic[Batch]):
         given = report.scalars.get("loss", told) if guard.ranks is None else None
         norm, loss = report.norm, math.nan if given is None else float(given)
         usual = statistics.median(self._norms) if len(self._norms) >= _FEWEST_NORMS else None
-        limits = math.inf if usual is None else self._ratio * usual, self._loss_limit()
+        usual_loss, loss_limit = self._usual_loss()
+        limits = math.inf if usual is None else self._ratio * usual, loss_limit
         is_finite = math.isfinite(norm) and (given is None or math.isfinite(loss))
         if is_finite and not (norm > limits[0] or loss > limits[1]):
             self._norms.append(norm)
@@ -160,22 +161,16 @@ class Autopsy(Generic[Batch]):
             trials = Trials(guard, self._loss, restart, step, limits, self._max_reruns)
             result = examine(trials, report, self._good, usual, is_finite=is_finite, rate_rose=rose)
         if math.isfinite(norm) and not norm > limits[0]:
-            known = self._known_losses()
-            result = dataclasses.replace(
-                result, loss=loss, usual_loss=statistics.median(known) if known else 0.0
-            )
+            result = dataclasses.replace(result, loss=loss, usual_loss=usual_loss)
         self.last = self._unwritten = result
 
-    def _known_losses(self) -> list[float]:
-        """Of the last steps, NaN left out, which stands for a loss that nobody told."""
-        return [loss for loss in self._losses if not math.isnan(loss)]
-
-    def _loss_limit(self) -> float:
-        known = self._known_losses()
+    def _usual_loss(self) -> tuple[float, float]:
+        """The median of the last losses, 0 without any, and from where on another one is an alarm."""
+        known = [loss for loss in self._losses if not math.isnan(loss)]  # NaN: nobody told it
+        usual = statistics.median(known) if known else 0.0
         if len(known) < FEWEST:
-            return math.inf
-        usual = statistics.median(known)
-        return usual + max(loss_rises(usual, max(known), self._first_loss))
+            return usual, math.inf
+        return usual, usual + max(loss_rises(usual, max(known), self._first_loss))
 
     def record(self, report: StepReport) -> None:
         """Write the result into the record, and warn; one of the ranks does."""
@@ -194,12 +189,10 @@ class Autopsy(Generic[Batch]):
         self._now, self._good = [], []
 
 
-def _weighed(now: Sequence[tuple[Any, Restore, Tensor | float]], window: Window | None) -> list[Micro]:
-    """The batches of a step with what each has added to the window's weight."""
+def _weighed(now: Sequence[Micro], window: Window | None) -> list[Micro]:
+    """The batches of a step with what each has added to the window's weight; without a window they count alike."""
     if window is None:
-        return [Micro(batch, replay) for batch, replay, _ in now]
-    sums = [weighed for _, _, weighed in now] + [window.weight()]  # not read here: each would sync the host
-    return [
-        Micro(batch, replay, after - before)
-        for (batch, replay, _), (before, after) in zip(now, itertools.pairwise(sums), strict=True)
-    ]
+        return [Micro(micro.batch, micro.replay) for micro in now]
+    sums = [micro.weight for micro in now] + [window.weight()]  # not read here: each would sync the host
+    added = [after - before for before, after in itertools.pairwise(sums)]
+    return [Micro(micro.batch, micro.replay, weight) for micro, weight in zip(now, added, strict=True)]

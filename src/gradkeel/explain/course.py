@@ -1,58 +1,21 @@
 """What all of a run's steps came to, read from the record once."""
 
-from dataclasses import dataclass
-
-from torch import Tensor
-
-from gradkeel.explain.jumps import Jump, find_jumps
-from gradkeel.guard import SkipReason
 from gradkeel.record import Reader
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Course:
-    """One number a step, and the samples of the weights.
+    """Numbers of the k steps of an open record, and the samples of its weights."""
 
-    Attributes:
-        reader: for what is not here: norms of single parameters.
-        steps: [k] numbers of the steps.
-        totals: [k] main norms before clipping.
-        losses, rates: [k] loss and learning rate, NaN where not logged.
-        nonfinite: [k] bool: steps with a gradient that was not finite.
-        skips: why steps were skipped, in words, by number.
-        skip_reasons: the same as one of a few reasons.
-        samples: steps [s], weight norms [s, n], update norms [s, n].
-        jumps: weights that changed without an update.
-    """
-
-    reader: Reader
-    steps: Tensor
-    totals: Tensor
-    losses: Tensor
-    rates: Tensor
-    nonfinite: Tensor
-    skips: dict[int, str]
-    skip_reasons: dict[int, SkipReason]
-    samples: tuple[Tensor, Tensor, Tensor]
-    jumps: tuple[Jump, ...]
-
-    @classmethod
-    def read(cls, reader: Reader) -> "Course":
-        """The course of an open record."""
-        samples = reader.weight_samples()
-        return cls(
-            reader=reader,
-            steps=reader.steps(),
-            totals=reader.totals(),
-            losses=reader.losses(),
-            rates=reader.scalar("lr"),
-            nonfinite=reader.nonfinite(),
-            skips=dict(reader.skips()),
-            skip_reasons=reader.skip_reasons(),
-            samples=samples,
-            jumps=tuple(find_jumps(reader, samples)),
-        )
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader  # for what is not here: norms of single parameters
+        self.steps = reader.steps()
+        self.totals = reader.totals()  # before clipping
+        self.losses, self.rates = reader.losses(), reader.scalar("lr")  # NaN where not logged
+        self.nonfinite = reader.nonfinite()  # steps with a gradient that was not finite
+        self.skips = dict(reader.skips())  # in words, by the steps' numbers
+        self.skip_reasons = reader.skip_reasons()
+        self.samples = reader.weight_samples()  # steps [s], weight norms [s, n], update norms [s, n]
 
     def step(self, row: int) -> int:
-        """Number of the step in a row."""
+        """Number of the step in a row; -1 is the last."""
         return int(self.steps[row])

@@ -2,7 +2,8 @@
 
 The baseline of a step is the median of the log10 norms of the 32 steps before it, and their spread above that, so
 that neither a trend of training nor earlier outliers move it much. An alarm needs surprise (z), size (a ratio to the
-median) and novelty (a ratio to the highest of 128 steps), for log norms of healthy training have heavy tails.
+median) and novelty (a ratio to the highest of 128 steps), for log norms of healthy training have heavy tails. Which
+parameters an event reached, and in which order, is found likewise, by each one's own past.
 """
 
 import math
@@ -11,6 +12,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from gradkeel.explain.course import Course
 
 WINDOW, RECENT = 128, 32
 HOP = 8
@@ -29,8 +32,11 @@ MOST_EVENTS = 50
 _FEWEST_PASSES, _MOST_ROWS = 4, 1_000_000  # rows looked at in all, which bounds the time for a long run
 _FLOOR = 0.04  # of the standard deviation of a log10 norm: about 10%
 _QUARTILE_TO_STD = 1.4826
+_FUTURE = 256  # rows of an event in which parameters are looked for
+_DEVIATIONS, _TIMES = 3.5, 2.0  # a parameter counts as reached so far above its own past
 
 Ended = Literal["recovered", "non-finite", "high"]
+"""The norm came back, was not finite to the end, or was still high at the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,21 +58,12 @@ class Baseline:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Rows in which the norm was far above its own past.
-
-    Attributes:
-        start: row at which it began.
-        stop: row after the last one.
-        alarm: first row at which it was beyond doubt.
-        baseline: what was normal before; None where it began before there was a past.
-        ended: "recovered": the norm came back; "non-finite": it was not finite to the end; "high": it was still high
-            at the end.
-    """
+    """Rows, from ``start`` up to ``stop``, in which the norm was far above its own past."""
 
     start: int
     stop: int
-    alarm: int
-    baseline: Baseline | None
+    alarm: int  # the first row at which it was beyond doubt
+    baseline: Baseline | None  # what was normal before; None where it began before there was a past
     ended: Ended
 
 
@@ -77,12 +74,7 @@ def log_norms(norms: Tensor) -> Tensor:
 
 
 def find_events(norms: Tensor, nonfinite: Tensor) -> list[Event]:
-    """All events, in order; at most ``MOST_EVENTS``.
-
-    Args:
-        norms: [k] one norm a step.
-        nonfinite: [k] bool: steps at which any gradient was not finite.
-    """
+    """All events, in order, at most ``MOST_EVENTS``; ``nonfinite`` [k] says where any gradient was not finite."""
     logs = log_norms(norms).masked_fill(nonfinite, math.nan)
     events: list[Event] = []
     calm = logs.clone()
@@ -213,3 +205,43 @@ class _Finder:
         padded = torch.cat([calm, calm[-1:].expand(CALM_ROWS - 1)])
         found = padded.unfold(0, CALM_ROWS, 1).all(dim=1).nonzero()
         return alarm + int(found[0]) if len(found) else len(self._logs)
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """A parameter that an explosion reached.
+
+    Attributes:
+        parameter: its name.
+        step: the first step at which its gradient norm was far above its own past.
+        growth: its norm there over what it was before (from the initialization on: at the first step); None where
+            that is not a number, or where something else than its norm was the sign.
+    """
+
+    parameter: str
+    step: int
+    growth: float | None
+
+
+def spread(course: Course, event: Event) -> list[Reached]:
+    """The parameters that an event reached, in order.
+
+    Within one step: gradients that were not finite first, from the last parameter to the first, as backward meets
+    them; then those that grew most.
+    """
+    begin = max(0, event.start - RECENT)
+    norms = course.reader.store.series("norms", begin, min(event.stop, event.start + _FUTURE))
+    now = norms[event.start - begin :]
+    past = norms[: event.start - begin] if event.start else norms[:1]
+    logs = log_norms(now)
+    level, deviation = level_and_spread(log_norms(past).T)
+    bad = ~torch.isfinite(now)
+    reached = bad | ((logs > level + _DEVIATIONS * deviation) & (logs > level + math.log10(_TIMES)))
+    found = []
+    for j in reached.any(dim=0).nonzero().flatten().tolist():
+        row = int(reached[:, j].int().argmax())
+        growth = float(10 ** (logs[row, j] - level[j]))
+        order = (row, 0, -j) if bool(bad[row, j]) else (row, 1, -growth)
+        step, name = course.step(event.start + row), course.reader.names[j]
+        found.append((order, Reached(name, step, growth if math.isfinite(growth) else None)))
+    return [reached for _, reached in sorted(found, key=lambda item: item[0])]

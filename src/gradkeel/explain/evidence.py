@@ -3,12 +3,9 @@
 import math
 
 from gradkeel.explain.course import Course
-from gradkeel.explain.drift import Drift
-from gradkeel.explain.events import Event
-from gradkeel.explain.jumps import Jump
+from gradkeel.explain.events import Event, Reached
 from gradkeel.explain.readable import readable
-from gradkeel.explain.spread import Reached
-from gradkeel.explain.updates import Overwrite
+from gradkeel.explain.weights import Jump, Overwrite
 from gradkeel.language import count, heard, say
 
 _BACK = 50  # steps before an event in which a change of the learning rate is told
@@ -19,67 +16,55 @@ def later(
 ) -> tuple[str, ...]:
     """Of an explosion that left a past."""
     assert event.baseline is not None
-    step, norm = course.step(event.start), float(course.totals[event.start])
-    usual = readable(event.baseline.norm)
-    if math.isfinite(norm):
-        rise = say(
-            "At step {step} the gradient norm was {norm}, {times} times {usual}, the median of the steps before: a "
-            "robust z-score of {score:.1f} on the log norm.",
-            step=step,
-            norm=readable(norm),
-            times=readable(norm / event.baseline.norm),
-            usual=usual,
-            score=event.baseline.score(norm),
-        )
-    else:
-        rise = say(
-            "At step {step} the gradient was not finite; its norm had been {usual}, the median of the steps before.",
-            step=step,
-            usual=usual,
-        )
-    causes = [*map(jump, jumps), rates(course, event.start), *([overwrite(before)] if before else [])]
-    sentences = [*causes, rise, _order(course, reached, step), _losses(course, event)]
-    return tuple(words for words in (*sentences, _skipped(course, event), _ending(course, event)) if words)
+    step, norm, usual = course.step(event.start), float(course.totals[event.start]), event.baseline.norm
+    rise = say(
+        "At step {step} the gradient norm was {norm}, {times} times {usual}, the median of the steps before: a "
+        "robust z-score of {score:.1f} on the log norm."
+        if math.isfinite(norm)
+        else "At step {step} the gradient was not finite; its norm had been {usual}, the median of the steps before.",
+        step=step,
+        norm=readable(norm),
+        times=readable(norm / usual),
+        usual=readable(usual),
+        score=event.baseline.score(norm),
+    )
+    causes = [*map(jump, jumps), rates(course, event.start), overwrite(before) if before else ""]
+    seen = [rise, _order(course, reached, step), _losses(course, event), _skipped(course, event)]
+    return tuple(filter(None, (*causes, *seen, _ending(course, event))))
 
 
 def initial(course: Course, event: Event, onsets: list[tuple[str, int, float]]) -> tuple[str, ...]:
     """Of an explosion from the first steps on."""
     norms = ", ".join(map(readable, course.totals[:5].tolist()))
     norms += ", ..." if len(course.totals) > 5 else ""
-    sentences: list[str] = [
-        say(
-            "There is no past to compare with: the gradient norm grew from the first steps on ({norms}).",
-            norms=norms,
-        )
-    ]
+    first = say(
+        "There is no past to compare with: the gradient norm grew from the first steps on ({norms}).",
+        norms=norms,
+    )
+    larger = ""
     if onsets:
         name, step, ratio = onsets[0]
-        finite = math.isfinite(ratio)
-        size = say("{ratio} times", ratio=readable(ratio)) if finite else say("beyond all measure")
-        sentences.append(
-            say(
-                "The first update larger than the weights it changed was that of {name} at step {step}: {size}.",
-                name=name,
-                step=step,
-                size=size,
-            )
+        size = say("{ratio} times" if math.isfinite(ratio) else "beyond all measure", ratio=readable(ratio))
+        larger = say(
+            "The first update larger than the weights it changed was that of {name} at step {step}: {size}.",
+            name=name,
+            step=step,
+            size=size,
         )
-    sentences.append(
-        say("Gradient norms do not tell why; initial weights and learning rate are what acted until then.")
-    )
-    return tuple(words for words in (*sentences, _losses(course, event), _ending(course, event)) if words)
+    why = say("Gradient norms do not tell why; initial weights and learning rate are what acted until then.")
+    return tuple(filter(None, (first, larger, why, _losses(course, event), _ending(course, event))))
 
 
 def jump(jump: Jump) -> str:
     """Of weights that changed without an update."""
-    when = say("at step {step}", step=jump.step)
-    if not jump.is_exact:
-        when = say(
-            "between steps {after} and {until}, judging by the gradients at step {step}",
-            after=jump.after,
-            until=jump.until,
-            step=jump.step,
-        )
+    when = say(
+        "at step {step}"
+        if jump.is_exact
+        else "between steps {after} and {until}, judging by the gradients at step {step}",
+        after=jump.after,
+        until=jump.until,
+        step=jump.step,
+    )
     return say(
         "The weights of {parameter} changed {when}. Their norm went from {before} to {after} ({times} times), and no "
         "update explains it: something else wrote to them.",
@@ -107,21 +92,20 @@ def overwrite(overwrite: Overwrite) -> str:
     )
 
 
-def drift(drift: Drift) -> tuple[str, ...]:
-    """Of a slow rise."""
+def drift(stretch: int, before: float, after: float, growths: list[tuple[str, float]]) -> tuple[str, ...]:
+    """Of a slow rise between two levels of the norm, over ``stretch`` steps each, and of each parameter's own."""
+    parameter, growth = growths[0]
     return (
         say(
             "The level of the gradient norm (its median over {stretch} steps) rose from {before} to {after}, {times} "
             "times, without a jump.",
-            stretch=drift.stretch,
-            before=readable(drift.before),
-            after=readable(drift.after),
-            times=readable(drift.after / drift.before),
+            stretch=stretch,
+            before=readable(before),
+            after=readable(after),
+            times=readable(after / before),
         ),
         say(
-            "The level of {parameter} rose most: {times} times.",
-            parameter=drift.parameter,
-            times=readable(drift.growths[0][1]),
+            "The level of {parameter} rose most: {times} times.", parameter=parameter, times=readable(growth)
         ),
     )
 

@@ -112,10 +112,10 @@ def explain(run: str | os.PathLike[str] | Reader, *, bounds: Sequence[float] = (
         with Reader(run) as reader:
             return explain(reader, bounds=bounds)
     policy = run.policy  # says so where nothing is recorded yet
-    course = Course.read(run)
+    course = Course(run)
     events, autopsies = find_explosions(course), _autopsies(run)
     explosion, fading = worst(events), find_fading(course)
-    explanation = Explanation(
+    return Explanation(
         path=str(run.path),
         steps=len(run),
         first_step=run.first_step,
@@ -132,8 +132,8 @@ def explain(run: str | os.PathLike[str] | Reader, *, bounds: Sequence[float] = (
         threshold=advise(run, bounds=bounds, explosion=explosion),
         autopsies=autopsies,
         rolled_back=tuple(_rolled_back(run, rollback) for rollback in run.rollbacks[-_MOST_ROLLBACKS:]),
+        damage=run.damage,  # the last: what reading has come upon
     )
-    return dataclasses.replace(explanation, damage=run.damage)  # what reading has come upon
 
 
 def _autopsies(run: Reader) -> tuple[AutopsyResult, ...]:
@@ -147,7 +147,5 @@ def _autopsies(run: Reader) -> tuple[AutopsyResult, ...]:
 
 def _rolled_back(run: Reader, rollback: Rollback) -> RolledBack:
     with run.before(rollback) as before:
-        events = [
-            e for e in find_explosions(Course.read(before)) if (e.last_step or e.step or 0) >= rollback.step
-        ]
+        events = [e for e in find_explosions(Course(before)) if (e.last_step or e.step or 0) >= rollback.step]
     return RolledBack(rollback.session, rollback.step, rollback.last_step, rollback.rows, tuple(events))

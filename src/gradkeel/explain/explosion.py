@@ -2,23 +2,22 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from gradkeel.explain import evidence
 from gradkeel.explain.course import Course
-from gradkeel.explain.drift import find_drift
-from gradkeel.explain.events import CALM_ROWS, Ended, Event, find_events
-from gradkeel.explain.jumps import Jump
-from gradkeel.explain.spread import Reached, spread
-from gradkeel.explain.updates import Overwrite, find_overwrites
+from gradkeel.explain.events import CALM_ROWS, Ended, Event, Reached, find_events, log_norms, spread
+from gradkeel.explain.weights import Jump, Overwrite, find_jumps, find_overwrites, larger_updates
 from gradkeel.guard import SkipReason
-from gradkeel.record import Reader
+from gradkeel.record import Reader, bucket_norms
 
 Kind = Literal["explosion", "spike", "initialization", "overflow", "weights", "updates", "drift"]
 LONG_BEFORE = 50  # steps by which an update that overwrote the weights may precede the gradients' explosion
+# A drift: over so many stretches of at least so many steps, by so many times, and up in this share of the changes.
+_STRETCHES, _SHORTEST, _ROSE, _MOSTLY = 24, 10, 10.0, 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,7 @@ class Explosion:
         evidence: what all this rests on, in sentences.
     """
 
-    found: bool
+    found: bool = True
     kind: Kind | None = None
     step: int | None = None
     parameter: str | None = None
@@ -66,23 +65,23 @@ class Explosion:
 
 def find_explosions(run: Reader | Course) -> list[Explosion]:
     """All explosions of a run, in order; empty for a healthy one."""
-    course = Course.read(run) if isinstance(run, Reader) else run
+    course = Course(run) if isinstance(run, Reader) else run
     found: list[Explosion] = []
-    jumps, overwrites = list(course.jumps), find_overwrites(course.reader.names, course.samples)
+    jumps, overwrites = find_jumps(course), find_overwrites(course)
+    left = jumps
     for event in find_events(course.totals, course.nonfinite):
+        first, last = course.step(event.start), course.step(event.stop - 1)
         if event.baseline is None:
             found.append(_initial(course, event))
-            overwrites = [o for o in overwrites if o.step > course.step(event.stop - 1)]
+            overwrites = [o for o in overwrites if o.step > last]
             continue
-        own_jumps = _jumps_of(event, course)
-        own_overwrites = _overwrites_of(event, course, overwrites)
+        # Shortly before the event, in it, or first seen there.
+        own_jumps = [j for j in jumps if j.after < last and first - 3 <= j.step <= max(last, first + 10)]
+        own_overwrites = [o for o in overwrites if first - LONG_BEFORE <= o.step <= last + 1]
         found.append(_later(course, event, own_jumps, own_overwrites))
-        jumps = [jump for jump in jumps if jump not in own_jumps]
+        left = [jump for jump in left if jump not in own_jumps]
         overwrites = [overwrite for overwrite in overwrites if overwrite not in own_overwrites]
-    found += [
-        _altered(course, [j for j in jumps if j.step == step])
-        for step in dict.fromkeys(j.step for j in jumps)
-    ]
+    found += [_altered([j for j in left if j.step == step]) for step in dict.fromkeys(j.step for j in left)]
     altered = {explosion.step for explosion in found if explosion.altered}
     found += [_overwritten(course, overwrite) for overwrite in overwrites if overwrite.step not in altered]
     if not found:
@@ -105,20 +104,6 @@ def worst(explosions: list[Explosion]) -> Explosion:
     return max(explosions, key=rank) if explosions else Explosion(found=False)
 
 
-def _jumps_of(event: Event, course: Course) -> list[Jump]:
-    """The changes of weights that belong to an event: shortly before it, in it, or first seen there."""
-    first, last = course.step(event.start), course.step(event.stop - 1)
-    return [
-        jump for jump in course.jumps if jump.after < last and first - 3 <= jump.step <= max(last, first + 10)
-    ]
-
-
-def _overwrites_of(event: Event, course: Course, overwrites: list[Overwrite]) -> list[Overwrite]:
-    """The overwriting updates that belong to an event: shortly before it, or in it, as its consequence."""
-    first, last = course.step(event.start), course.step(event.stop - 1)
-    return [o for o in overwrites if first - LONG_BEFORE <= o.step <= last + 1]
-
-
 def _later(course: Course, event: Event, jumps: list[Jump], overwrites: list[Overwrite]) -> Explosion:
     """An explosion that left a past."""
     assert event.baseline is not None
@@ -132,29 +117,19 @@ def _later(course: Course, event: Event, jumps: list[Jump], overwrites: list[Ove
     elif first_overwrite is not None:
         step = first_overwrite.step
         reached = _put_first([name for name, _ in first_overwrite.parameters[:1]], reached, step)
-    peak_row, peak = _peak(course.totals, event)
     before, first = event.baseline.norm, float(course.totals[event.start])
     overflow = course.skip_reasons.get(step) is SkipReason.LOSS_SCALE
     return Explosion(
-        found=True,
         kind="overflow" if overflow else "spike" if event.ended == "recovered" else "explosion",
         step=step,
-        parameter=reached[0].parameter if reached else None,
-        ended=event.ended,
-        last_step=course.step(event.stop - 1),
         norm_before=before,
-        peak_norm=peak,
-        peak_step=None if peak_row is None else course.step(peak_row),
-        growth_per_step=None
-        if peak is None or peak_row is None
-        else _rate(before, peak, peak_row - event.start + 1),
         score=event.baseline.score(first) if 0 < first < math.inf else None,
-        spread=tuple(reached),
         altered=tuple(jump.parameter for jump in first_jumps),
         overwritten=tuple(name for o in overwrites if o.step == step for name, _ in o.parameters),
         evidence=evidence.later(
             course, event, reached, first_jumps, None if first_jumps else first_overwrite
         ),
+        **_seen(course, event, reached, before, event.start - 1),
     )
 
 
@@ -168,25 +143,15 @@ def _put_first(names: list[str], reached: list[Reached], step: int) -> list[Reac
 def _initial(course: Course, event: Event) -> Explosion:
     """An explosion that had no past: told by updates larger than the weights that they change."""
     onsets = larger_updates(course, course.step(event.stop - 1))
-    reached = spread(course, event)
-    peak_row, peak = _peak(course.totals, event)
-    first = float(course.totals[0])
-    if onsets:
-        order = [Reached(name, step, _growth(course, name, step)) for name, step, _ in onsets]
-        reached = order + [r for r in reached if r.parameter not in {o.parameter for o in order}]
+    order = [Reached(name, step, _growth(course, name, step)) for name, step, _ in onsets]
+    early = {reached.parameter for reached in order}
+    reached = order + [r for r in spread(course, event) if r.parameter not in early]
     overflow = course.skip_reasons.get(course.step(event.start)) is SkipReason.LOSS_SCALE
     return Explosion(
-        found=True,
         kind="overflow" if overflow else "initialization",
         step=reached[0].step if reached else course.step(event.start),
-        parameter=reached[0].parameter if reached else None,
-        ended=event.ended,
-        last_step=course.step(event.stop - 1),
-        peak_norm=peak,
-        peak_step=None if peak_row is None else course.step(peak_row),
-        growth_per_step=None if peak is None or not peak_row else _rate(first, peak, peak_row),
-        spread=tuple(reached),
         evidence=evidence.initial(course, event, onsets),
+        **_seen(course, event, reached, float(course.totals[0]), 0),
     )
 
 
@@ -197,91 +162,101 @@ def _growth(course: Course, name: str, step: int) -> float | None:
     return now / first if first > 0 and math.isfinite(now / first) else None
 
 
-def larger_updates(course: Course, last_step: int) -> list[tuple[str, int, float]]:
-    """Parameter, step and ratio of each first update larger than the weights it changed, ``|dw| / |w| > 1``.
+def _seen(course: Course, event: Event, reached: list[Reached], before: float, row: int) -> dict[str, Any]:
+    """What an event went through: where it was, how it ended, and its peak over a norm ``before`` it in ``row``."""
+    seen = {
+        "parameter": reached[0].parameter if reached else None,
+        "ended": event.ended,
+        "last_step": course.step(event.stop - 1),
+        "spread": tuple(reached),
+    }
+    part = course.totals[event.start : event.stop]
+    heights = part.masked_fill(~torch.isfinite(part), -math.inf)
+    if not bool((heights > -math.inf).any()):  # none, too, of norms that make no sense, in a damaged record
+        return seen
+    top = int(heights.argmax())
+    peak, peak_row = float(part[top]), event.start + top
+    growth = _rate(before, peak, peak_row - row)
+    return seen | {"peak_norm": peak, "peak_step": course.step(peak_row), "growth_per_step": growth}
 
-    In order of the steps, and of the ratio within one; a parameter whose weights are all zero has no ratio.
-    """
-    steps, weights, updates = course.samples
-    known = (weights > 0) & ~updates.isnan()
-    # A weight that became NaN has no finite norm, and is larger than anything.
-    ratios = torch.where(weights > 0, (updates / weights).nan_to_num(nan=math.inf), 0.0)
-    larger = (ratios > 1) & (steps <= last_step).unsqueeze(1) & (known | ~torch.isfinite(weights))
-    found = []
-    for j in larger.any(dim=0).nonzero().flatten().tolist():
-        row = int(larger[:, j].int().argmax())
-        found.append((course.reader.names[j], int(steps[row]), float(ratios[row, j])))
-    return sorted(found, key=lambda item: (item[1], -item[2]))
 
-
-def _altered(course: Course, jumps: list[Jump]) -> Explosion:
+def _altered(jumps: list[Jump]) -> Explosion:
     """Weights that changed by themselves, without a trace in the gradient norm."""
     step = jumps[0].step
+    most = max(jumps, key=lambda jump: abs(math.log(jump.ratio)) if jump.ratio else math.inf)
     return Explosion(
-        found=True,
         kind="weights",
         step=step,
-        parameter=max(
-            jumps, key=lambda jump: abs(math.log(jump.ratio)) if jump.ratio else math.inf
-        ).parameter,
+        parameter=most.parameter,
         ended="recovered",
         last_step=step,
         spread=tuple(Reached(jump.parameter, step, None) for jump in jumps),
         altered=tuple(jump.parameter for jump in jumps),
-        evidence=tuple(evidence.jump(jump) for jump in jumps),
+        evidence=tuple(map(evidence.jump, jumps)),
     )
 
 
 def _overwritten(course: Course, overwrite: Overwrite) -> Explosion:
     """Updates as large as the weights, without a trace in the gradient norm."""
     row = int(torch.searchsorted(course.steps, overwrite.step))
-    sentences = (evidence.rates(course, row), evidence.overwrite(overwrite))
+    names = tuple(name for name, _ in overwrite.parameters)
     return Explosion(
-        found=True,
         kind="updates",
         step=overwrite.step,
-        parameter=overwrite.parameters[0][0] if overwrite.parameters else None,
+        parameter=names[0] if names else None,
         ended="high" if overwrite.lasts else "recovered",
         last_step=overwrite.last_step,
-        spread=tuple(Reached(name, overwrite.step, None) for name, _ in overwrite.parameters),
-        overwritten=tuple(name for name, _ in overwrite.parameters),
-        evidence=tuple(words for words in sentences if words),
+        spread=tuple(Reached(name, overwrite.step, None) for name in names),
+        overwritten=names,
+        evidence=tuple(filter(None, (evidence.rates(course, row), evidence.overwrite(overwrite)))),
     )
 
 
 def _drift(course: Course) -> list[Explosion]:
-    drift = find_drift(course)
-    if drift is None:
+    """A rise of the norm over whole stretches of the run, without a jump; none where the loss fell during it."""
+    stretch = len(course.totals) // _STRETCHES
+    if stretch < _SHORTEST:
         return []
-    steps = course.step(len(course.steps) - 1) - drift.step
+    levels, losses = _levels(course.totals, stretch), _levels(course.losses, stretch)
+    lowest = int(levels.nan_to_num(nan=math.inf).argmin())
+    rise = levels[lowest:]
+    if len(rise) < 4 or not float(rise[-1] - rise[0]) > math.log10(_ROSE):
+        return []
+    if float((rise.diff() > 0).double().mean()) < _MOSTLY or bool(losses[-1] < losses[lowest]):
+        return []
+    first, last = course.step(lowest * stretch), course.step(-1)
+    before, after = float(10 ** rise[0]), float(10 ** rise[-1])
+    growths = _growths(course.reader, (first, first + stretch), (course.step(-stretch), None))
     return [
         Explosion(
-            found=True,
             kind="drift",
-            step=drift.step,
-            parameter=drift.parameter,
+            step=first,
+            parameter=growths[0][0],
             ended="high",
-            last_step=course.step(len(course.steps) - 1),
-            norm_before=drift.before,
-            peak_norm=drift.after,
-            peak_step=course.step(len(course.steps) - 1),
-            growth_per_step=_rate(drift.before, drift.after, steps),
-            spread=tuple(Reached(name, drift.step, growth) for name, growth in drift.growths if growth > 1),
-            evidence=evidence.drift(drift),
+            last_step=last,
+            norm_before=before,
+            peak_norm=after,
+            peak_step=last,
+            growth_per_step=_rate(before, after, last - first),
+            spread=tuple(Reached(name, first, growth) for name, growth in growths if growth > 1),
+            evidence=evidence.drift(stretch, before, after, growths),
         )
     ]
 
 
-def _peak(totals: Tensor, event: Event) -> tuple[int | None, float | None]:
-    """Row and value of the largest finite norm of an event."""
-    part = totals[event.start : event.stop]
-    finite = torch.where(torch.isfinite(part), part, -math.inf)
-    if not len(part):  # norms that make no sense, of a damaged record
-        return None, None
-    row = int(finite.argmax())
-    return (event.start + row, float(part[row])) if math.isfinite(float(finite[row])) else (None, None)
+def _levels(values: Tensor, stretch: int) -> Tensor:
+    """[_STRETCHES] median log of the positive values of each stretch."""
+    return log_norms(values[: _STRETCHES * stretch]).reshape(_STRETCHES, stretch).nanmedian(dim=1).values
+
+
+def _growths(reader: Reader, *spans: tuple[int, int | None]) -> list[tuple[str, float]]:
+    """Each parameter's median norm in the last of two spans of steps over that in the first, largest first."""
+    before, after = (bucket_norms(reader, 1, *span).median[0] for span in spans)
+    growth = torch.where((before > 0) & (after > 0), after / before, math.nan).tolist()
+    known = [(name, g) for name, g in zip(reader.names, growth, strict=True) if math.isfinite(g)]
+    return sorted(known, key=lambda item: -item[1]) or [("", math.nan)]
 
 
 def _rate(before: float, after: float, steps: int) -> float | None:
-    """Mean factor a step from one norm to another."""
-    return (after / before) ** (1 / max(1, steps)) if before > 0 and after > 0 else None
+    """Mean factor a step from one norm to another; None where both are of one step."""
+    return (after / before) ** (1 / steps) if before > 0 and after > 0 and steps else None

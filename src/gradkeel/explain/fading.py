@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -64,9 +65,7 @@ def find_fading(course: Course) -> Fading:
     return Fading(
         vanishing=_faded(reader, buckets.first, low, vanishing, share),
         dead=_faded(reader, buckets.first, zero, dead, torch.zeros_like(share)),
-        frozen=tuple(
-            name for name, is_frozen in zip(reader.names, frozen.tolist(), strict=True) if is_frozen
-        ),
+        frozen=tuple(compress(reader.names, frozen.tolist())),
     )
 
 

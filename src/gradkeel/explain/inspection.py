@@ -13,16 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 _HALF = (torch.float16, torch.bfloat16)
 _GREW = 10.0
 # These hand on what they are given, and make no number of their own.
-_NOT_MADE_BY = (
-    "view",
-    "detach",
-    "clone",
-    "copy_",
-    "isfinite",
-    "isnan",
-    "isinf",
-    "masked_fill",
-)
+_NOT_MADE_BY = ("view", "detach", "clone", "copy_", "isfinite", "isnan", "isinf", "masked_fill")
 
 
 class Inspection:
@@ -127,18 +118,15 @@ class _Float32(TorchFunctionMode):
     """Turns half tensors that are asked for into float32 ones."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
         if func in (Tensor.half, Tensor.bfloat16):
             return args[0].float()
         if func is Tensor.to:
-            args = tree_map(lambda x: torch.float32 if x in _HALF else x, args) if _asks(args) else args
-            if kwargs.get("dtype") in _HALF:
-                kwargs["dtype"] = torch.float32
-        return func(*args, **kwargs)
+            args, kwargs = tree_map(_unless_half, (args, kwargs))
+        return func(*args, **(kwargs or {}))
 
 
-def _asks(args: tuple[Any, ...]) -> bool:
-    return any(isinstance(x, torch.dtype) and x in _HALF for x in args)
+def _unless_half(x: Any) -> Any:
+    return torch.float32 if isinstance(x, torch.dtype) and x in _HALF else x
 
 
 @contextlib.contextmanager

@@ -32,11 +32,7 @@ def loss_rises(usual: Number, highest: Number, first: float) -> tuple[Number, Nu
 
 
 def find_losses(losses: Tensor) -> list[tuple[int, bool]]:
-    """Row at which the loss left its past, and whether it came back, of each time; in order.
-
-    Args:
-        losses: [k] loss of each step, NaN where not known.
-    """
+    """Rows at which the losses [k] left their past, NaN where not known, and whether they came back; in order."""
     known = losses[torch.isfinite(losses)]
     if len(known) <= FEWEST:
         return []
@@ -60,34 +56,20 @@ def _is_over(later: Tensor, limit: float) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class LossCourse:
-    """What the loss of a run did.
-
-    Attributes:
-        first, best, last: its levels at the beginning, at its best and at the end.
-        noise: its usual change from step to step.
-        error: up to here two levels differ by noise.
-        left: the step from which on it was above its best for good, or None.
-        is_finite: whether it was at the end.
-        is_sudden: whether it left at once.
-    """
+    """What the loss of a run did: its levels at the beginning, at its best and at the end, and how it got there."""
 
     first: float
     best: float
     last: float
-    noise: float
-    error: float
-    left: int | None
-    is_finite: bool
-    is_sudden: bool = True
-
-    @property
-    def is_above(self) -> bool:
-        """Whether it ended above where it began."""
-        return not self.is_finite or self.last > self.first
+    noise: float  # its usual change from step to step
+    error: float  # up to here two levels differ by noise
+    left: int | None  # the step from which on it was above its best for good
+    is_finite: bool  # at the end
+    is_sudden: bool = True  # it left at once
 
     @property
     def is_clearly_above(self) -> bool:
-        """Likewise, and by more than noise."""
+        """Whether it ended above where it began, by more than noise."""
         return not self.is_finite or self.last > self.first + max(self.noise / 2, FLAT * abs(self.first))
 
     @property

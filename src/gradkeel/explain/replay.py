@@ -6,7 +6,7 @@ for the policy that was live, and for any other it says what it would have done 
 
 import fnmatch
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from gradkeel.errors import RecordError
 from gradkeel.guard import SkipReason
-from gradkeel.norms import Decision, GradientNorms, Needs, State, combine
+from gradkeel.norms import Decision, GradientNorms, Needs, combine
 from gradkeel.outcome import Outcome
 from gradkeel.policies import Policy, parse
 from gradkeel.record import Reader
 
-# Nothing was decided on gradients of a real step.
+# Nothing was decided on gradients of a real step, and no new state kept.
 _NOT_COMMITTED = {SkipReason.NO_GRADIENT, SkipReason.EMPTY_WINDOW, SkipReason.LOSS_SCALE}
 _CHUNK = 1024
 
@@ -93,23 +93,23 @@ def replay(reader: Reader, policy: Policy | str, *, exclude: Sequence[str] = ())
     same_columns = columns == reader.main.nonzero().flatten().tolist()
     if chosen is not None:
         _check(reader, chosen, name, columns)
-    rows = [_row(d, n) for d, n in _decisions(reader, chosen, columns, live_totals=same_columns)]
+    rows = list(_rows(reader, chosen, columns, live_totals=same_columns))
     table = torch.tensor(rows, dtype=torch.float64).reshape(-1, 6)
-    live, stepped = reader.coefficients(), reader.stepped()
-    skipped = table[:, 2].bool() | _skipped_anyway(reader)
-    coefficients = torch.where(skipped, 1.0, table[:, 0])
+    coefficients, clipped, asked, bounds, norms, after = table.unbind(1)
+    skipped = asked.bool() | _skipped(reader, set(SkipReason) - {SkipReason.POLICY})  # whatever the policy
+    coefficients = torch.where(skipped, 1.0, coefficients)
     return Replay(
         policy=name,
         is_live=same_columns and name == reader.policy,
         steps=reader.steps(),
         coefficients=coefficients,
-        clipped=table[:, 1].bool() & ~skipped,
+        clipped=clipped.bool() & ~skipped,
         skipped=skipped,
-        bounds=table[:, 3],
-        norms=table[:, 4],
-        clipped_norms=torch.where(skipped, table[:, 4], table[:, 5]),
+        bounds=bounds,
+        norms=norms,
+        clipped_norms=torch.where(skipped, norms, after),
         # Coefficients are float64 quotients of the same numbers; one may have been multiplied on the way.
-        differs=((coefficients - live).abs() > 1e-12) | (skipped == stepped),
+        differs=((coefficients - reader.coefficients()).abs() > 1e-12) | (skipped == reader.stepped()),
     )
 
 
@@ -143,54 +143,56 @@ def _check(reader: Reader, policy: Policy, name: str, columns: list[int]) -> Non
             f"replay of {name!r}: it looks at the norm of each unit, which records do not hold (they would be as "
             "large as the model has rows, at each step); train with it instead, as with gradkeel compare"
         )
-    for wanted, series in ((needs.weights, "weights"), (needs.peaks, "peaks")):
+    for wanted, series, what in (
+        (needs.weights, "weights", "each parameter's weight norm"),
+        (needs.peaks, "peaks", "the highest entry of each gradient"),
+    ):
         # Beside a norm that is not finite, NaN may have been measured.
         measured = torch.isfinite(reader.norms()[:, columns])
         if wanted and bool(reader.series(series)[:, columns][measured].isnan().any()):
-            what = (
-                "each parameter's weight norm"
-                if series == "weights"
-                else "the highest entry of each gradient"
-            )
             raise RecordError(
                 f"replay of {name!r}: it looks at {what} at each step, which is recorded only where the live policy "
                 f"looks at it; here that was {reader.policy!r}"
             )
 
 
-def _decisions(
+def _rows(
     reader: Reader, policy: Policy | None, columns: list[int], *, live_totals: bool
-) -> Iterator[tuple[Decision, GradientNorms]]:
-    """The policy's decision on each step, as the guard would have asked for it and kept its state."""
-    state: State | None = None
-    committed = _committed(reader)
-    for norms, commit in zip(
-        _steps(reader, policy, columns, live_totals=live_totals), committed.tolist(), strict=True
-    ):
+) -> Iterator[tuple[float, ...]]:
+    """Coefficient, clipped, skipped, bound, norm and clipped norm of each step.
+
+    The policy is asked, and its state kept, as by the guard.
+    """
+    needs, state = Needs() if policy is None else policy.needs, None
+    committed = ~reader.nonfinite() & ~_skipped(reader, _NOT_COMMITTED)
+    steps = _steps(reader, needs, columns, live_totals=live_totals)
+    for norms, commit in zip(steps, committed.tolist(), strict=True):
         decision = Decision()
         if policy is not None:
             decision, after = policy.decide(norms, policy.init(norms) if state is None else state)
             state = after if commit else state
-        yield decision, norms
+        outcome = Outcome(norms, decision)
+        clipped, bound, left = bool(outcome.is_clipped()), outcome.bound(), outcome.total()
+        if left is None and not clipped:  # what a clamp leaves is known only where it changes nothing
+            left = norms.total
+        yield (
+            outcome.coefficient(),
+            float(clipped),
+            float(decision.skip is not None and bool(decision.skip)),
+            math.nan if bound is None else float(bound),
+            float(norms.total),
+            math.nan if left is None else float(left),
+        )
 
 
-def _skipped_anyway(reader: Reader) -> Tensor:
-    """[k] bool: steps that the guard skipped for a reason of its own, whatever the policy."""
-    steps = [step for step, why in reader.skip_reasons().items() if why is not SkipReason.POLICY]
+def _skipped(reader: Reader, reasons: Collection[SkipReason]) -> Tensor:
+    """[k] bool: steps that were skipped for one of these reasons."""
+    steps = [step for step, why in reader.skip_reasons().items() if why in reasons]
     return torch.isin(reader.steps(), torch.tensor(steps, dtype=torch.int64))
 
 
-def _committed(reader: Reader) -> Tensor:
-    """[k] bool: steps after which the guard keeps the policies' new state."""
-    unreal = [step for step, why in reader.skip_reasons().items() if why in _NOT_COMMITTED]
-    return ~reader.nonfinite() & ~torch.isin(reader.steps(), torch.tensor(unreal, dtype=torch.int64))
-
-
-def _steps(
-    reader: Reader, policy: Policy | None, columns: list[int], *, live_totals: bool
-) -> Iterator[GradientNorms]:
+def _steps(reader: Reader, needs: Needs, columns: list[int], *, live_totals: bool) -> Iterator[GradientNorms]:
     """Each step's norms of the chosen parameters, as they were measured."""
-    needs = Needs() if policy is None else policy.needs
     names = tuple(reader.names[i] for i in columns)
     groups = tuple(reader.parameters[i].optimizer_group for i in columns)
     sizes = tuple(reader.parameters[i].size for i in columns)
@@ -218,22 +220,3 @@ def _steps(
                 peaks=None if peaks is None else peaks[i],
                 loss=None if math.isnan(float(losses[i])) else losses[i],
             )
-
-
-def _row(decision: Decision, norms: GradientNorms) -> tuple[float, float, float, float, float, float]:
-    """Coefficient, clipped, skipped, bound, norm and clipped norm of one step."""
-    outcome, total = Outcome(norms, decision), float(norms.total)
-    clipped, bound, after = bool(outcome.is_clipped()), outcome.bound(), outcome.total()
-    if after is None:  # a clamp: what it leaves is known only where it changes nothing
-        left = math.nan if clipped else total
-    else:
-        left = float(after)
-    skip = decision.skip is not None and bool(decision.skip)
-    return (
-        outcome.coefficient(),
-        float(clipped),
-        float(skip),
-        math.nan if bound is None else float(bound),
-        total,
-        left,
-    )

@@ -4,13 +4,15 @@ import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradkeel.language import say, shown
-from gradkeel.page.figures import COLORS, _plotly, _style, hover
+from gradkeel.page.figures import COLORS, _plotly, _style, hover, label
+from gradkeel.page.page import escaped
 from gradkeel.record import Buckets
 
 RED, BLUE, ORANGE, GREEN, VIOLET, GREY = COLORS[:6]
@@ -22,21 +24,13 @@ _LONGEST_NAME = 26
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trace:
-    """A number a step, as buckets of steps: its median as a line, and its range as a shade where they hold several.
-
-    Attributes:
-        name: for the legend.
-        buckets: [c] each.
-        color: of line and shade.
-        dash: plotly's name of the line's dashes.
-        sampled: that only some steps were measured, which are drawn as points.
-    """
+    """A number a step, as buckets of steps: its median as a line, and its range as a shade where they hold several."""
 
     name: str
-    buckets: Buckets
+    buckets: Buckets  # [c] each
     color: str
-    dash: str = "solid"
-    sampled: bool = False
+    dash: str = "solid"  # as plotly calls it
+    sampled: bool = False  # only some steps were measured, which are drawn as points
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,20 +80,17 @@ def traces(
         _strips(figure, lines[0].buckets, strips)
     for mark in marks:
         figure.add_vline(x=mark.at, line={"dash": "dot", "width": 1.5, "color": mark.color}, row=1, col=1)
-        figure.add_annotation(
-            x=mark.at, y=1, yref="y domain", yanchor="bottom", text=_escaped(mark.text), showarrow=False,
-            font={"size": 12},
-        )  # fmt: skip
+        label(figure, mark.at, mark.text, yref="y domain")
     _whole_steps(figure, *(line.buckets for line in lines))
     figure.update_layout(height=380 + 16 * len(strips), hovermode="closest")
     return figure
 
 
 def _line(figure: Any, line: Trace) -> None:
-    buckets, name = line.buckets, _escaped(line.name)
+    buckets, name = line.buckets, escaped(line.name)
     few = "lines+markers" if len(buckets.first) <= FEW else "lines"
     figure.add_scatter(
-        x=_listed(buckets.first), y=_numbers(buckets.median), name=name, legendgroup=name,
+        x=buckets.first.tolist(), y=_numbers(buckets.median), name=name, legendgroup=name,
         mode="markers" if line.sampled else few, marker={"color": line.color, "size": 5 if line.sampled else 6},
         line={"color": line.color, "width": 1.6, "dash": line.dash}, customdata=_exact(buckets),
         hovertemplate=hover(name, "%{customdata}"), row=1, col=1,
@@ -108,12 +99,12 @@ def _line(figure: Any, line: Trace) -> None:
 
 def _shade(figure: Any, line: Trace) -> None:
     buckets = line.buckets
-    if bool((buckets.first == buckets.last).all()):
+    if width_of(buckets) == 1:
         return
     for values, fill in ((buckets.high, None), (buckets.low, "tonexty")):
         figure.add_scatter(
-            x=_listed(buckets.first), y=_numbers(values), mode="lines", line={"width": 0, "color": line.color},
-            fill=fill, opacity=0.5, hoverinfo="skip", showlegend=False, legendgroup=_escaped(line.name),
+            x=buckets.first.tolist(), y=_numbers(values), mode="lines", line={"width": 0, "color": line.color},
+            fill=fill, opacity=0.5, hoverinfo="skip", showlegend=False, legendgroup=escaped(line.name),
             row=1, col=1,
         )  # fmt: skip
 
@@ -125,14 +116,14 @@ def _strips(figure: Any, buckets: Buckets, strips: Sequence[tuple[str, Tensor, s
     # By number: plotly fails on a one-row heat map at the second category of an axis.
     for i, (name, share, color) in enumerate(strips):
         figure.add_heatmap(
-            x=_listed(buckets.first), y=[i], z=[_numbers(share)], zmin=0, zmax=1, showscale=False,
+            x=buckets.first.tolist(), y=[i], z=[_numbers(share)], zmin=0, zmax=1, showscale=False,
             colorscale=[[0, clear], [0.001, _faint(color)], [1, color]], customdata=[spans], ygap=2,
             hovertemplate=hover(say("{name}: {share} of the steps", name=name, share="%{z:.0%}"), "%{customdata}"),
             row=2, col=1,
         )  # fmt: skip
     figure.update_yaxes(
         type="linear", row=2, col=1, title=None, showgrid=False, ticks="", tickfont={"size": 11}, dtick=None,
-        tickvals=list(range(len(strips))), ticktext=[_escaped(name) for name, _, _ in strips],
+        tickvals=list(range(len(strips))), ticktext=[escaped(name) for name, _, _ in strips],
         range=[len(strips) - 0.5, -0.5],
     )  # fmt: skip
     figure.update_xaxes(title=None, row=1, col=1, ticks="")
@@ -171,12 +162,12 @@ def heat_map(
     rows = [html.escape(name) for name in names]
     logs = torch.where(high > 0, high, math.nan).log10()
     low, top = _range(logs)
-    width = int(buckets.last[0] - buckets.first[0]) + 1 if len(buckets.first) else 1
-    when = say("step {step}", step="%{x}")
-    if width > 1:
-        when = say("highest of {width} steps from {step} on", width=width, step="%{x}")
+    width = width_of(buckets)
+    when = say(
+        "step {step}" if width == 1 else "highest of {width} steps from {step} on", width=width, step="%{x}"
+    )
     figure.add_heatmap(
-        x=_listed(buckets.first), y=rows, z=[_numbers(row, 4) for row in logs], zmin=low, zmax=top,
+        x=buckets.first.tolist(), y=rows, z=[_numbers(row, 4) for row in logs], zmin=low, zmax=top,
         colorscale=HOTTEST, colorbar=_colorbar(low, top), hoverongaps=False,
         meta={
             "power": norm_type if math.isfinite(norm_type) else None, "onset": onset,
@@ -186,7 +177,7 @@ def heat_map(
         hovertemplate=hover("<b>%{y}</b>", say("{when}: {norm}", when=when, norm="%{customdata}")),
     )  # fmt: skip
     if bool(nonfinite.any()):
-        x = _listed(buckets.first[nonfinite])
+        x = buckets.first[nonfinite].tolist()
         figure.add_scatter(
             x=x, y=[not_finite] * len(x), mode="markers", showlegend=False,
             marker={"symbol": "square", "size": 7, "color": RED},
@@ -202,7 +193,7 @@ def heat_map(
     figure.update_xaxes(showgrid=False)
     _whole_steps(figure, buckets)
     for mark in marks:  # no line: it would hide the column that it is about
-        text = f"{_escaped(mark.text)}<br>▼"
+        text = f"{escaped(mark.text)}<br>▼"
         figure.add_annotation(x=mark.at, y=1, yref="paper", yanchor="bottom", text=text, showarrow=False)
     figure.update_layout(height=min(1000, max(260, 140 + 20 * len(names))), margin={"t": 44})
     return figure
@@ -210,17 +201,19 @@ def heat_map(
 
 def distribution(norms: Tensor, marks: Sequence[Mark], *, x_title: str) -> Any:
     """A plotly figure of how often which norm occurred, on a logarithmic axis, with bounds as vertical lines."""
-    go = _plotly()
-    figure = go.Figure()
+    figure = _plotly().Figure()
     logs = norms[torch.isfinite(norms) & (norms > 0)].log10()
+    drawn = [mark for mark in marks if 0 < mark.at < math.inf]
+    reach = [math.log10(mark.at) for mark in drawn]
     if len(logs):
         low, high = float(logs.min()), float(logs.max())
+        reach += [low, high]
         low, high = (low - 0.05, high + 0.05) if high - low < 0.1 else (low, high)
         counts = torch.histc(logs, bins=60, min=low, max=high)
         edges = torch.linspace(low, high, 61, dtype=torch.float64)
         spans = [
             shown(say("{low} to {high}", low=f"{10**a:.3g}", high=f"{10**b:.3g}"))
-            for a, b in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)
+            for a, b in pairwise(edges.tolist())
         ]
         figure.add_bar(
             x=((edges[:-1] + edges[1:]) / 2).tolist(), y=(counts / counts.sum()).tolist(),
@@ -230,19 +223,18 @@ def distribution(norms: Tensor, marks: Sequence[Mark], *, x_title: str) -> Any:
         )  # fmt: skip
     _style(figure, x_title, say("share of the steps"))
     figure.update_yaxes(type="linear", tickformat=".0%", dtick=None)
-    drawn = [mark for mark in marks if 0 < mark.at < math.inf]
     for i, mark in enumerate(sorted(drawn, key=lambda mark: mark.at)):
         figure.add_vline(x=math.log10(mark.at), line={"dash": "dot", "width": 1.5, "color": mark.color})
-        figure.add_annotation(
-            x=math.log10(mark.at), y=1, yref="paper", yanchor="bottom", yshift=14 * (i % 2),
-            text=_escaped(mark.text), showarrow=False, font={"size": 12},
-        )  # fmt: skip
-    reach = [*(math.log10(mark.at) for mark in drawn), *(logs.tolist()[:1])]
-    ticks = _decades(min([*reach, *([float(logs.min())] if len(logs) else [])], default=0.0),
-                     max([*reach, *([float(logs.max())] if len(logs) else [])], default=1.0))  # fmt: skip
+        label(figure, math.log10(mark.at), mark.text, yshift=14 * (i % 2))
+    ticks = _decades(min(reach, default=0.0), max(reach, default=1.0))
     figure.update_xaxes(tickvals=[math.log10(t) for t in ticks], ticktext=[f"{t:g}" for t in ticks])
     figure.update_layout(bargap=0, margin={"t": 44})
     return figure
+
+
+def width_of(buckets: Buckets) -> int:
+    """How many steps a bucket stands for."""
+    return int(buckets.last[0] - buckets.first[0]) + 1 if len(buckets.first) else 1
 
 
 def _whole_steps(figure: Any, *drawn: Buckets) -> None:
@@ -274,28 +266,17 @@ def _range(logs: Tensor) -> tuple[float, float]:
 
 def _colorbar(low: float, top: float) -> dict[str, Any]:
     stride = max(1, math.ceil((top - low) / 5))  # a map of few rows has no room for more
-    ticks = list(range(math.ceil(low), math.floor(top) + 1, stride))
+    ticks: list[float] = list(range(math.ceil(low), math.floor(top) + 1, stride))
+    named = [f"10<sup>{t}</sup>" for t in ticks]
     if len(ticks) < 2:
-        ticks_at = [low, top]
-        return {
-            "tickvals": ticks_at,
-            "ticktext": [f"{10**t:.2g}" for t in ticks_at],
-            "thickness": 12,
-            "outlinewidth": 0,
-        }
-    return {
-        "tickvals": ticks, "ticktext": [f"10<sup>{t}</sup>" for t in ticks], "thickness": 12, "outlinewidth": 0,
-    }  # fmt: skip
+        ticks = [low, top]
+        named = [f"{10**t:.2g}" for t in ticks]
+    return {"tickvals": ticks, "ticktext": named, "thickness": 12, "outlinewidth": 0}
 
 
 def _short(name: str) -> str:
     """The end of a name, which tells layers apart, where it is long."""
     return name if len(name) <= _LONGEST_NAME else "…" + name[-_LONGEST_NAME + 1 :]
-
-
-def _listed(values: Tensor) -> list[float]:
-    listed: list[float] = values.tolist()
-    return listed
 
 
 def _numbers(values: Tensor, digits: int = 6) -> list[float | None]:
@@ -307,19 +288,11 @@ def _number(value: float) -> str:
     return f"{value:.5g}" if math.isfinite(value) else say("not finite")
 
 
-def _escaped(text: str) -> str:
-    return html.escape(shown(text))
-
-
 def _spans(buckets: Buckets) -> list[str]:
     """Which steps each bucket holds, in the reader's words."""
     return [
-        shown(
-            say("step {step}", step=first)
-            if first == last
-            else say("steps {first} to {last}", first=first, last=last)
-        )
-        for first, last in zip(buckets.first.tolist(), buckets.last.tolist(), strict=True)
+        shown(say("step {step}", step=a) if a == b else say("steps {first} to {last}", first=a, last=b))
+        for a, b in zip(buckets.first.tolist(), buckets.last.tolist(), strict=True)
     ]
 
 

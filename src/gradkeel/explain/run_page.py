@@ -22,10 +22,11 @@ from gradkeel.explain.run_figures import (
     distribution,
     heat_map,
     traces,
+    width_of,
 )
 from gradkeel.language import heard, join, say
 from gradkeel.page.page import Line, Section, Table, page
-from gradkeel.record import Buckets, Reader, bucket, bucket_norms
+from gradkeel.record import Reader, bucket, bucket_norms
 
 COLUMNS = 600
 _MOST_CELLS = 120_000  # of the heat map: some 3 MB of page
@@ -84,8 +85,7 @@ def _subtitle(reader: Reader, explanation: Explanation) -> str:
 def _lines(explanation: Explanation) -> list[Line]:
     """The explanation in words."""
     explosion, diagnosis = explanation.explosion, explanation.diagnosis
-    told = [words.verdict(diagnosis), *words.cause(diagnosis), *diagnosis.reasons, *words.missing(diagnosis)]
-    lines = [Line(say("VERDICT"), join(told))]
+    lines = [Line(say("VERDICT"), join([words.verdict(diagnosis), *words.grounds(diagnosis)]))]
     if explosion.found or diagnosis.verdict == "healthy":
         lines.append(Line(say("FOUND"), words.headline(explosion)))
     if explosion.found:
@@ -124,15 +124,12 @@ def _marks(explanation: Explanation) -> list[Mark]:
 def _norm(reader: Reader, steps: Tensor, marks: list[Mark]) -> Section:
     raw = bucket(steps, reader.totals(), COLUMNS)
     lines = [Trace(say("before clipping"), raw, BLUE)]
-    strips = []
     verdicts = (
         (say("clipped"), reader.clipped(), ORANGE),
         (say("skipped"), ~reader.stepped(), RED),
         (say("not finite"), reader.nonfinite(), VIOLET),
     )
-    for name, happened, color in verdicts:
-        if bool(happened.any()):
-            strips.append((name, _shares(happened), color))
+    strips = [(name, _shares(happened), color) for name, happened, color in verdicts if bool(happened.any())]
     if bool(reader.clipped().any()):
         lines.append(Trace(say("after clipping"), bucket(steps, reader.clipped_totals(), COLUMNS), GREEN))
     bounds = reader.bounds()
@@ -140,18 +137,14 @@ def _norm(reader: Reader, steps: Tensor, marks: list[Mark]) -> Section:
         lines.append(Trace(say("bound"), bucket(steps, bounds, COLUMNS), GREY, "dash"))
     kind = say("{p:g}-norm", p=reader.norm_type)
     told = say("The {kind} of the gradients that the main policy looks at, taken together.", kind=kind)
-    text = join([told, say("The strips below mark steps.") if strips else "", _bucketed(raw)])
+    many = say(
+        "Each point stands for {width} steps: the line is their median, the shade their range.",
+        width=width_of(raw),
+    )
+    marked = say("The strips below mark steps.")
+    text = join([told, marked if strips else "", many if width_of(raw) > 1 else ""])
     figure = traces(lines, y_title=say("gradient norm"), marks=marks, strips=strips)
     return Section(say("Gradient norm"), text, figure=figure)
-
-
-def _bucketed(buckets: Buckets) -> str:
-    if bool((buckets.first == buckets.last).all()):
-        return ""
-    width = int(buckets.last[0] - buckets.first[0]) + 1
-    return say(
-        "Each point stands for {width} steps: the line is their median, the shade their range.", width=width
-    )
 
 
 def _shares(happened: Tensor) -> Tensor:
@@ -166,19 +159,18 @@ def _heat(reader: Reader, steps: Tensor, marks: list[Mark], explanation: Explana
     bad = steps[reader.nonfinite()]
     touched = torch.zeros(len(buckets.first), dtype=torch.bool)
     touched[torch.searchsorted(buckets.last, bad).clamp(max=len(touched) - 1)] = True
+    width = width_of(buckets)
     told = [
         say(
             "Each row is a parameter, in the model's order; brighter is larger, on a logarithmic scale. An explosion "
             "shows as a column that lights up, and the row where it begins is where to look."
-        )
+        ),
+        say("The red marks on top show gradients that were not finite.") if bool(touched.any()) else "",
+        say("Each cell is the highest norm of {width} steps.", width=width) if width > 1 else "",
+        say("A row marked ▸ is a whole module; click on it to see what is in it.")
+        if len(reader.names) > 1
+        else "",
     ]
-    if bool(touched.any()):
-        told.append(say("The red marks on top show gradients that were not finite."))
-    width = int(buckets.last[0] - buckets.first[0]) + 1
-    if width > 1:
-        told.append(say("Each cell is the highest norm of {width} steps.", width=width))
-    if len(reader.names) > 1:
-        told.append(say("A row marked ▸ is a whole module; click on it to see what is in it."))
     where = explanation.explosion.spread
     figure = heat_map(
         reader.names, buckets, touched, marks=marks, norm_type=reader.norm_type,

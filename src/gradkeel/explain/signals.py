@@ -4,17 +4,18 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import compress
 from operator import attrgetter
 
 import torch
 
 from gradkeel.explain.course import Course
-from gradkeel.explain.explosion import Explosion, larger_updates
+from gradkeel.explain.explosion import Explosion
 from gradkeel.explain.fading import Fading
 from gradkeel.explain.findings import AutopsyResult
 from gradkeel.explain.losses import find_losses
-from gradkeel.explain.updates import LARGE
 from gradkeel.explain.verdict import EARLY, Diagnosis, Sign, Signals, Verdict, judge
+from gradkeel.explain.weights import LARGE, larger_updates
 
 _NEAR = 3  # steps between an onset and the autopsy of it
 _EARLY = (Verdict.DIVERGED_FROM_START, Verdict.DIVERGED_IN_WARMUP)
@@ -24,25 +25,19 @@ _step = attrgetter("step")
 
 
 def diagnose(
-    course: Course, events: list[Explosion], fading: Fading, autopsies: Sequence[AutopsyResult] = ()
+    course: Course, events: list[Explosion], fading: Fading, autopsies: Sequence[AutopsyResult]
 ) -> Diagnosis:
-    """The verdict on a recorded run.
-
-    Args:
-        course: of the run.
-        events: its explosions.
-        fading: what hardly learns.
-        autopsies: what experiments showed; a module that they name is where the run went wrong at that step.
-    """
+    """The verdict on a recorded run; a module that an autopsy names is where it went wrong at that step."""
     steps, weights, updates = course.samples
     whole = torch.linalg.vector_norm(updates, dim=1) / torch.linalg.vector_norm(weights, dim=1)
     shares = [(s, r) for s, r in zip(steps.tolist(), whole.tolist(), strict=True) if r == r]
     matrices = {p.name for p in course.reader.parameters if len(p.shape) > 1}
-    # A bias before a normalization has no gradient, by its nature: only weights are told of.
-    faded = [(f.parameter, f.since) for f in (*fading.dead, *fading.vanishing) if f.parameter in matrices]
-    faded += [
-        (name, course.step(0)) for name in fading.frozen if name in matrices and _had_gradient(course, name)
-    ]
+    first = course.step(0)
+    faded = [(f.parameter, f.since) for f in (*fading.dead, *fading.vanishing)]
+    had_gradient = compress(
+        course.reader.names, (course.reader.norms(first, first + 1) > 0).any(dim=0).tolist()
+    )
+    faded += [(name, first) for name in had_gradient if name in fading.frozen]
     diagnosis = judge(
         Signals(
             steps=course.steps,
@@ -52,10 +47,11 @@ def diagnose(
             rates=course.rates,
             nonfinite=course.nonfinite,
             skips=course.skip_reasons,
-            larger=larger_updates(course, course.step(len(course.steps) - 1)),
+            larger=larger_updates(course, course.step(-1)),
             shares=shares,
             signs=sorted([*map(partial(_sign, course), events), *_of_losses(course, events)], key=_step),
-            hardly=faded,
+            # A bias before a normalization has no gradient, by its nature: only weights are told of.
+            hardly=[(name, since) for name, since in faded if name in matrices],
             weights=len(matrices),
         )
     )
@@ -151,8 +147,3 @@ def _sign(course: Course, event: Explosion) -> Sign:
     at_once = len(first) == len(course.reader.names) > 1 and all(r.growth is None for r in event.spread)
     where = () if at_once else (*event.altered, *(name for name in first if name not in event.altered))
     return Sign(str(event.kind), event.step, where[:3], event.ended == "recovered")
-
-
-def _had_gradient(course: Course, name: str) -> bool:
-    column = course.reader.names.index(name)
-    return bool(course.reader.norms(course.step(0), course.step(0) + 1)[0, column] > 0)

@@ -4,7 +4,7 @@ Never given: a final loss, a best bound, a default, or smoothness constants; nor
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,21 +17,9 @@ from gradkeel.language import say
 from gradkeel.record import Reader
 
 SGD_LIKE = frozenset({"SGD", "ASGD"})
-SCALE_FREE = frozenset(
-    {
-        "Adam",
-        "AdamW",
-        "NAdam",
-        "RAdam",
-        "Adamax",
-        "Adafactor",
-        "RMSprop",
-        "Adagrad",
-        "Adadelta",
-        "Rprop",
-        "Muon",
-    }
-)
+SCALE_FREE = frozenset({
+    "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adafactor", "RMSprop", "Adagrad", "Adadelta", "Rprop", "Muon",
+})  # fmt: skip
 """Optimizers in which a constant factor on all gradients cancels, but for their epsilon."""
 NEARLY_ALWAYS = 0.9
 LEVELS = (0.5, 0.75, 0.9, 0.95, 0.99, 0.999)
@@ -135,12 +123,13 @@ def advise(
     optimizer = reader.session.optimizer
     cancels = True if optimizer in SCALE_FREE else False if optimizer in SGD_LIKE else None
     resampled = _blocks(len(norms))
-    chosen = _bounds(norms, bounds, _live_bound(reader))
+    chosen = {float(norms.quantile(level)): f"{level:.0%}" for level in _CANDIDATES}
+    chosen |= dict.fromkeys(bounds, "given") | _live_bound(reader)
     candidates = tuple(
         _candidate(bound, origin, norms, rates if cancels is False else None, resampled)
         for bound, origin in sorted(chosen.items())
     )
-    logs = norms.flatten().log()
+    logs = norms.log()
     return ThresholdAdvice(
         scope=scope,
         norm_type=reader.norm_type,
@@ -156,43 +145,29 @@ def advise(
     )
 
 
-def _bounds(norms: Tensor, given: Sequence[float], live: float | None) -> dict[float, str]:
-    """Candidate bounds, and where each comes from."""
-    flat = norms.flatten()
-    chosen = {float(flat.quantile(level)): f"{level:.0%}" for level in _CANDIDATES} | dict.fromkeys(
-        given, "given"
-    )
-    return chosen if live is None else chosen | {live: "live"}
-
-
 def _usable(reader: Reader, scope: Scope, explosion: Explosion | None) -> tuple[Tensor, Tensor, int]:
     """Norms [s, 1] or [s, m], learning rates [s], and of how many steps these are an even sample."""
     stop = None
-    if (
-        explosion is not None
-        and explosion.found
-        and explosion.ended != "recovered"
-        and explosion.kind != "drift"
-    ):
+    if explosion is not None and explosion.ended != "recovered" and explosion.kind != "drift":
         stop = explosion.step
-    usable = torch.isfinite(reader.totals(stop=stop)) & (reader.totals(stop=stop) > 0)
-    usable &= ~reader.nonfinite(stop=stop)
+    totals = reader.totals(stop=stop)
+    usable = torch.isfinite(totals) & (totals > 0) & ~reader.nonfinite(stop=stop)
     most = _SAMPLE if scope == "global" else max(256, _SAMPLE_NORMS // max(1, len(reader.names)))
     stride = max(1, math.ceil(len(usable) / most))
     kept = usable[::stride]
     if scope == "global":
-        norms = reader.totals(stop=stop, stride=stride)[kept].unsqueeze(1)
+        norms = totals[::stride][kept].unsqueeze(1)
     else:
         norms = reader.norms(stop=stop, stride=stride)[kept][:, reader.main]
         norms = norms[:, (norms > 0).all(dim=0)]
     return norms, reader.scalar("lr", stop=stop, stride=stride)[kept], int(usable.sum())
 
 
-def _live_bound(reader: Reader) -> float | None:
+def _live_bound(reader: Reader) -> dict[float, str]:
     """The bound that was live, if it was one and the same."""
     bounds = reader.bounds()
-    finite = bounds[torch.isfinite(bounds)]
-    return float(finite[0]) if len(finite) and bool((finite == finite[0]).all()) else None
+    finite = bounds[torch.isfinite(bounds)].unique().tolist()
+    return dict.fromkeys(finite, "live") if len(finite) == 1 else {}
 
 
 def _blocks(rows: int) -> list[Tensor]:
@@ -205,8 +180,8 @@ def _blocks(rows: int) -> list[Tensor]:
 
 def _quantiles(norms: Tensor, resampled: list[Tensor]) -> dict[float, Estimate]:
     levels = torch.tensor(LEVELS, dtype=norms.dtype)
-    values = norms.flatten().quantile(levels)
-    again = torch.stack([norms[i].flatten().quantile(levels) for i in resampled])
+    values = norms.quantile(levels)
+    again = torch.stack([norms[i].quantile(levels) for i in resampled])
     return {level: _estimate(again[:, i], values[i]) for i, level in enumerate(LEVELS)}
 
 
@@ -219,7 +194,6 @@ def _candidate(
     bound: float, origin: str, norms: Tensor, rates: Tensor | None, resampled: list[Tensor]
 ) -> Candidate:
     coefficients = bound / norms.clamp(min=bound)
-    clipped = (norms > bound).double().mean(dim=1)
     mean = coefficients.mean(dim=1)
 
     def estimate(per_step: Tensor) -> Estimate:
@@ -229,14 +203,13 @@ def _candidate(
     if rates is not None and not bool(rates.isnan().any()):
         acting = rates * mean
         effective = _estimate(torch.stack([acting[i].median() for i in resampled]), acting.median())
-    flat = coefficients.flatten()
-    clip_rate = estimate(clipped)
+    clip_rate = estimate((norms > bound).double().mean(dim=1))
     return Candidate(
         bound=bound,
         origin=origin,
         clip_rate=clip_rate,
         mean_coefficient=estimate(mean),
-        coefficient_spread=(float(flat.quantile(0.05)), float(flat.quantile(0.95))),
+        coefficient_spread=(float(coefficients.quantile(0.05)), float(coefficients.quantile(0.95))),
         effective_lr=effective,
         clips_nearly_always=clip_rate.value > NEARLY_ALWAYS,
     )
@@ -255,45 +228,33 @@ def _drift(norms: Tensor) -> Estimate | None:
     return _estimate(ratios, last.median() / first.median())
 
 
-def _remarks(cancels: bool | None, candidates: Sequence[Candidate], optimizer: str) -> Sequence[str]:
-    remarks = [
-        say(
-            "All of this describes the norms of this very run (open-loop): another bound would have led elsewhere, and "
-            "loosening a bound near instability would clip more than is said here."
-        )
-    ]
-    often = [candidate for candidate in candidates if candidate.clips_nearly_always]
+def _remarks(cancels: bool | None, candidates: Sequence[Candidate], optimizer: str) -> Iterator[str]:
+    yield say(
+        "All of this describes the norms of this very run (open-loop): another bound would have led elsewhere, and "
+        "loosening a bound near instability would clip more than is said here."
+    )
     if cancels:
-        remarks.append(
-            say(
-                "Under {optimizer} a constant factor on the gradients cancels: a bound acts only through the "
-                "differences between steps, so look at the clip rate and the spread of the coefficients, not at an "
-                "effective learning rate.",
-                optimizer=optimizer,
-            )
+        yield say(
+            "Under {optimizer} a constant factor on the gradients cancels: a bound acts only through the differences "
+            "between steps, so look at the clip rate and the spread of the coefficients, not at an effective learning "
+            "rate.",
+            optimizer=optimizer,
         )
     elif cancels is None:
-        remarks.append(
-            say(
-                "What a smaller gradient does under {optimizer} is not known here, so no effective learning rate is "
-                "given.",
-                optimizer=optimizer or say("this optimizer"),
-            )
+        yield say(
+            "What a smaller gradient does under {optimizer} is not known here, so no effective learning rate is given.",
+            optimizer=optimizer or say("this optimizer"),
         )
-    for candidate in often:
-        tuned = say("normalized SGD, effective lr = lr * bound / norm: what you tune is lr x bound")
-        lost = say("the size of the gradient hardly enters the update any more")
-        remarks.append(
-            say(
-                "The bound {bound} clips more than 90% of the steps: {meaning}.",
-                bound=readable(candidate.bound),
-                meaning=tuned if cancels is False else lost,
-            )
-        )
-    remarks.append(
-        say(
-            "Which bound trains best, and to what loss, cannot be said from norms: compare them (gradkeel compare), or "
-            "measure the smoothness (gradkeel smoothness)."
-        )
+    meaning = say(
+        "the size of the gradient hardly enters the update any more"
+        if cancels is not False
+        else "normalized SGD, effective lr = lr * bound / norm: what you tune is lr x bound"
     )
-    return remarks
+    for bound in (readable(one.bound) for one in candidates if one.clips_nearly_always):
+        yield say(
+            "The bound {bound} clips more than 90% of the steps: {meaning}.", bound=bound, meaning=meaning
+        )
+    yield say(
+        "Which bound trains best, and to what loss, cannot be said from norms: compare them (gradkeel compare), or "
+        "measure the smoothness (gradkeel smoothness)."
+    )

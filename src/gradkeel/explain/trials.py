@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -33,26 +33,17 @@ class _EndedError(Exception):
     """No further pass is allowed, or one has failed."""
 
 
+@dataclass(slots=True, eq=False)
 class Trials:
-    """Runs a step again and again, on all ranks together, and notes what came out.
+    """Runs a step again and again, on all ranks together, and notes what came out."""
 
-    Attributes:
-        step: the batches of this rank.
-        done: what was tried.
-    """
-
-    def __init__(
-        self,
-        guard: Guard,
-        loss: Callable[[Any], Tensor],
-        restart: Restore,
-        step: Sequence[Micro],
-        limits: tuple[float, float],
-        budget: int,
-    ) -> None:
-        self.guard, self.ranks, self.step = guard, guard.ranks, step
-        self._loss, self._limits, self._budget, self._restart = loss, limits, budget, restart
-        self.done: list[Experiment] = []
+    guard: Guard
+    loss: Callable[[Any], Tensor]
+    restart: Restore
+    step: Sequence[Micro]  # the batches of this rank
+    limits: tuple[float, float]  # above which a norm and a loss are bad
+    budget: int  # passes that are left
+    done: list[Experiment] = field(default_factory=list)
 
     def run(
         self,
@@ -61,17 +52,17 @@ class Trials:
         context: contextlib.AbstractContextManager[Any] | None = None,
     ) -> bool:
         """Whether the fault is there with this changed; all ranks must ask with equally many batches."""
-        if self._budget < 1:
+        if self.budget < 1:
             raise _EndedError
-        self._budget -= 1
-        self._restart()
+        self.budget -= 1
+        self.restart()
         for parameter in self.guard.parameters:
             parameter.grad = None
         losses: list[Tensor] = []
         with context or contextlib.nullcontext():
             for micro in step:
                 micro.replay()
-                self._try(change, partial(self._forward, micro, losses))
+                losses.append(self._try(change, partial(self._loss_of, micro)))
                 self._try(change, losses[-1].backward)
         window, weight = self.guard.window, float(sum(micro.weight for micro in step))
         weights = self.told(weight)
@@ -83,33 +74,31 @@ class Trials:
             norm *= window.mean_of(weight if window.ranks is None else sum(weights))
             loss /= sum(weights) or 1.0
         norm = max(self.told(norm), key=lambda one: math.inf if math.isnan(one) else one)
-        is_bad = not math.isfinite(norm + loss) or norm > self._limits[0] or loss > self._limits[1]
+        is_bad = not math.isfinite(norm + loss) or norm > self.limits[0] or loss > self.limits[1]
         self.done.append(Experiment(change, norm, is_bad, loss))
         return is_bad
 
-    def _forward(self, micro: Micro, losses: list[Tensor]) -> None:
-        window, loss = self.guard.window, self._loss(micro.batch)
-        if window is not None:
-            weight = float(micro.weight)
-            loss = loss * (weight if window.reduction == "mean" else float(weight > 0))
-        losses.append(loss)
+    def _loss_of(self, micro: Micro) -> Tensor:
+        window, loss = self.guard.window, self.loss(micro.batch)
+        if window is None:
+            return loss
+        weight = float(micro.weight)
+        return loss * (weight if window.reduction == "mean" else float(weight > 0))
 
-    def _try(self, change: str, do: Callable[[], object]) -> None:
+    def _try(self, change: str, do: Callable[[], Any]) -> Any:
         """Do it; where it fails, on whichever rank, all of them end: none may wait for one that does not come."""
-        failure: Exception | None = None
+        done, failure = None, None
         try:
-            do()
+            done = do()
         except Exception as error:  # noqa: BLE001  # the user's code may not take such a batch
             failure = error
         told = self.told(float(failure is not None))
         if any(told):
-            why = (
-                type(failure).__name__
-                if self.ranks is None
-                else f"rank {self.ranks.members[told.index(1.0)]}"
-            )
+            ranks = self.guard.ranks
+            why = type(failure).__name__ if ranks is None else f"rank {ranks.members[told.index(1.0)]}"
             self.done.append(Experiment(f"{change} (failed: {why})", math.nan, is_bad=True))
             raise _EndedError from failure
+        return done
 
     def _norm(self) -> float:
         """2-norm of all gradients, those that ranks share put together."""
@@ -119,10 +108,10 @@ class Trials:
 
     def told(self, number: float) -> list[float]:
         """Each rank's number."""
-        if self.ranks is None:
+        if self.guard.ranks is None:
             return [number]
         row = torch.tensor([number], dtype=torch.float64, device=self.guard.device)
-        return [float(one) for one in self.ranks.gather(row).flatten()]
+        return [float(one) for one in self.guard.ranks.gather(row).flatten()]
 
 
 def examine(
@@ -134,15 +123,9 @@ def examine(
     is_finite: bool,
     rate_rose: bool,
 ) -> AutopsyResult:
-    """What the trials of a step show.
+    """What the trials of a step show, beside the batches of the last good one and the ``usual`` norm before it.
 
-    Args:
-        trials: of the step.
-        report: of the guard on it.
-        good: the batches of the last good step.
-        usual: the median norm before.
-        is_finite: whether norm and loss were.
-        rate_rose: whether the learning rate has risen lately.
+    ``is_finite``: norm and loss were; ``rate_rose``: the learning rate has risen lately.
     """
     found = _Culprit()
     cause: Cause = "batch"
@@ -167,10 +150,11 @@ def examine(
 
 def _first_of(trials: Trials, look: Inspection) -> tuple[str | None, str | None]:
     """Module and operation, of the first rank that has seen one: the others may only have been told its numbers."""
-    if trials.ranks is None:
+    ranks = trials.guard.ranks
+    if ranks is None:
         return look.module, look.op
     told = trials.told(2.0 * (look.module is not None) + (look.op is not None))
-    module, op = trials.ranks.broadcast((look.module, look.op), told.index(max(told)))
+    module, op = ranks.broadcast((look.module, look.op), told.index(max(told)))
     return module, op
 
 
@@ -192,13 +176,13 @@ class _Culprit:
 
     def search(self, trials: Trials, good: Sequence[Micro]) -> None:
         """By halves, the other ranks on their last good batches, as many as the one that is looked at has."""
-        step, here, place = trials.step, 0, 0
+        step, ranks, here, place = trials.step, trials.guard.ranks, 0, 0
 
         def others(count: int) -> list[Micro]:
             return list(itertools.islice(itertools.cycle(good), count))
 
-        if trials.ranks is not None:
-            here, members = trials.ranks.here, trials.ranks.members
+        if ranks is not None:
+            here, members = ranks.here, ranks.members
             found = _halved(
                 len(members),
                 lambda half: trials.run(

@@ -1,5 +1,6 @@
 """The one verdict on a run, from everything that was recorded of it: the loss first, for it is what training is for."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from gradkeel.explain.losses import FLAT, TAIL, loss_course, not_finite
 from gradkeel.explain.readable import readable
-from gradkeel.explain.updates import LARGE
+from gradkeel.explain.weights import LARGE
 from gradkeel.guard import SkipReason
 from gradkeel.language import say
 
@@ -74,33 +75,20 @@ class Sign:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Signals:
-    """What a verdict is made from.
-
-    Attributes:
-        steps: [k] numbers of the steps.
-        losses, totals, coefficients, rates: [k] loss, gradient norm, what clipping multiplied by, and learning rate;
-            NaN where not known.
-        nonfinite: [k] bool: steps with a gradient that was not finite.
-        skips: why steps were skipped, by number.
-        larger: parameter, step and ratio of each first update larger than the weights it changed.
-        shares: steps, and the norm of the whole update over that of all weights.
-        signs: what the norms and weights showed, in order.
-        hardly: weights that hardly learn, with the step since when.
-        weights: how many weights there are, biases left out.
-    """
+    """What a verdict is made from; tensors are [k], one number a step, and NaN where it is not known."""
 
     steps: Tensor
     losses: Tensor
-    totals: Tensor
-    coefficients: Tensor
+    totals: Tensor  # gradient norms
+    coefficients: Tensor  # what clipping multiplied by
     rates: Tensor
-    nonfinite: Tensor
-    skips: Mapping[int, SkipReason]
-    larger: Sequence[tuple[str, int, float]] = ()
-    shares: Sequence[tuple[int, float]] = ()
-    signs: Sequence[Sign] = ()
-    hardly: Sequence[tuple[str, int]] = ()
-    weights: int = 0
+    nonfinite: Tensor  # bool: steps with a gradient that was not finite
+    skips: Mapping[int, SkipReason]  # by the steps' numbers
+    larger: Sequence[tuple[str, int, float]] = ()  # first updates larger than weights: parameter, step, ratio
+    shares: Sequence[tuple[int, float]] = ()  # step, and the whole update's norm over that of all weights
+    signs: Sequence[Sign] = ()  # in order
+    hardly: Sequence[tuple[str, int]] = ()  # weights that hardly learn, with the step since when
+    weights: int = 0  # how many there are, biases left out
 
 
 def judge(signals: Signals) -> Diagnosis:
@@ -146,8 +134,7 @@ class _Judge:
 
     def _born_bad(self) -> Diagnosis | None:
         """Non-finite out of calm, and after no update that was far too large."""
-        row = self._first_bad
-        return None if row is None or self._overwrites(until=row) is not None else self._not_finite()
+        return self._not_finite() if self._overwrites(until=self._first_bad) is None else None
 
     def _not_finite(self) -> Diagnosis | None:
         """Non-finite out of calm: nothing rose before it."""
@@ -167,23 +154,21 @@ class _Judge:
 
     def _rose_before(self, row: int) -> bool:
         """Whether norm or loss had left their past before a row, so that it only ends what had begun."""
-        s = self.signals
-        past, now = s.totals[max(0, row - 32) : max(0, row - 3)], s.totals[max(0, row - 3) : row]
-        now = now[torch.isfinite(now)]
-        past = past[torch.isfinite(past)]
+        totals, last = self.signals.totals, max(0, row - 3)
+        parts = totals[max(0, row - 32) : last], totals[last:row]
+        past, now = (part[torch.isfinite(part)] for part in parts)
         if not len(past):
-            return len(now) > 1 and float(now.max()) > 10 * float(s.totals[0])
+            return len(now) > 1 and float(now.max()) > 10 * float(totals[0])
         return len(now) > 0 and float(now.max()) > 30 * float(past.median())
 
     # ---- far too large steps -----------------------------------------------------------------------------------------
 
     def _overwrites(self, until: int | None = None) -> int | None:
         """The first step whose update was a large part of all weights."""
-        last = None if until is None else int(self.signals.steps[until])
-        for step, share in self.signals.shares:
-            if (last is None or step <= last) and not share <= LARGE:
-                return step
-        return None
+        last = math.inf if until is None else int(self.signals.steps[until])
+        return next(
+            (step for step, share in self.signals.shares if step <= last and not share <= LARGE), None
+        )
 
     def _from_start(self) -> Diagnosis | None:
         """A run that never trained, or stopped to in its warm-up, because its steps were too large."""
@@ -206,11 +191,10 @@ class _Judge:
         where = [name for name, step, _ in s.larger if step <= large + 3]
         if s.larger:
             name, step, ratio = s.larger[0]
-            told = say(
+            self.reasons.append(say(
                 "At step {step} the update of {name} was {times} times its weights.",
                 step=step, name=name, times=readable(ratio),
-            )  # fmt: skip
-            self.reasons.append(told)
+            ))  # fmt: skip
         verdict = Verdict.DIVERGED_IN_WARMUP if warmup and large > first else Verdict.DIVERGED_FROM_START
         return self._diverged(verdict, large, where)
 
@@ -222,13 +206,8 @@ class _Judge:
     def _warmup_end(self) -> int | None:
         """How many steps the learning rate rose from the beginning; None where it did not."""
         rates = self.signals.rates
-        if (
-            len(rates) < 3
-            or not bool(torch.isfinite(rates).all())
-            or not float(rates.max()) > 2 * float(rates[0])
-        ):
-            return None
-        return int(rates.argmax()) + 1
+        rose = len(rates) >= 3 and bool(rates.isfinite().all() & (rates.max() > 2 * rates[0]))
+        return int(rates.argmax()) + 1 if rose else None
 
     def _diverged(self, verdict: Verdict, onset: int, where: Sequence[str]) -> Diagnosis:
         """A divergence, under the name that clipping gives it where it hides it."""
@@ -236,22 +215,19 @@ class _Judge:
         row = int(torch.searchsorted(s.steps, onset))
         hidden = float((s.coefficients[row:] < HIDDEN).double().mean()) if row < len(s.steps) else 0.0
         if loss is not None:
-            first, best = readable(loss.first), readable(loss.best)
             last = readable(loss.last) if loss.is_finite else say("not finite")
-            told = say("The loss began at {first} and ended at {last}.", first=first, last=last)
-            if loss.best < loss.first:
-                told = say(
-                    "The loss began at {first}, was {best} at best, and ended at {last}.",
-                    first=first, best=best, last=last,
-                )  # fmt: skip
-            self.reasons.append(told)
+            self.reasons.append(say(
+                "The loss began at {first}, was {best} at best, and ended at {last}."
+                if loss.best < loss.first
+                else "The loss began at {first} and ended at {last}.",
+                first=readable(loss.first), best=readable(loss.best), last=last,
+            ))  # fmt: skip
         if hidden > 0.5:
             verdict = Verdict.CLIPPING_HIDES_DIVERGENCE
-            told = say(
+            self.reasons.append(say(
                 "In {share:.0%} of the steps since, clipping multiplied by less than {limit:g}.",
                 share=hidden, limit=HIDDEN,
-            )  # fmt: skip
-            self.reasons.append(told)
+            ))  # fmt: skip
         return self._say(verdict, onset, where, 0.9 if loss is not None else 0.7)
 
     # ---- later ---------------------------------------------------------------------------------------------------
@@ -275,11 +251,10 @@ class _Judge:
             return self._say(Verdict.DRIFT, onset, where, 0.8)
         if loss.is_clearly_above:
             return self._diverged(Verdict.DIVERGED, onset, where)
-        best, end = readable(loss.best), readable(loss.last)
-        told = say(
-            "The loss was {best} at best, and ended at {end}: it did not come back.", best=best, end=end
-        )
-        self.reasons.append(told)
+        self.reasons.append(say(
+            "The loss was {best} at best, and ended at {end}: it did not come back.",
+            best=readable(loss.best), end=readable(loss.last),
+        ))  # fmt: skip
         return self._say(Verdict.SPIKE_UNRECOVERED, onset, where, 0.85 if sign else 0.7)
 
     def _spiked(self) -> Diagnosis | None:
@@ -297,9 +272,9 @@ class _Judge:
             return self._say(Verdict.SPIKE_UNRECOVERED, sign.step, sign.where, 0.7)
         if sign.is_over or self.loss is not None:
             return self._say(Verdict.SPIKE_RECOVERED, sign.step, sign.where, 0.8)
-        if sign.kind == "initialization":
-            return self._diverged(Verdict.DIVERGED_FROM_START, sign.step, sign.where)
-        return self._diverged(Verdict.DIVERGED, sign.step, sign.where)
+        initial = sign.kind == "initialization"
+        verdict = Verdict.DIVERGED_FROM_START if initial else Verdict.DIVERGED
+        return self._diverged(verdict, sign.step, sign.where)
 
     def _is_worse_since(self, step: int) -> bool:
         """Whether the loss, after an event, ended higher than before it."""
@@ -326,11 +301,10 @@ class _Judge:
             return None
         onset = min(early, since)
         where = [name for name, step, _ in s.larger if step <= onset + 3]
-        told = say(
+        self.reasons.append(say(
             "{n} of {weights} weights hardly learn since about step {step}.",
             n=len(s.hardly), weights=s.weights, step=since,
-        )  # fmt: skip
-        self.reasons.append(told)
+        ))  # fmt: skip
         if warmup and first < onset <= warmup + EARLY:
             return self._diverged(Verdict.DIVERGED_IN_WARMUP, onset, where)
         is_early = onset - first < EARLY
@@ -346,7 +320,8 @@ class _Judge:
         if loss is None:
             return None
         tiny = bool(self.signals.shares) and max(share for _, share in self.signals.shares) < 1e-5
-        if loss.is_above or (tiny and not loss.has_learned):
+        above = not loss.is_finite or loss.last > loss.first
+        if above or (tiny and not loss.has_learned):
             first, last = readable(loss.first), readable(loss.last)
             words = say("The loss began at {first} and ended at {last}.", first=first, last=last)
             return self._say(Verdict.STALLED, int(self.signals.steps[0]), (), 0.6, words)

@@ -13,45 +13,7 @@ from gradkeel.explain.run_page import run_page
 from gradkeel.language import heard, say, shown
 from gradkeel.record import Reader
 
-# New figures take the place of the old ones in their elements, so that a zoom stays; plotly's script, megabytes, is not
-# sent again. Where the page has other sections than before, it is loaded anew.
-_RENEW = """<script>
-let shown = %r;
-const sections = (page) => [...page.querySelectorAll("main > section")];
-const keep = (id, data, layout, config) => {
-  const old = document.getElementById(id).layout;
-  layout.dragmode = old.dragmode;
-  for (const axis of ["xaxis", "xaxis2"])
-    if (old[axis]?.autorange === false && layout[axis])
-      Object.assign(layout[axis], { range: old[axis].range, autorange: false });
-  layout.margin = { ...layout.margin, l: old.margin.l, r: old.margin.r };
-  const plot = document.getElementById(id);
-  return Plotly.react(id, data, layout, config).then(() => plot.rows && arrange(plot, true));
-};
-const renew = async () => {
-  const version = await (await fetch("version")).text();
-  if (version === shown) return;
-  const page = new DOMParser().parseFromString(await (await fetch("content")).text(), "text/html");
-  const ids = (page) => sections(page).map((one) => one.id + !!one.querySelector(".figure")).join();
-  if (ids(page) !== ids(document)) { location.reload(); return; }
-  for (const tag of ["h1", ".subtitle", "dl"])
-    document.querySelector(tag).replaceWith(page.querySelector(tag));
-  sections(page).forEach((fresh, i) => {
-    const old = sections(document)[i];
-    for (const tag of [":scope > p", ".scroll"]) {
-      const [a, b] = [old.querySelector(tag), fresh.querySelector(tag)];
-      if (a && b) a.replaceWith(b);
-    }
-    for (const script of fresh.querySelectorAll(".figure script"))
-      new Function("Plotly", script.textContent)({ newPlot: keep });
-  });
-  shown = version;
-};
-setInterval(() => renew().catch(() => { /* training has ended */ }), 2000);
-</script>"""
 _SCRIPT = re.compile(r"<script>.*?</script>\n</head>", re.DOTALL)
-
-
 _LOOPBACK = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", re.IGNORECASE)
 
 
@@ -75,7 +37,9 @@ class RunPage:
     def html(self) -> str:
         """The page; until there is something to draw, one that says so."""
         version, page = self._current()
-        return page.replace("</head>\n<body>", _RENEW % version + "</head>\n<body>", 1)
+        renew = Path(__file__).with_name("renew.js").read_text(encoding="utf-8")
+        renewed = f"<script>\nlet shown = {version!r};\n{renew}</script></head>\n<body>"
+        return page.replace("</head>\n<body>", renewed, 1)
 
     def content(self) -> str:
         """The page without plotly's script, for a page that has it."""
@@ -122,18 +86,13 @@ def make_server(path: Path, *, port: int = 0) -> http.server.ThreadingHTTPServer
                 self.send_response(HTTPStatus.NO_CONTENT)
                 self.end_headers()
                 return
-            routes = {
-                "/": ("text/html", page.html),
-                "/content": ("text/html", page.content),
-                "/version": ("text/plain", page.version),
-            }
-            kind, answer = routes.get(self.path, ("", None))
+            answer = {"/": page.html, "/content": page.content, "/version": page.version}.get(self.path)
             if answer is None:
                 self.send_error(HTTPStatus.NOT_FOUND)
                 return
-            body = answer().encode()
+            body, kind = answer().encode(), "plain" if self.path == "/version" else "html"
             self.send_response(HTTPStatus.OK)
-            self.send_header("Content-Type", f"{kind}; charset=utf-8")
+            self.send_header("Content-Type", f"text/{kind}; charset=utf-8")
             self.send_header("Content-Length", str(len(body)))
             self.send_header("Cache-Control", "no-store")
             self.end_headers()

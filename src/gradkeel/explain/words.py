@@ -58,11 +58,6 @@ _CAUSE = {
 }
 
 
-def cause(diagnosis: Diagnosis) -> list[str]:
-    """What did it, where that is known, in one sentence."""
-    return [] if diagnosis.cause is None else [say("The cause: {cause}.", cause=_CAUSE[diagnosis.cause])]
-
-
 def verdict(diagnosis: Diagnosis) -> str:
     """The verdict on a run, in one sentence."""
     return say(
@@ -74,9 +69,11 @@ def verdict(diagnosis: Diagnosis) -> str:
     )
 
 
-def missing(diagnosis: Diagnosis) -> list[str]:
-    """What was not recorded and would have helped, a sentence each."""
-    return [say("Not recorded, and would have helped: {what}.", what=what) for what in diagnosis.missing]
+def grounds(diagnosis: Diagnosis) -> list[str]:
+    """What did it, where that is known, the evidence, and what would have helped if recorded; a sentence each."""
+    cause = [] if diagnosis.cause is None else [say("The cause: {cause}.", cause=_CAUSE[diagnosis.cause])]
+    missing = [say("Not recorded, and would have helped: {what}.", what=what) for what in diagnosis.missing]
+    return [*cause, *diagnosis.reasons, *missing]
 
 
 def experiments(result: AutopsyResult) -> tuple[list[str], list[list[str]]]:
@@ -94,15 +91,13 @@ def experiments(result: AutopsyResult) -> tuple[list[str], list[list[str]]]:
 
 
 def _experiments(result: AutopsyResult) -> list[str]:
+    columns = ("change", "norm", "loss", "outcome")
     return [
         say(
             "{change}: gradient norm {norm}, loss {loss}, the fault was {outcome}",
-            change=change,
-            norm=norm,
-            loss=loss,
-            outcome=outcome,
+            **dict(zip(columns, row, strict=True)),
         )
-        for change, norm, loss, outcome in experiments(result)[1]
+        for row in experiments(result)[1]
     ]
 
 
@@ -142,27 +137,23 @@ def progress(explosion: Explosion) -> list[str]:
 
 def fading(fading: Fading) -> list[str]:
     """What hardly learns, a sentence each."""
-    sentences = [
+    vanishing = set(fading.vanishing)
+    faded = [
         say(
-            "The gradient of {parameter} is vanishing: {share:.1g} of the median parameter's since about step {step}.",
-            parameter=faded.parameter,
-            share=faded.share,
-            step=faded.since,
+            "The gradient of {parameter} is vanishing: {share:.1g} of the median parameter's since about step {step}."
+            if one in vanishing
+            else "The gradient of {parameter} is dead: exactly zero since about step {step}.",
+            parameter=one.parameter,
+            share=one.share,
+            step=one.since,
         )
-        for faded in fading.vanishing
+        for one in (*fading.vanishing, *fading.dead)
     ]
-    sentences += [
-        say(
-            "The gradient of {parameter} is dead: exactly zero since about step {step}.",
-            parameter=faded.parameter,
-            step=faded.since,
-        )
-        for faded in fading.dead
-    ]
-    return sentences + [
+    words = [
         say("{name} is frozen: it got no gradient, or no update moved it.", name=name)
         for name in fading.frozen
     ]
+    return faded + words
 
 
 def rolled_back(explanation: "Explanation") -> list[str]:
@@ -211,15 +202,15 @@ def threshold_table(advice: ThresholdAdvice) -> tuple[list[str], list[list[str]]
 def distribution(advice: ThresholdAdvice) -> list[str]:
     """The distribution of the norms, in sentences."""
     what = "" if advice.scope == "global" else say(" (of single parameters' gradients)")
-    middle, *others = ((level, readable(advice.quantiles[level].value)) for level in (0.5, 0.9, 0.99))
-    (high, below), (highest, below_highest) = others
+    high, highest = 0.9, 0.99
+    median, below, below_highest = (readable(advice.quantiles[at].value) for at in (0.5, high, highest))
     sentences = [
         say(
             "Over {steps:,} steps the median norm{what} was {median}; {high:.0%} below {below} and {highest:.0%} below "
             "{below_highest}, before clipping.",
             steps=advice.steps,
             what=what,
-            median=middle[1],
+            median=median,
             high=high,
             below=below,
             highest=highest,
@@ -240,10 +231,7 @@ def paragraphs(explanation: "Explanation") -> Iterator[tuple[str, list[str]]]:
     """All of it but the table of bounds: what each paragraph begins with, and its sentences."""
     explosion, diagnosis = explanation.explosion, explanation.diagnosis
     yield _run(explanation), []
-    yield (
-        say("Verdict: {verdict}", verdict=verdict(diagnosis)),
-        [*cause(diagnosis), *diagnosis.reasons, *missing(diagnosis)],
-    )
+    yield say("Verdict: {verdict}", verdict=verdict(diagnosis)), grounds(diagnosis)
     if explosion.found or diagnosis.verdict is Verdict.HEALTHY:
         yield headline(explosion), [*explosion.evidence, *progress(explosion)]
     lists = [

@@ -3,7 +3,7 @@
 Colours of text and grid come from the page (page.py), so that one figure serves light and dark.
 """
 
-import html
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from typing import Any
 
 from gradkeel.errors import MissingExtraError
 from gradkeel.language import say, shown
+from gradkeel.page.page import escaped
 
 # Told apart by most colour-blind readers, and legible on white and on near-black.
 COLORS = ("#d1495b", "#2f8fc4", "#d98c21", "#35a06b", "#9a6fd0", "#7f8c8d", "#b5651d", "#c2539b")
@@ -20,17 +21,11 @@ SHADES = {"bad": "#d1495b", "good": "#35a06b", "weak": "#2f8fc4"}
 
 @dataclass(frozen=True)
 class Curves:
-    """One policy's curves: a line a seed, over the number of updates made.
-
-    Attributes:
-        name: for the legend.
-        lines: values by step; non-finite ones are left out, and mark the line's end with a cross.
-        color: index into ``COLORS``.
-    """
+    """One policy's curves: a line a seed, over the number of updates made."""
 
     name: str
-    lines: Sequence[Sequence[float]]
-    color: int
+    lines: Sequence[Sequence[float]]  # non-finite values are left out, and mark the line's end with a cross
+    color: int  # index into COLORS
 
 
 @dataclass(frozen=True)
@@ -65,25 +60,21 @@ class Band:
 
 def curves(groups: Sequence[Curves], *, x_title: str, y_title: str) -> Any:
     """A plotly figure of every seed as a thin line and each group's median as a thick one; logarithmic y."""
-    go = _plotly()
-    figure = go.Figure()
+    figure = _plotly().Figure()
     at_step = say("{when}: {norm}", when=say("step {step}", step="%{x}"), norm="%{y:.4g}")
     for group in groups:
-        color, name = COLORS[group.color % len(COLORS)], html.escape(shown(group.name))
+        color, name = COLORS[group.color % len(COLORS)], escaped(group.name)
         for i, line in enumerate(group.lines):
             style = {"color": color, "width": 1}
             figure.add_scatter(
                 y=_finite(line), mode="lines", line=style, opacity=0.4, legendgroup=name, showlegend=False,
                 hovertemplate=hover(say("{name}, seed {seed}", name=name, seed=i), at_step),
             )  # fmt: skip
-        end = [
-            (len(kept) - 1, kept[-1])
-            for line in group.lines
-            if (kept := _until_bad(line)) and len(kept) < len(line)
-        ]
-        if end:
+        ended = [kept for line in group.lines if 0 < len(kept := _until_bad(line)) < len(line)]
+        if ended:
             figure.add_scatter(
-                x=[x for x, _ in end], y=[y for _, y in end], mode="markers", legendgroup=name, showlegend=False,
+                x=[len(kept) - 1 for kept in ended], y=[kept[-1] for kept in ended], mode="markers",
+                legendgroup=name, showlegend=False,
                 marker={"symbol": "x", "size": 8, "color": color},
                 hovertemplate=hover(name, say("not finite after step {step}", step="%{x}")),
             )  # fmt: skip
@@ -101,14 +92,9 @@ def against(
 ) -> Any:
     """A plotly figure of medians and ranges against x, both logarithmic.
 
-    Args:
-        series: one line each.
-        x_title, y_title: of the axes.
-        failed: what a median that is not finite means, written beside the crosses.
-        bands: shaded ranges of x behind the lines.
+    ``failed`` says, beside the crosses, what a median that is not finite means; bands are shaded behind the lines.
     """
-    go = _plotly()
-    figure = go.Figure()
+    figure = _plotly().Figure()
     heights = [
         value for one in series for p in one.points for value in (p.median, p.highest) if 0 < value < math.inf
     ]
@@ -117,12 +103,12 @@ def against(
     # A tenth of the plot above everything that is finite.
     ceiling = top * (top / min(depths, default=top)) ** 0.12 * 1.15
     for one in series:
-        color, name = COLORS[one.color % len(COLORS)], html.escape(shown(one.name))
+        color, name = COLORS[one.color % len(COLORS)], escaped(one.name)
         fine = [point for point in one.points if math.isfinite(point.median)]
         figure.add_scatter(
             x=[p.x for p in fine], y=[p.median for p in fine], mode="lines+markers", name=name, legendgroup=name,
             line={"color": color, "width": 2.5}, marker={"size": 8},
-            customdata=[html.escape(shown(p.note)) for p in fine],
+            customdata=[escaped(p.note) for p in fine],
             error_y={
                 "type": "data", "symmetric": False, "thickness": 1.2, "width": 4,
                 "array": [_gap(p.highest, p.median) for p in fine],
@@ -134,17 +120,18 @@ def against(
         if lost:
             figure.add_scatter(
                 x=[p.x for p in lost], y=[ceiling] * len(lost), mode="markers", legendgroup=name,
-                showlegend=not fine, name=name, customdata=[html.escape(shown(p.note)) for p in lost],
+                showlegend=not fine, name=name, customdata=[escaped(p.note) for p in lost],
                 marker={"symbol": "x", "size": 10, "color": color},
                 hovertemplate=hover(name, f"%{{x:.4g}}: {shown(failed)}", "%{customdata}"),
             )  # fmt: skip
     _style(figure, x_title, y_title, [*heights, *depths, ceiling])
-    xs = [point.x for one in series for point in one.points]
-    _ticks_at(figure, sorted(set(xs)))
+    xs = sorted({point.x for one in series for point in one.points})
+    named = xs[:: 1 + (len(xs) - 1) // 8]  # of many values tried every second or third
+    figure.update_xaxes(type="log", tickvals=named, ticktext=[f"{x:g}" for x in named])
     if any(not math.isfinite(p.median) for one in series for p in one.points):
         figure.add_hline(y=ceiling, line={"dash": "dot", "width": 1, "color": "#888"})
         figure.add_annotation(
-            x=0, xref="paper", y=math.log10(ceiling), text=html.escape(shown(failed)), showarrow=False,
+            x=0, xref="paper", y=math.log10(ceiling), text=escaped(failed), showarrow=False,
             xanchor="left", yanchor="bottom", font={"size": 12},
         )  # fmt: skip
     for band in bands:
@@ -156,21 +143,20 @@ def against(
             line_width=0,
             layer="below",
         )
-        figure.add_annotation(
-            x=(math.log10(band.first) + math.log10(band.last)) / 2, y=1, yref="paper", yanchor="bottom",
-            text=html.escape(shown(band.label)), showarrow=False, font={"size": 12},
-        )  # fmt: skip
+        label(figure, (math.log10(band.first) + math.log10(band.last)) / 2, band.label)
     return figure
+
+
+def label(figure: Any, x: float, text: str, **place: Any) -> None:
+    """A word at x above the plot, or at another place."""
+    above = {"y": 1, "yref": "paper", "yanchor": "bottom", "font": {"size": 12}, "showarrow": False}
+    figure.add_annotation(x=x, text=escaped(text), **above | place)
 
 
 def median_line(lines: Sequence[Sequence[float]]) -> list[float]:
     """Median over seeds at each step, a line that has ended counting as infinitely high."""
-    length = max(map(len, lines), default=0)
-    columns = [
-        [line[i] if i < len(line) and math.isfinite(line[i]) else math.inf for line in lines]
-        for i in range(length)
-    ]
-    return [statistics.median(column) for column in columns]
+    columns = itertools.zip_longest(*lines, fillvalue=math.inf)
+    return [statistics.median(at if math.isfinite(at) else math.inf for at in column) for column in columns]
 
 
 def hover(*lines: str) -> str:
@@ -216,13 +202,6 @@ def _log_ticks(values: Sequence[float]) -> str | int | None:
     decades = math.log10(max(drawn)) - math.log10(min(drawn))  # their ratio may overflow
     # Around a constant plotly shows a decade on either side.
     return None if 0 < decades < 0.8 else "D2" if decades < 3 else math.ceil(decades / 6)
-
-
-def _ticks_at(figure: Any, values: Sequence[float]) -> None:
-    """A logarithmic x axis that names the values tried, every second or third of them where there are many."""
-    step = 1 + (len(values) - 1) // 8
-    named = values[::step]
-    figure.update_xaxes(type="log", tickvals=list(named), ticktext=[f"{value:g}" for value in named])
 
 
 def _finite(values: Sequence[float]) -> list[float | None]:

@@ -20,11 +20,11 @@ FITTED, ENVELOPE = say("L0 + L1 · norm"), say("envelope")
 
 def smoothness_figure(measurements: Sequence[LocalSmoothness], fit: SmoothnessFit) -> Any:
     """A plotly figure: a point a measurement, colored by step, and the fitted line with its envelope; both axes log."""
-    go = _plotly()
-    figure = go.Figure()
+    figure = _plotly().Figure()
     points = [m for m in measurements if m.resolved]
+    norms, heights = [m.norm for m in points], [m.smoothness for m in points]
     figure.add_scatter(
-        x=[m.norm for m in points], y=[m.smoothness for m in points], mode="markers", name=shown(say("measured")),
+        x=norms, y=heights, mode="markers", name=shown(say("measured")),
         marker={
             "color": [m.step for m in points], "colorscale": EARLY_TO_LATE, "size": 7, "showscale": True,
             "colorbar": {"title": {"text": shown(say("step"))}, "thickness": 12, "outlinewidth": 0},
@@ -35,16 +35,13 @@ def smoothness_figure(measurements: Sequence[LocalSmoothness], fit: SmoothnessFi
             say("norm {norm}, smoothness {smoothness}", norm="%{x:.4g}", smoothness="%{y:.4g}"),
         ),
     )  # fmt: skip
-    for name, line, dash in lines_of(fit, [m.norm for m in points]):
+    for name, line, dash in lines_of(fit, norms):
         figure.add_scatter(
             x=[x for x, _ in line], y=[y for _, y in line], mode="lines", name=shown(name),
             line={"color": COLORS[0], "width": 2, "dash": dash}, hoverinfo="skip",
         )  # fmt: skip
     _style(figure, NORM, SMOOTHNESS)
-    for update, values in (
-        (figure.update_xaxes, [m.norm for m in points]),
-        (figure.update_yaxes, [m.smoothness for m in points]),
-    ):
+    for update, values in ((figure.update_xaxes, norms), (figure.update_yaxes, heights)):
         ticks = log_ticks(values)
         update(type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     figure.update_layout(height=460)
@@ -82,37 +79,21 @@ def save_smoothness(
     """
     figure = picture(6.4, 4.6)
     axes = figure.add_subplot()
-    draw_smoothness(axes, [m for m in measurements if m.resolved], fit, title=title)
-    save(figure, path)
-
-
-def draw_smoothness(
-    axes: Any, points: Sequence[LocalSmoothness], fit: SmoothnessFit, *, title: str = ""
-) -> None:
-    """Draw points and lines into matplotlib axes."""
-    shown = axes.scatter(
-        [m.norm for m in points],
-        [m.smoothness for m in points],
-        c=[m.step or 0 for m in points],
-        cmap="viridis",
-        s=16,
-    )
-    for name, line, dash in lines_of(fit, [m.norm for m in points]):
-        axes.plot(
-            [x for x, _ in line],
-            [y for _, y in line],
-            color=COLORS[0],
-            linestyle="-" if dash == "solid" else ":",
-            label=name,
-        )
+    points = [m for m in measurements if m.resolved]
+    norms, steps = [m.norm for m in points], [m.step or 0 for m in points]
+    drawn = axes.scatter(norms, [m.smoothness for m in points], c=steps, cmap="viridis", s=16)
+    lines = lines_of(fit, norms)
+    for name, line, dash in lines:
+        style = "-" if dash == "solid" else ":"
+        axes.plot(*zip(*line, strict=True), color=COLORS[0], linestyle=style, label=name)
     axes.set(xlabel=NORM, ylabel=SMOOTHNESS, title=title)
-    if not points:
-        return
-    axes.set(xscale="log", yscale="log")
-    plain_ticks(axes)
-    axes.figure.colorbar(shown, ax=axes, label="step")
-    if axes.get_legend_handles_labels()[0]:
+    if points:
+        axes.set(xscale="log", yscale="log")
+        plain_ticks(axes)
+        figure.colorbar(drawn, ax=axes, label="step")
+    if lines:
         axes.legend(frameon=False)
+    save(figure, path)
 
 
 def plain_ticks(axes: Any) -> None:

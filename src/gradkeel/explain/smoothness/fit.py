@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from gradkeel.policies import ClipByGlobalNorm
 from gradkeel.policies.base import positive
 
 Interval = tuple[float, float]
+_UNKNOWN = (math.nan, math.nan)
 
 FEWEST = 20
 """Pairs below which no relation is claimed."""
@@ -46,29 +47,26 @@ class SmoothnessFit:
     """
 
     count: int
-    L0: float
-    L1: float
-    L0_interval: Interval
-    L1_interval: Interval
-    envelope: tuple[float, float]
-    correlation: float
-    correlation_interval: Interval
-    slope: float
-    slope_interval: Interval
-    related: bool
-    reason: str
+    L0: float = math.nan
+    L1: float = math.nan
+    L0_interval: Interval = _UNKNOWN
+    L1_interval: Interval = _UNKNOWN
+    envelope: tuple[float, float] = _UNKNOWN
+    correlation: float = math.nan
+    correlation_interval: Interval = _UNKNOWN
+    slope: float = math.nan
+    slope_interval: Interval = _UNKNOWN
+    related: bool = False
+    reason: str = ""
 
     def without_constants(self, reason: str) -> "SmoothnessFit":
         """The correlation and slope alone, not related for the ``reason`` given."""
-        nan = (math.nan, math.nan)
-        return replace(
-            self,
-            L0=math.nan,
-            L1=math.nan,
-            L0_interval=nan,
-            L1_interval=nan,
-            envelope=nan,
-            related=False,
+        return SmoothnessFit(
+            self.count,
+            correlation=self.correlation,
+            correlation_interval=self.correlation_interval,
+            slope=self.slope,
+            slope_interval=self.slope_interval,
             reason=reason,
         )
 
@@ -123,7 +121,7 @@ def fit_smoothness(norms: Sequence[float], smoothness: Sequence[float]) -> Smoot
     if n.numel() != smooth.numel():
         raise ValueError(f"fit_smoothness: {n.numel()} norms, but {smooth.numel()} values of smoothness")
     if n.numel() < 3:
-        return _nothing(n.numel())
+        return SmoothnessFit(n.numel(), reason=_too_few(n.numel()))
     drawn = _resample(n.numel())
     l0, l1 = _fit_rows(n[None], smooth[None])
     many_l0, many_l1 = _fit_rows(n[drawn], smooth[drawn], rounds=2)  # 4% in L0 / L1, well within the interval
@@ -181,24 +179,6 @@ def _checked(name: str, values: Sequence[float]) -> Tensor:
             "are not resolved"
         )
     return result
-
-
-def _nothing(count: int) -> SmoothnessFit:
-    nan = (math.nan, math.nan)
-    return SmoothnessFit(
-        count=count,
-        L0=math.nan,
-        L1=math.nan,
-        L0_interval=nan,
-        L1_interval=nan,
-        envelope=nan,
-        correlation=math.nan,
-        correlation_interval=nan,
-        slope=math.nan,
-        slope_interval=nan,
-        related=False,
-        reason=_too_few(count),
-    )
 
 
 def _too_few(count: int, seen: str = "") -> str:

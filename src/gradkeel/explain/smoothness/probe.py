@@ -84,12 +84,13 @@ def local_smoothness(
         >>> local_smoothness(lambda: 1.5 * (x * x).sum(), [x], [torch.tensor([0.1, 0.0])]).smoothness
         3.0
     """
-    parameters = trainable(model)
+    module = model if isinstance(model, nn.Module) else None
+    tensors = model.parameters() if isinstance(model, nn.Module) else model
+    parameters = [tensor for tensor in tensors if tensor.requires_grad]
     at_least_one("local_smoothness", "points", points)
     _check_step(parameters, step)
     start = [parameter.detach().clone() for parameter in parameters]
     end = [x + d.to(x) for x, d in zip(start, step, strict=True)]
-    module = model if isinstance(model, nn.Module) else None
     return along(loss, parameters, module, start, end, points=points, repeatable=repeatable)
 
 
@@ -203,13 +204,11 @@ class SmoothnessProbe:
         """
         chosen = [m for m in self._measurements if m.resolved]
         fit = fit_smoothness([m.norm for m in chosen], [m.smoothness for m in chosen])
-        return (
-            fit
-            if is_plain_sgd(self._optimizer)
-            else fit.without_constants(
-                f"no (L0, L1) is fitted under {type(self._optimizer).__name__}, which is not plain SGD: its steps do "
-                "not follow the gradient, so a bound on the gradient's norm does not bound them"
-            )
+        if is_plain_sgd(self._optimizer):
+            return fit
+        return fit.without_constants(
+            f"no (L0, L1) is fitted under {type(self._optimizer).__name__}, which is not plain SGD: its steps do not "
+            "follow the gradient, so a bound on the gradient's norm does not bound them"
         )
 
     def detach(self) -> None:
@@ -249,12 +248,6 @@ def is_plain_sgd(optimizer: torch.optim.Optimizer) -> bool:
     return type(optimizer) is torch.optim.SGD and all(
         not group["momentum"] for group in optimizer.param_groups
     )
-
-
-def trainable(model: nn.Module | Iterable[Tensor]) -> list[Tensor]:
-    """The parameters that require a gradient, in the model's order."""
-    tensors = model.parameters() if isinstance(model, nn.Module) else model
-    return [tensor for tensor in tensors if tensor.requires_grad]
 
 
 def at_least_one(owner: str, argument: str, value: int) -> int:
