@@ -105,7 +105,7 @@ def command(
     from gradkeel.attaching import ignore_environment
     from gradkeel.cli.progress import Progress
     from gradkeel.compare import compare, make_command_plan, make_plan
-    from gradkeel.compare.starts import in_words
+    from gradkeel.compare.contest import starts_in_words
 
     # They would take the place of every policy that is compared.
     ignore_environment()
@@ -132,7 +132,7 @@ def command(
 
             def on_run(so_far: "Comparison") -> None:
                 progress.update(so_far)
-                words = in_words(so_far)
+                words = starts_in_words(so_far)
                 if words not in said:
                     said.add(words)
                     _say(words)

@@ -3,8 +3,7 @@
 import math
 import statistics
 
-from gradkeel.compare.contest import Contest
-from gradkeel.compare.starts import in_words
+from gradkeel.compare.contest import Contest, starts_in_words
 from gradkeel.compare.words import bound_of, is_unclipped, number, without_exclude
 from gradkeel.language import count, join, say
 
@@ -14,7 +13,7 @@ MOSTLY = 0.9  # a bound that clips in more of the steps than this sets their len
 def caution(contest: Contest) -> str:
     """At most two sentences on what the table does not show."""
     found = [
-        in_words(contest.comparison),
+        starts_in_words(contest.comparison),
         _interrupted(contest),
         _excluded(contest),
         _lengths(contest),

@@ -30,7 +30,7 @@ def compare(
     """Run a plan; Ctrl-C ends it early and keeps the runs that have finished.
 
     Runs of a task with the same seed start from the same weights and see the same batches, whatever the policy; of a
-    command's it is looked at, see ``starts``. Each worker
+    command's it is looked at, see ``contest``. Each worker
     process computes on one thread, so that results do not depend on how many there are.
 
     Args:

@@ -6,10 +6,10 @@ import shlex
 import statistics
 from collections.abc import Callable, Sequence
 
+from gradkeel.compare.contest import same_starts
 from gradkeel.compare.findings import Findings
 from gradkeel.compare.plan import Comparison
 from gradkeel.compare.run import Run
-from gradkeel.compare.starts import same_starts
 from gradkeel.compare.summary import Row, best_runs
 from gradkeel.compare.sweep import LOOSE, TIGHT, WORKS, SweepPoint, sweep_points
 from gradkeel.compare.words import number
