@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from gradkeel.accumulate.arguments import ITEM, Reduction, check_arguments
-from gradkeel.accumulate.checkpoint import by_names, check, saved_sums
 from gradkeel.accumulate.loader import Batch, Lookahead, ahead
 from gradkeel.accumulate.micro import MicroBatch
 from gradkeel.accumulate.noise import NoiseMeter
 from gradkeel.accumulate.sync import GradientSync
 from gradkeel.accumulate.watch import GradientWatch
 from gradkeel.accumulate.wide import WideSums
-from gradkeel.accumulate.window import OpenWindow
+from gradkeel.accumulate.window import OpenWindow, by_names, check_saved, saved_sums
 from gradkeel.apply.skip import clear_gradients
 from gradkeel.errors import CheckpointError, WindowError
 from gradkeel.guard.guard import Guard
@@ -374,7 +373,7 @@ class Accumulator:
         """
         state = {"per": [ITEM], "apart": {}, **state}
         mine = {"version": _VERSION, "steps": self.steps, "reduction": self.reduction, "per": list(self.per)}
-        check(state, mine, names=self.guard.names, has_wide_sums=bool(self._sums))
+        check_saved(state, mine, names=self.guard.names, has_wide_sums=bool(self._sums))
         by_name = dict(zip(self.guard.names, self.guard.parameters, strict=True))
         self.drop()
         self._open = OpenWindow.loaded(state, self.per)
