@@ -10,8 +10,7 @@ from gradkeel.attaching import attach
 from gradkeel.errors import AttachError, MissingExtraError
 from gradkeel.explain.autopsy import Autopsy
 from gradkeel.guard.guard import Guard
-from gradkeel.integrations.resume import go_on
-from gradkeel.integrations.told import Told
+from gradkeel.integrations.callback import Told, go_on
 from gradkeel.policies import Policy
 
 try:

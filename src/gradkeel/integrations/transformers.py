@@ -17,8 +17,7 @@ from gradkeel.errors import MissingExtraError
 from gradkeel.explain.autopsy import Autopsy
 from gradkeel.guard import stack
 from gradkeel.guard.guard import Guard
-from gradkeel.integrations.resume import go_on
-from gradkeel.integrations.told import Told
+from gradkeel.integrations.callback import Told, go_on
 from gradkeel.policies import Policy
 
 try:
