@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from gradkeel.cli.errors import reported
+from gradkeel.cli.options import AsJson
 from gradkeel.language import count, heard, say, shown
 
 if TYPE_CHECKING:
@@ -26,21 +27,14 @@ def command(
     ] = "gpt2-small",
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"],
-        typer.Option(
-            "--dtype", metavar="DTYPE", help="of parameters and gradients: float32, bfloat16 or float16"
-        ),
+        typer.Option(metavar="DTYPE", help="of parameters and gradients: float32, bfloat16 or float16"),
     ] = "float32",
-    device: Annotated[str, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...")] = "cpu",
-    rounds: Annotated[
-        int, typer.Option("--rounds", metavar="N", help="how often everything is timed", min=5)
-    ] = 30,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, ...")] = "cpu",
+    rounds: Annotated[int, typer.Option(metavar="N", help="how often everything is timed", min=5)] = 30,
     seconds: Annotated[
-        float,
-        typer.Option("--seconds", metavar="S", help="no further rounds of a table after so long", min=0),
+        float, typer.Option(metavar="S", help="no further rounds of a table after so long", min=0)
     ] = 10.0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="print the result as JSON, and nothing else, to stdout")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Time clipping beside torch's clip_grad_norm_, interleaved, in one process; takes 10 times the model's memory."""
     import torch

@@ -1,5 +1,6 @@
 """``gradkeel doctor``: which code measures gradients here and why, whether it is right, and what is missing."""
 
+import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -29,8 +30,6 @@ def command(
 
     diagnosis = diagnose()
     if as_json:
-        import json
-
         print(json.dumps(diagnosis.to_json(), allow_nan=False))
     else:
         _tell(diagnosis)

@@ -29,13 +29,18 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
             sys.exit(1)
         except (GradkeelError, OSError) as error:
             told = error.args[0] if isinstance(error, GradkeelError) else str(error)
-            print(f"gradkeel: {shown(heard(told))}", file=sys.stderr)
+            complain(heard(told))
             sys.exit(2)
 
     return wrapped
 
 
+def complain(words: str) -> None:
+    """Say something on stderr, in the reader's language."""
+    print(f"gradkeel: {shown(words)}", file=sys.stderr, flush=True)
+
+
 def note_damage(reader: "Reader") -> None:
     """Say on stderr what of a record could not be read."""
     if reader.damage:
-        print(f"gradkeel: {shown(heard(reader.damage))}", file=sys.stderr)
+        complain(heard(reader.damage))

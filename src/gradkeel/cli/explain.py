@@ -1,5 +1,7 @@
 """``gradkeel explain``: why a recorded run blew up, what hardly learns, and what a bound would do."""
 
+import json
+import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,8 +18,7 @@ if TYPE_CHECKING:
 def command(
     run: Run,
     bound: Annotated[
-        list[float] | None,
-        typer.Option("--bound", metavar="X", help="another bound to weigh up; may be repeated"),
+        list[float] | None, typer.Option(metavar="X", help="another bound to weigh up; may be repeated")
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="print the explanation as JSON, and nothing else, to stdout")
@@ -32,16 +33,12 @@ def command(
             raise typer.BadParameter(shown(told), param_hint="--bound")
     explanation = explain(run, bounds=bound or ())
     if as_json:
-        import json
-
         print(json.dumps(explanation.to_json(), allow_nan=False))
     else:
         _tell(explanation)
 
 
 def _tell(explanation: "Explanation") -> None:
-    import shlex
-
     from rich.text import Text
 
     from gradkeel.cli.screen import console, flowing, sentences, tables

@@ -1,5 +1,7 @@
 """``gradkeel policies``: every policy, or one in full, as its own class describes it."""
 
+import dataclasses
+import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -27,9 +29,6 @@ def command(
 
     chosen = descriptions() if name is None else (_find(name),)
     if as_json:
-        import dataclasses
-        import json
-
         print(json.dumps([dataclasses.asdict(description) for description in chosen], ensure_ascii=False))
     elif name is None:
         _list(chosen)

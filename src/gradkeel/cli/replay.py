@@ -1,5 +1,6 @@
 """``gradkeel replay``: what other policies would have done to a recorded run's norms."""
 
+import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,9 +18,7 @@ def command(
     run: Run,
     policy: Annotated[
         list[str],
-        typer.Option(
-            "--policy", metavar="SPEC", help="a policy, such as zclip or global-norm:1.0; may be repeated"
-        ),
+        typer.Option(metavar="SPEC", help="a policy, such as zclip or global-norm:1.0; may be repeated"),
     ],
     as_json: Annotated[
         bool, typer.Option("--json", help="print every step's result as JSON, and nothing else, to stdout")
@@ -40,13 +39,8 @@ def command(
         )
         note_damage(reader)
     if as_json:
-        import json
-
-        print(
-            json.dumps(
-                {"version": 1, "open_loop": True, "run": str(run), "policies": list(map(_plain, replays))}
-            )
-        )
+        policies = [_plain(result) for result in replays]
+        print(json.dumps({"version": 1, "open_loop": True, "run": str(run), "policies": policies}))
         return
     from gradkeel.cli.screen import console, flowing, tables
 

@@ -41,7 +41,7 @@ def command(
         bool, typer.Option("--watch", help="serve the page on this machine, and renew it while training runs")
     ] = False,
     port: Annotated[
-        int, typer.Option("--port", metavar="N", help="of --watch; 0 takes a free one", min=0, max=65535)
+        int, typer.Option(metavar="N", help="of --watch; 0 takes a free one", min=0, max=65535)
     ] = 0,
 ) -> None:
     """Draw a recorded run on one page that opens offline: norms, heat map, loss, bounds, and what happened in words."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gradkeel.cli.errors import reported
-from gradkeel.cli.options import TASK
+from gradkeel.cli.options import TASK, AsJson
 from gradkeel.language import heard, say, shown
 
 if TYPE_CHECKING:
@@ -19,27 +19,19 @@ if TYPE_CHECKING:
 def command(
     task: Annotated[str, typer.Argument(metavar="TASK", help=TASK)] = "char-lstm",
     policy: Annotated[
-        str | None,
-        typer.Option("--policy", metavar="SPEC", help="a policy, such as none or global-norm:0.25"),
+        str | None, typer.Option(metavar="SPEC", help="a policy, such as none or global-norm:0.25")
     ] = None,
     lr: Annotated[
-        float | None,
-        typer.Option("--lr", metavar="X", help="learning rate (default: the task's highest)", min=0),
+        float | None, typer.Option(metavar="X", help="learning rate (default: the task's highest)", min=0)
     ] = None,
-    steps: Annotated[int | None, typer.Option("--steps", metavar="N", help="optimizer steps", min=1)] = None,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="of weights and batches")] = 0,
-    every: Annotated[
-        int, typer.Option("--every", metavar="N", help="measure one step in so many", min=1)
-    ] = 2,
-    points: Annotated[
-        int, typer.Option("--points", metavar="N", help="gradients along each step measured", min=1)
-    ] = 4,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="optimizer steps", min=1)] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="of weights and batches")] = 0,
+    every: Annotated[int, typer.Option(metavar="N", help="measure one step in so many", min=1)] = 2,
+    points: Annotated[int, typer.Option(metavar="N", help="gradients along each step measured", min=1)] = 4,
     out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="directory for the page, pictures and JSON")
+        Path, typer.Option(metavar="DIR", help="directory for the page, pictures and JSON")
     ] = Path("gradkeel-smoothness"),
-    as_json: Annotated[
-        bool, typer.Option("--json", help="print the result as JSON, and nothing else, to stdout")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train a task, measure local smoothness along its steps, and say which bound on the gradient norm follows."""
     from gradkeel.compare.smoothness import default_policy, document, probed_run, words
