@@ -43,19 +43,13 @@ def _tell(diagnosis: "Diagnosis") -> None:
     from gradkeel.cli.screen import console, sentences
 
     here = console()
-    here.print(
-        Text(f"gradkeel {diagnosis.gradkeel}", style="bold cyan"),
-        Text(
-            shown(
-                say(
-                    "with torch {torch}, Python {python}, {platform}",
-                    torch=diagnosis.torch,
-                    python=diagnosis.python,
-                    platform=diagnosis.platform,
-                )
-            )
-        ),
+    what = say(
+        "with torch {torch}, Python {python}, {platform}",
+        torch=diagnosis.torch,
+        python=diagnosis.python,
+        platform=diagnosis.platform,
     )
+    here.print(Text(f"gradkeel {diagnosis.gradkeel}", style="bold cyan"), Text(shown(what)))
     lines = [
         (f"  {shown(label)} ", Text(shown(words), style=style)) for label, words, style in _lines(diagnosis)
     ]
@@ -118,11 +112,8 @@ def _verdict(route: "Route", check: "Check") -> "Iterator[Line]":
         )
         yield label, words, "green"
         return
-    yield (
-        label,
-        say("WRONG: {faults}", faults=check.failure or "; ".join(map(shown, _faults(check)))),
-        "bold red",
-    )
+    faults = check.failure or "; ".join(map(shown, _faults(check)))
+    yield label, say("WRONG: {faults}", faults=faults), "bold red"
     if route.path in _SWITCHES:
         remedy = say("set {variable}=off, and report this page as a bug", variable=_SWITCHES[route.path])
     else:
