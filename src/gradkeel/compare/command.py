@@ -46,7 +46,8 @@ def in_subprocesses(
     with ThreadPoolExecutor(jobs) as pool:
         futures: dict[Future[Run], int] = {}
         for i, trial in enumerate(trials):
-            futures[pool.submit(_run, command, trial, folder, alive, _nobody if i else say)] = i
+            told = say if i == 0 else lambda words: None
+            futures[pool.submit(_run, command, trial, folder, alive, told)] = i
         try:
             yield from as_finished(futures)
         finally:
@@ -67,10 +68,6 @@ def as_finished(futures: dict[Future[Run], int]) -> Iterator[tuple[int, Run]]:
     for _ in futures:
         future = finished.get()
         yield futures[future], future.result()
-
-
-def _nobody(words: str) -> None:
-    """Stands for whoever has been told already."""
 
 
 def _unguarded(command: str) -> str:
@@ -123,33 +120,25 @@ def _run(
 
 
 def _result(command: str, trial: Trial, record: Path, output: Path, code: int) -> Run:
-    try:
-        with Reader(record) as reader:
-            if len(reader):
-                run = _read(trial, reader)
-                if code and not run.diverged:
-                    raise _failed(command, trial, output, code)
-                return run
-    except RecordError:
-        pass
-    if code:
-        raise _failed(command, trial, output, code)
-    raise TaskError(
-        language.say("--run {command!r} guarded no step; {needed}", command=command, needed=_NEEDED)
-    )
-
-
-def _failed(command: str, trial: Trial, output: Path, code: int) -> TaskError:
-    words = output.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_WORDS:]
-    told = language.say(
-        "--run {command!r} exited with {code} under {policy}; its last output, whole in {output}:\n{words}",
-        command=command,
-        code=code,
-        policy=trial.policy,
-        output=output,
-        words="\n".join(words),
-    )
-    return TaskError(told)
+    run = None
+    with contextlib.suppress(RecordError), Reader(record) as reader:
+        run = _read(trial, reader) if len(reader) else None
+    if code and not (run and run.diverged):
+        words = output.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_WORDS:]
+        told = language.say(
+            "--run {command!r} exited with {code} under {policy}; its last output, whole in {output}:\n{words}",
+            command=command,
+            code=code,
+            policy=trial.policy,
+            output=output,
+            words="\n".join(words),
+        )
+        raise TaskError(told)
+    if run is None:
+        raise TaskError(
+            language.say("--run {command!r} guarded no step; {needed}", command=command, needed=_NEEDED)
+        )
+    return run
 
 
 def _read(trial: Trial, reader: Reader) -> Run:

@@ -6,16 +6,16 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 
 from gradkeel.compare.command import as_finished, in_subprocesses
-from gradkeel.compare.plan import Comparison, Plan
+from gradkeel.compare.plan import Comparison, Plan, loaded_once
 from gradkeel.compare.ray_pool import in_ray
 from gradkeel.compare.run import Run, Trial
-from gradkeel.compare.task import Task, TaskError
+from gradkeel.compare.task import TaskError
 
 
 def compare(
@@ -30,8 +30,8 @@ def compare(
     """Run a plan; Ctrl-C ends it early and keeps the runs that have finished.
 
     Runs of a task with the same seed start from the same weights and see the same batches, whatever the policy; of a
-    command's it is looked at, see ``contest``. Each worker
-    process computes on one thread, so that results do not depend on how many there are.
+    command's it is looked at, see ``contest``. Each worker process computes on one thread, so that results do not
+    depend on how many there are.
 
     Args:
         plan: made by ``make_plan``.
@@ -93,7 +93,8 @@ def _cores() -> int:
 
 def _in_this_process(plan: Plan, trials: Sequence[Trial], records: Path | None) -> Generator[tuple[int, Run]]:
     threads = torch.get_num_threads()
-    task = _prepare(plan)
+    torch.set_num_threads(1)
+    task = plan.load()
     try:
         for i, trial in enumerate(trials):
             yield i, plan.run(task, trial, records=records)
@@ -106,11 +107,11 @@ def _in_workers(
 ) -> Generator[tuple[int, Run]]:
     spawn = multiprocessing.get_context("spawn")
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_start_worker, initargs=(plan, records))
+    pool = ProcessPoolExecutor(jobs, mp_context=spawn)
     complete = False
     try:
         with _ctrl_c_left_to_parent():
-            futures: dict[Future[Run], int] = {pool.submit(_work, trial): i for i, trial in enumerate(trials)}
+            futures = {pool.submit(_work, plan, trial, records): i for i, trial in enumerate(trials)}
         yield from as_finished(futures)
         complete = True
     finally:
@@ -133,20 +134,5 @@ def _ctrl_c_left_to_parent() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
-_worker: tuple[Task, Plan, Path | None] | None = None
-
-
-def _start_worker(plan: Plan, records: Path | None) -> None:
-    global _worker  # noqa: PLW0603 - a worker process has one task, loaded once
-    _worker = _prepare(plan), plan, records
-
-
-def _prepare(plan: Plan) -> Task:
-    torch.set_num_threads(1)
-    return plan.load()
-
-
-def _work(trial: Trial) -> Run:
-    assert _worker is not None
-    task, plan, records = _worker
-    return plan.run(task, trial, records=records)
+def _work(plan: Plan, trial: Trial, records: Path | None) -> Run:
+    return plan.run(loaded_once(plan), trial, records=records)

@@ -1,9 +1,12 @@
 """What a comparison is to run, and what has come of it."""
 
+import functools
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from gradkeel.compare.run import Run, Trial, run_trial
 from gradkeel.compare.sweep import Sweep, parse_sweep
@@ -59,6 +62,13 @@ class Plan:
     def run(self, task: Task, trial: Trial, *, records: Path | None = None) -> Run:
         """Make one run of the task that ``load`` gave, and record it in the folder ``records``."""
         return run_trial(task, trial, self.steps or task.steps, accumulate=self.accumulate, records=records)
+
+
+@functools.lru_cache(maxsize=1)
+def loaded_once(plan: Plan) -> Task:
+    """The plan's task, in a worker process that makes one run after the other, each on one thread."""
+    torch.set_num_threads(1)
+    return plan.load()
 
 
 @dataclass(frozen=True)

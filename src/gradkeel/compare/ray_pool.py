@@ -1,7 +1,6 @@
 """The runs of a comparison on a Ray cluster: one task of one CPU and one thread a run, through Ray's own API."""
 
 import contextlib
-import functools
 import itertools
 import logging
 import os
@@ -16,12 +15,10 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
-import torch
-
 from gradkeel.attaching import ignore_environment
-from gradkeel.compare.plan import Plan
+from gradkeel.compare.plan import Plan, loaded_once
 from gradkeel.compare.run import Run, Trial, set_aside
-from gradkeel.compare.task import Task, TaskError
+from gradkeel.compare.task import TaskError
 from gradkeel.errors import MissingExtraError
 
 SUBMITTED = 1000  # runs at a time where nobody says how many: each wait looks through all of them
@@ -176,22 +173,11 @@ def own_modules() -> list[str]:
     return sorted(place for place in places if Path(place).parent == Path.cwd())
 
 
-# -- in a worker -------------------------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=1)
-def _task(plan: Plan) -> Task:
-    """Loaded once a process."""
-    # They would take the place of the policy that is compared.
-    ignore_environment()
-    torch.set_num_threads(1)
-    return plan.load()
-
-
 def _work(plan: Plan, trial: Trial) -> tuple[Run, bytes | None]:
     """The run and its record, since this machine may not be the one that wants it."""
+    ignore_environment()  # of the worker, which would take the place of the policy that is compared
     if not plan.record:
-        return plan.run(_task(plan), trial), None
+        return plan.run(loaded_once(plan), trial), None
     with tempfile.TemporaryDirectory() as folder:
-        run = plan.run(_task(plan), trial, records=Path(folder))
+        run = plan.run(loaded_once(plan), trial, records=Path(folder))
         return run, (Path(folder) / trial.record_name).read_bytes()
