@@ -115,9 +115,8 @@ def make_plan(
     swept = None if sweep is None else parse_sweep(sweep)
     rates = learning_rates or (task.learning_rates if swept is None else (max(task.learning_rates),))
     arguments = [target]
-    arguments += [] if batch_size is None else ["--batch-size", str(batch_size)]
-    arguments += [] if accumulate is None else ["--accumulate", str(accumulate)]
-    arguments += [] if steps is None else ["--steps", str(steps)]
+    for option, value in (("--batch-size", batch_size), ("--accumulate", accumulate), ("--steps", steps)):
+        arguments += [] if value is None else [option, str(value)]
     return Plan(
         target=target,
         policies=_policies(policies, task.policies, swept),
