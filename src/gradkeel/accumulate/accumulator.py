@@ -20,9 +20,10 @@ from gradkeel.apply.skip import clear_gradients
 from gradkeel.errors import CheckpointError, WindowError
 from gradkeel.guard.guard import Guard
 from gradkeel.noise_scale import NoiseScale
+from gradkeel.ranks.group import Ranks
 
 if TYPE_CHECKING:
-    from gradkeel.ranks.group import Group, Ranks
+    from gradkeel.ranks.group import Group
 
 _VERSION = 1
 
@@ -146,7 +147,10 @@ class Accumulator:
         while source.fetch():
             micro = MicroBatch(self, source.take(), source)
             yield micro
-            micro._check_was_entered()
+            if not micro._was_entered:
+                raise WindowError(
+                    "a micro-batch was passed over: put its forward and backward inside `with micro:`"
+                )
         if self._open.is_open and not self._open.is_complete:
             raise WindowError(
                 f"the data ended after {self._open.count} of {self.steps} micro-batches of a window that nothing has "
@@ -180,7 +184,7 @@ class Accumulator:
             self._noise.drop()
         if self._open.has_logged:
             self.guard.logged.pop("loss", None)
-        self._watch.forget()
+        self._watch.note()
         self._open = OpenWindow.empty(self.per)
 
     @property
@@ -309,7 +313,7 @@ class Accumulator:
         self._watch.refuse_changes("before optimizer.step()")
 
     @property
-    def ranks(self) -> "Ranks | None":
+    def ranks(self) -> Ranks | None:
         """The ranks over which the batch is spread, whose weights the guard adds up; None for one process."""
         return self._sync.ranks
 
