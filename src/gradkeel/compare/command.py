@@ -5,8 +5,10 @@ import itertools
 import math
 import os
 import shlex
+import signal
 import statistics
 import subprocess
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -68,6 +70,19 @@ def as_finished(futures: dict[Future[Run], int]) -> Iterator[tuple[int, Run]]:
     for _ in futures:
         future = finished.get()
         yield futures[future], future.result()
+
+
+@contextlib.contextmanager
+def on_ctrl_c(handler: Callable[[int, object], None] | signal.Handlers) -> Iterator[None]:
+    """Let Ctrl-C do this meanwhile; in a thread that cannot say so, it does what it did."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _unguarded(command: str) -> str:

@@ -4,14 +4,13 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 
-from gradkeel.compare.command import as_finished, in_subprocesses
+from gradkeel.compare.command import as_finished, in_subprocesses, on_ctrl_c
 from gradkeel.compare.plan import Comparison, Plan, loaded_once
 from gradkeel.compare.ray_pool import in_ray
 from gradkeel.compare.run import Run, Trial
@@ -77,7 +76,8 @@ def _runs(
     folder = records if plan.record else None
     if ray is not None:
         return in_ray(plan, trials, jobs, folder, ray)
-    jobs = min(len(trials), jobs or (1 if plan.is_command else _cores()))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jobs = min(len(trials), jobs or (1 if plan.is_command else cores))
     if plan.is_command:
         return in_subprocesses(plan.target, trials, jobs, records, say)
     return _in_this_process(plan, trials, folder) if jobs == 1 else _in_workers(plan, trials, jobs, folder)
@@ -85,10 +85,6 @@ def _runs(
 
 def _collect(plan: Plan, done: dict[int, Run], *, interrupted: bool = False) -> Comparison:
     return Comparison(plan, tuple(done[i] for i in sorted(done)), interrupted)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _in_this_process(plan: Plan, trials: Sequence[Trial], records: Path | None) -> Generator[tuple[int, Run]]:
@@ -110,7 +106,8 @@ def _in_workers(
     pool = ProcessPoolExecutor(jobs, mp_context=spawn)
     complete = False
     try:
-        with _ctrl_c_left_to_parent():
+        # A terminal sends SIGINT to workers as well; they inherit that it is ignored, even while they import torch.
+        with on_ctrl_c(signal.SIG_IGN):
             futures = {pool.submit(_work, plan, trial, records): i for i, trial in enumerate(trials)}
         yield from as_finished(futures)
         complete = True
@@ -119,19 +116,6 @@ def _in_workers(
         if not complete:
             for worker in set(multiprocessing.active_children()) - others:
                 worker.terminate()
-
-
-@contextlib.contextmanager
-def _ctrl_c_left_to_parent() -> Iterator[None]:
-    # A terminal sends SIGINT to workers as well; they inherit that it is ignored, even while they import torch.
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
 
 
 def _work(plan: Plan, trial: Trial, records: Path | None) -> Run:

@@ -187,9 +187,14 @@ def _sweeps(comparison: Comparison) -> list[Section]:
         "diverged, and the loss came down at least half as far as under the best bound. "
         "There may be more than one such range."
     )
+    head = [say("bound"), say("lr"), say("final loss"), say("diverged"), say("region")]
+    rows = [
+        [number(p.bound), number(p.lr), number(p.final_loss), f"{p.diverged}/{p.runs}", p.region]
+        for p in points
+    ]
     return [
         Section(say("Which bounds work"), text, figure=figure),
-        Section(say("Each bound in numbers"), table=_sweep_table(points)),
+        Section(say("Each bound in numbers"), table=Table(head, rows)),
     ]
 
 
@@ -208,11 +213,3 @@ def _bands(points: Sequence[SweepPoint]) -> list[Band]:
         first = bands.pop().first if bands and bands[-1].label == point.region else low
         bands.append(Band(first, high, point.region, _KINDS[point.region]))
     return bands
-
-
-def _sweep_table(points: Sequence[SweepPoint]) -> Table:
-    rows = [
-        [number(p.bound), number(p.lr), number(p.final_loss), f"{p.diverged}/{p.runs}", p.region]
-        for p in points
-    ]
-    return Table([say("bound"), say("lr"), say("final loss"), say("diverged"), say("region")], rows)

@@ -8,7 +8,6 @@ import signal
 import socket
 import sys
 import tempfile
-import threading
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from gradkeel.attaching import ignore_environment
+from gradkeel.compare.command import on_ctrl_c
 from gradkeel.compare.plan import Plan, loaded_once
 from gradkeel.compare.run import Run, Trial, set_aside
 from gradkeel.compare.task import TaskError
@@ -122,19 +122,14 @@ def _start(ray: Any, address: str) -> None:
 def _ctrl_c_noted() -> Iterator[list[int]]:
     # Ray leaves processes behind if it is interrupted while they start or end. A second Ctrl-C interrupts all the same.
     pressed: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed
-        return
+    before = signal.getsignal(signal.SIGINT)
 
     def note(number: int, _: object) -> None:
         pressed.append(number)
-        signal.signal(signal.SIGINT, handler)
+        signal.signal(signal.SIGINT, before)
 
-    handler = signal.signal(signal.SIGINT, note)
-    try:
+    with on_ctrl_c(note):
         yield pressed
-    finally:
-        signal.signal(signal.SIGINT, handler)
 
 
 def _words(error: Exception) -> str:
