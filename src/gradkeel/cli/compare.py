@@ -109,8 +109,16 @@ def command(
                 record=record,
             )
         else:
-            beside = {"--lr": lr, "--steps": steps, "--batch-size": batch_size, "--accumulate": accumulate}
-            _refuse_beside_run(TASK=task, **beside)
+            of_tasks = {
+                "TASK": task, "--lr": lr, "--steps": steps, "--batch-size": batch_size, "--accumulate": accumulate,
+            }  # fmt: skip
+            if given := [name for name, value in of_tasks.items() if value is not None]:
+                told = say(
+                    "{name} has no effect on a command of your own; write it into the command: "
+                    "--run 'python train.py --lr 0.1'",
+                    name=given[0],
+                )
+                raise typer.BadParameter(shown(told))
             plan = make_command_plan(run, policies=policy, seeds=seeds, sweep=sweep)
         _check_writable(out)
         with contextlib.nullcontext(lambda so_far: None) if as_json else progress(plan) as show:
@@ -152,27 +160,27 @@ def _only_json_on_stdout() -> Iterator[None]:
         os.close(kept)
 
 
-def _refuse_beside_run(**given: object) -> None:
-    for name, value in given.items():
-        if value is not None:
-            told = say(
-                "{name} has no effect on a command of your own; write it into the command: "
-                "--run 'python train.py --lr 0.1'",
-                name=name,
-            )
-            raise typer.BadParameter(shown(told))
-
-
 def _deliver(result: "Comparison", out: Path, *, as_json: bool) -> None:
     """Table, words and files of whatever has finished."""
     from gradkeel.cli.progress import print_result
+    from gradkeel.compare.findings import findings
+    from gradkeel.compare.page import compare_page
     from gradkeel.compare.results import document
+    from gradkeel.compare.summary import summarize
+    from gradkeel.errors import MissingExtraError
 
     text = json.dumps(document(result), allow_nan=False)
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "compare.json"
-    path.write_text(text + "\n", encoding="utf-8")
-    written = [path, *_write_page(result, out / "compare.html")]
+    written = [out / "compare.json"]
+    written[0].write_text(text + "\n", encoding="utf-8")
+    if result.runs:
+        try:
+            html = compare_page(result, summarize(result.runs, result.plan.target_loss), findings(result))
+        except MissingExtraError as error:
+            print(shown(say("No page was written: {error}", error=heard(str(error)))), file=sys.stderr)
+        else:
+            written.append(out / "compare.html")
+            written[1].write_text(html, encoding="utf-8")
     if as_json:
         print(text)
     else:
@@ -187,21 +195,3 @@ def _deliver(result: "Comparison", out: Path, *, as_json: bool) -> None:
         )
         print(shown(told), file=sys.stderr)
         raise typer.Exit(INTERRUPTED)
-
-
-def _write_page(result: "Comparison", path: Path) -> list[Path]:
-    """Write the page, unless nothing has finished or plotly is missing; what was written."""
-    from gradkeel.compare.findings import findings
-    from gradkeel.compare.page import compare_page
-    from gradkeel.compare.summary import summarize
-    from gradkeel.errors import MissingExtraError
-
-    if not result.runs:
-        return []
-    try:
-        html = compare_page(result, summarize(result.runs, result.plan.target_loss), findings(result))
-    except MissingExtraError as error:
-        print(shown(say("No page was written: {error}", error=heard(str(error)))), file=sys.stderr)
-        return []
-    path.write_text(html, encoding="utf-8")
-    return [path]

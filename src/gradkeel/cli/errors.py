@@ -4,12 +4,9 @@ import functools
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ParamSpec
+from typing import ParamSpec
 
 from gradkeel.language import heard, shown
-
-if TYPE_CHECKING:
-    from gradkeel.record import Reader
 
 P = ParamSpec("P")
 
@@ -40,7 +37,7 @@ def complain(words: str) -> None:
     print(f"gradkeel: {shown(words)}", file=sys.stderr, flush=True)
 
 
-def note_damage(reader: "Reader") -> None:
+def note_damage(damage: str | None) -> None:
     """Say on stderr what of a record could not be read."""
-    if reader.damage:
-        complain(heard(reader.damage))
+    if damage:
+        complain(heard(damage))

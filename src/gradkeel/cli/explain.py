@@ -2,16 +2,13 @@
 
 import json
 import shlex
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from gradkeel.cli.errors import reported
 from gradkeel.cli.options import Run
 from gradkeel.language import say, shown
-
-if TYPE_CHECKING:
-    from gradkeel.explain import Explanation
 
 
 @reported
@@ -34,11 +31,7 @@ def command(
     explanation = explain(run, bounds=bound or ())
     if as_json:
         print(json.dumps(explanation.to_json(), allow_nan=False))
-    else:
-        _tell(explanation)
-
-
-def _tell(explanation: "Explanation") -> None:
+        return
     from rich.text import Text
 
     from gradkeel.cli.screen import console, flowing, sentences, tables

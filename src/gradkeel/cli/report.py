@@ -67,7 +67,7 @@ def command(
         script = None if inline else write_script(out.parent)
         text = run_page(readers[0], script=script) if len(runs) == 1 else runs_page(readers, script=script)
         for reader in readers:
-            note_damage(reader)
+            note_damage(reader.damage)
     out.write_text(text, encoding="utf-8")
     said = say("Wrote {path}, which needs {script} beside it", path=out, script=script) if script else ""
     print(shown(said or say("Wrote {path}", path=out)))

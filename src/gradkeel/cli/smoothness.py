@@ -3,16 +3,13 @@
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from gradkeel.cli.errors import reported
 from gradkeel.cli.options import TASK, AsJson
 from gradkeel.language import heard, say, shown
-
-if TYPE_CHECKING:
-    from gradkeel.compare.smoothness import ProbedRun
 
 
 @reported
@@ -34,8 +31,10 @@ def command(
     as_json: AsJson = False,
 ) -> None:
     """Train a task, measure local smoothness along its steps, and say which bound on the gradient norm follows."""
-    from gradkeel.compare.smoothness import default_policy, document, probed_run, words
+    from gradkeel.compare.smoothness import default_policy, document, probed_run, smoothness_page, words
     from gradkeel.compare.task import load_task
+    from gradkeel.errors import MissingExtraError
+    from gradkeel.explain.smoothness.figures import save_smoothness
 
     loaded = load_task(task)
     run = probed_run(
@@ -49,8 +48,16 @@ def command(
     )
     text = json.dumps(document(run), allow_nan=False)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "smoothness.json").write_text(text + "\n", encoding="utf-8")
-    written = [out / "smoothness.json", *_write_figures(run, out)]
+    written = [out / "smoothness.json"]
+    written[0].write_text(text + "\n", encoding="utf-8")
+    try:
+        (out / "smoothness.html").write_text(smoothness_page(run), encoding="utf-8")
+        written.append(out / "smoothness.html")
+        for path in (out / "smoothness.png", out / "smoothness.svg"):
+            save_smoothness(path, run.measurements, run.fit, title=f"{run.task}, {run.policy}, lr {run.lr:g}")
+            written.append(path)
+    except MissingExtraError as error:
+        print(shown(say("Not everything was written: {error}", error=heard(str(error)))), file=sys.stderr)
     if as_json:
         print(text)
         return
@@ -60,21 +67,3 @@ def command(
         sentences([(f"{shown(line.label)} ", line.text) for line in words(run)], style="bold cyan")
     )
     print(shown(say("Written: {paths}", paths=", ".join(map(str, written)))))
-
-
-def _write_figures(run: "ProbedRun", out: Path) -> list[Path]:
-    """Write page and pictures, or say on stderr which extra they need; what was written."""
-    from gradkeel.compare.smoothness import smoothness_page
-    from gradkeel.errors import MissingExtraError
-    from gradkeel.explain.smoothness.figures import save_smoothness
-
-    written = []
-    try:
-        (out / "smoothness.html").write_text(smoothness_page(run), encoding="utf-8")
-        written.append(out / "smoothness.html")
-        for path in (out / "smoothness.png", out / "smoothness.svg"):
-            save_smoothness(path, run.measurements, run.fit, title=f"{run.task}, {run.policy}, lr {run.lr:g}")
-            written.append(path)
-    except MissingExtraError as error:
-        print(shown(say("Not everything was written: {error}", error=heard(str(error)))), file=sys.stderr)
-    return written
