@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gradkeel.accumulate.arguments import ITEM, Reduction, check_arguments
-from gradkeel.accumulate.loader import Batch, Lookahead, ahead
+from gradkeel.accumulate.loader import Batch, Lookahead, Together
 from gradkeel.accumulate.micro import MicroBatch
 from gradkeel.accumulate.noise import NoiseMeter
 from gradkeel.accumulate.sync import GradientSync
@@ -143,7 +143,11 @@ class Accumulator:
         return MicroBatch(self, None, Lookahead(itertools.repeat(None), by_length=False))
 
     def _windows(self, loader: Iterable[Batch]) -> "Iterator[MicroBatch[Batch]]":
-        source = ahead(loader, self._sync, self.guard.device, opens_window=lambda: self._open.count == 0)
+        if self.ranks is None:
+            source = Lookahead(loader, by_length=self._sync.is_needed)
+        else:
+            device = self.guard.device
+            source = Together(loader, self.ranks, device, opens_window=lambda: self._open.count == 0)
         while source.fetch():
             micro = MicroBatch(self, source.take(), source)
             yield micro

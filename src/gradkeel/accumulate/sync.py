@@ -57,11 +57,10 @@ class GradientSync:
         self.is_needed = bool(parts)
         self.needs_every_backward, self.exchanges_once = bool(self._fsdp), bool(self._ddp)
         self.keeps_sums = any(map(is_fsdp1, self._ddp))
-        groups = [data_parallel(part) for part in self._ddp if process_group is None] + [
-            mesh for mesh, _ in _meshes(self._fsdp)
-        ]
-        given = groups if process_group is None else [process_group]
-        found = [ranks_of(group, "Accumulator(process_group=...)") for group in given]
+        groups: list[Any] = [process_group]
+        if process_group is None:
+            groups = [*map(data_parallel, self._ddp), *(mesh for mesh, _ in _meshes(self._fsdp))]
+        found = [ranks_of(group, "Accumulator(process_group=...)") for group in groups]
         ranks = max(found, key=lambda one: len(one.members)) if found else None
         self.ranks: Ranks | None = None if ranks is None or len(ranks.members) == 1 else ranks
         if divides is not None and not divides > 0:
@@ -148,9 +147,8 @@ def _outermost(model: nn.Module) -> Iterator[nn.Module]:
 
 def _param_groups(parts: list[Any]) -> Iterator[Any]:
     """Return the groups of parameters that FSDP2 exchanges together."""
-    for state in (
-        m._get_fsdp_state() for part in parts for m in part.modules() if hasattr(m, "_get_fsdp_state")
-    ):
+    modules = [module for part in parts for module in part.modules()]
+    for state in (module._get_fsdp_state() for module in modules if hasattr(module, "_get_fsdp_state")):
         several = getattr(state, "_fsdp_param_groups", None)  # older torch has one for each module
         found = [state._fsdp_param_group] if several is None else several
         yield from (group for group in found if group is not None)

@@ -105,11 +105,9 @@ class OpenWindow:
     def mean_loss(self) -> Tensor | None:
         """[] mean loss of this rank's items, added up over the denominators; 0 without items."""
         means = [one.loss / _nonzero(one.weight) for one in self.per.values() if one.loss is not None]
-        return (
-            torch.stack([one.to(means[0].device) for one in means]).sum()
-            if means[1:]
-            else next(iter(means), None)
-        )
+        if len(means) < 2:
+            return means[0] if means else None
+        return torch.stack([one.to(means[0].device) for one in means]).sum()
 
     def weights(self, device: torch.device) -> Tensor:
         """[denominators] this rank's weights."""
@@ -159,8 +157,9 @@ def by_names(guard: Guard, held: Mapping[Tensor, Tensor]) -> dict[str, Tensor]:
 def saved_sums(guard: Guard, sums: Mapping[str, Mapping[Tensor, Tensor]]) -> dict[str, Any]:
     """Return what is kept apart from ``.grad``; by denominator, where there are several."""
     named = {per: by_names(guard, held) for per, held in sums.items()}
-    is_one = len(named) <= 1
-    return {"sums": next(iter(named.values()), {}) if is_one else {}, "apart": {} if is_one else named}
+    if len(named) > 1:
+        return {"sums": {}, "apart": named}
+    return {"sums": next(iter(named.values()), {}), "apart": {}}
 
 
 def check_saved(
