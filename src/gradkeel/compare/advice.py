@@ -90,9 +90,9 @@ def _interrupted(contest: Contest) -> str:
 
 
 def _few(contest: Contest) -> str:
-    seeds = len({run.seed for run in contest.runs})
-    few = say("Only {seeds}: how much of this is chance is not known.", seeds=_seeds(contest))
-    return few if seeds < 3 else ""
+    if len({run.seed for run in contest.runs}) >= 3:
+        return ""
+    return say("Only {seeds}: how much of this is chance is not known.", seeds=_seeds(contest))
 
 
 def _edge(contest: Contest) -> float | None:
