@@ -126,7 +126,7 @@ class Accumulator:
         Raises:
             WindowError: if a window is open still, after an early ``break``: call `finish` or `drop` first.
         """
-        if self._open.is_open and not self._resumed:  # a checkpoint may have been taken inside of a window
+        if self._open.count and not self._resumed:  # a checkpoint may have been taken inside of a window
             raise WindowError(
                 f"a window is open after {self._open.count} of {self.steps} micro-batches (the loop was left early, or "
                 "not followed by optimizer.step()); call accumulate.finish() and step, or accumulate.drop(), first"
@@ -155,7 +155,7 @@ class Accumulator:
                 raise WindowError(
                     "a micro-batch was passed over: put its forward and backward inside `with micro:`"
                 )
-        if self._open.is_open and not self._open.is_complete:
+        if self._open.count and not self._open.is_complete:
             raise WindowError(
                 f"the data ended after {self._open.count} of {self.steps} micro-batches of a window that nothing has "
                 "closed (its last micro-batch raised, or the loader is shorter than its length says); call "
@@ -169,7 +169,7 @@ class Accumulator:
             WindowError: if no window is open, or its gradients have not been exchanged between ranks.
         """
         self._check_unbroken()
-        if not self._open.is_open:
+        if not self._open.count:
             raise WindowError("accumulate.finish(): no window is open")
         if self._sync.is_needed and not self._open.is_complete:
             raise WindowError(
@@ -214,7 +214,7 @@ class Accumulator:
             raise WindowError("`with micro:` inside of another micro-batch's; end that one first")
         self._check_unbroken()
         self.guard.connect()  # to the parameters of a group that was added after the last window
-        if self._open.is_open:
+        if self._open.count:
             if self._open.is_complete:
                 raise WindowError(
                     "a micro-batch after the end of the window: call optimizer.step() (or accumulate.drop()) whenever "
@@ -247,7 +247,6 @@ class Accumulator:
 
     def _leave(self, *, last: bool) -> None:
         """Take in a micro-batch whose backward has run."""
-        self._open.is_open = True
         self._open.count += 1
         if self._noise is not None:
             self._noise.note(self._open.weight, self._divisor or 1.0)
@@ -304,7 +303,7 @@ class Accumulator:
         self._check_unbroken()
         if self._is_inside:
             raise WindowError("optimizer.step() inside `with micro:`; step after it, if micro.closes_window")
-        if not self._open.is_open:
+        if not self._open.count:
             raise WindowError(
                 "optimizer.step() without a window: gradients must come through `for micro in accumulate(loader)`, and "
                 "each window allows one step"
@@ -356,12 +355,12 @@ class Accumulator:
         Loadable with ``torch.load(weights_only=True)``. Between windows it holds no tensors.
         """
         self._check_unbroken()
-        if (self._sync.is_needed or self.ranks is not None) and self._open.is_open:
+        if (self._sync.is_needed or self.ranks is not None) and self._open.count:
             raise CheckpointError(
                 "accumulate.state_dict(): in the middle of a window each rank has sums of its own, which no checkpoint "
                 "of the model holds; take checkpoints after optimizer.step()"
             )
-        gradients = {p: p.grad for p in self.guard.parameters if self._open.is_open and p.grad is not None}
+        gradients = {p: p.grad for p in self.guard.parameters if self._open.count and p.grad is not None}
         return {
             "version": _VERSION,
             "steps": self.steps,
@@ -385,7 +384,7 @@ class Accumulator:
         by_name = dict(zip(self.guard.names, self.guard.parameters, strict=True))
         self.drop()
         self._open = OpenWindow.loaded(state, self.per)
-        self._resumed = self._open.is_open
+        self._resumed = self._open.count > 0
         self._divisor = state["divisor"]
         for name, gradient in state["gradients"].items():
             by_name[name].grad = gradient.to(by_name[name].device).clone()

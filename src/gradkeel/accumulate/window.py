@@ -51,8 +51,7 @@ class OpenWindow:
 
     Attributes:
         per: by what its terms are divided, by name.
-        count: micro-batches so far.
-        is_open: between the end of the first micro-batch and the step.
+        count: micro-batches so far; the window is open from the end of the first one to the step.
         is_complete: no micro-batch follows.
         broken: what left it half done, in words.
         cause: the exception behind that, where it is not raised already.
@@ -62,7 +61,6 @@ class OpenWindow:
 
     per: dict[str, Denominator]
     count: int = 0
-    is_open: bool = False
     is_complete: bool = False
     broken: str | None = None
     cause: Exception | None = None
@@ -78,10 +76,10 @@ class OpenWindow:
     def loaded(cls, state: Mapping[str, Any], names: Iterable[str]) -> "OpenWindow":
         """Return the window that ``saved`` gave."""
         told = state.get("denominators") or [(state["weight"], state["loss"], state["weighs"])]
-        count, window = int(state["count"]), cls.empty(list(names)[: len(told)])
+        window = cls.empty(list(names)[: len(told)])
         for one, (weight, loss, weighs) in zip(window.per.values(), told, strict=True):
             one.weight, one.loss, one.weighs = weight, loss, weighs
-        window.count, window.is_open, window.is_complete = count, count > 0, bool(state["is_complete"])
+        window.count, window.is_complete = int(state["count"]), bool(state["is_complete"])
         return window
 
     def saved(self) -> dict[str, Any]:
