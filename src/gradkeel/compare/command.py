@@ -16,6 +16,7 @@ from queue import SimpleQueue
 
 from gradkeel import language
 from gradkeel.attaching import POLICY_VARIABLE, RECORD_VARIABLE, SEED_VARIABLE
+from gradkeel.compare.plan import Plan
 from gradkeel.compare.run import Onset, Run, Trial, divergence, set_aside
 from gradkeel.compare.task import TaskError
 from gradkeel.errors import RecordError
@@ -32,7 +33,7 @@ _LAST_WORDS = 10  # lines of a failing script's output that its error shows
 
 
 def in_subprocesses(
-    command: str, trials: Sequence[Trial], jobs: int, folder: Path, say: Callable[[str], None]
+    plan: Plan, jobs: int, folder: Path, say: Callable[[str], None]
 ) -> Generator[tuple[int, Run]]:
     """Index and result of each trial as it finishes; records and outputs stay in ``folder``.
 
@@ -42,14 +43,14 @@ def in_subprocesses(
         TaskError: the command cannot be started, fails without having diverged, or guards no optimizer.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if words := _unguarded(command):
+    if words := _unguarded(plan.target):
         say(words)
     alive: set[subprocess.Popen[bytes]] = set()
     with ThreadPoolExecutor(jobs) as pool:
         futures: dict[Future[Run], int] = {}
-        for i, trial in enumerate(trials):
+        for i, trial in enumerate(plan.trials):
             told = say if i == 0 else lambda words: None
-            futures[pool.submit(_run, command, trial, folder, alive, told)] = i
+            futures[pool.submit(_run, plan.target, trial, folder, alive, told)] = i
         try:
             yield from as_finished(futures)
         finally:

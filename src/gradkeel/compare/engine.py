@@ -4,16 +4,16 @@ import contextlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 
 from gradkeel.compare.command import as_finished, in_subprocesses, on_ctrl_c
-from gradkeel.compare.plan import Comparison, Plan, loaded_once
+from gradkeel.compare.plan import Comparison, Plan, run_in_worker
 from gradkeel.compare.ray_pool import in_ray
-from gradkeel.compare.run import Run, Trial
+from gradkeel.compare.run import Run
 from gradkeel.compare.task import TaskError
 
 
@@ -63,7 +63,6 @@ def _runs(
     plan: Plan, jobs: int | None, records: Path, ray: str | None, say: Callable[[str], None]
 ) -> Generator[tuple[int, Run]]:
     """Index and result of each trial as it finishes, from whoever is to make them."""
-    trials = plan.trials
     if jobs is not None and jobs < 1:
         raise TaskError(f"jobs={jobs}: it must be 1 or more")
     if plan.is_command and ray is not None:
@@ -73,34 +72,31 @@ def _runs(
         )
     if plan.record:
         records.mkdir(parents=True, exist_ok=True)
-    folder = records if plan.record else None
     if ray is not None:
-        return in_ray(plan, trials, jobs, folder, ray)
+        return in_ray(plan, jobs, records, ray)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jobs = min(len(trials), jobs or (1 if plan.is_command else cores))
+    jobs = min(len(plan.trials), jobs or (1 if plan.is_command else cores))
     if plan.is_command:
-        return in_subprocesses(plan.target, trials, jobs, records, say)
-    return _in_this_process(plan, trials, folder) if jobs == 1 else _in_workers(plan, trials, jobs, folder)
+        return in_subprocesses(plan, jobs, records, say)
+    return _in_this_process(plan, records) if jobs == 1 else _in_workers(plan, jobs, records)
 
 
 def _collect(plan: Plan, done: dict[int, Run], *, interrupted: bool = False) -> Comparison:
     return Comparison(plan, tuple(done[i] for i in sorted(done)), interrupted)
 
 
-def _in_this_process(plan: Plan, trials: Sequence[Trial], records: Path | None) -> Generator[tuple[int, Run]]:
+def _in_this_process(plan: Plan, records: Path) -> Generator[tuple[int, Run]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     task = plan.load()
     try:
-        for i, trial in enumerate(trials):
-            yield i, plan.run(task, trial, records=records)
+        for i, trial in enumerate(plan.trials):
+            yield i, plan.run(task, trial, records)
     finally:
         torch.set_num_threads(threads)
 
 
-def _in_workers(
-    plan: Plan, trials: Sequence[Trial], jobs: int, records: Path | None
-) -> Generator[tuple[int, Run]]:
+def _in_workers(plan: Plan, jobs: int, records: Path) -> Generator[tuple[int, Run]]:
     spawn = multiprocessing.get_context("spawn")
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(jobs, mp_context=spawn)
@@ -108,7 +104,9 @@ def _in_workers(
     try:
         # A terminal sends SIGINT to workers as well; they inherit that it is ignored, even while they import torch.
         with on_ctrl_c(signal.SIG_IGN):
-            futures = {pool.submit(_work, plan, trial, records): i for i, trial in enumerate(trials)}
+            futures = {
+                pool.submit(run_in_worker, plan, trial, records): i for i, trial in enumerate(plan.trials)
+            }
         yield from as_finished(futures)
         complete = True
     finally:
@@ -116,7 +114,3 @@ def _in_workers(
         if not complete:
             for worker in set(multiprocessing.active_children()) - others:
                 worker.terminate()
-
-
-def _work(plan: Plan, trial: Trial, records: Path | None) -> Run:
-    return plan.run(loaded_once(plan), trial, records=records)

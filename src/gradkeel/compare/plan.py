@@ -59,14 +59,19 @@ class Plan:
             task.batch_size = self.batch_size
         return task
 
-    def run(self, task: Task, trial: Trial, *, records: Path | None = None) -> Run:
-        """Make one run of the task that ``load`` gave, and record it in the folder ``records``."""
-        return run_trial(task, trial, self.steps or task.steps, accumulate=self.accumulate, records=records)
+    def run(self, task: Task, trial: Trial, records: Path) -> Run:
+        """Make one run of the task that ``load`` gave, and record it in the folder ``records`` if that is asked for."""
+        folder = records if self.record else None
+        return run_trial(task, trial, self.steps or task.steps, accumulate=self.accumulate, records=folder)
+
+
+def run_in_worker(plan: Plan, trial: Trial, records: Path) -> Run:
+    """Make one run in a process that makes one after the other, each on one thread, and loads their task once."""
+    return plan.run(_loaded(plan), trial, records)
 
 
 @functools.lru_cache(maxsize=1)
-def loaded_once(plan: Plan) -> Task:
-    """The plan's task, in a worker process that makes one run after the other, each on one thread."""
+def _loaded(plan: Plan) -> Task:
     torch.set_num_threads(1)
     return plan.load()
 

@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from gradkeel.attaching import ignore_environment
 from gradkeel.compare.command import on_ctrl_c
-from gradkeel.compare.plan import Plan, loaded_once
+from gradkeel.compare.plan import Plan, run_in_worker
 from gradkeel.compare.run import Run, Trial, set_aside
 from gradkeel.compare.task import TaskError
 from gradkeel.errors import MissingExtraError
@@ -25,9 +25,7 @@ SUBMITTED = 1000  # runs at a time where nobody says how many: each wait looks t
 REACHED_WITHIN = 5.0  # seconds for a connection; Ray itself goes on trying for minutes
 
 
-def in_ray(
-    plan: Plan, trials: Sequence[Trial], jobs: int | None, records: Path | None, address: str
-) -> Generator[tuple[int, Run]]:
+def in_ray(plan: Plan, jobs: int | None, records: Path, address: str) -> Generator[tuple[int, Run]]:
     """Index and result of each trial as it finishes.
 
     A run whose worker or machine dies is made again, as Ray does by default. What is begun here is ended here: runs
@@ -35,9 +33,8 @@ def in_ray(
 
     Args:
         plan: made by ``make_plan`` in this process, which has thereby imported the task's modules.
-        trials: of the plan.
         jobs: how many runs at a time; None leaves it to the cluster's CPUs.
-        records: folder on this machine that records are brought to, or None.
+        records: folder on this machine that records are brought to, where the plan asks for them.
         address: as ``compare`` takes it.
 
     Raises:
@@ -46,6 +43,7 @@ def in_ray(
     """
     with _connected(address) as ray:
         work = ray.remote(num_cpus=1)(_work)
+        trials = plan.trials
         left = iter(enumerate(trials))
         running: dict[Any, int] = {}
         while True:
@@ -55,17 +53,17 @@ def in_ray(
                 return
             (done,), _ = ray.wait(list(running))
             i = running.pop(done)
-            yield i, _result(ray, done, None if records is None else records / trials[i].record_name)
+            yield i, _result(ray, done, records / trials[i].record_name)
 
 
-def _result(ray: Any, done: Any, path: Path | None) -> Run:
+def _result(ray: Any, done: Any, path: Path) -> Run:
     try:
         run, record = ray.get(done)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     except ray.exceptions.RayError as error:
         raise TaskError(f"Ray gave up on a run: {_words(error)}") from error
-    if path is not None:
+    if record is not None:
         set_aside(path)
         path.write_bytes(record)
     return run
@@ -171,8 +169,6 @@ def own_modules() -> list[str]:
 def _work(plan: Plan, trial: Trial) -> tuple[Run, bytes | None]:
     """The run and its record, since this machine may not be the one that wants it."""
     ignore_environment()  # of the worker, which would take the place of the policy that is compared
-    if not plan.record:
-        return plan.run(loaded_once(plan), trial), None
     with tempfile.TemporaryDirectory() as folder:
-        run = plan.run(loaded_once(plan), trial, records=Path(folder))
-        return run, (Path(folder) / trial.record_name).read_bytes()
+        run = run_in_worker(plan, trial, Path(folder))
+        return run, (Path(folder) / trial.record_name).read_bytes() if plan.record else None
