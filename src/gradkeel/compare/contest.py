@@ -61,8 +61,7 @@ def contest_of(comparison: Comparison) -> Contest:
 
 def first_step(run: Run) -> tuple[float, ...]:
     """What tells initial weights and first batch apart: the first loss and the first norm, which no policy changes."""
-    firsts = [*run.losses[:1], *run.norms[:1]]
-    return tuple(value for value in firsts if math.isfinite(value))
+    return tuple(filter(math.isfinite, [*run.losses[:1], *run.norms[:1]]))
 
 
 def ignores_seed(runs: Sequence[Run]) -> bool:
