@@ -7,7 +7,6 @@ import importlib.metadata
 import math
 import platform
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from gradkeel.apply import apply
 from gradkeel.kernels import native, triton_host
 from gradkeel.measure import powers
 from gradkeel.norms import Decision, GradientNorms, combine
+from gradkeel.record.notes import plain
 
 # Entries of such sizes fit each dtype, but the squares of the second and third do not.
 _SIZES = {
@@ -118,12 +118,10 @@ class Diagnosis:
 
     def to_json(self) -> dict[str, Any]:
         """The fields and verdicts, as JSON has them."""
-        plain = {"version": 1, **asdict(self), "is_healthy": self.is_healthy}
-        plain["checks"] = [
-            {**asdict(check), "norm_error": _finite(check.norm_error), "is_right": check.is_right}
-            for check in self.checks
-        ]
-        return plain
+        checks = [{**asdict(check), "is_right": check.is_right} for check in self.checks]
+        told = {"version": 1, **asdict(self), "is_healthy": self.is_healthy, "checks": checks}
+        result: dict[str, Any] = plain(told)
+        return result
 
 
 def diagnose() -> Diagnosis:
@@ -179,58 +177,38 @@ def check(route: Route) -> Check:
 
 def _check(route: Route) -> Check:
     device = torch.device(route.device)
-    samples = _samples([dtype for dtype in _SIZES if dtype in _dtypes(device)])
+    generator = torch.Generator().manual_seed(0)
+    samples = [
+        (torch.randn(_ENTRIES, generator=generator, dtype=torch.float64) * size).to(dtype)
+        for dtype, sizes in _SIZES.items()
+        if dtype != torch.float64 or powers.wide_dtype(device) == torch.float64
+        for size in sizes
+    ]
     parameters = [torch.zeros_like(sample, device=device) for sample in samples]
-    for parameter, sample in zip(parameters, samples, strict=True):
-        parameter.grad = sample.to(device, copy=True)
-    norms = powers.read([_gradient(p) for p in parameters], 2.0, device).norms
-    _scale(parameters, norms)
+    gradients = [sample.to(device, copy=True) for sample in samples]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    norms = powers.read(gradients, 2.0, device).norms
+    # As a step would, whose policy wants all of them scaled.
+    names = tuple(f"sample.{i}" for i in range(len(samples)))
+    measured = GradientNorms(names, norms, combine(norms, 2.0), 2.0, groups=(0,) * len(names), step=1)
+    apply(parameters, Decision(coefficients=norms.new_full((), _FACTOR)), measured, prescale=1.0)
     scaled = [(sample.double() * _FACTOR).to(sample.dtype) for sample in samples]
-    gradients = [_gradient(parameter).cpu() for parameter in parameters]
     bad = [torch.tensor([1.0, entry], device=device) for entry in (math.nan, math.inf, -math.inf)]
     return Check(
         route.device,
         tensors=len(samples),
         norm_error=max(map(_error, norms.tolist(), samples)),
         tolerance=_TOLERANCE[route.path],
-        wrong_entries=sum(int((a != b).sum()) for a, b in zip(gradients, scaled, strict=True)),
+        wrong_entries=sum(int((a.cpu() != b).sum()) for a, b in zip(gradients, scaled, strict=True)),
         unseen=int(powers.read(bad, 2.0, device).norms.isfinite().sum()),
     )
-
-
-def _dtypes(device: torch.device) -> set[torch.dtype]:
-    return {powers.wide_dtype(device), torch.float32, torch.bfloat16, torch.float16}
-
-
-def _samples(dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        (torch.randn(_ENTRIES, generator=generator, dtype=torch.float64) * size).to(dtype)
-        for dtype in dtypes
-        for size in _SIZES[dtype]
-    ]
-
-
-def _gradient(parameter: Tensor) -> Tensor:
-    assert parameter.grad is not None, "it was given one"
-    return parameter.grad
 
 
 def _error(norm: float, sample: Tensor) -> float:
     # hypot neither overflows nor is it torch's.
     error = abs(norm / math.hypot(*sample.double().tolist()) - 1)
     return math.inf if math.isnan(error) else error
-
-
-def _scale(parameters: Sequence[Tensor], norms: Tensor) -> None:
-    """As a step would, whose policy wants all of them scaled."""
-    names = tuple(f"sample.{i}" for i in range(len(parameters)))
-    measured = GradientNorms(names, norms, combine(norms, 2.0), 2.0, groups=(0,) * len(names), step=1)
-    apply(parameters, Decision(coefficients=norms.new_full((), _FACTOR)), measured, prescale=1.0)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def missing_packages() -> dict[str, tuple[str, ...]]:

@@ -9,21 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from gradkeel.accumulate.arguments import ITEM, Reduction, check_arguments
-from gradkeel.accumulate.checkpoint import by_names, check, saved_sums
-from gradkeel.accumulate.loader import Batch, Lookahead, ahead
+from gradkeel.accumulate.loader import Batch, Lookahead, Together
 from gradkeel.accumulate.micro import MicroBatch
 from gradkeel.accumulate.noise import NoiseMeter
 from gradkeel.accumulate.sync import GradientSync
 from gradkeel.accumulate.watch import GradientWatch
 from gradkeel.accumulate.wide import WideSums
-from gradkeel.accumulate.window import OpenWindow
+from gradkeel.accumulate.window import OpenWindow, by_names, check_saved, saved_sums
 from gradkeel.apply.skip import clear_gradients
 from gradkeel.errors import CheckpointError, WindowError
 from gradkeel.guard.guard import Guard
 from gradkeel.noise_scale import NoiseScale
+from gradkeel.ranks.group import Ranks
 
 if TYPE_CHECKING:
-    from gradkeel.ranks.group import Group, Ranks
+    from gradkeel.ranks.group import Group
 
 _VERSION = 1
 
@@ -126,7 +126,7 @@ class Accumulator:
         Raises:
             WindowError: if a window is open still, after an early ``break``: call `finish` or `drop` first.
         """
-        if self._open.is_open and not self._resumed:  # a checkpoint may have been taken inside of a window
+        if self._open.count and not self._resumed:  # a checkpoint may have been taken inside of a window
             raise WindowError(
                 f"a window is open after {self._open.count} of {self.steps} micro-batches (the loop was left early, or "
                 "not followed by optimizer.step()); call accumulate.finish() and step, or accumulate.drop(), first"
@@ -143,12 +143,19 @@ class Accumulator:
         return MicroBatch(self, None, Lookahead(itertools.repeat(None), by_length=False))
 
     def _windows(self, loader: Iterable[Batch]) -> "Iterator[MicroBatch[Batch]]":
-        source = ahead(loader, self._sync, self.guard.device, opens_window=lambda: self._open.count == 0)
+        if self.ranks is None:
+            source = Lookahead(loader, by_length=self._sync.is_needed)
+        else:
+            device = self.guard.device
+            source = Together(loader, self.ranks, device, opens_window=lambda: self._open.count == 0)
         while source.fetch():
             micro = MicroBatch(self, source.take(), source)
             yield micro
-            micro._check_was_entered()
-        if self._open.is_open and not self._open.is_complete:
+            if not micro._was_entered:
+                raise WindowError(
+                    "a micro-batch was passed over: put its forward and backward inside `with micro:`"
+                )
+        if self._open.count and not self._open.is_complete:
             raise WindowError(
                 f"the data ended after {self._open.count} of {self.steps} micro-batches of a window that nothing has "
                 "closed (its last micro-batch raised, or the loader is shorter than its length says); call "
@@ -162,7 +169,7 @@ class Accumulator:
             WindowError: if no window is open, or its gradients have not been exchanged between ranks.
         """
         self._check_unbroken()
-        if not self._open.is_open:
+        if not self._open.count:
             raise WindowError("accumulate.finish(): no window is open")
         if self._sync.is_needed and not self._open.is_complete:
             raise WindowError(
@@ -181,7 +188,7 @@ class Accumulator:
             self._noise.drop()
         if self._open.has_logged:
             self.guard.logged.pop("loss", None)
-        self._watch.forget()
+        self._watch.note()
         self._open = OpenWindow.empty(self.per)
 
     @property
@@ -207,7 +214,7 @@ class Accumulator:
             raise WindowError("`with micro:` inside of another micro-batch's; end that one first")
         self._check_unbroken()
         self.guard.connect()  # to the parameters of a group that was added after the last window
-        if self._open.is_open:
+        if self._open.count:
             if self._open.is_complete:
                 raise WindowError(
                     "a micro-batch after the end of the window: call optimizer.step() (or accumulate.drop()) whenever "
@@ -240,7 +247,6 @@ class Accumulator:
 
     def _leave(self, *, last: bool) -> None:
         """Take in a micro-batch whose backward has run."""
-        self._open.is_open = True
         self._open.count += 1
         if self._noise is not None:
             self._noise.note(self._open.weight, self._divisor or 1.0)
@@ -297,7 +303,7 @@ class Accumulator:
         self._check_unbroken()
         if self._is_inside:
             raise WindowError("optimizer.step() inside `with micro:`; step after it, if micro.closes_window")
-        if not self._open.is_open:
+        if not self._open.count:
             raise WindowError(
                 "optimizer.step() without a window: gradients must come through `for micro in accumulate(loader)`, and "
                 "each window allows one step"
@@ -310,7 +316,7 @@ class Accumulator:
         self._watch.refuse_changes("before optimizer.step()")
 
     @property
-    def ranks(self) -> "Ranks | None":
+    def ranks(self) -> Ranks | None:
         """The ranks over which the batch is spread, whose weights the guard adds up; None for one process."""
         return self._sync.ranks
 
@@ -349,12 +355,12 @@ class Accumulator:
         Loadable with ``torch.load(weights_only=True)``. Between windows it holds no tensors.
         """
         self._check_unbroken()
-        if (self._sync.is_needed or self.ranks is not None) and self._open.is_open:
+        if (self._sync.is_needed or self.ranks is not None) and self._open.count:
             raise CheckpointError(
                 "accumulate.state_dict(): in the middle of a window each rank has sums of its own, which no checkpoint "
                 "of the model holds; take checkpoints after optimizer.step()"
             )
-        gradients = {p: p.grad for p in self.guard.parameters if self._open.is_open and p.grad is not None}
+        gradients = {p: p.grad for p in self.guard.parameters if self._open.count and p.grad is not None}
         return {
             "version": _VERSION,
             "steps": self.steps,
@@ -374,11 +380,11 @@ class Accumulator:
         """
         state = {"per": [ITEM], "apart": {}, **state}
         mine = {"version": _VERSION, "steps": self.steps, "reduction": self.reduction, "per": list(self.per)}
-        check(state, mine, names=self.guard.names, has_wide_sums=bool(self._sums))
+        check_saved(state, mine, names=self.guard.names, has_wide_sums=bool(self._sums))
         by_name = dict(zip(self.guard.names, self.guard.parameters, strict=True))
         self.drop()
         self._open = OpenWindow.loaded(state, self.per)
-        self._resumed = self._open.is_open
+        self._resumed = self._open.count > 0
         self._divisor = state["divisor"]
         for name, gradient in state["gradients"].items():
             by_name[name].grad = gradient.to(by_name[name].device).clone()

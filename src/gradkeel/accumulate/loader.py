@@ -1,11 +1,11 @@
 """This module goes through a loader, and knows whether there is more, on this rank or on any other."""
 
+import contextlib
 from collections.abc import Callable, Iterable
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
-from gradkeel.accumulate.sync import GradientSync
 from gradkeel.errors import RankError, WindowError
 from gradkeel.ranks.group import Ranks
 
@@ -32,7 +32,10 @@ class Lookahead(Generic[Batch]):
         self._iterator = iter(loader)
         self._fetched: list[Batch] = []
         self._taken = 0
-        self._length = _length(loader) if by_length else None
+        self._length: int | None = None
+        if by_length:
+            with contextlib.suppress(TypeError):
+                self._length = len(loader)  # type: ignore[arg-type]  # without a length it raises, which is the test
 
     def fetch(self) -> bool:
         """Have the next item at hand; False at the end of the data."""
@@ -50,22 +53,6 @@ class Lookahead(Generic[Batch]):
         """Return the item that ``fetch`` found."""
         self._taken += 1
         return self._fetched.pop()
-
-
-def ahead(
-    loader: Iterable[Batch], sync: GradientSync, device: torch.device, *, opens_window: Callable[[], bool]
-) -> Lookahead[Batch]:
-    """Choose how to go through a loader, alone or together with other ranks."""
-    if sync.ranks is None:
-        return Lookahead(loader, by_length=sync.is_needed)
-    return Together(loader, sync.ranks, device, opens_window=opens_window)
-
-
-def _length(loader: Iterable[Any]) -> int | None:
-    try:
-        return len(loader)  # type: ignore[arg-type]  # without a length it raises, which is the test
-    except TypeError:
-        return None
 
 
 class Together(Lookahead[Batch]):

@@ -36,9 +36,8 @@ class MicroBatch(Generic[Batch]):
         self._owner = owner
         self._source = source
         self._was_entered = False
-        self._weights: dict[
-            str, Tensor | float | None
-        ] = {}  # of the terms whose backward has returned, by denominator
+        # By denominator, of the terms whose backward has returned.
+        self._weights: dict[str, Tensor | float | None] = {}
         self._told: tuple[str, Tensor | float | None] | None = None  # what `weigh` was told
         self._put_off: list[tuple[str, Tensor | float | None, Tensor, Tensor | None]] = []
         self._last: bool | None = None
@@ -99,7 +98,8 @@ class MicroBatch(Generic[Batch]):
         divisor = owner._choose_divisor(amount, is_half=scaler is not None)
         is_nothing = isinstance(amount, float) and amount == 0.0
         told = None if is_nothing else loss.detach()  # the mean over no items is NaN
-        if not is_nothing or self._is_awaited:
+        is_awaited = owner._sync.needs_every_backward or (owner._sync.is_needed and self._last)
+        if not is_nothing or is_awaited:  # by other ranks
             scaled = loss if divisor == 1.0 else loss / divisor
             scaled = scaled if scaler is None else scaler.scale(scaled)
             if self._last and owner._sync.exchanges_once:
@@ -253,20 +253,8 @@ class MicroBatch(Generic[Batch]):
         if self._last and (failure := self._source.failure) is not None:
             owner._open.broken, owner._open.cause = f"the loader raised {failure!r}", failure
 
-    @property
-    def _is_awaited(self) -> bool:
-        """Tell whether other ranks wait for this one's backward."""
-        sync = self._owner._sync
-        return sync.needs_every_backward or (sync.is_needed and self._last is True)
-
     def _is_last(self) -> bool:
         return self._owner._open.count + 1 >= self._owner.steps or not self._source.is_more_coming()
-
-    def _check_was_entered(self) -> None:
-        if not self._was_entered:
-            raise WindowError(
-                "a micro-batch was passed over: put its forward and backward inside `with micro:`"
-            )
 
 
 def _one_of(names: Sequence[str], per: str | None) -> str:

@@ -15,9 +15,6 @@ class NoiseMeter:
     """Keeps each window's weights and norms as they are, and adds them up when the estimate is read.
 
     Every 1,000 windows they are added up anyway, so that memory stays small; on an accelerator that syncs the host.
-
-    Args:
-        guard: guards the parameters whose gradients are measured.
     """
 
     def __init__(self, guard: Guard) -> None:

@@ -35,6 +35,14 @@ class GradientSync:
             unless given.
         divides: by what a communication hook of DistributedDataParallel divides the sum over ranks.
 
+    Attributes:
+        is_needed: gradients are exchanged, so that a micro-batch must know at its start whether it is the last.
+        needs_every_backward: ranks wait for each other in every backward, so that none may leave one out.
+        exchanges_once: only the first backward after a forward is exchanged, so that terms must run in one backward.
+        keeps_sums: the model keeps a window's sums where nobody else can add to them.
+        ranks: between which gradients are exchanged; None for one process.
+        divisor: what the sum of the ranks' gradients has been divided by when it arrives: their number, as a rule.
+
     Raises:
         ValueError: if parts of the model divide their gradients by different numbers, or by one that nobody knows.
         TypeError, AttachError: for something that is no group, or a group without this rank.
@@ -43,14 +51,16 @@ class GradientSync:
     def __init__(
         self, model: nn.Module | None, process_group: "Group | None", divides: float | None = None
     ) -> None:
-        self._parts: list[Any] = list(_outermost(model)) if model is not None else []
-        self._fsdp = [part for part in self._parts if hasattr(part, "set_requires_gradient_sync")]
-        self._ddp = [part for part in self._parts if not hasattr(part, "set_requires_gradient_sync")]
-        groups = [data_parallel(part) for part in self._ddp if process_group is None] + [
-            mesh for mesh, _ in _meshes(self._fsdp)
-        ]
-        given = groups if process_group is None else [process_group]
-        found = [ranks_of(group, "Accumulator(process_group=...)") for group in given]
+        parts: list[Any] = list(_outermost(model)) if model is not None else []
+        self._fsdp = [part for part in parts if hasattr(part, "set_requires_gradient_sync")]
+        self._ddp = [part for part in parts if not hasattr(part, "set_requires_gradient_sync")]
+        self.is_needed = bool(parts)
+        self.needs_every_backward, self.exchanges_once = bool(self._fsdp), bool(self._ddp)
+        self.keeps_sums = any(map(is_fsdp1, self._ddp))
+        groups: list[Any] = [process_group]
+        if process_group is None:
+            groups = [*map(data_parallel, self._ddp), *(mesh for mesh, _ in _meshes(self._fsdp))]
+        found = [ranks_of(group, "Accumulator(process_group=...)") for group in groups]
         ranks = max(found, key=lambda one: len(one.members)) if found else None
         self.ranks: Ranks | None = None if ranks is None or len(ranks.members) == 1 else ranks
         if divides is not None and not divides > 0:
@@ -58,26 +68,6 @@ class GradientSync:
         self._divides = divides
         self.divisor = self._read_divisor()
         self._hooks = self._count_hooks()
-
-    @property
-    def is_needed(self) -> bool:
-        """Whether gradients are exchanged, so that a micro-batch must know at its start whether it is the last."""
-        return bool(self._parts)
-
-    @property
-    def needs_every_backward(self) -> bool:
-        """Whether ranks wait for each other in every backward, so that none may leave one out."""
-        return bool(self._fsdp)
-
-    @property
-    def exchanges_once(self) -> bool:
-        """Whether only the first backward after a forward is exchanged, so that terms must run in one backward."""
-        return bool(self._ddp)
-
-    @property
-    def keeps_sums(self) -> bool:
-        """Whether the model keeps a window's sums where nobody else can add to them."""
-        return any(map(is_fsdp1, self._ddp))
 
     def around(self, *, last: bool) -> AbstractContextManager[Any]:
         """Return the context around one micro-batch, which exchanges gradients if it is the last."""
@@ -110,7 +100,6 @@ class GradientSync:
         return float(self.ranks.gather(row).amax())
 
     def _read_divisor(self) -> float:
-        """Return by what the sum of the ranks' gradients has been divided when it arrives: their number, as a rule."""
         found = {self._divided_by(part) for part in self._ddp}
         found |= {float(mesh.size()) if factor is None else factor for mesh, factor in _meshes(self._fsdp)}
         if len(found) > 1:
@@ -158,9 +147,8 @@ def _outermost(model: nn.Module) -> Iterator[nn.Module]:
 
 def _param_groups(parts: list[Any]) -> Iterator[Any]:
     """Return the groups of parameters that FSDP2 exchanges together."""
-    for state in (
-        m._get_fsdp_state() for part in parts for m in part.modules() if hasattr(m, "_get_fsdp_state")
-    ):
+    modules = [module for part in parts for module in part.modules()]
+    for state in (module._get_fsdp_state() for module in modules if hasattr(module, "_get_fsdp_state")):
         several = getattr(state, "_fsdp_param_groups", None)  # older torch has one for each module
         found = [state._fsdp_param_group] if several is None else several
         yield from (group for group in found if group is not None)

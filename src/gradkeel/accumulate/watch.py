@@ -19,19 +19,12 @@ class GradientWatch:
         """Remember the gradients as they are now."""
         self._seen = [(p, None if p.grad is None else Seen(p.grad)) for p in self._parameters()]
 
-    def forget(self) -> None:
-        """Remember nothing."""
-        self._seen = []
-
     def change(self) -> str | None:
         """Tell what happened to the gradients since ``note``: "cleared", "modified", or None."""
-        changed = [(seen, gradient) for seen, gradient in self._pairs() if not _is_as(seen, gradient)]
+        changed = [p.grad for p, seen in self._seen if not _is_as(seen, p.grad)]
         if not changed:
             return None
-        return "cleared" if any(gradient is None for _, gradient in changed) else "modified"
-
-    def _pairs(self) -> list[tuple[Seen | None, Tensor | None]]:
-        return [(seen, parameter.grad) for parameter, seen in self._seen]
+        return "cleared" if any(gradient is None for gradient in changed) else "modified"
 
     def refuse_changes(self, when: str) -> None:
         """Raise `WindowError` if anybody else wrote to gradients, or changed the optimizer's, since ``note``."""
@@ -54,7 +47,7 @@ class GradientWatch:
 
     def any_unchanged(self) -> bool:
         """Tell whether some gradient is still there just as it was noted."""
-        return any(gradient is not None and _is_as(seen, gradient) for seen, gradient in self._pairs())
+        return any(p.grad is not None and _is_as(seen, p.grad) for p, seen in self._seen)
 
 
 def _is_as(seen: Seen | None, gradient: Tensor | None) -> bool:

@@ -68,7 +68,15 @@ def add_(sums: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
     if all(map(_lie_alike, sums, gradients)) and native.add(sums, gradients):
         return
     for total, gradient in zip(sums, gradients, strict=True):
-        _add_one(total, gradient)
+        if total.dtype == gradient.dtype or total.device.type != "cpu" or not total.is_contiguous():
+            total.add_(gradient)
+            continue
+        # By chunks: `add_` of mixed dtypes is not vectorised on CPU.
+        flat, narrow = total.view(-1), gradient.reshape(-1)
+        scratch = torch.empty(min(CHUNK, flat.numel()), dtype=total.dtype, device="cpu")
+        for start in range(0, flat.numel(), CHUNK):
+            part = flat[start : start + CHUNK]
+            part.add_(scratch[: part.numel()].copy_(narrow[start : start + CHUNK]))
 
 
 def _lie_alike(total: Tensor, gradient: Tensor) -> bool:
@@ -80,15 +88,3 @@ def _lie_alike(total: Tensor, gradient: Tensor) -> bool:
         and not total.is_neg()
         and not gradient.is_neg()
     )
-
-
-def _add_one(total: Tensor, gradient: Tensor) -> None:
-    """Add by chunks: ``add_`` of mixed dtypes is not vectorised on CPU."""
-    if total.dtype == gradient.dtype or total.device.type != "cpu" or not total.is_contiguous():
-        total.add_(gradient)
-        return
-    flat, narrow = total.view(-1), gradient.reshape(-1)
-    scratch = torch.empty(min(CHUNK, flat.numel()), dtype=total.dtype, device="cpu")
-    for start in range(0, flat.numel(), CHUNK):
-        part = flat[start : start + CHUNK]
-        part.add_(scratch[: part.numel()].copy_(narrow[start : start + CHUNK]))

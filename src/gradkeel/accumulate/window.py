@@ -1,13 +1,14 @@
-"""A window has the sums of its micro-batches: how many they are, what they weigh, what they lose."""
+"""A window has the sums of its micro-batches: their number, what they weigh, what they lose; and its checkpoint."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradkeel.errors import WindowError
+from gradkeel.errors import CheckpointError, WindowError
+from gradkeel.guard.guard import Guard
 from gradkeel.measure import wide_dtype
 
 
@@ -50,8 +51,7 @@ class OpenWindow:
 
     Attributes:
         per: by what its terms are divided, by name.
-        count: micro-batches so far.
-        is_open: between the end of the first micro-batch and the step.
+        count: micro-batches so far; the window is open from the end of the first one to the step.
         is_complete: no micro-batch follows.
         broken: what left it half done, in words.
         cause: the exception behind that, where it is not raised already.
@@ -61,7 +61,6 @@ class OpenWindow:
 
     per: dict[str, Denominator]
     count: int = 0
-    is_open: bool = False
     is_complete: bool = False
     broken: str | None = None
     cause: Exception | None = None
@@ -77,10 +76,10 @@ class OpenWindow:
     def loaded(cls, state: Mapping[str, Any], names: Iterable[str]) -> "OpenWindow":
         """Return the window that ``saved`` gave."""
         told = state.get("denominators") or [(state["weight"], state["loss"], state["weighs"])]
-        count, window = int(state["count"]), cls.empty(list(names)[: len(told)])
+        window = cls.empty(list(names)[: len(told)])
         for one, (weight, loss, weighs) in zip(window.per.values(), told, strict=True):
             one.weight, one.loss, one.weighs = weight, loss, weighs
-        window.count, window.is_open, window.is_complete = count, count > 0, bool(state["is_complete"])
+        window.count, window.is_complete = int(state["count"]), bool(state["is_complete"])
         return window
 
     def saved(self) -> dict[str, Any]:
@@ -104,11 +103,9 @@ class OpenWindow:
     def mean_loss(self) -> Tensor | None:
         """[] mean loss of this rank's items, added up over the denominators; 0 without items."""
         means = [one.loss / _nonzero(one.weight) for one in self.per.values() if one.loss is not None]
-        return (
-            torch.stack([one.to(means[0].device) for one in means]).sum()
-            if means[1:]
-            else next(iter(means), None)
-        )
+        if len(means) < 2:
+            return means[0] if means else None
+        return torch.stack([one.to(means[0].device) for one in means]).sum()
 
     def weights(self, device: torch.device) -> Tensor:
         """[denominators] this rank's weights."""
@@ -147,3 +144,35 @@ def _nonzero(weight: Tensor | float) -> Any:
     if isinstance(weight, Tensor):
         return torch.where(weight == 0, torch.ones_like(weight), weight)
     return weight or 1.0
+
+
+def by_names(guard: Guard, held: Mapping[Tensor, Tensor]) -> dict[str, Tensor]:
+    """Copy what is held for each parameter, under its name."""
+    pairs = zip(guard.names, guard.parameters, strict=True)
+    return {name: held[parameter].detach().clone() for name, parameter in pairs if parameter in held}
+
+
+def saved_sums(guard: Guard, sums: Mapping[str, Mapping[Tensor, Tensor]]) -> dict[str, Any]:
+    """Return what is kept apart from ``.grad``; by denominator, where there are several."""
+    named = {per: by_names(guard, held) for per, held in sums.items()}
+    if len(named) > 1:
+        return {"sums": {}, "apart": named}
+    return {"sums": next(iter(named.values()), {}), "apart": {}}
+
+
+def check_saved(
+    state: Mapping[str, Any], mine: Mapping[str, Any], *, names: Sequence[str], has_wide_sums: bool
+) -> None:
+    """Raise `CheckpointError` unless a saved window fits this accumulator."""
+    for key, value in mine.items():
+        if state.get(key) != value:
+            raise CheckpointError(
+                f"accumulator state has {key}={state.get(key)!r}, but this Accumulator {key}={value!r}; resume with "
+                "the same, or start at a window's beginning without loading it"
+            )
+    parts = [state["gradients"], state["sums"], *state["apart"].values()]
+    unknown = [name for part in parts for name in part if name not in set(names)]
+    if unknown:
+        raise CheckpointError(f"accumulator state knows parameters that are not here: {', '.join(unknown)}")
+    if state["sums"] and not has_wide_sums:
+        raise CheckpointError("accumulator state holds wide sums; make the Accumulator with accumulate_dtype")

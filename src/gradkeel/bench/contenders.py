@@ -70,21 +70,16 @@ def steps(gradients: Gradients, bound: float) -> list[Contender]:
     """Return clip and AdamW's step, fused where it can be; torch's first, and last the step without clipping."""
     fused = gradients.device.type in {"cpu", "cuda"}
     torchs, own, plain = (torch.optim.AdamW(gradients.parameters, lr=1e-9, fused=fused) for _ in range(3))
+
+    def clip_and_step() -> None:
+        torch.nn.utils.clip_grad_norm_(gradients.parameters, bound)
+        torchs.step()
+
     return [
-        torch_clip_and_step(gradients, bound, torchs),
+        Contender(f"{TORCH} + step", clip_and_step, gradients.refill),
         guarded_step(gradients, ClipByGlobalNorm(bound), own),
         Contender(say("step without clipping"), plain.step, gradients.refill),
     ]
-
-
-def torch_clip_and_step(gradients: Gradients, bound: float, optimizer: Optimizer) -> Contender:
-    """Torch's clip by global norm, then the optimizer's step."""
-
-    def run() -> None:
-        torch.nn.utils.clip_grad_norm_(gradients.parameters, bound)
-        optimizer.step()
-
-    return Contender(f"{TORCH} + step", run, gradients.refill)
 
 
 def guarded_step(

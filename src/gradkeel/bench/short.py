@@ -101,19 +101,14 @@ def _race(found: Race) -> dict[str, Any]:
     return {
         "baseline": found.baseline,
         "rounds": len(found.seconds[found.baseline]),
-        "control": _list(found, found.baseline + AGAIN),
+        "control": list(found.control),
         "contenders": {
             name: {
                 "ms": found.time(name).median * 1e3,
-                "ratio": _list(found, name),
+                "ratio": list(found.ratio(name)),
                 "to_read": found.ratio(name, READ).median if READ in found.seconds else None,
                 "error": found.errors.get(name),
             }
             for name in names
         },
     }
-
-
-def _list(found: Race, name: str) -> list[float]:
-    ratio = found.ratio(name)
-    return [ratio.low, ratio.median, ratio.high]

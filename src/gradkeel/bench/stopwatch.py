@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 AGAIN = ", again"
 """What the control is called after the baseline: the same code, timed a second time in each round."""
@@ -28,8 +29,7 @@ class Contender:
     error: Callable[[], float] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Quartiles:
+class Quartiles(NamedTuple):
     """Lower quartile, median and upper quartile."""
 
     low: float
@@ -139,5 +139,4 @@ def quartiles(values: Sequence[float]) -> Quartiles:
     """Return the quartiles of at least one number."""
     if len(values) == 1:
         return Quartiles(values[0], values[0], values[0])
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return Quartiles(low, median, high)
+    return Quartiles(*statistics.quantiles(values, n=4, method="inclusive"))

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from gradkeel.cli.errors import reported
+from gradkeel.cli.options import AsJson
 from gradkeel.language import count, heard, say, shown
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
     from gradkeel.bench import Table
 
 
@@ -26,21 +25,14 @@ def command(
     ] = "gpt2-small",
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"],
-        typer.Option(
-            "--dtype", metavar="DTYPE", help="of parameters and gradients: float32, bfloat16 or float16"
-        ),
+        typer.Option(metavar="DTYPE", help="of parameters and gradients: float32, bfloat16 or float16"),
     ] = "float32",
-    device: Annotated[str, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...")] = "cpu",
-    rounds: Annotated[
-        int, typer.Option("--rounds", metavar="N", help="how often everything is timed", min=5)
-    ] = 30,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, ...")] = "cpu",
+    rounds: Annotated[int, typer.Option(metavar="N", help="how often everything is timed", min=5)] = 30,
     seconds: Annotated[
-        float,
-        typer.Option("--seconds", metavar="S", help="no further rounds of a table after so long", min=0),
+        float, typer.Option(metavar="S", help="no further rounds of a table after so long", min=0)
     ] = 10.0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="print the result as JSON, and nothing else, to stdout")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Time clipping beside torch's clip_grad_norm_, interleaved, in one process; takes 10 times the model's memory."""
     import torch
@@ -80,6 +72,7 @@ def command(
 def _show(found: "Sequence[Table]") -> None:
     from rich.text import Text
 
+    from gradkeel.bench.stopwatch import AGAIN
     from gradkeel.bench.workload import READ
     from gradkeel.cli.screen import console, tables
 
@@ -87,26 +80,26 @@ def _show(found: "Sequence[Table]") -> None:
     head = ["", "ms", say("x torch"), "", say("x one read"), say("error")]
     for one in found:
         race = one.race
-        rows: list[list[str | Text]] = []
+        rows = list[list[str | Text]]()
         for name in race.seconds:
-            ratio = race.ratio(name)
+            ratio, title = race.ratio(name), heard(name.removesuffix(AGAIN))
+            if name.endswith(AGAIN):
+                title = say("{name}, again", name=title)
+            span = say("{low} to {high}", low=f"{ratio.low:.2f}", high=f"{ratio.high:.2f}")
             rows.append(
                 [
-                    _named(name),
+                    Text(shown(title), style="dim" if name.endswith(AGAIN) else ""),
                     f"{race.time(name).median * 1e3:.3g}",
                     f"{ratio.median:.2f}",
-                    Text(
-                        shown(say("{low} to {high}", low=f"{ratio.low:.2f}", high=f"{ratio.high:.2f}")),
-                        style="dim",
-                    ),
+                    Text(shown(span), style="dim"),
                     f"{race.ratio(name, READ).median:.2f}" if READ in race.seconds else "",
                     f"{race.errors[name]:.0e}" if name in race.errors else "",
                 ]
             )
         for piece in tables(head, rows, width=here.width, title=heard(one.title)):
             here.print(piece)
-    control = [table.race.control for table in found]
-    worst = max(max(one.median, 1 / one.median) for one in control) - 1
+    control = [one.race.control.median for one in found]
+    worst = max(*control, *(1 / ratio for ratio in control)) - 1
     words = say(
         "torch against itself is off by {worst:.0%} at most, so differences below that mean nothing.",
         worst=worst,
@@ -115,13 +108,3 @@ def _show(found: "Sequence[Table]") -> None:
     if worst > 0.05:
         busy = say("Something else is running here: try again when the machine is idle.")
         here.print(Text(shown(busy), style="yellow"))
-
-
-def _named(contender: str) -> "Text":
-    from rich.text import Text
-
-    from gradkeel.bench.stopwatch import AGAIN
-
-    name = shown(heard(contender.removesuffix(AGAIN)))
-    again = contender.endswith(AGAIN)
-    return Text(shown(say("{name}, again", name=name)) if again else name, style="dim" if again else "")

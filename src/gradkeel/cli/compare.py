@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from gradkeel.cli.errors import reported
-from gradkeel.cli.options import TASK
+from gradkeel.cli.errors import complain, reported
+from gradkeel.cli.options import TASK, AsJson
 from gradkeel.language import heard, say, shown
 
 if TYPE_CHECKING:
@@ -41,42 +41,31 @@ class Command(TyperCommand):
 @reported
 def command(
     task: Annotated[
-        str | None,
-        typer.Argument(metavar="TASK", help=f"{TASK}; char-lstm unless given"),
+        str | None, typer.Argument(metavar="TASK", help=f"{TASK}; char-lstm unless given")
     ] = None,
     policy: Annotated[
         list[str] | None,
-        typer.Option(
-            "--policy", metavar="SPEC", help="a policy, such as none or global-norm:0.25; may be repeated"
-        ),
+        typer.Option(metavar="SPEC", help="a policy, such as none or global-norm:0.25; may be repeated"),
     ] = None,
     sweep: Annotated[
         str | None,
-        typer.Option(
-            "--sweep", metavar="POLICY:LOW..HIGH", help="a range of bounds, such as global-norm:0.01..100"
-        ),
+        typer.Option(metavar="POLICY:LOW..HIGH", help="a range of bounds, such as global-norm:0.01..100"),
     ] = None,
     lr: Annotated[
-        list[float] | None, typer.Option("--lr", metavar="X", help="a learning rate; may be repeated")
+        list[float] | None, typer.Option(metavar="X", help="a learning rate; may be repeated")
     ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", metavar="N", help="items in a batch")
-    ] = None,
+    batch_size: Annotated[int | None, typer.Option(metavar="N", help="items in a batch")] = None,
     accumulate: Annotated[
-        int | None,
-        typer.Option("--accumulate", metavar="N", help="batches that make one step, accumulated exactly"),
+        int | None, typer.Option(metavar="N", help="batches that make one step, accumulated exactly")
     ] = None,
-    seeds: Annotated[int | None, typer.Option("--seeds", metavar="N", help="how many seeds")] = None,
-    steps: Annotated[
-        int | None, typer.Option("--steps", metavar="N", help="optimizer steps in a run")
-    ] = None,
+    seeds: Annotated[int | None, typer.Option(metavar="N", help="how many seeds")] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="optimizer steps in a run")] = None,
     jobs: Annotated[
-        int | None, typer.Option("--jobs", metavar="N", help="how many runs at a time (default: one a core)")
+        int | None, typer.Option(metavar="N", help="how many runs at a time (default: one a core)")
     ] = None,
     run: Annotated[
         str | None,
         typer.Option(
-            "--run",
             metavar="COMMAND",
             help="your own command instead of a task, such as 'python train.py --lr 0.1'",
         ),
@@ -84,7 +73,6 @@ def command(
     ray: Annotated[
         str | None,
         typer.Option(
-            "--ray",
             metavar="[ADDRESS]",
             help="run on the Ray cluster at host:port or ray://host:port; without an address on the one that Ray "
             "finds, or starts here",
@@ -95,17 +83,15 @@ def command(
         typer.Option("--record", help="record every run under DIR/runs, for gradkeel explain and report"),
     ] = False,
     out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="directory for compare.json and compare.html")
+        Path, typer.Option(metavar="DIR", help="directory for compare.json and compare.html")
     ] = Path("gradkeel-compare"),
-    as_json: Annotated[
-        bool, typer.Option("--json", help="print the result as JSON, and nothing else, to stdout")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train the same task under several policies, learning rates and seeds, and say what clipping changed."""
     from gradkeel.attaching import ignore_environment
-    from gradkeel.cli.progress import Progress
+    from gradkeel.cli.progress import progress
     from gradkeel.compare import compare, make_command_plan, make_plan
-    from gradkeel.compare.starts import in_words
+    from gradkeel.compare.contest import starts_in_words
 
     # They would take the place of every policy that is compared.
     ignore_environment()
@@ -123,21 +109,29 @@ def command(
                 record=record,
             )
         else:
-            beside = {"--lr": lr, "--steps": steps, "--batch-size": batch_size, "--accumulate": accumulate}
-            _refuse_beside_run(TASK=task, **beside)
+            of_tasks = {
+                "TASK": task, "--lr": lr, "--steps": steps, "--batch-size": batch_size, "--accumulate": accumulate,
+            }  # fmt: skip
+            if given := [name for name, value in of_tasks.items() if value is not None]:
+                told = say(
+                    "{name} has no effect on a command of your own; write it into the command: "
+                    "--run 'python train.py --lr 0.1'",
+                    name=given[0],
+                )
+                raise typer.BadParameter(shown(told))
             plan = make_command_plan(run, policies=policy, seeds=seeds, sweep=sweep)
         _check_writable(out)
-        with Progress(plan, quiet=as_json) as progress:
+        with contextlib.nullcontext(lambda so_far: None) if as_json else progress(plan) as show:
             said = {""}
 
             def on_run(so_far: "Comparison") -> None:
-                progress.update(so_far)
-                words = in_words(so_far)
+                show(so_far)
+                words = starts_in_words(so_far)
                 if words not in said:
                     said.add(words)
-                    _say(words)
+                    complain(words)
 
-            result = compare(plan, jobs=jobs, on_run=on_run, records=out / "runs", ray=ray, say=_say)
+            result = compare(plan, jobs=jobs, on_run=on_run, records=out / "runs", ray=ray, say=complain)
     _deliver(result, out, as_json=as_json)
 
 
@@ -150,10 +144,6 @@ def _check_writable(out: Path) -> None:
         if (out / name).exists():
             with (out / name).open("a"):
                 pass
-
-
-def _say(words: str) -> None:
-    print(f"gradkeel: {shown(words)}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -170,27 +160,27 @@ def _only_json_on_stdout() -> Iterator[None]:
         os.close(kept)
 
 
-def _refuse_beside_run(**given: object) -> None:
-    for name, value in given.items():
-        if value is not None:
-            told = say(
-                "{name} has no effect on a command of your own; write it into the command: "
-                "--run 'python train.py --lr 0.1'",
-                name=name,
-            )
-            raise typer.BadParameter(shown(told))
-
-
 def _deliver(result: "Comparison", out: Path, *, as_json: bool) -> None:
     """Table, words and files of whatever has finished."""
     from gradkeel.cli.progress import print_result
+    from gradkeel.compare.findings import findings
+    from gradkeel.compare.page import compare_page
     from gradkeel.compare.results import document
+    from gradkeel.compare.summary import summarize
+    from gradkeel.errors import MissingExtraError
 
     text = json.dumps(document(result), allow_nan=False)
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "compare.json"
-    path.write_text(text + "\n", encoding="utf-8")
-    written = [path, *_write_page(result, out / "compare.html")]
+    written = [out / "compare.json"]
+    written[0].write_text(text + "\n", encoding="utf-8")
+    if result.runs:
+        try:
+            html = compare_page(result, summarize(result.runs, result.plan.target_loss), findings(result))
+        except MissingExtraError as error:
+            print(shown(say("No page was written: {error}", error=heard(str(error)))), file=sys.stderr)
+        else:
+            written.append(out / "compare.html")
+            written[1].write_text(html, encoding="utf-8")
     if as_json:
         print(text)
     else:
@@ -205,21 +195,3 @@ def _deliver(result: "Comparison", out: Path, *, as_json: bool) -> None:
         )
         print(shown(told), file=sys.stderr)
         raise typer.Exit(INTERRUPTED)
-
-
-def _write_page(result: "Comparison", path: Path) -> list[Path]:
-    """Write the page, unless nothing has finished or plotly is missing; what was written."""
-    from gradkeel.compare.findings import findings
-    from gradkeel.compare.page import compare_page
-    from gradkeel.compare.summary import summarize
-    from gradkeel.errors import MissingExtraError
-
-    if not result.runs:
-        return []
-    try:
-        html = compare_page(result, summarize(result.runs, result.plan.target_loss), findings(result))
-    except MissingExtraError as error:
-        print(shown(say("No page was written: {error}", error=heard(str(error)))), file=sys.stderr)
-        return []
-    path.write_text(html, encoding="utf-8")
-    return [path]

@@ -1,5 +1,6 @@
 """``gradkeel doctor``: which code measures gradients here and why, whether it is right, and what is missing."""
 
+import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -29,8 +30,6 @@ def command(
 
     diagnosis = diagnose()
     if as_json:
-        import json
-
         print(json.dumps(diagnosis.to_json(), allow_nan=False))
     else:
         _tell(diagnosis)
@@ -44,19 +43,13 @@ def _tell(diagnosis: "Diagnosis") -> None:
     from gradkeel.cli.screen import console, sentences
 
     here = console()
-    here.print(
-        Text(f"gradkeel {diagnosis.gradkeel}", style="bold cyan"),
-        Text(
-            shown(
-                say(
-                    "with torch {torch}, Python {python}, {platform}",
-                    torch=diagnosis.torch,
-                    python=diagnosis.python,
-                    platform=diagnosis.platform,
-                )
-            )
-        ),
+    what = say(
+        "with torch {torch}, Python {python}, {platform}",
+        torch=diagnosis.torch,
+        python=diagnosis.python,
+        platform=diagnosis.platform,
     )
+    here.print(Text(f"gradkeel {diagnosis.gradkeel}", style="bold cyan"), Text(shown(what)))
     lines = [
         (f"  {shown(label)} ", Text(shown(words), style=style)) for label, words, style in _lines(diagnosis)
     ]
@@ -64,20 +57,25 @@ def _tell(diagnosis: "Diagnosis") -> None:
 
 
 def _lines(diagnosis: "Diagnosis") -> "Iterator[Line]":
-    yield "CPU", _cpu(diagnosis.cpu), ""
-    yield from _why(diagnosis.cpu)
+    routes = [route for route in (diagnosis.cpu, diagnosis.accelerator) if route is not None]
+    for label, route in zip(("CPU", "GPU"), routes, strict=False):
+        yield label, _path(route), ""
+        if route.reason is not None:
+            yield _indented(say("why")), heard(route.reason), ""
+        if route.remedy is not None:
+            yield _indented(say("to do")), heard(route.remedy), "yellow"
     if diagnosis.accelerator is None:
         yield "GPU", say("none that torch {torch} can use", torch=diagnosis.torch), ""
-    else:
-        yield "GPU", _gpu(diagnosis.accelerator), ""
-        yield from _why(diagnosis.accelerator)
-    for route, check in zip((diagnosis.cpu, diagnosis.accelerator), diagnosis.checks, strict=False):
-        assert route is not None, "what has been checked is there"
+    for route, check in zip(routes, diagnosis.checks, strict=True):
         yield from _verdict(route, check)
     yield say("extras"), _extras(diagnosis.missing), ""
 
 
-def _cpu(route: "Route") -> str:
+def _path(route: "Route") -> str:
+    if route.path == "triton":
+        return say("Triton kernels, on {device}", device=route.name)
+    if route.path == "foreach":
+        return say("torch foreach operations, on {device}", device=route.name)
     threads = count(route.threads or 1, "one thread", "{n} threads")
     if route.path == "torch":
         return say("torch's operations, on {threads}; the native kernels would be faster", threads=threads)
@@ -89,19 +87,6 @@ def _cpu(route: "Route") -> str:
         "native kernels ({level}), on one thread: torch's OpenMP library is of another kind than GNU's",
         level=route.level,
     )
-
-
-def _gpu(route: "Route") -> str:
-    if route.path == "triton":
-        return say("Triton kernels, on {device}", device=route.name)
-    return say("torch foreach operations, on {device}", device=route.name)
-
-
-def _why(route: "Route") -> "Iterator[Line]":
-    if route.reason is not None:
-        yield _indented(say("why")), heard(route.reason), ""
-    if route.remedy is not None:
-        yield _indented(say("to do")), heard(route.remedy), "yellow"
 
 
 def _indented(label: str) -> str:
@@ -119,11 +104,8 @@ def _verdict(route: "Route", check: "Check") -> "Iterator[Line]":
         )
         yield label, words, "green"
         return
-    yield (
-        label,
-        say("WRONG: {faults}", faults=check.failure or "; ".join(map(shown, _faults(check)))),
-        "bold red",
-    )
+    faults = check.failure or "; ".join(map(shown, _faults(check)))
+    yield label, say("WRONG: {faults}", faults=faults), "bold red"
     if route.path in _SWITCHES:
         remedy = say("set {variable}=off, and report this page as a bug", variable=_SWITCHES[route.path])
     else:

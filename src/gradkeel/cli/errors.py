@@ -4,12 +4,9 @@ import functools
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ParamSpec
+from typing import ParamSpec
 
 from gradkeel.language import heard, shown
-
-if TYPE_CHECKING:
-    from gradkeel.record import Reader
 
 P = ParamSpec("P")
 
@@ -29,13 +26,18 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
             sys.exit(1)
         except (GradkeelError, OSError) as error:
             told = error.args[0] if isinstance(error, GradkeelError) else str(error)
-            print(f"gradkeel: {shown(heard(told))}", file=sys.stderr)
+            complain(heard(told))
             sys.exit(2)
 
     return wrapped
 
 
-def note_damage(reader: "Reader") -> None:
+def complain(words: str) -> None:
+    """Say something on stderr, in the reader's language."""
+    print(f"gradkeel: {shown(words)}", file=sys.stderr, flush=True)
+
+
+def note_damage(damage: str | None) -> None:
     """Say on stderr what of a record could not be read."""
-    if reader.damage:
-        print(f"gradkeel: {shown(heard(reader.damage))}", file=sys.stderr)
+    if damage:
+        complain(heard(damage))

@@ -1,6 +1,8 @@
 """``gradkeel explain``: why a recorded run blew up, what hardly learns, and what a bound would do."""
 
-from typing import TYPE_CHECKING, Annotated
+import json
+import shlex
+from typing import Annotated
 
 import typer
 
@@ -8,16 +10,12 @@ from gradkeel.cli.errors import reported
 from gradkeel.cli.options import Run
 from gradkeel.language import say, shown
 
-if TYPE_CHECKING:
-    from gradkeel.explain import Explanation
-
 
 @reported
 def command(
     run: Run,
     bound: Annotated[
-        list[float] | None,
-        typer.Option("--bound", metavar="X", help="another bound to weigh up; may be repeated"),
+        list[float] | None, typer.Option(metavar="X", help="another bound to weigh up; may be repeated")
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="print the explanation as JSON, and nothing else, to stdout")
@@ -32,16 +30,8 @@ def command(
             raise typer.BadParameter(shown(told), param_hint="--bound")
     explanation = explain(run, bounds=bound or ())
     if as_json:
-        import json
-
         print(json.dumps(explanation.to_json(), allow_nan=False))
-    else:
-        _tell(explanation)
-
-
-def _tell(explanation: "Explanation") -> None:
-    import shlex
-
+        return
     from rich.text import Text
 
     from gradkeel.cli.screen import console, flowing, sentences, tables

@@ -32,5 +32,5 @@ def command(
         raise typer.BadParameter(shown(told), param_hint="--out")
     with Reader(run) as reader:
         rows = export(reader, out, parameters=parameters, long=long)
-        note_damage(reader)
+        note_damage(reader.damage)
     print(shown(say("Wrote {n} steps to {path}", n=rows, path=out)))

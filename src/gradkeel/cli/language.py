@@ -33,8 +33,9 @@ class Commands(TyperGroup):
         choose(chosen)
         if language() != "en":
             ctx.formatter_class = _formatter(ctx.formatter_class)
+            own = {"formatter_class": ctx.formatter_class}
             for command in self.commands.values():
-                command.context_class = _context(command.context_class, ctx.formatter_class)
+                command.context_class = type("Context", (command.context_class,), own)
                 command.short_help = shown(heard(_line(command.help)))
         return super().parse_args(ctx, args)
 
@@ -73,10 +74,6 @@ def _of_option(text: str) -> str:
     """An option's help, and what Typer writes after it in brackets."""
     found = re.fullmatch(r"(.*?) \\?\[((?:default|required).*)", text)
     return f"{shown(heard(found[1]))}  [{shown(heard(found[2]))}" if found else shown(heard(text))
-
-
-def _context(context: type[Any], formatter: type[Any]) -> type[Any]:
-    return type(context.__name__, (context,), {"formatter_class": formatter})
 
 
 def _formatter(formatter: type[Any]) -> type[Any]:

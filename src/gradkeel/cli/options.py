@@ -10,6 +10,8 @@ TASKS = "char-lstm, exploding-linear, simple-mlp, simple-mlp-adam, tiny-transfor
 
 TASK = f"{TASKS}, or yours: mypkg.mymodule:make_task"
 
+AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON, and nothing else, to stdout")]
+
 Run = Annotated[
     Path, typer.Argument(metavar="RUN", help="a record, such as runs/exp1.keel", show_default=False)
 ]

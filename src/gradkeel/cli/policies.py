@@ -1,5 +1,7 @@
 """``gradkeel policies``: every policy, or one in full, as its own class describes it."""
 
+import dataclasses
+import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -27,9 +29,6 @@ def command(
 
     chosen = descriptions() if name is None else (_find(name),)
     if as_json:
-        import dataclasses
-        import json
-
         print(json.dumps([dataclasses.asdict(description) for description in chosen], ensure_ascii=False))
     elif name is None:
         _list(chosen)
@@ -62,8 +61,6 @@ def _list(chosen: "tuple[PolicyDescription, ...]") -> None:
 
 
 def _tell(one: "PolicyDescription") -> None:
-    from rich.text import Text
-
     from gradkeel.cli.screen import console, flowing, sentences
 
     here = console()
@@ -77,12 +74,12 @@ def _tell(one: "PolicyDescription") -> None:
         default = say("default {value}", value=parameter.default) if parameter.default else say("required")
         words = say("({default}) {meaning}", default=default, meaning=heard(parameter.meaning))
         parameters.append((f"    {parameter.name}", _text(words)))
-    python = ("  python", Text(f"gradkeel.policies.{one.class_name}"))
-    example = (_label(say("try")), Text(f"gradkeel compare --policy none --policy {_example(one)}"))
+    python = ("  python", f"gradkeel.policies.{one.class_name}")
+    example = (_label(say("try")), f"gradkeel compare --policy none --policy {_example(one)}")
     here.print(sentences([formula, spec, python, *parameters, cost, source, example], label=9))
 
 
-def _facts(one: "PolicyDescription") -> "list[tuple[str, Text]]":
+def _facts(one: "PolicyDescription") -> list[tuple[str, str]]:
     """What the list of policies says of each."""
     return [
         (_label(say("formula")), _text(heard(one.formula))),
@@ -111,8 +108,6 @@ def _heading(description: "PolicyDescription") -> "Text":
     return Text.assemble((description.name, "bold cyan"), " ", _text(heard(description.summary)))
 
 
-def _text(words: str) -> "Text":
+def _text(words: str) -> str:
     """Docstring prose, in the reader's language, without its markup: ``code`` and `names` lose their quotes."""
-    from rich.text import Text
-
-    return Text(shown(words).replace("``", "").replace("`", ""))
+    return shown(words).replace("``", "").replace("`", "")

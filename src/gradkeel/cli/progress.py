@@ -1,77 +1,69 @@
 """What ``gradkeel compare`` shows: a table that fills while runs finish, and the four lines under the last one."""
 
+import contextlib
 import sys
 import time
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from collections.abc import Callable, Iterator
 
 from rich.console import Group
 from rich.live import Live
 from rich.padding import Padding
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from gradkeel.cli.screen import console, sentences, tables
+from gradkeel.compare.findings import findings
+from gradkeel.compare.page import table
+from gradkeel.compare.plan import Comparison, Plan
+from gradkeel.compare.summary import summarize
 from gradkeel.language import padded, say, shown, width
-
-if TYPE_CHECKING:
-    from gradkeel.compare.plan import Comparison, Plan
 
 # Seconds until the first provisional table, and between the others, where they cannot be drawn over each other.
 FIRST, EVERY = 8.0, 20.0
 
 
-class Progress:
-    """A live display on stderr; provisional tables where stderr is no terminal; nothing at all when ``quiet``."""
-
-    def __init__(self, plan: "Plan", *, quiet: bool) -> None:
-        self._console = console(stderr=True)
-        self._quiet = quiet
-        self._live: Live | None = None
-        self._due = time.monotonic() + FIRST
-        self._total = len(plan.trials)
-        self._what = f"{plan.target}: " if plan.target else ""
-        self._bar = Bar(
+@contextlib.contextmanager
+def progress(plan: Plan) -> Iterator[Callable[[Comparison], None]]:
+    """A live display on stderr, or provisional tables where that is no terminal; gives what shows the runs so far."""
+    here, total = console(stderr=True), len(plan.trials)
+    what = f"{plan.target}: " if plan.target else ""
+    if here.is_terminal:
+        bar = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn(shown(say("left"))), TimeRemainingColumn(elapsed_when_finished=False), console=self._console,
+            TextColumn(shown(say("left"))), TimeRemainingColumn(elapsed_when_finished=False), console=here,
         )  # fmt: skip
-        self._task = self._bar.add_task(self._what + shown(say("starting workers")), total=self._total)
+        task = bar.add_task(what + shown(say("starting workers")), total=total)
+        with Live(bar, console=here, refresh_per_second=8, transient=True) as live:
 
-    def __enter__(self) -> Self:
-        """Start the display."""
-        if not self._quiet and self._console.is_terminal:
-            self._live = Live(self._bar, console=self._console, refresh_per_second=8, transient=True)
-            self._live.start()
-        elif not self._quiet:
-            self._console.print(self._what + shown(say("{n} runs ...", n=self._total)))
-        return self
+            def draw(comparison: Comparison) -> None:
+                bar.update(task, completed=len(comparison.runs), description=what + shown(say("running")))
+                live.update(Group(_tables(comparison, say("so far"), here.width), bar))
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Take the display away."""
-        if self._live is not None:
-            self._live.stop()
+            yield draw
+        return
+    here.print(what + shown(say("{n} runs ...", n=total)))
+    due = time.monotonic() + FIRST
 
-    def update(self, comparison: "Comparison") -> None:
-        """Show what has finished so far."""
-        if self._quiet:
-            return
+    def tell(comparison: Comparison) -> None:
+        nonlocal due
         done = len(comparison.runs)
-        self._bar.update(self._task, completed=done, description=self._what + shown(say("running")))
-        if self._live is not None:
-            self._live.update(Group(_tables(comparison, say("so far"), self._console.width), self._bar))
-        elif time.monotonic() > self._due and done < self._total:
-            self._due = time.monotonic() + EVERY
-            title = say("so far: {done} of {planned} runs", done=done, planned=self._total)
-            self._console.print(_tables(comparison, title, self._console.width))
+        if time.monotonic() > due and done < total:
+            due = time.monotonic() + EVERY
+            title = say("so far: {done} of {planned} runs", done=done, planned=total)
+            here.print(_tables(comparison, title, here.width))
+
+    yield tell
 
 
-def print_result(comparison: "Comparison") -> None:
+def print_result(comparison: Comparison) -> None:
     """The final table and the four lines, on stdout."""
-    from gradkeel.compare.findings import findings
-
     if not comparison.runs:
         print(shown(say("No run finished.")), file=sys.stderr)
         return
@@ -85,10 +77,7 @@ def print_result(comparison: "Comparison") -> None:
     here.print()
 
 
-def _tables(comparison: "Comparison", title: str, width: int) -> Padding:
-    from gradkeel.compare.page import table
-    from gradkeel.compare.summary import summarize
-
+def _tables(comparison: Comparison, title: str, width: int) -> Padding:
     cells = table(summarize(comparison.runs, comparison.plan.target_loss), comparison)
     pieces = list(tables(cells.headers, cells.rows, width=width, title=title))
     return Padding(Group(*[part for piece in pieces for part in (piece, "")][:-1]), (1, 0))

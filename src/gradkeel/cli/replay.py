@@ -1,6 +1,7 @@
 """``gradkeel replay``: what other policies would have done to a recorded run's norms."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+import json
+from typing import Annotated
 
 import typer
 
@@ -8,18 +9,13 @@ from gradkeel.cli.errors import note_damage, reported
 from gradkeel.cli.options import Run
 from gradkeel.language import say
 
-if TYPE_CHECKING:
-    from gradkeel.explain import Replay
-
 
 @reported
 def command(
     run: Run,
     policy: Annotated[
         list[str],
-        typer.Option(
-            "--policy", metavar="SPEC", help="a policy, such as zclip or global-norm:1.0; may be repeated"
-        ),
+        typer.Option(metavar="SPEC", help="a policy, such as zclip or global-norm:1.0; may be repeated"),
     ],
     as_json: Annotated[
         bool, typer.Option("--json", help="print every step's result as JSON, and nothing else, to stdout")
@@ -28,6 +24,7 @@ def command(
     """Let policies decide on the norms of a recorded run: open-loop, for under them it would have gone elsewhere."""
     from gradkeel.explain import replay
     from gradkeel.record import Reader
+    from gradkeel.record.notes import plain
 
     with Reader(run) as reader:
         replays = [replay(reader, spec) for spec in policy]
@@ -38,53 +35,45 @@ def command(
             policy=reader.policy,
             steps=len(reader),
         )
-        note_damage(reader)
+        note_damage(reader.damage)
     if as_json:
-        import json
-
-        print(
-            json.dumps(
-                {"version": 1, "open_loop": True, "run": str(run), "policies": list(map(_plain, replays))}
-            )
+        numbers = ("policy", "is_live", "clip_rate", "skip_rate", "mean_coefficient")
+        series = (
+            "steps",
+            "coefficients",
+            "clipped",
+            "skipped",
+            "bounds",
+            "norms",
+            "clipped_norms",
+            "differs",
         )
+        policies = [
+            {name: getattr(result, name) for name in numbers}
+            | {name: getattr(result, name).tolist() for name in series}
+            for result in replays
+        ]
+        print(json.dumps({"version": 1, "open_loop": True, "run": str(run), "policies": plain(policies)}))
         return
     from gradkeel.cli.screen import console, flowing, tables
+    from gradkeel.explain.readable import readable
 
     here = console()
     here.print(flowing(about), "", sep="\n")
     head = [
         say("policy"), say("clipped"), say("skipped"), say("mean coefficient"), say("differs from live in"),
     ]  # fmt: skip
-    for piece in tables(head, [_cells(result) for result in replays], width=here.width):
+    rows = [
+        [
+            say("{policy} (live)", policy=result.policy) if result.is_live else result.policy,
+            f"{result.clip_rate:.1%}",
+            f"{result.skip_rate:.1%}",
+            readable(result.mean_coefficient),
+            say("{n:,} steps", n=int(result.differs.sum())),
+        ]
+        for result in replays
+    ]
+    for piece in tables(head, rows, width=here.width):
         here.print(piece, "", sep="\n")
     exact = say("Exact for this trajectory only: under another policy the norms would have been others.")
     here.print(flowing(exact))
-
-
-def _cells(result: "Replay") -> list[str]:
-    from gradkeel.explain.readable import readable
-
-    return [
-        say("{policy} (live)", policy=result.policy) if result.is_live else result.policy,
-        f"{result.clip_rate:.1%}",
-        f"{result.skip_rate:.1%}",
-        readable(result.mean_coefficient),
-        say("{n:,} steps", n=int(result.differs.sum())),
-    ]
-
-
-def _plain(result: "Replay") -> dict[str, Any]:
-    from gradkeel.record.notes import plain
-
-    fields = ("steps", "coefficients", "clipped", "skipped", "bounds", "norms", "clipped_norms", "differs")
-    result_plain: dict[str, Any] = plain(
-        {
-            "policy": result.policy,
-            "is_live": result.is_live,
-            "clip_rate": result.clip_rate,
-            "skip_rate": result.skip_rate,
-            "mean_coefficient": result.mean_coefficient,
-            **{name: getattr(result, name).tolist() for name in fields},
-        }
-    )
-    return result_plain

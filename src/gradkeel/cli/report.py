@@ -41,7 +41,7 @@ def command(
         bool, typer.Option("--watch", help="serve the page on this machine, and renew it while training runs")
     ] = False,
     port: Annotated[
-        int, typer.Option("--port", metavar="N", help="of --watch; 0 takes a free one", min=0, max=65535)
+        int, typer.Option(metavar="N", help="of --watch; 0 takes a free one", min=0, max=65535)
     ] = 0,
 ) -> None:
     """Draw a recorded run on one page that opens offline: norms, heat map, loss, bounds, and what happened in words."""
@@ -67,7 +67,7 @@ def command(
         script = None if inline else write_script(out.parent)
         text = run_page(readers[0], script=script) if len(runs) == 1 else runs_page(readers, script=script)
         for reader in readers:
-            note_damage(reader)
+            note_damage(reader.damage)
     out.write_text(text, encoding="utf-8")
     said = say("Wrote {path}, which needs {script} beside it", path=out, script=script) if script else ""
     print(shown(said or say("Wrote {path}", path=out)))

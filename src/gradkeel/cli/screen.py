@@ -1,18 +1,17 @@
-"""What commands print: tables and wrapped sentences, on terminals of any width; rich is imported when it is needed."""
+"""What commands print: tables and wrapped sentences, on terminals of any width; imported when it is needed."""
 
 import itertools
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
 
 from gradkeel.language import language, shown, wrapped
 from gradkeel.language import width as cells_of
-
-if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderableType
-    from rich.measure import Measurement
-    from rich.table import Table
-    from rich.text import Text
 
 WIDTH = 110
 """Of what goes to no terminal, unless COLUMNS says otherwise."""
@@ -21,10 +20,8 @@ PIECES = "  "
 """Between columns."""
 
 
-def console(*, stderr: bool = False) -> "Console":
+def console(*, stderr: bool = False) -> Console:
     """Where commands print, as wide as the terminal."""
-    from rich.console import Console
-
     here = Console(stderr=stderr, highlight=False)
     if here.is_terminal or "COLUMNS" in os.environ:
         return here
@@ -32,8 +29,8 @@ def console(*, stderr: bool = False) -> "Console":
 
 
 def tables(
-    head: Sequence[str], rows: Sequence[Sequence["str | Text"]], *, width: int, title: str = "", left: int = 1
-) -> "Iterator[Table]":
+    head: Sequence[str], rows: Sequence[Sequence[str | Text]], *, width: int, title: str = "", left: int = 1
+) -> Iterator[Table]:
     """A table, in pieces one under the other where it is too wide; each piece begins with the first column.
 
     Args:
@@ -43,9 +40,6 @@ def tables(
         title: above the first piece.
         left: how many columns are words; the others are numbers, set to the right.
     """
-    from rich.table import Table
-    from rich.text import Text
-
     cells = [[Text(shown(cell)) if isinstance(cell, str) else cell for cell in row] for row in (head, *rows)]
     widths = [max(cell.cell_len for cell in column) for column in zip(*cells, strict=True)]
     for columns in _pieces(widths, width):
@@ -77,11 +71,8 @@ def _pieces(widths: Sequence[int], width: int) -> Iterator[list[int]]:
     yield columns
 
 
-def sentences(lines: Sequence[tuple[str, "str | Text"]], *, style: str = "dim", label: int = 0) -> "Table":
+def sentences(lines: Sequence[tuple[str, str | Text]], *, style: str = "dim", label: int = 0) -> Table:
     """Labels and what they are about, wrapped beside them; ``label`` is the least width of the labels."""
-    from rich.table import Table
-    from rich.text import Text
-
     grid = Table.grid(padding=(0, 1))
     grid.add_column(min_width=label, no_wrap=True)
     grid.add_column(overflow="fold")
@@ -90,10 +81,8 @@ def sentences(lines: Sequence[tuple[str, "str | Text"]], *, style: str = "dim", 
     return grid
 
 
-def flowing(words: "str | Text") -> "Text | _Chinese":
+def flowing(words: str | Text) -> "Text | _Chinese":
     """A paragraph in the reader's language, wrapped as that language is."""
-    from rich.text import Text
-
     text = Text(shown(words)) if isinstance(words, str) else words
     return text if language() == "en" else _Chinese(text)
 
@@ -101,16 +90,14 @@ def flowing(words: "str | Text") -> "Text | _Chinese":
 class _Chinese:
     """Text broken between any two Chinese characters: rich breaks at spaces, of which Chinese has few."""
 
-    def __init__(self, text: "Text") -> None:
+    def __init__(self, text: Text) -> None:
         self._text = text
 
-    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "Iterator[RenderableType]":
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         ends = itertools.accumulate(map(len, wrapped(self._text.plain, options.max_width)))
         for line in self._text.divide(list(ends)[:-1]):
             line.rstrip()
             yield line
 
-    def __rich_measure__(self, console: "Console", options: "ConsoleOptions") -> "Measurement":
-        from rich.measure import Measurement
-
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         return Measurement(min(20, options.max_width), min(cells_of(self._text.plain), options.max_width))

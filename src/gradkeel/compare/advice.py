@@ -2,9 +2,9 @@
 
 import math
 import statistics
+from collections.abc import Sequence
 
-from gradkeel.compare.contest import Contest
-from gradkeel.compare.starts import in_words
+from gradkeel.compare.contest import Contest, starts_in_words
 from gradkeel.compare.words import bound_of, is_unclipped, number, without_exclude
 from gradkeel.language import count, join, say
 
@@ -14,15 +14,14 @@ MOSTLY = 0.9  # a bound that clips in more of the steps than this sets their len
 def caution(contest: Contest) -> str:
     """At most two sentences on what the table does not show."""
     found = [
-        in_words(contest.comparison),
+        starts_in_words(contest.comparison),
         _interrupted(contest),
         _excluded(contest),
         _lengths(contest),
         _few(contest),
         _edge_words(contest),
     ]
-    words = [words for words in found if words]
-    if words:
+    if words := list(filter(None, found)):
         return join(words[:2])
     return say(
         "This is one task and {seeds}; differences smaller than the ranges in the table mean little.",
@@ -80,9 +79,9 @@ def _lengths(contest: Contest) -> str:
 
 
 def _interrupted(contest: Contest) -> str:
-    done, planned = len(contest.runs), len(contest.comparison.plan.trials)
     if not contest.comparison.interrupted:
         return ""
+    done, planned = len(contest.runs), len(contest.comparison.plan.trials)
     return say(
         "Interrupted: {done} of {planned} runs finished, and the table may change.",
         done=done,
@@ -91,9 +90,9 @@ def _interrupted(contest: Contest) -> str:
 
 
 def _few(contest: Contest) -> str:
-    seeds = len({run.seed for run in contest.runs})
-    few = say("Only {seeds}: how much of this is chance is not known.", seeds=_seeds(contest))
-    return few if seeds < 3 else ""
+    if len({run.seed for run in contest.runs}) >= 3:
+        return ""
+    return say("Only {seeds}: how much of this is chance is not known.", seeds=_seeds(contest))
 
 
 def _edge(contest: Contest) -> float | None:
@@ -118,28 +117,22 @@ def next_command(contest: Contest) -> list[str]:
     plan, winner, rival = contest.comparison.plan, contest.winner, contest.rival
     command = ["gradkeel", "compare", *plan.arguments]
     pair = [winner.policy] if rival is None else [rival.policy, winner.policy]
-    policies = [word for policy in pair for word in ("--policy", policy)]
+    policies = _repeated("--policy", pair)
     rates = plan.learning_rates
 
     def at(*values: float | None) -> list[str]:
         if plan.is_command:
             return []
-        return [word for lr in dict.fromkeys(values) if lr is not None for word in ("--lr", f"{lr:g}")]
+        return _repeated("--lr", [f"{lr:g}" for lr in dict.fromkeys(values) if lr is not None])
 
     if contest.comparison.interrupted:
-        again = [word for policy in plan.policies for word in ("--policy", policy)]
+        again = _repeated("--policy", plan.policies)
         return [*command, *again, *at(*rates), "--seeds", str(len(plan.seeds))]
     if rival is None and is_unclipped(winner.policy):
         norms = [norm for run in contest.runs for norm in run.norms if math.isfinite(norm)]
         bound = statistics.median(norms) if norms else 1.0
-        return [
-            *command,
-            "--policy",
-            winner.policy,
-            "--policy",
-            f"global-norm:{bound or 1.0:.3g}",
-            *at(*rates),
-        ]
+        both = _repeated("--policy", [winner.policy, f"global-norm:{bound or 1.0:.3g}"])
+        return [*command, *both, *at(*rates)]
     if math.isinf(winner.loss) and rates:
         return [*command, *policies, *at(min(rates) / 10, min(rates) / 100)]
     if (factor := _edge(contest)) is not None and winner.lr is not None:
@@ -152,3 +145,7 @@ def next_command(contest: Contest) -> list[str]:
     name, _, rest = winner.policy.partition(":")
     options = "".join(f",{word}" for word in rest.split(",")[1:])
     return [*command, "--sweep", f"{name}:{limit / 10:.3g}..{limit * 10:.3g}{options}", *at(winner.lr)]
+
+
+def _repeated(option: str, values: Sequence[str]) -> list[str]:
+    return [word for value in values for word in (option, value)]

@@ -5,8 +5,10 @@ import itertools
 import math
 import os
 import shlex
+import signal
 import statistics
 import subprocess
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +16,7 @@ from queue import SimpleQueue
 
 from gradkeel import language
 from gradkeel.attaching import POLICY_VARIABLE, RECORD_VARIABLE, SEED_VARIABLE
+from gradkeel.compare.plan import Plan
 from gradkeel.compare.run import Onset, Run, Trial, divergence, set_aside
 from gradkeel.compare.task import TaskError
 from gradkeel.errors import RecordError
@@ -30,7 +33,7 @@ _LAST_WORDS = 10  # lines of a failing script's output that its error shows
 
 
 def in_subprocesses(
-    command: str, trials: Sequence[Trial], jobs: int, folder: Path, say: Callable[[str], None]
+    plan: Plan, jobs: int, folder: Path, say: Callable[[str], None]
 ) -> Generator[tuple[int, Run]]:
     """Index and result of each trial as it finishes; records and outputs stay in ``folder``.
 
@@ -40,13 +43,14 @@ def in_subprocesses(
         TaskError: the command cannot be started, fails without having diverged, or guards no optimizer.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if words := _unguarded(command):
+    if words := _unguarded(plan.target):
         say(words)
     alive: set[subprocess.Popen[bytes]] = set()
     with ThreadPoolExecutor(jobs) as pool:
         futures: dict[Future[Run], int] = {}
-        for i, trial in enumerate(trials):
-            futures[pool.submit(_run, command, trial, folder, alive, _nobody if i else say)] = i
+        for i, trial in enumerate(plan.trials):
+            told = say if i == 0 else lambda words: None
+            futures[pool.submit(_run, plan.target, trial, folder, alive, told)] = i
         try:
             yield from as_finished(futures)
         finally:
@@ -69,8 +73,17 @@ def as_finished(futures: dict[Future[Run], int]) -> Iterator[tuple[int, Run]]:
         yield futures[future], future.result()
 
 
-def _nobody(words: str) -> None:
-    """Stands for whoever has been told already."""
+@contextlib.contextmanager
+def on_ctrl_c(handler: Callable[[int, object], None] | signal.Handlers) -> Iterator[None]:
+    """Let Ctrl-C do this meanwhile; in a thread that cannot say so, it does what it did."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _unguarded(command: str) -> str:
@@ -123,33 +136,25 @@ def _run(
 
 
 def _result(command: str, trial: Trial, record: Path, output: Path, code: int) -> Run:
-    try:
-        with Reader(record) as reader:
-            if len(reader):
-                run = _read(trial, reader)
-                if code and not run.diverged:
-                    raise _failed(command, trial, output, code)
-                return run
-    except RecordError:
-        pass
-    if code:
-        raise _failed(command, trial, output, code)
-    raise TaskError(
-        language.say("--run {command!r} guarded no step; {needed}", command=command, needed=_NEEDED)
-    )
-
-
-def _failed(command: str, trial: Trial, output: Path, code: int) -> TaskError:
-    words = output.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_WORDS:]
-    told = language.say(
-        "--run {command!r} exited with {code} under {policy}; its last output, whole in {output}:\n{words}",
-        command=command,
-        code=code,
-        policy=trial.policy,
-        output=output,
-        words="\n".join(words),
-    )
-    return TaskError(told)
+    run = None
+    with contextlib.suppress(RecordError), Reader(record) as reader:
+        run = _read(trial, reader) if len(reader) else None
+    if code and not (run and run.diverged):
+        words = output.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_WORDS:]
+        told = language.say(
+            "--run {command!r} exited with {code} under {policy}; its last output, whole in {output}:\n{words}",
+            command=command,
+            code=code,
+            policy=trial.policy,
+            output=output,
+            words="\n".join(words),
+        )
+        raise TaskError(told)
+    if run is None:
+        raise TaskError(
+            language.say("--run {command!r} guarded no step; {needed}", command=command, needed=_NEEDED)
+        )
+    return run
 
 
 def _read(trial: Trial, reader: Reader) -> Run:

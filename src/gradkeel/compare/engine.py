@@ -4,18 +4,17 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Generator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 
-from gradkeel.compare.command import as_finished, in_subprocesses
-from gradkeel.compare.plan import Comparison, Plan
+from gradkeel.compare.command import as_finished, in_subprocesses, on_ctrl_c
+from gradkeel.compare.plan import Comparison, Plan, run_in_worker
 from gradkeel.compare.ray_pool import in_ray
-from gradkeel.compare.run import Run, Trial
-from gradkeel.compare.task import Task, TaskError
+from gradkeel.compare.run import Run
+from gradkeel.compare.task import TaskError
 
 
 def compare(
@@ -30,8 +29,8 @@ def compare(
     """Run a plan; Ctrl-C ends it early and keeps the runs that have finished.
 
     Runs of a task with the same seed start from the same weights and see the same batches, whatever the policy; of a
-    command's it is looked at, see ``starts``. Each worker
-    process computes on one thread, so that results do not depend on how many there are.
+    command's it is looked at, see ``contest``. Each worker process computes on one thread, so that results do not
+    depend on how many there are.
 
     Args:
         plan: made by ``make_plan``.
@@ -64,7 +63,6 @@ def _runs(
     plan: Plan, jobs: int | None, records: Path, ray: str | None, say: Callable[[str], None]
 ) -> Generator[tuple[int, Run]]:
     """Index and result of each trial as it finishes, from whoever is to make them."""
-    trials = plan.trials
     if jobs is not None and jobs < 1:
         raise TaskError(f"jobs={jobs}: it must be 1 or more")
     if plan.is_command and ray is not None:
@@ -74,43 +72,41 @@ def _runs(
         )
     if plan.record:
         records.mkdir(parents=True, exist_ok=True)
-    folder = records if plan.record else None
     if ray is not None:
-        return in_ray(plan, trials, jobs, folder, ray)
-    jobs = min(len(trials), jobs or (1 if plan.is_command else _cores()))
+        return in_ray(plan, jobs, records, ray)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jobs = min(len(plan.trials), jobs or (1 if plan.is_command else cores))
     if plan.is_command:
-        return in_subprocesses(plan.target, trials, jobs, records, say)
-    return _in_this_process(plan, trials, folder) if jobs == 1 else _in_workers(plan, trials, jobs, folder)
+        return in_subprocesses(plan, jobs, records, say)
+    return _in_this_process(plan, records) if jobs == 1 else _in_workers(plan, jobs, records)
 
 
 def _collect(plan: Plan, done: dict[int, Run], *, interrupted: bool = False) -> Comparison:
     return Comparison(plan, tuple(done[i] for i in sorted(done)), interrupted)
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _in_this_process(plan: Plan, trials: Sequence[Trial], records: Path | None) -> Generator[tuple[int, Run]]:
+def _in_this_process(plan: Plan, records: Path) -> Generator[tuple[int, Run]]:
     threads = torch.get_num_threads()
-    task = _prepare(plan)
+    torch.set_num_threads(1)
+    task = plan.load()
     try:
-        for i, trial in enumerate(trials):
-            yield i, plan.run(task, trial, records=records)
+        for i, trial in enumerate(plan.trials):
+            yield i, plan.run(task, trial, records)
     finally:
         torch.set_num_threads(threads)
 
 
-def _in_workers(
-    plan: Plan, trials: Sequence[Trial], jobs: int, records: Path | None
-) -> Generator[tuple[int, Run]]:
+def _in_workers(plan: Plan, jobs: int, records: Path) -> Generator[tuple[int, Run]]:
     spawn = multiprocessing.get_context("spawn")
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_start_worker, initargs=(plan, records))
+    pool = ProcessPoolExecutor(jobs, mp_context=spawn)
     complete = False
     try:
-        with _ctrl_c_left_to_parent():
-            futures: dict[Future[Run], int] = {pool.submit(_work, trial): i for i, trial in enumerate(trials)}
+        # A terminal sends SIGINT to workers as well; they inherit that it is ignored, even while they import torch.
+        with on_ctrl_c(signal.SIG_IGN):
+            futures = {
+                pool.submit(run_in_worker, plan, trial, records): i for i, trial in enumerate(plan.trials)
+            }
         yield from as_finished(futures)
         complete = True
     finally:
@@ -118,35 +114,3 @@ def _in_workers(
         if not complete:
             for worker in set(multiprocessing.active_children()) - others:
                 worker.terminate()
-
-
-@contextlib.contextmanager
-def _ctrl_c_left_to_parent() -> Iterator[None]:
-    # A terminal sends SIGINT to workers as well; they inherit that it is ignored, even while they import torch.
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-
-
-_worker: tuple[Task, Plan, Path | None] | None = None
-
-
-def _start_worker(plan: Plan, records: Path | None) -> None:
-    global _worker  # noqa: PLW0603 - a worker process has one task, loaded once
-    _worker = _prepare(plan), plan, records
-
-
-def _prepare(plan: Plan) -> Task:
-    torch.set_num_threads(1)
-    return plan.load()
-
-
-def _work(trial: Trial) -> Run:
-    assert _worker is not None
-    task, plan, records = _worker
-    return plan.run(task, trial, records=records)

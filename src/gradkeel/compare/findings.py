@@ -151,12 +151,9 @@ def _why(contest: Contest) -> str:
         seed=run.seed,
         what=_blow_up(run),
     )
-    verdict = (
-        say("Explain's verdict: {verdict}.", verdict=heard(run.verdict.replace("_", " ")))
-        if run.verdict
-        else ""
-    )
-    return join([told, verdict, _contrast(run, twin(run))])
+    verdict = heard(run.verdict.replace("_", " "))
+    judged = run.verdict and say("Explain's verdict: {verdict}.", verdict=verdict)
+    return join([told, judged, _contrast(run, twin(run))])
 
 
 def _contrast(run: Run, twin: Run | None) -> str:

@@ -6,10 +6,10 @@ import shlex
 import statistics
 from collections.abc import Callable, Sequence
 
+from gradkeel.compare.contest import same_starts
 from gradkeel.compare.findings import Findings
 from gradkeel.compare.plan import Comparison
 from gradkeel.compare.run import Run
-from gradkeel.compare.starts import same_starts
 from gradkeel.compare.summary import Row, best_runs
 from gradkeel.compare.sweep import LOOSE, TIGHT, WORKS, SweepPoint, sweep_points
 from gradkeel.compare.words import number
@@ -77,12 +77,12 @@ def compare_page(comparison: Comparison, rows: Sequence[Row], words: Findings) -
     where = "" if winner.lr is None else say(" at lr {lr}", lr=number(winner.lr))
     if any([run.lr for run in best[policy]] != [run.lr for run in common[policy]] for policy in best):
         sections += _losses(say("Loss, every policy{where}", where=where), common, colors)
-    if figure := _drawn(common, colors, lambda run: run.norms, say("gradient norm")):
-        text = say(
-            "The true gradients{where}, before clipping. A thin line is a seed, the thick one their median.",
-            where=where,
-        )
-        sections.append(Section(say("Gradient norm"), text, figure=figure))
+    text = say(
+        "The true gradients{where}, before clipping. A thin line is a seed, the thick one their median.",
+        where=where,
+    )
+    y_title = say("gradient norm")
+    sections += _drawn(say("Gradient norm"), text, common, colors, lambda run: run.norms, y_title)
     title = f"gradkeel compare {shlex.join(plan.arguments)}"
     return page(title, _subtitle(comparison), lines, sections)
 
@@ -147,26 +147,27 @@ def _score_point(x: float, group: Sequence[Run]) -> Point:
 
 
 def _losses(title: str, groups: dict[str, list[Run]], colors: dict[str, int]) -> list[Section]:
-    figure = _drawn(groups, colors, lambda run: run.losses, say("training loss"))
     text = say(
         "A thin line is a seed, the thick one their median; a cross marks a loss that stopped being finite."
     )
-    return [Section(title, text, figure=figure)] if figure else []
+    return _drawn(title, text, groups, colors, lambda run: run.losses, say("training loss"))
 
 
 def _drawn(
+    title: str,
+    text: str,
     groups: dict[str, list[Run]],
     colors: dict[str, int],
     values: Callable[[Run], Sequence[float]],
     y_title: str,
-) -> object | None:
+) -> list[Section]:
+    """Curves of the runs, unless nothing in them is finite."""
     drawn = [
         Curves(name, [values(run) for run in runs], colors[name]) for name, runs in groups.items() if runs
     ]
     if not any(any(map(math.isfinite, line)) for group in drawn for line in group.lines):
-        return None
-    figure: object = curves(drawn, x_title=say("step"), y_title=y_title)
-    return figure
+        return []
+    return [Section(title, text, figure=curves(drawn, x_title=say("step"), y_title=y_title))]
 
 
 def _sweeps(comparison: Comparison) -> list[Section]:
@@ -187,9 +188,14 @@ def _sweeps(comparison: Comparison) -> list[Section]:
         "diverged, and the loss came down at least half as far as under the best bound. "
         "There may be more than one such range."
     )
+    head = [say("bound"), say("lr"), say("final loss"), say("diverged"), say("region")]
+    rows = [
+        [number(p.bound), number(p.lr), number(p.final_loss), f"{p.diverged}/{p.runs}", p.region]
+        for p in points
+    ]
     return [
         Section(say("Which bounds work"), text, figure=figure),
-        Section(say("Each bound in numbers"), table=_sweep_table(points)),
+        Section(say("Each bound in numbers"), table=Table(head, rows)),
     ]
 
 
@@ -208,11 +214,3 @@ def _bands(points: Sequence[SweepPoint]) -> list[Band]:
         first = bands.pop().first if bands and bands[-1].label == point.region else low
         bands.append(Band(first, high, point.region, _KINDS[point.region]))
     return bands
-
-
-def _sweep_table(points: Sequence[SweepPoint]) -> Table:
-    rows = [
-        [number(p.bound), number(p.lr), number(p.final_loss), f"{p.diverged}/{p.runs}", p.region]
-        for p in points
-    ]
-    return Table([say("bound"), say("lr"), say("final loss"), say("diverged"), say("region")], rows)

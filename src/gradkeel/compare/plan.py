@@ -1,9 +1,12 @@
 """What a comparison is to run, and what has come of it."""
 
+import functools
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from gradkeel.compare.run import Run, Trial, run_trial
 from gradkeel.compare.sweep import Sweep, parse_sweep
@@ -56,9 +59,21 @@ class Plan:
             task.batch_size = self.batch_size
         return task
 
-    def run(self, task: Task, trial: Trial, *, records: Path | None = None) -> Run:
-        """Make one run of the task that ``load`` gave, and record it in the folder ``records``."""
-        return run_trial(task, trial, self.steps or task.steps, accumulate=self.accumulate, records=records)
+    def run(self, task: Task, trial: Trial, records: Path) -> Run:
+        """Make one run of the task that ``load`` gave, and record it in the folder ``records`` if that is asked for."""
+        folder = records if self.record else None
+        return run_trial(task, trial, self.steps or task.steps, accumulate=self.accumulate, records=folder)
+
+
+def run_in_worker(plan: Plan, trial: Trial, records: Path) -> Run:
+    """Make one run in a process that makes one after the other, each on one thread, and loads their task once."""
+    return plan.run(_loaded(plan), trial, records)
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(plan: Plan) -> Task:
+    torch.set_num_threads(1)
+    return plan.load()
 
 
 @dataclass(frozen=True)
@@ -105,9 +120,8 @@ def make_plan(
     swept = None if sweep is None else parse_sweep(sweep)
     rates = learning_rates or (task.learning_rates if swept is None else (max(task.learning_rates),))
     arguments = [target]
-    arguments += [] if batch_size is None else ["--batch-size", str(batch_size)]
-    arguments += [] if accumulate is None else ["--accumulate", str(accumulate)]
-    arguments += [] if steps is None else ["--steps", str(steps)]
+    for option, value in (("--batch-size", batch_size), ("--accumulate", accumulate), ("--steps", steps)):
+        arguments += [] if value is None else [option, str(value)]
     return Plan(
         target=target,
         policies=_policies(policies, task.policies, swept),

@@ -1,7 +1,6 @@
 """The runs of a comparison on a Ray cluster: one task of one CPU and one thread a run, through Ray's own API."""
 
 import contextlib
-import functools
 import itertools
 import logging
 import os
@@ -9,28 +8,24 @@ import signal
 import socket
 import sys
 import tempfile
-import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
-import torch
-
 from gradkeel.attaching import ignore_environment
-from gradkeel.compare.plan import Plan
+from gradkeel.compare.command import on_ctrl_c
+from gradkeel.compare.plan import Plan, run_in_worker
 from gradkeel.compare.run import Run, Trial, set_aside
-from gradkeel.compare.task import Task, TaskError
+from gradkeel.compare.task import TaskError
 from gradkeel.errors import MissingExtraError
 
 SUBMITTED = 1000  # runs at a time where nobody says how many: each wait looks through all of them
 REACHED_WITHIN = 5.0  # seconds for a connection; Ray itself goes on trying for minutes
 
 
-def in_ray(
-    plan: Plan, trials: Sequence[Trial], jobs: int | None, records: Path | None, address: str
-) -> Generator[tuple[int, Run]]:
+def in_ray(plan: Plan, jobs: int | None, records: Path, address: str) -> Generator[tuple[int, Run]]:
     """Index and result of each trial as it finishes.
 
     A run whose worker or machine dies is made again, as Ray does by default. What is begun here is ended here: runs
@@ -38,9 +33,8 @@ def in_ray(
 
     Args:
         plan: made by ``make_plan`` in this process, which has thereby imported the task's modules.
-        trials: of the plan.
         jobs: how many runs at a time; None leaves it to the cluster's CPUs.
-        records: folder on this machine that records are brought to, or None.
+        records: folder on this machine that records are brought to, where the plan asks for them.
         address: as ``compare`` takes it.
 
     Raises:
@@ -49,6 +43,7 @@ def in_ray(
     """
     with _connected(address) as ray:
         work = ray.remote(num_cpus=1)(_work)
+        trials = plan.trials
         left = iter(enumerate(trials))
         running: dict[Any, int] = {}
         while True:
@@ -58,17 +53,17 @@ def in_ray(
                 return
             (done,), _ = ray.wait(list(running))
             i = running.pop(done)
-            yield i, _result(ray, done, None if records is None else records / trials[i].record_name)
+            yield i, _result(ray, done, records / trials[i].record_name)
 
 
-def _result(ray: Any, done: Any, path: Path | None) -> Run:
+def _result(ray: Any, done: Any, path: Path) -> Run:
     try:
         run, record = ray.get(done)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     except ray.exceptions.RayError as error:
         raise TaskError(f"Ray gave up on a run: {_words(error)}") from error
-    if path is not None:
+    if record is not None:
         set_aside(path)
         path.write_bytes(record)
     return run
@@ -125,19 +120,14 @@ def _start(ray: Any, address: str) -> None:
 def _ctrl_c_noted() -> Iterator[list[int]]:
     # Ray leaves processes behind if it is interrupted while they start or end. A second Ctrl-C interrupts all the same.
     pressed: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed
-        return
+    before = signal.getsignal(signal.SIGINT)
 
     def note(number: int, _: object) -> None:
         pressed.append(number)
-        signal.signal(signal.SIGINT, handler)
+        signal.signal(signal.SIGINT, before)
 
-    handler = signal.signal(signal.SIGINT, note)
-    try:
+    with on_ctrl_c(note):
         yield pressed
-    finally:
-        signal.signal(signal.SIGINT, handler)
 
 
 def _words(error: Exception) -> str:
@@ -176,22 +166,9 @@ def own_modules() -> list[str]:
     return sorted(place for place in places if Path(place).parent == Path.cwd())
 
 
-# -- in a worker -------------------------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=1)
-def _task(plan: Plan) -> Task:
-    """Loaded once a process."""
-    # They would take the place of the policy that is compared.
-    ignore_environment()
-    torch.set_num_threads(1)
-    return plan.load()
-
-
 def _work(plan: Plan, trial: Trial) -> tuple[Run, bytes | None]:
     """The run and its record, since this machine may not be the one that wants it."""
-    if not plan.record:
-        return plan.run(_task(plan), trial), None
+    ignore_environment()  # of the worker, which would take the place of the policy that is compared
     with tempfile.TemporaryDirectory() as folder:
-        run = plan.run(_task(plan), trial, records=Path(folder))
-        return run, (Path(folder) / trial.record_name).read_bytes()
+        run = run_in_worker(plan, trial, Path(folder))
+        return run, (Path(folder) / trial.record_name).read_bytes() if plan.record else None

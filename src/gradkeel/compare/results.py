@@ -10,23 +10,6 @@ from gradkeel.compare.summary import summarize
 from gradkeel.compare.sweep import sweep_points
 from gradkeel.record.notes import plain
 
-_RUN = (
-    "policy",
-    "lr",
-    "seed",
-    "losses",
-    "norms",
-    "final_loss",
-    "initial_validation_loss",
-    "validation_loss",
-    "diverged",
-    "diverged_at",
-    "clip_rate",
-    "skipped",
-    "verdict",
-    "seconds_per_step",
-)
-
 
 def document(comparison: Comparison) -> dict[str, Any]:
     """Strings, numbers, lists and dicts alone; non-finite numbers are None."""
@@ -49,4 +32,6 @@ def document(comparison: Comparison) -> dict[str, Any]:
 
 def _run(run: Run) -> dict[str, Any]:
     onset = None if run.onset is None else asdict(run.onset)
-    return {name: getattr(run, name) for name in _RUN} | {"onset": onset}
+    told = vars(run) | {"final_loss": run.final_loss, "onset": onset}
+    del told["optimizer"]
+    return told

@@ -40,13 +40,9 @@ class Trial:
         if "_" in self.policy or len(name) > 100 or not re.fullmatch(r"[a-z0-9.=_-]+", name):
             digest = hashlib.sha256(self.policy.encode()).hexdigest()[:12]
             name = f"{re.sub(r'[^A-Za-z0-9.=-]+', '_', self.policy)[:100]}-{digest}"
-        rate = (
-            ""
-            if self.lr is None
-            else f"-lr{self.lr:g}"
-            if float(f"{self.lr:g}") == self.lr
-            else f"-lr{self.lr!r}"
-        )
+        rate = "" if self.lr is None else f"-lr{self.lr:g}"
+        if self.lr is not None and float(f"{self.lr:g}") != self.lr:
+            rate = f"-lr{self.lr!r}"
         return f"{name}{rate}-{self.seed}.keel"
 
 
@@ -151,25 +147,17 @@ def divergence(losses: Sequence[float], bad_step: int | None) -> tuple[bool, int
     return True, min(below + 1, len(losses) - 1)
 
 
-def run_trial(
-    task: Task, trial: Trial, steps: int, *, accumulate: int = 1, records: Path | None = None
-) -> Run:
-    """Train ``task`` for ``steps`` steps, or until its loss is not finite.
+def prepare(
+    task: Task, policy: str, lr: float, seed: int, record: Path | None = None
+) -> tuple[nn.Module, torch.optim.Optimizer, gk.Guard]:
+    """Model and optimizer as all runs of this seed begin with them, and their guard.
 
     ``none`` runs with non-finite gradients kept, every policy with its steps skipped, which is the guard's default.
-    With ``accumulate`` above 1 each step is made on so many batches, accumulated exactly by ``task.weight``; losses
-    and norms are then the window's. With ``records`` the run is recorded in that folder, and an earlier record set
-    aside.
     """
-    assert trial.lr is not None
-    record = None if records is None else records / trial.record_name
-    if record is not None:
-        set_aside(record)
-    spec = parse(trial.policy)
-    torch.manual_seed(trial.seed)
+    spec = parse(policy)
+    torch.manual_seed(seed)
     model = task.model()
-    optimizer = task.optimizer(model, trial.lr)
-    before = task.validation_loss(model)
+    optimizer = task.optimizer(model, lr)
     guard = gk.attach(
         optimizer,
         spec.policy,
@@ -178,9 +166,27 @@ def run_trial(
         nonfinite="keep" if spec.policy is None else "skip",
         record=record,
     )
+    return model, optimizer, guard
+
+
+def run_trial(
+    task: Task, trial: Trial, steps: int, *, accumulate: int = 1, records: Path | None = None
+) -> Run:
+    """Train ``task``, as ``prepare`` makes it, for ``steps`` steps, or until its loss is not finite.
+
+    With ``accumulate`` above 1 each step is made on so many batches, accumulated exactly by ``task.weight``; losses
+    and norms are then the window's. With ``records`` the run is recorded in that folder, and an earlier record set
+    aside.
+    """
+    assert trial.lr is not None
+    record = None if records is None else records / trial.record_name
+    if record is not None:
+        set_aside(record)
+    model, optimizer, guard = prepare(task, trial.policy, trial.lr, trial.seed, record)
     loop = _Loop(task, model, optimizer, guard, accumulate)
     batches = endless(task, trial.seed)
     try:
+        before = task.validation_loss(model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SkippedStepWarning)  # they are counted
             for _ in range(steps):

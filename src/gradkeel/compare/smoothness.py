@@ -1,12 +1,11 @@
 """Train a task with the smoothness probe attached, for ``gradkeel smoothness`` and the experiments."""
 
-import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-import gradkeel as gk
+from gradkeel.compare.run import prepare
 from gradkeel.compare.task import Task, endless
 from gradkeel.compare.words import bound_of
 from gradkeel.explain.smoothness.figures import smoothness_figure
@@ -15,6 +14,7 @@ from gradkeel.explain.smoothness.probe import LocalSmoothness, SmoothnessProbe
 from gradkeel.language import count, say
 from gradkeel.page.page import Line, Section, page
 from gradkeel.policies import parse
+from gradkeel.record.notes import plain
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,7 @@ def probed_run(
         every: measure one step in so many.
         points: gradients on each step measured, besides the one at its start.
     """
-    spec = parse(policy)
-    torch.manual_seed(seed)
-    model = task.model()
-    optimizer = task.optimizer(model, lr)
-    guard = gk.attach(
-        optimizer,
-        spec.policy,
-        model=model,
-        exclude=spec.exclude or None,
-        nonfinite="keep" if spec.policy is None else "skip",
-    )
+    model, optimizer, guard = prepare(task, policy, lr, seed)
     batch: Any = None
     probe = SmoothnessProbe(
         optimizer, lambda: task.loss(model, batch), model=model, every=every, points=points
@@ -84,7 +74,7 @@ def probed_run(
     probe.detach()
     return ProbedRun(
         task=task.name,
-        policy=spec.spec,
+        policy=parse(policy).spec,
         lr=lr,
         seed=seed,
         optimizer=type(optimizer).__name__,
@@ -151,20 +141,11 @@ def words(run: ProbedRun) -> list[Line]:
 
 def document(run: ProbedRun) -> dict[str, Any]:
     """The run as plain numbers, lists and dicts; a number that is not finite is None."""
-    result = {
-        "task": run.task,
-        "policy": run.policy,
-        "lr": run.lr,
-        "seed": run.seed,
-        "optimizer": run.optimizer,
-        "losses": run.losses,
-        "fit": asdict(run.fit),
-        "safe_bound": run.fit.safe_bound(run.lr),
-        "max_step": run.fit.max_step,
-        "measurements": [asdict(m) for m in run.measurements],
-    }
-    plain: dict[str, Any] = json.loads(json.dumps(result), parse_constant=lambda _: None)
-    return plain
+    fit = run.fit
+    result: dict[str, Any] = plain(
+        {**asdict(run), "safe_bound": fit.safe_bound(run.lr), "max_step": fit.max_step}
+    )
+    return result
 
 
 def smoothness_page(run: ProbedRun) -> str:

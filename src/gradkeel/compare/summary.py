@@ -51,7 +51,8 @@ def summarize(runs: Sequence[Run], target_loss: float | None = None) -> list[Row
     best = {policy: best_runs(runs, policy) for policy in policies}
     if target_loss is None:
         # What every policy that trains gets to: the worst of their final losses.
-        ends = [_median_score([run.final_loss for run in c]) for c in best.values() if _trains(c)]
+        trained = [chosen for chosen in best.values() if math.isfinite(_score(chosen))]
+        ends = [_median_score([run.final_loss for run in chosen]) for chosen in trained]
         target_loss = max(ends, default=math.nan)
     rows = [
         _row(best[policy], [run for run in runs if run.policy == policy], target_loss) for policy in policies
@@ -65,10 +66,7 @@ def best_runs(runs: Sequence[Run], policy: str) -> list[Run]:
     for run in runs:
         if run.policy == policy:
             by_lr.setdefault(run.lr, []).append(run)
-    chosen = min(
-        by_lr.values(),
-        key=lambda group: (_place(_median_score([run.score for run in group])), _diverged(group)),
-    )
+    chosen = min(by_lr.values(), key=lambda group: (_place(_score(group)), _diverged(group)))
     return sorted(chosen, key=lambda run: run.seed)
 
 
@@ -95,7 +93,7 @@ def _row(chosen: Sequence[Run], every: Sequence[Run], target: float) -> Row:
     return Row(
         policy=chosen[0].policy,
         lr=chosen[0].lr,
-        loss=_median_score([run.score for run in chosen]),
+        loss=_score(chosen),
         lowest=min(kept, default=math.nan),
         highest=max(kept, default=math.nan),
         diverged=_diverged(every),
@@ -114,8 +112,8 @@ def _diverged(runs: Sequence[Run]) -> int:
     return sum(run.diverged for run in runs)
 
 
-def _trains(runs: Sequence[Run]) -> bool:
-    return math.isfinite(_median_score([run.score for run in runs]))
+def _score(runs: Sequence[Run]) -> float:
+    return _median_score([run.score for run in runs])
 
 
 def _median_score(values: Sequence[float]) -> float:

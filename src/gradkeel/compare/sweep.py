@@ -84,20 +84,19 @@ def sweep_points(sweep: Sweep, runs: Sequence[Run]) -> list[SweepPoint]:
     """
     points = []
     for lr in dict.fromkeys(run.lr for run in runs):
-        groups = {
-            (policy, bound): [run for run in runs if (run.policy, run.lr) == (policy, lr)]
-            for policy, bound in zip(sweep.policies, sweep.bounds, strict=True)
-        }
-        present = {key: group for key, group in groups.items() if group}
-        best = min((_end(group) for group in present.values()), default=math.inf)
-        points += [_point(policy, bound, group, best) for (policy, bound), group in present.items()]
+        groups = [
+            (bound, [run for run in runs if (run.policy, run.lr) == (policy, lr)])
+            for policy, bound in dict.fromkeys(zip(sweep.policies, sweep.bounds, strict=True))
+        ]
+        best = min((_end(group) for _, group in groups if group), default=math.inf)
+        points += [_point(bound, group, best) for bound, group in groups if group]
     return points
 
 
-def _point(policy: str, bound: float, group: Sequence[Run], best: float) -> SweepPoint:
+def _point(bound: float, group: Sequence[Run], best: float) -> SweepPoint:
     finals = [run.final_loss if math.isfinite(run.final_loss) else math.inf for run in group]
     return SweepPoint(
-        policy=policy,
+        policy=group[0].policy,
         bound=bound,
         lr=group[0].lr,
         final_loss=statistics.median(finals),

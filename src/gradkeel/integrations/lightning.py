@@ -3,16 +3,13 @@
 Leave ``Trainer(gradient_clip_val=None)`` with it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gradkeel.attaching import attach
 from gradkeel.errors import AttachError, MissingExtraError
 from gradkeel.explain.autopsy import Autopsy
 from gradkeel.guard.guard import Guard
-from gradkeel.integrations.resume import go_on
-from gradkeel.integrations.told import Told
-from gradkeel.policies import Policy
+from gradkeel.integrations.callback import TrainerGuard
 
 try:
     from lightning.pytorch import Callback
@@ -20,7 +17,7 @@ except ImportError:
     raise MissingExtraError("lightning", "lightning", "gradkeel.integrations.lightning") from None
 
 
-class GuardCallback(Callback):  # type: ignore[misc]  # lightning is not followed by the type checker
+class GuardCallback(TrainerGuard, Callback):  # type: ignore[misc]  # lightning is not followed by the type checker
     """Attaches a guard to the module's optimizer when training begins, and detaches it at the end.
 
     The guard's state is part of Lightning's checkpoints, and loaded by ``fit(..., ckpt_path=...)``, so that a record
@@ -49,15 +46,7 @@ class GuardCallback(Callback):  # type: ignore[misc]  # lightning is not followe
         >>> lightning.Trainer(callbacks=[GuardCallback("global-norm:1.0")]).fit(module, loader)  # doctest: +SKIP
     """
 
-    def __init__(self, policy: Policy | str | None, *, autopsy: bool = False, **arguments: Any) -> None:
-        self._policy = policy
-        self._has_autopsy = autopsy
-        self.autopsy: Autopsy[Any] | None = None
-        self._unlisten: Callable[[], None] | None = None
-        self._arguments = arguments
-        self._loaded: dict[str, Any] | None = None
-        self._told: Told | None = None
-        self.guard: Guard | None = None
+    _loaded: dict[str, Any] | None = None  # until there is an optimizer
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach to the optimizer that the module has made, and go on from the checkpoint that was loaded."""
@@ -66,13 +55,10 @@ class GuardCallback(Callback):  # type: ignore[misc]  # lightning is not followe
                 f"GuardCallback: the module has {len(trainer.optimizers)} optimizers; attach to each of them in "
                 "configure_optimizers instead"
             )
-        self.on_train_end(trainer, pl_module)
-        self.guard = attach(trainer.optimizers[0], self._policy, model=pl_module, **self._arguments)
-        go_on(self.guard, self._loaded, trainer.global_step)
+        told = self._begin(trainer.optimizers[0], pl_module, self._loaded, trainer.global_step)
         self._loaded = None
-        self._told = Told(self.guard)
         if self._has_autopsy and pl_module.automatic_optimization:
-            self._listen(trainer, pl_module, self.guard)
+            self._listen(trainer, pl_module, told.guard)
 
     def _listen(self, trainer: Any, module: Any, guard: Guard) -> None:
         """Hear of what each training step is given."""
@@ -110,15 +96,11 @@ class GuardCallback(Callback):  # type: ignore[misc]  # lightning is not followe
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Detach, and close the recorders."""
-        if self._unlisten is not None:
-            self._unlisten()
-            self._unlisten = None
-        if self.guard is not None:
-            self.guard.detach()
+        self._end()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Likewise where training ends early."""
-        self.on_train_end(trainer, pl_module)
+        self._end()
 
     def state_dict(self) -> dict[str, Any]:
         """What Lightning puts into its checkpoints."""

@@ -46,11 +46,16 @@ class TensorBoard:
         parameters_every: int | None = PARAMETERS_EVERY,
     ) -> None:
         self._owns = isinstance(writer, str | os.PathLike)
-        self._writer = _summary_writer(writer) if isinstance(writer, str | os.PathLike) else writer
-        self._every = parameters_every
+        if isinstance(writer, str | os.PathLike):
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                what = "gradkeel.integrations.trackers.TensorBoard"
+                raise MissingExtraError("tensorboard", "tensorboard", what) from None
+            writer = SummaryWriter(os.fspath(writer))
+        self._writer, self._every = writer, parameters_every
 
     def __repr__(self) -> str:
-        """Where it writes."""
         return f"TensorBoard({self._writer.log_dir!r})"
 
     def write(self, rows: Rows) -> None:
@@ -95,7 +100,6 @@ class WeightsAndBiases:
         self._route(self._users)
 
     def __repr__(self) -> str:
-        """Which run."""
         return f"WeightsAndBiases({self._run.name!r})"
 
     def write(self, rows: Rows) -> None:
@@ -158,7 +162,6 @@ class MLflow:
         self._client, self._run, self._every = MlflowClient(), run.info.run_id, parameters_every
 
     def __repr__(self) -> str:
-        """Which run."""
         return f"MLflow({self._run!r})"
 
     def write(self, rows: Rows) -> None:
@@ -186,13 +189,3 @@ def _points(rows: Rows, every: int | None) -> Iterator[tuple[int, float, dict[st
             told |= {f"gradkeel_norms/{name}": norm for name, norm in zip(rows.names, norms, strict=True)}
             logs = [math.log10(norm) for norm in norms if 0 < norm < math.inf]
         yield step, float(rows.series["time"][i]), told, logs
-
-
-def _summary_writer(folder: str | os.PathLike[str]) -> "SummaryWriter":
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise MissingExtraError(
-            "tensorboard", "tensorboard", "gradkeel.integrations.trackers.TensorBoard"
-        ) from None
-    return SummaryWriter(os.fspath(folder))

@@ -12,14 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradkeel.attaching import attach
 from gradkeel.errors import MissingExtraError
 from gradkeel.explain.autopsy import Autopsy
 from gradkeel.guard import stack
-from gradkeel.guard.guard import Guard
-from gradkeel.integrations.resume import go_on
-from gradkeel.integrations.told import Told
-from gradkeel.policies import Policy
+from gradkeel.integrations.callback import Told, TrainerGuard
 
 try:
     from transformers import TrainerCallback
@@ -31,7 +27,7 @@ STATE_FILE = "gradkeel_guard.pt"
 """Where the guard's state lies, in each of the Trainer's checkpoints."""
 
 
-class GuardCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not followed by the type checker
+class GuardCallback(TrainerGuard, TrainerCallback):  # type: ignore[misc]  # the type checker does not follow them
     """Attaches a guard to the Trainer's optimizer when training begins, and detaches it at the end.
 
     The guard's state is saved with each checkpoint and loaded by ``train(resume_from_checkpoint=...)``, and so a record
@@ -57,40 +53,26 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
         >>> Trainer(model, arguments, train_dataset=data, callbacks=[GuardCallback("global-norm:1.0")]).train()
     """
 
-    def __init__(self, policy: Policy | str | None, *, autopsy: bool = False, **arguments: Any) -> None:
-        self._policy = policy
-        self._has_autopsy = autopsy
-        self.autopsy: Autopsy[Any] | None = None
-        self._arguments = arguments
-        self._told: Told | None = None
-        self._unlisten: Callable[[], Any] | None = None
-        self.guard: Guard | None = None
-
     def on_train_begin(
         self, args: Any, state: Any, control: Any, *, model: Any = None, optimizer: Any = None, **others: Any
     ) -> None:
         """Attach to the optimizer that the Trainer has made, and go on from the checkpoint that it resumes from."""
-        self.on_train_end(args, state, control)  # of an attempt that an error ended
-        self.guard = attach(optimizer, self._policy, model=model, **self._arguments)
-        trainer, resumed = _training()
-        go_on(self.guard, _state_of(resumed), state.global_step)
-        self._told = Told(self.guard)
+        trainer, saved = _training()
+        told = self._begin(optimizer, model, saved, state.global_step)
         if trainer is not None:
-            self._listen(trainer)
+            self._listen(trainer, told)
 
-    def _listen(self, trainer: Any) -> None:
+    def _listen(self, trainer: Any, told: Told) -> None:
         """Hear of each loss, which callbacks are not told of, and of logs before those who report them."""
-        told, step = self._told, trainer.training_step
-        own = vars(trainer).get("training_step")
-        if self._has_autopsy and self.guard is not None:
-            self.autopsy = Autopsy(self.guard, loss=partial(_loss_of, trainer, step))
+        step, own = trainer.training_step, vars(trainer).get("training_step")
+        if self._has_autopsy:
+            self.autopsy = Autopsy(told.guard, loss=partial(_loss_of, trainer, step))
         autopsy = self.autopsy
 
         def training_step(*arguments: Any, **named: Any) -> Any:
             with nullcontext() if autopsy is None else autopsy((arguments, named)):
                 loss = step(*arguments, **named)
-            if told is not None:
-                told.loss(loss)
+            told.loss(loss)
             return loss
 
         trainer.training_step = training_step
@@ -125,11 +107,7 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]  # transformers is n
 
     def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Detach, and close the recorders."""
-        if self._unlisten is not None:
-            self._unlisten()
-            self._unlisten = None
-        if self.guard is not None:
-            self.guard.detach()
+        self._end()
 
 
 def _loss_of(
@@ -146,17 +124,13 @@ def _loss_of(
     return losses[0] / accelerator.gradient_accumulation_steps
 
 
-def _training() -> tuple[Any, Path | None]:
-    """The Trainer, and the checkpoint that ``train`` was told to resume from, which callbacks are not told of."""
+def _training() -> tuple[Any, dict[str, Any] | None]:
+    """The Trainer, and the guard's state in the checkpoint that it resumes from, which callbacks are not told of."""
     for frame in stack.frames():
-        if frame.f_code.co_name == "train" and frame.f_globals.get("__name__", "").startswith(
-            "transformers."
-        ):
+        module = frame.f_globals.get("__name__", "")
+        if frame.f_code.co_name == "train" and module.startswith("transformers."):
             given = frame.f_locals.get("resume_from_checkpoint")
-            return frame.f_locals.get("self"), Path(given) if isinstance(given, str) else None
+            path = Path(given, STATE_FILE) if isinstance(given, str) else None
+            state = torch.load(path, weights_only=True) if path is not None and path.exists() else None
+            return frame.f_locals.get("self"), state
     return None, None
-
-
-def _state_of(checkpoint: Path | None) -> dict[str, Any] | None:
-    path = None if checkpoint is None else checkpoint / STATE_FILE
-    return None if path is None or not path.exists() else torch.load(path, weights_only=True)

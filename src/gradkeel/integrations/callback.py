@@ -1,9 +1,17 @@
-"""What a trainer is told of each step of its guard, and what the guard is told of the trainer's loss."""
+"""What the callbacks of trainers share: a guard for as long as training lasts, what it is told, and what it tells."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradkeel.attaching import attach
+from gradkeel.errors import CheckpointError, GradkeelWarning
+from gradkeel.explain.autopsy import Autopsy
 from gradkeel.guard.guard import Guard
+from gradkeel.policies import Policy
 
 
 class Told:
@@ -53,3 +61,38 @@ class Told:
             "clipped_share": self.clipped / max(1, self.steps),
             "skipped_steps": self.skipped,
         }
+
+
+class TrainerGuard:
+    """A callback's guard: attached when training begins, and detached at the end.
+
+    The callbacks' own docstrings describe ``guard``, ``autopsy`` and the arguments.
+    """
+
+    def __init__(self, policy: Policy | str | None, *, autopsy: bool = False, **arguments: Any) -> None:
+        self._policy, self._has_autopsy, self._arguments = policy, autopsy, arguments
+        self._told: Told | None = None
+        self._unlisten: Callable[[], Any] | None = None
+        self.guard: Guard | None = None
+        self.autopsy: Autopsy[Any] | None = None
+
+    def _begin(self, optimizer: Any, model: Any, state: Mapping[str, Any] | None, step: int) -> Told:
+        """Attach, and load a checkpoint's state; without one that fits, go on counting from the trainer's step."""
+        self._end()  # of an attempt that an error ended
+        self.guard = guard = attach(optimizer, self._policy, model=model, **self._arguments)
+        try:
+            guard.load_state_dict(state or {**guard.state_dict(), "step": step})
+        except CheckpointError as error:
+            words = f"the checkpoint's guard does not fit, so its policies' statistics begin anew: {error}"
+            warnings.warn(words, GradkeelWarning, stacklevel=2)
+            guard.load_state_dict({**guard.state_dict(), "step": step})
+        self._told = told = Told(guard)
+        return told
+
+    def _end(self) -> None:
+        """Detach, and close the recorders."""
+        if self._unlisten is not None:
+            self._unlisten()
+            self._unlisten = None
+        if self.guard is not None:
+            self.guard.detach()
