@@ -264,6 +264,17 @@ def test_parameters_without_gradients(tmp_path):
         assert (run.norms()[:, 2:] == 0).all()
 
 
+def test_an_optimizer_without_parameters_is_recorded(tmp_path):
+    optimizer = torch.optim.SGD([{"params": []}], lr=0.1)
+    guard = gk.attach(optimizer, "norm:0.1", record=tmp_path / "run.keel")
+    for _ in range(2):
+        optimizer.step()
+    guard.detach()
+    with Reader(tmp_path / "run.keel") as run:
+        assert run.steps().tolist() == [1, 2]
+        assert run.norms().shape == (2, 0)
+
+
 def test_weights_and_updates_are_sampled(tmp_path):
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -163,6 +163,10 @@ class Batch:
         self._samples = [(row.report.step, row.sample.on_host()) for row in kept if row.sample is not None]
         self._arrival = Arrival(norms.device)
 
+    def __len__(self) -> int:
+        """How many steps they are."""
+        return len(self._kept)
+
     def rows(self) -> Rows:
         """The steps on the host; waits for the copy, so call it off the training thread."""
         self._arrival.wait()
