@@ -291,7 +291,7 @@ def _derive(series: dict[str, Tensor], main: SelectionReport) -> None:
             else torch.stack([combine(row, main.measured.norm_type) for row in norms[:, :columns] * own])
         )
     series["coefficient"] = smallest
-    clipped = smallest < 1
+    clipped = (own < 1).any(dim=1)  # also beside a coefficient that is NaN, as the smallest then is
     if "clipped" in series:
         clipped = clipped | (series.pop("clipped") == 1.0)
     is_finite = torch.isfinite(norms).all(dim=1)
