@@ -292,15 +292,15 @@ def _scale(
     scale(parameters, torch.where(torch.isfinite(total), coefficient, torch.ones_like(coefficient)))
 
 
-def _narrowed(total: Tensor | float, gradients: list[Tensor], table: Table | None) -> Tensor:
+def _narrowed(total: Tensor | float, gradients: Sequence[Tensor], table: Table | None) -> Tensor:
     """The norm in float32, or in float64 where a gradient is float64 or, as the host can see, float32 is too narrow.
 
     Of DTensors on one mesh it is one too, the same on each of its ranks, as code that is written for torch expects.
     """
-    if table is None:
-        is_wide = not _WIDE.isdisjoint([gradient.dtype for gradient in gradients])
-    else:  # plain tensors that were read as they are
+    if table is not None and table.tensors:  # plain ones that were read as they are
         is_wide, gradients = table.is_wide, []
+    else:
+        is_wide = not _WIDE.isdisjoint([gradient.dtype for gradient in gradients])
     if isinstance(total, Tensor):
         return on_mesh_of(gradients, total if is_wide else total.float())
     fits = total == 0 or not math.isfinite(total) or _LEAST_FLOAT32 <= total <= _LARGEST_FLOAT32

@@ -106,13 +106,13 @@ class Seen:
         return tensor if tensor is not None and tensor._version == self._version else None
 
 
-def settle(parameters: Sequence[Tensor]) -> list[Tensor]:
+def settle(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
     """Give every distributed gradient its parameter's placements, so that what ranks hold are parts, not addends.
 
     A gradient that is ``Partial``, as tensor parallelism leaves it on replicated parameters, is reduced, which is a
     collective for each; the optimizer would do the same. Others are left as they are.
 
-    Returns the gradients of the parameters that have one.
+    Returns the gradients of the parameters that have one; where the parameter is ``Partial`` too, their sum.
     """
     held = [own for parameter in parameters if (own := parameter.grad) is not None]
     if are_plain(held):
@@ -124,7 +124,9 @@ def settle(parameters: Sequence[Tensor]) -> list[Tensor]:
             wanted = parameter.placements  # type: ignore[attr-defined]  # its gradient is distributed, so it is
             if gradient.placements != wanted:
                 parameter.grad, is_settled = gradient.redistribute(placements=wanted), False
-    return held if is_settled else [own for parameter in parameters if (own := parameter.grad) is not None]
+    return settled(
+        held if is_settled else [own for parameter in parameters if (own := parameter.grad) is not None]
+    )
 
 
 def settled(tensors: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
@@ -321,3 +322,31 @@ def mixed_norms(rank, make_layout):
 @pytest.mark.parametrize(("count", "layout"), [(2, layouts.mixed_with_plain), (4, layouts.two_meshes)])
 def test_a_norm_on_no_one_mesh_is_plain(ranks, count, layout):
     assert {name for name, _ in ranks(count, mixed_norms, layout)} == {"Tensor"}
+
+
+def norm_of_nothing(rank):
+    layout = layouts.replicas(rank, 2)
+    parameters, _ = placed(layout, missing=gradients(1.0, seed=3))
+    norm = gk.clip_grad_norm_(parameters.values(), 0.5)
+    return type(norm).__name__, norm.dtype, float(norm.full_tensor())
+
+
+def test_the_norm_of_copies_without_gradients_is_what_it_is_with_them(ranks):
+    assert set(ranks(2, norm_of_nothing)) == {("DTensor", torch.float64, 0.0)}
+
+
+def addends(rank):
+    """A parameter that is itself a sum over ranks, beside a plain one."""
+    mesh = init_device_mesh("cpu", (2,))
+    parameter = nn.Parameter(DTensor.from_local(torch.zeros(2), mesh, [Partial()]))
+    parameter.grad = DTensor.from_local(torch.tensor([3.0 * rank, 4.0 - 4.0 * rank]), mesh, [Partial()])
+    beside = nn.Parameter(torch.zeros(1))
+    beside.grad = torch.tensor([12.0])
+    norm = gk.clip_grad_norm_([parameter, beside], 1.3)
+    return float(norm), parameter.grad.full_tensor().tolist() + beside.grad.tolist()
+
+
+def test_a_parameter_that_is_partial_counts_by_its_sum(ranks):
+    for norm, clipped_to in ranks(2, addends):
+        assert norm == pytest.approx(13.0)
+        assert clipped_to == pytest.approx([0.3, 0.4, 1.2], rel=1e-5)

@@ -153,6 +153,33 @@ def test_what_other_optimizers_keep_under_the_names_ends_no_record(tmp_path, sta
         assert len(run) == 3
 
 
+class ForMatrices(torch.optim.Adam):
+    """Adam for matrices; of vectors it keeps nothing that has names."""
+
+    def __init__(self, matrix, vector, kept):
+        super().__init__([matrix])
+        self.vector, self.kept = vector, kept
+        self.add_param_group({"params": [vector]})
+
+    def step(self, closure=None):
+        gradient, self.vector.grad = self.vector.grad, None
+        super().step(closure)
+        self.vector.grad = gradient
+        self.state[self.vector] = self.kept
+
+
+@pytest.mark.parametrize("kept", [None, (), 0])
+def test_a_parameter_of_which_nothing_is_kept_is_passed_over(tmp_path, kept):
+    matrix, vector = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(3))
+    guard = gk.attach(ForMatrices(matrix, vector, kept), None, record=tmp_path / "run.keel")
+    for size in (1.0, 1.0, 10.0):
+        matrix.grad, vector.grad = torch.full((2, 2), size), torch.ones(3)
+        guard.optimizers[0].step()
+    guard.detach()
+    with gk.record.Reader(tmp_path / "run.keel") as run:
+        assert run.scalar("second_moment_lag")[1:].tolist() == pytest.approx([1.0, 10.0], rel=1e-5)
+
+
 def test_a_step_that_is_made_again_has_its_own(tmp_path):
     parameter = nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.Adam([parameter])

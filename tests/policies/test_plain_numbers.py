@@ -4,6 +4,7 @@ import dataclasses
 import io
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -216,6 +217,9 @@ def test_what_is_chosen_and_made_of_plain_numbers():
     like = in_tensor(2.0)
     assert numbers.where(True, 1.0, 2.0) == 1.0
     assert numbers.where(False, 1.0, 2.0) == 2.0
+    # What a bound of the user's own compares may be NumPy's.
+    assert [numbers.where(np.float64(x) > 1, 1.0, 2.0) for x in (3, 0)] == [1.0, 2.0]
+    assert [numbers.where(x, 1.0, 2.0) for x in (3, 0)] == [1.0, 2.0]
     assert numbers.where(like > 1, 1.0, 2.0 * like).tolist() == [1.0]
     assert numbers.where(like > 2, 1.0, 2.0 * like).tolist() == [4.0]
     assert isinstance(numbers.real(3, 1.0), float)

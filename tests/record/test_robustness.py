@@ -434,8 +434,9 @@ def test_fast_steps_share_a_batch(make_report):
     recorder.close()
 
 
-def test_a_disk_that_hangs_does_not_fill_the_memory(make_report, monkeypatch):
-    monkeypatch.setattr("gradkeel.record.outbox.MOST_WAITING", 2)
+@pytest.mark.parametrize(("limit", "most"), [("MOST_WAITING", 2), ("MOST_STEPS", 2 * 64)])
+def test_a_disk_that_hangs_does_not_fill_the_memory(make_report, monkeypatch, limit, most):
+    monkeypatch.setattr(f"gradkeel.record.outbox.{limit}", most)
     monkeypatch.setattr("gradkeel.record.outbox.LEAST_SECONDS", 0.0)
 
     sink = Gate()
@@ -445,7 +446,7 @@ def test_a_disk_that_hangs_does_not_fill_the_memory(make_report, monkeypatch):
         for step in range(1, 64 * 6):
             recorder.record(make_report(step))
 
-    with pytest.warns(RecordWarning, match="the slow disk does not keep up with 2 batches waiting") as warned:
+    with pytest.warns(RecordWarning, match="the slow disk does not keep up with 128 steps waiting") as warned:
         train()
     assert len(warned) == 1
     sink.go.set()

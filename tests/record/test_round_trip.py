@@ -129,6 +129,21 @@ def test_a_policy_that_changes_its_form_within_a_batch(tmp_path, spec):
         )
 
 
+def test_what_is_clipped_beside_a_coefficient_that_is_not_finite_is_recorded_as_clipped(tmp_path):
+    first, second = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = torch.optim.SGD([first, second], lr=0.1)
+    guard = gk.attach(optimizer, "agc:0.01", nonfinite="keep", record=tmp_path / "run.keel")
+    reports = []
+    for spoiled in (1.0, math.nan, 1.0, 1.0):
+        first.grad, second.grad = torch.full((2,), spoiled), torch.ones(2)
+        optimizer.step()
+        reports.append(guard.report)
+    guard.detach()
+    assert math.isnan(reports[-1].coefficient)  # the weights are
+    with Reader(tmp_path / "run.keel") as run:
+        assert run.clipped().tolist() == [report.clipped for report in reports] == [True] * 4
+
+
 def test_skipped_steps_are_recorded_with_their_reason(tmp_path):
     with pytest.warns(gk.GradkeelWarning, match="not finite"):
         train(tmp_path / "run.keel", gk.ClipByGlobalNorm(1.0), spoil={3})
@@ -262,6 +277,17 @@ def test_parameters_without_gradients(tmp_path):
     with Reader(tmp_path / "run.keel") as run:
         assert run.present().tolist() == [[True, True, False, False]] * 3
         assert (run.norms()[:, 2:] == 0).all()
+
+
+def test_an_optimizer_without_parameters_is_recorded(tmp_path):
+    optimizer = torch.optim.SGD([{"params": []}], lr=0.1)
+    guard = gk.attach(optimizer, "norm:0.1", record=tmp_path / "run.keel")
+    for _ in range(2):
+        optimizer.step()
+    guard.detach()
+    with Reader(tmp_path / "run.keel") as run:
+        assert run.steps().tolist() == [1, 2]
+        assert run.norms().shape == (2, 0)
 
 
 def test_weights_and_updates_are_sampled(tmp_path):

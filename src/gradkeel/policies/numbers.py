@@ -25,7 +25,11 @@ def where(condition: Number, yes: Number, no: Number) -> Number:
     """``yes`` where the condition holds, else ``no``; both are computed by then."""
     if condition is True:
         return yes
-    return torch.where(condition, yes, no) if isinstance(condition, Tensor) else no
+    if condition is False:
+        return no
+    if isinstance(condition, Tensor):
+        return torch.where(condition, yes, no)
+    return yes if condition else no  # such as NumPy's bool
 
 
 def maximum(first: Number, second: Number) -> Number:

@@ -12,8 +12,8 @@ from typing import Protocol
 from gradkeel.record.rows import Batch, Kept, Rows, Subject
 from gradkeel.record.schema import ROWS_PER_BLOCK
 
-MOST_WAITING = 4096
-"""Batches that may wait for a slow disk: at least a quarter of an hour of training."""
+MOST_WAITING, MOST_STEPS = 4096, 2**18
+"""Batches, and steps in them, that may wait for a slow disk: a step is some kilobytes of memory."""
 
 CLOSE_SECONDS = 60.0
 
@@ -52,6 +52,7 @@ class Outbox:
         self._sent_at = time.monotonic()
         self._sinks = list(sinks)
         self._batches: queue.Queue[Batch | None] = queue.Queue(MOST_WAITING)
+        self._sent = self._taken = 0  # steps; each is counted by one thread
         self._is_working = True
         self._thread = threading.Thread(target=self._work, name="gradkeel-record", daemon=True)
         self._thread.start()
@@ -78,10 +79,14 @@ class Outbox:
             return
         batch = Batch(self._kept, self.subject)
         self._kept = []
+        waiting = self._sent - self._taken
         try:
+            if waiting + len(batch) > MOST_STEPS:
+                raise queue.Full
             self._batches.put_nowait(batch)
+            self._sent += len(batch)
         except queue.Full:
-            self._stopped(f"{self._sinks[0]!r} does not keep up with {MOST_WAITING} batches waiting")
+            self._stopped(f"{self._sinks[0]!r} does not keep up with {waiting} steps waiting")
             self._sinks.clear()
 
     def wait(self) -> None:
@@ -106,6 +111,7 @@ class Outbox:
 
     def _write(self) -> None:
         while (batch := self._batches.get()) is not None:
+            self._taken += len(batch)
             try:
                 rows = batch.rows()
                 for sink in list(self._sinks):

@@ -78,7 +78,8 @@ class Recorder:
             holds, which stay in it: ``Reader(path, superseded=True)``. Where another recorder of this process has
             the file, this one takes it over. None writes no file.
         sinks: who else is to be told, such as ``gradkeel.integrations.trackers.TensorBoard("runs/1")``.
-        flush_seconds: steps wait in memory for at most so long while training goes on; where 64 wait, a tenth of one.
+        flush_seconds: steps wait in memory for at most so long while training goes on; where 64 wait, for at most a
+            tenth of a second.
         per_rank: give each rank of a distributed run a file of its own; the same on all ranks.
 
     Attributes:

@@ -163,6 +163,10 @@ class Batch:
         self._samples = [(row.report.step, row.sample.on_host()) for row in kept if row.sample is not None]
         self._arrival = Arrival(norms.device)
 
+    def __len__(self) -> int:
+        """How many steps they are."""
+        return len(self._kept)
+
     def rows(self) -> Rows:
         """The steps on the host; waits for the copy, so call it off the training thread."""
         self._arrival.wait()
@@ -287,7 +291,7 @@ def _derive(series: dict[str, Tensor], main: SelectionReport) -> None:
             else torch.stack([combine(row, main.measured.norm_type) for row in norms[:, :columns] * own])
         )
     series["coefficient"] = smallest
-    clipped = smallest < 1
+    clipped = (own < 1).any(dim=1)  # also beside a coefficient that is NaN, as the smallest then is
     if "clipped" in series:
         clipped = clipped | (series.pop("clipped") == 1.0)
     is_finite = torch.isfinite(norms).all(dim=1)

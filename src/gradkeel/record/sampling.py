@@ -101,7 +101,7 @@ def second_moment_lag(
                 (places[id(p)], moment, state["step"])
                 for p in (group["params"] if "betas" in group else ())
                 if id(p) in places
-                and (moment := _moment(state := optimizer.state.get(p, _NO_STATE), p)) is not None
+                and (moment := _moment(state := optimizer.state.get(p) or _NO_STATE, p)) is not None
             ]
             if not kept:
                 continue
@@ -115,7 +115,8 @@ def second_moment_lag(
     whole = squares[0] if len(squares) == 1 else torch.cat(squares)
     if rows != list(range(len(parameters))):
         whole = take(whole, rows)
-    return (whole.sum() / sum(remembered)).sqrt()
+    together = remembered[0] if len(remembered) == 1 else torch.stack(remembered).sum()
+    return (whole.sum() / together).sqrt()
 
 
 def _moment(state: Mapping[str, Any], parameter: Tensor) -> Any:
@@ -158,5 +159,6 @@ class BeforeUpdate:
         if self._copies is None:
             return Sample(self._names, self._weights, torch.full_like(self._weights, math.nan))
         entries = [entries_to_read(parameter) for parameter in self._parameters]
-        torch._foreach_sub_(self._copies, entries)  # in place, for the copies are as large as the model
+        if entries:  # in place, for the copies are as large as the model
+            torch._foreach_sub_(self._copies, entries)
         return Sample(self._names, self._weights, tensor_norms(self._copies, 2.0, self._device))
