@@ -27,7 +27,7 @@ FIRST = 100
 """Steps at each of which a record looks at weights and updates too."""
 TIMES = 30
 """As many rounds for one: they are short."""
-TURN = 250
+TURN = 1000
 """Training steps at a time, so that what the thread of a record does is counted where it belongs."""
 
 
@@ -93,7 +93,7 @@ def trained(folder: Path, rounds: int) -> Race:
         loop(RECORDED, constant, folder / "trained.keel"),
         loop("no clipping", None),
     ]
-    return race(contenders, rounds=3 * rounds)
+    return race(contenders, rounds=rounds)
 
 
 def cost(found: Race, name: str, to: str) -> Quartiles:

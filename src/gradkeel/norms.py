@@ -194,7 +194,8 @@ class GradientNorms:
 
     def after(self, decision: "Decision") -> "GradientNorms":
         """The norms that the gradients have after a decision, which must not clamp; does not sync the host."""
-        norms, factors, unit_factors = self, decision.coefficients, decision.unit_coefficients
+        norms, known, unit_factors = self, decision.known_coefficients, decision.unit_coefficients
+        factors = None if isinstance(known, float) and known == 1.0 else decision.coefficients
         if factors is not None:
             units, is_one = norms.units, factors.dim() == 0
             if units is not None:

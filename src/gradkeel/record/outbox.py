@@ -10,15 +10,14 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from gradkeel.record.rows import Batch, Kept, Rows, Subject
-from gradkeel.record.schema import ROWS_PER_BLOCK
 
 MOST_WAITING, MOST_STEPS = 4096, 2**18
 """Batches, and steps in them, that may wait for a slow disk: a step is some kilobytes of memory."""
 
 CLOSE_SECONDS = 60.0
 
-LEAST_SECONDS = 0.1
-"""A full block waits for so long: a batch has its price, which fast steps share."""
+MOST_KEPT = 512
+"""Steps that wait to be sent together: a batch has its price, which fast steps share."""
 
 
 class Sink(Protocol):
@@ -68,8 +67,7 @@ class Outbox:
         if self._kept and kept.report.step <= self._kept[-1].report.step:
             self.send()
         self._kept.append(kept)
-        waited = time.monotonic() - self._sent_at
-        if waited >= self._flush_seconds or (len(self._kept) >= ROWS_PER_BLOCK and waited >= LEAST_SECONDS):
+        if len(self._kept) >= MOST_KEPT or time.monotonic() - self._sent_at >= self._flush_seconds:
             self.send()
 
     def send(self) -> None:
