@@ -123,6 +123,20 @@ def test_complex_entries_are_pairs_of_real_ones():
     assert gradient.tolist() == [6.0 - 8.0j, 24.0j]
 
 
+@pytest.mark.parametrize("shape", [(), (2,), (2, 1)])
+def test_a_complex_vector_is_one_unit_and_a_matrix_one_for_each_row(shape):
+    parameter = nn.Parameter(torch.zeros(shape, dtype=torch.complex64))
+    parameter.grad = torch.full(shape, 3.0 - 4.0j)
+    real = nn.Parameter(torch.zeros(2, 2))
+    real.grad = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+    selection = Selection("main", ("complex", "real"), (parameter, real), (0, 0))
+    measured, _ = measure(selection, Needs(2.0, weights=True, unit_dim=0), device=CPU)
+    own = {(): [5.0], (2,): [50**0.5], (2, 1): [5.0, 5.0]}[shape]
+    assert measured.units.tolist() == pytest.approx([*own, 5.0, 1.0])
+    assert measured.unit_counts == (len(own), 2)
+    assert measured.unit_weights.shape == measured.units.shape
+
+
 def test_strided_entries_are_not_copied():
     gradient = torch.ones(2, 3).t()
     assert entries_to_read(gradient).data_ptr() == gradient.data_ptr()

@@ -47,6 +47,11 @@ def read(
     placed: Sequence[Tensor] = entries
     if unit_dim is not None and any(tensor.layout != torch.strided for tensor in tensors):
         placed = [entries_by_position(tensor) for tensor in tensors]
+    if unit_dim is not None and any(map(torch.is_complex, tensors)):
+        # A vector is one unit, and its real and imaginary parts are a matrix.
+        placed = [
+            own.flatten() if whole.dim() <= 1 else own for own, whole in zip(placed, tensors, strict=True)
+        ]
     return _reading(entries, placed, norm_type, device, unit_dim=unit_dim, with_peaks=with_peaks)
 
 
