@@ -437,6 +437,19 @@ def test_a_disk_that_hangs_does_not_fill_the_memory(make_report, monkeypatch, li
     assert sink.steps in ([], list(range(1, 65)))
 
 
+def test_closing_does_not_wait_for_ever_for_a_disk_that_hangs(make_report, monkeypatch):
+    for limit, value in (("MOST_WAITING", 1), ("MOST_KEPT", 1), ("CLOSE_SECONDS", 0.05)):
+        monkeypatch.setattr(f"gradkeel.record.outbox.{limit}", value)
+    sink = Gate()
+    recorder = Recorder(None, sinks=[sink])
+    recorder.record(make_report(1))
+    assert sink.begun.wait(60)
+    recorder.record(make_report(2))  # which fills the queue
+    recorder.close()
+    assert sink.steps == []
+    sink.go.set()
+
+
 def test_a_recorder_needs_something_to_write_to():
     with pytest.raises(TypeError, match=r"Recorder\(path=None\): give a path, or at least one sink"):
         Recorder(None)

@@ -1,5 +1,6 @@
 """Steps that wait to be written, and the thread that writes them."""
 
+import contextlib
 import functools
 import os
 import queue
@@ -98,8 +99,9 @@ class Outbox:
         if not self._is_working or not self._thread.is_alive():
             return
         self.send()
-        self._batches.put(None)
-        self._thread.join(CLOSE_SECONDS)
+        with contextlib.suppress(queue.Full):  # before a disk that hangs, whose thread is left behind
+            self._batches.put(None, timeout=CLOSE_SECONDS)
+            self._thread.join(CLOSE_SECONDS)
 
     def _work(self) -> None:
         try:
