@@ -25,7 +25,6 @@ from gradkeel.kernels.triton_layout import DTYPES, Layout, Layouts, kinds_of
 
 VARIABLE = "GRADKEEL_TRITON"
 
-
 _OFF, _ON = {"off", "0", "no", "false"}, {"on", "1", "yes", "true"}
 _BLOCK, _UNIT_BLOCK, _ROWS, _ROWS_SCALED = 2048, 512, 2, 8
 _OPERATIONS = (

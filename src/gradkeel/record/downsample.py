@@ -36,8 +36,6 @@ def summarize(values: Tensor) -> Tensor:
     if not values.shape[0]:
         return values.new_full((3, *values.shape[1:]), math.nan)
     finite = torch.isfinite(values)
-    if finite.all():
-        return torch.stack([values.amin(dim=0), values.median(dim=0).values, values.amax(dim=0)])
     low = torch.where(finite, values, math.inf).amin(dim=0)
     high = torch.where(finite, values, -math.inf).amax(dim=0)
     nothing = ~finite.any(dim=0)

@@ -1,6 +1,5 @@
 """Steps that wait to be written, and the thread that writes them."""
 
-import contextlib
 import functools
 import os
 import queue
@@ -12,8 +11,8 @@ from typing import Protocol
 
 from gradkeel.record.rows import Batch, Kept, Rows, Subject
 
-MOST_WAITING, MOST_STEPS = 4096, 2**18
-"""Batches, and steps in them, that may wait for a slow disk: a step is some kilobytes of memory."""
+MOST_WAITING = 2**18
+"""Steps that may wait for a slow disk: each is some kilobytes of memory."""
 
 CLOSE_SECONDS = 60.0
 
@@ -51,7 +50,7 @@ class Outbox:
         self._flush_seconds = flush_seconds
         self._sent_at = time.monotonic()
         self._sinks = list(sinks)
-        self._batches: queue.Queue[Batch | None] = queue.Queue(MOST_WAITING)
+        self._batches: queue.Queue[Batch | None] = queue.Queue()
         self._sent = self._taken = 0  # steps; each is counted by one thread
         self._is_working = True
         self._thread = threading.Thread(target=self._work, name="gradkeel-record", daemon=True)
@@ -79,14 +78,12 @@ class Outbox:
         batch = Batch(self._kept, self.subject)
         self._kept = []
         waiting = self._sent - self._taken
-        try:
-            if waiting + len(batch) > MOST_STEPS:
-                raise queue.Full
-            self._batches.put_nowait(batch)
-            self._sent += len(batch)
-        except queue.Full:
+        if waiting + len(batch) > MOST_WAITING:
             self._stopped(f"{self._sinks[0]!r} does not keep up with {waiting} steps waiting")
             self._sinks.clear()
+            return
+        self._sent += len(batch)
+        self._batches.put(batch)
 
     def wait(self) -> None:
         """Wait until everything sent so far is written."""
@@ -99,9 +96,8 @@ class Outbox:
         if not self._is_working or not self._thread.is_alive():
             return
         self.send()
-        with contextlib.suppress(queue.Full):  # before a disk that hangs, whose thread is left behind
-            self._batches.put(None, timeout=CLOSE_SECONDS)
-            self._thread.join(CLOSE_SECONDS)
+        self._batches.put(None)
+        self._thread.join(CLOSE_SECONDS)
 
     def _work(self) -> None:
         try:

@@ -166,7 +166,7 @@ class Recorder:
             return  # nothing is run now, and what a replay does is not seen
         self._before_step, self._before = step, None
         rate = guard.optimizers[0].param_groups[0].get("lr")
-        if type(rate) is not float and rate is not None:
+        if rate is not None and type(rate) is not float:
             rate = None if isinstance(rate, Tensor) and not rate.is_cpu else float(rate)
         weights, updates = self._sampling.next(step, float(measured.known_total) if on_host else None, rate)
         # Where parameters are sharded, this rank's weights are not the whole.
@@ -214,10 +214,10 @@ class Recorder:
 
     def _scalars(self, report: StepReport, lag: Tensor | None) -> dict[str, Tensor | float]:
         """What the user logged, and what is worth knowing beside it."""
-        scalars, prescale = {**report.scalars}, report.prescale
+        scalars, prescale = dict(report.scalars), report.prescale
         if self._guard is not None and "lr" in (group := self._guard.optimizers[0].param_groups[0]):
             scalars.setdefault("lr", group["lr"])
-        if type(prescale) is not float or prescale != 1.0:
+        if isinstance(prescale, Tensor) or prescale != 1.0:
             scalars["prescale"] = prescale
         if lag is not None:
             scalars["second_moment_lag"] = lag

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradkeel.guard.report import StepReport
+from gradkeel.kernels import foreach
 from gradkeel.measure.powers import tensor_norms
-from gradkeel.norms import take
 from gradkeel.record.rows import Sample
 from gradkeel.tensors import entries_to_read
 
@@ -22,8 +22,8 @@ SUSPICION, ALARM = 1.5, 3.0
 """Times the highest norm of the last 20 steps: from there on weights, and also updates, are measured whatever the
 interval."""
 AFTER_ALARM = 10
-_NO_STATE: Mapping[str, Any] = {}
 RATE_ALARM = 2.0  # times the last learning rate
+_NO_STATE: Mapping[str, Any] = {}
 
 
 class Sampling:
@@ -113,10 +113,8 @@ def second_moment_lag(
         return None
     squares = [s.measured.after(s.decision).norms.square() for s in report.selections]
     whole = squares[0] if len(squares) == 1 else torch.cat(squares)
-    if rows != list(range(len(parameters))):
-        whole = take(whole, rows)
     together = remembered[0] if len(remembered) == 1 else torch.stack(remembered).sum()
-    return (whole.sum() / together).sqrt()
+    return (foreach.pick(whole, rows).sum() / together).sqrt()
 
 
 def _moment(state: Mapping[str, Any], parameter: Tensor) -> Any:

@@ -17,7 +17,7 @@ SCHEMA_VERSION = 3
 read as well, and continued in this version."""
 APPLICATION_ID = 0x6B65656C  # "keel"
 ROWS_PER_BLOCK = 64
-"""How many steps a block holds: rows wait for each other in memory, and are read together."""
+"""How many steps a block holds, which are read together."""
 
 STEPPED, CLIPPED, NONFINITE = 1, 2, 4
 """The bits of a verdict."""

@@ -239,16 +239,8 @@ class RecordFile:
 
     def _sampled(self, sample: Sample) -> tuple[bytes, bytes]:
         known = {i: self._positions[name] for i, name in enumerate(sample.names) if name in self._positions}
-        columns = list(known.values())
-        weights, updates = (
-            placed(
-                (values if len(known) == len(values) else values[list(known)]).to(torch.float64).unsqueeze(0),
-                columns,
-                self._width,
-                float("nan"),
-            )
-            for values in (sample.weights, sample.updates)
-        )
+        kept = torch.stack([sample.weights, sample.updates]).to(torch.float64)[:, list(known)]
+        weights, updates = placed(kept, list(known.values()), self._width, float("nan"))
         return to_blob(weights), b"" if bool(updates.isnan().all()) else to_blob(updates)
 
     def _append(self, new: dict[str, Tensor]) -> None:
