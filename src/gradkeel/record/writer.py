@@ -28,6 +28,7 @@ from gradkeel.record.schema import (
 )
 from gradkeel.version import __version__
 
+_MAYBE_IMPLIED = ("present", "coefficients")
 _WAIT_SECONDS = 60  # for a reader that holds the file where there is no write-ahead log
 
 
@@ -256,38 +257,48 @@ class RecordFile:
             }
         )
         rows = sum(counts)
-        for first in range(0, rows, ROWS_PER_BLOCK):
-            self._open_rows = {
-                name: values[first : first + ROWS_PER_BLOCK] for name, values in merged.items()
-            }
-            self._write_block()
-            if first + ROWS_PER_BLOCK <= rows:
-                self._block += 1
-                self._open_rows = {}
-
-    def _write_block(self) -> None:
-        """Write the open block, in place of what it held before."""
-        steps = self._open_rows["step"]
-        self._connection.execute(
-            "INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?, ?, ?, 0)",
-            (self._block, int(steps[0]), int(steps[-1]), len(steps), self._width, self._session),
+        full = rows - rows % ROWS_PER_BLOCK
+        self._write_blocks(
+            self._block, {name: values[:full] for name, values in merged.items()}, ROWS_PER_BLOCK
         )
-        series = {name: values for name, values in self._open_rows.items() if not self._is_implied(name)}
-        series["summary"] = summarize(self._open_rows["norms"])
+        self._block += full // ROWS_PER_BLOCK
+        self._open_rows = {name: values[full:] for name, values in merged.items()} if full < rows else {}
+        self._write_blocks(self._block, self._open_rows, rows - full)
+
+    def _write_blocks(self, first: int, rows: dict[str, Tensor], size: int) -> None:
+        """Write rows as blocks of ``size``, from the number ``first`` on, in place of what these held before.
+
+        What is the same for all of them is done once: each operation of torch's hands the interpreter's lock over.
+        """
+        if not rows or not len(rows["step"]):
+            return
+        steps = rows["step"].reshape(-1, size).tolist()
+        count = len(steps)
+        self._connection.executemany(
+            "INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?, ?, ?, 0)",
+            [(first + i, one[0], one[-1], size, self._width, self._session) for i, one in enumerate(steps)],
+        )
+        norms = rows["norms"].reshape(count, size, self._width).transpose(0, 1)
+        blobs = {name: to_blob(values) for name, values in rows.items()}
+        blobs["summary"] = to_blob(summarize(norms).transpose(0, 1))
+        implied = {name: self._are_implied(name, rows, count) for name in _MAYBE_IMPLIED if name in rows}
         self._connection.executemany(
             "INSERT OR REPLACE INTO series VALUES (?, ?, ?)",
-            [(name, self._block, to_blob(values)) for name, values in series.items()],
+            [
+                (name, first + i, blob[len(blob) // count * i : len(blob) // count * (i + 1)])
+                for name, blob in blobs.items()
+                for i in range(count)
+                if name not in implied or not implied[name][i]
+            ],
         )
 
-    def _is_implied(self, name: str) -> bool:
-        """Whether readers know these values without being told."""
-        values = self._open_rows[name]
-        if name == "present":
-            return bool(values.all())
+    def _are_implied(self, name: str, rows: dict[str, Tensor], count: int) -> list[bool]:
+        """For each of ``count`` blocks, whether readers know these values without being told."""
+        values = rows[name]
         if name == "coefficients":
             main = self._is_main[: self._width]
-            return bool((values == torch.where(main, self._open_rows["coefficient"].unsqueeze(1), 1.0)).all())
-        return False
+            values = values == torch.where(main, rows["coefficient"].unsqueeze(1), 1.0)
+        return values.bool().reshape(count, len(values) // count * self._width).all(dim=1).tolist()
 
     def _supersede(self, step: int) -> None:
         """Mark this step and all after it: this session records them again."""
@@ -323,8 +334,8 @@ class RecordFile:
         now, self._session, self._width = self._session, session, width
         self._start_block(width)
         for number, part in ((self._block, slice(rows, None)), (block, slice(0, rows))):
-            self._block, self._open_rows = number, {name: values[part] for name, values in series.items()}
-            self._write_block()
+            own = {name: values[part] for name, values in series.items()}
+            self._write_blocks(number, own, len(own["step"]))
         self._session = now
 
 
