@@ -1,7 +1,12 @@
 """What is stacked on a device must be there: some of it the host may know already."""
 
+import gc
+
 import torch
 
+from gradkeel.guard.report import SelectionReport, StepReport
+from gradkeel.norms import GradientNorms
+from gradkeel.record import Reader, Recorder
 from gradkeel.record.rows import _coefficients
 
 
@@ -12,3 +17,17 @@ def test_coefficients_that_the_host_knows_stand_beside_those_on_the_device():
         assert (found.device.type, found.shape, found.dtype) == ("meta", (2, 4), torch.float64)
     here = _coefficients([None, 0.5], torch.zeros(3, dtype=torch.float64))
     assert here.tolist() == [[1.0] * 3, [0.5] * 3]
+
+
+def test_steps_that_wait_are_not_kept_alive_as_objects(tmp_path, make_report):
+    """What is alive for long, the garbage collection goes through again and again, with all else that there is."""
+    recorder = Recorder(tmp_path / "run.keel", flush_seconds=600)
+    for step in range(1, 101):
+        recorder.record(make_report(step))
+    gc.collect()
+    found = [one for one in gc.get_objects() if isinstance(one, StepReport | SelectionReport | GradientNorms)]
+    assert len([one for one in found if isinstance(one, StepReport)]) <= 5
+    assert len(found) <= 15
+    recorder.close()
+    with Reader(tmp_path / "run.keel") as run:
+        assert run.steps().tolist() == list(range(1, 101))

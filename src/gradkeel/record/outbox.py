@@ -9,7 +9,10 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from gradkeel.record.rows import Batch, Kept, Rows, Subject
+from torch import Tensor
+
+from gradkeel.guard.report import StepReport
+from gradkeel.record.rows import Batch, Kept, Rows, Sample, Subject
 
 MOST_WAITING = 2**18
 """Steps that may wait for a slow disk: each is some kilobytes of memory."""
@@ -46,7 +49,7 @@ class Outbox:
     def __init__(self, sinks: Sequence[Sink], flush_seconds: float, problems: list[str]) -> None:
         self.subject = Subject()
         self.problems = problems
-        self._kept: list[Kept] = []
+        self._kept: Kept | None = None
         self._flush_seconds = flush_seconds
         self._sent_at = time.monotonic()
         self._sinks = list(sinks)
@@ -62,21 +65,23 @@ class Outbox:
         """Whether anybody still writes; never in a forked process, which has no such thread."""
         return self._is_working and bool(self._sinks)
 
-    def add(self, kept: Kept) -> None:
+    def add(self, report: StepReport, scalars: dict[str, Tensor | float], sample: Sample | None) -> None:
         """Take a step, of the layout of those that wait; send what has waited for long enough."""
-        if self._kept and kept.report.step <= self._kept[-1].report.step:
+        if self._kept is not None and report.step <= self._kept.steps[-1]:
             self.send()
-        self._kept.append(kept)
+        if self._kept is None:
+            self._kept = Kept(report)
+        self._kept.add(report, time.time(), scalars, sample)
         if len(self._kept) >= MOST_KEPT or time.monotonic() - self._sent_at >= self._flush_seconds:
             self.send()
 
     def send(self) -> None:
         """Stack what waits and hand it to the thread."""
         self._sent_at = time.monotonic()
-        if not self._kept:
+        kept, self._kept = self._kept, None
+        if kept is None:
             return
-        batch = Batch(self._kept, self.subject)
-        self._kept = []
+        batch = Batch(kept, self.subject)
         waiting = self._sent - self._taken
         if waiting + len(batch) > MOST_WAITING:
             self._stopped(f"{self._sinks[0]!r} does not keep up with {waiting} steps waiting")

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import sqlite3
-import time
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from gradkeel.guard.report import StepReport
 from gradkeel.kernels.arrival import is_capturing
 from gradkeel.record.outbox import Outbox, Sink
 from gradkeel.record.ranks import rank_path
-from gradkeel.record.rows import Kept, Subject, same_layout
+from gradkeel.record.rows import Subject, same_layout
 from gradkeel.record.sampling import BeforeUpdate, Sampling, second_moment_lag
 from gradkeel.record.writer import RecordFile
 
@@ -191,11 +190,10 @@ class Recorder:
         norms = report.selections[0].measured.norms
         if not norms.is_cpu and is_capturing(norms.device):
             return
-        kept = Kept.of(report, time.time(), self._scalars(report, lag), sample)
         if self._described is None or not same_layout(report, self._described):
             outbox.send()
             self._described, outbox.subject = report, self._subject()
-        outbox.add(kept)
+        outbox.add(report, self._scalars(report, lag), sample)
 
     def flush(self) -> None:
         """Wait until every step so far is written."""

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from gradkeel.guard.report import SelectionReport, SkipReason, StepReport, nonfinite_words
 from gradkeel.kernels.arrival import Arrival, to_host
 from gradkeel.norms import combine
+from gradkeel.outcome import Outcome
 from gradkeel.policies.states import from_list
 from gradkeel.record.schema import CLIPPED, NONFINITE, SCALAR_PREFIX, STEPPED
 
@@ -54,29 +54,123 @@ class Sample:
 
 
 @dataclass(slots=True, eq=False)
-class Kept:
-    """One step as the training thread leaves it: references to tensors, and nothing computed that can wait.
+class Columns:
+    """What one selection's steps have measured and decided, an entry a step; what is not known is None."""
 
-    ``clipped_total`` is filled only where it is measured, of gradients that are there now.
+    present: list[tuple[bool, ...]] = field(default_factory=list)
+    norms: list[Tensor] = field(default_factory=list)
+    weights: list[Tensor | None] = field(default_factory=list)
+    peaks: list[Tensor | None] = field(default_factory=list)
+    coefficients: list[Tensor | float | Outcome | None] = field(default_factory=list)
+
+    def add(self, selection: SelectionReport) -> None:
+        """Take a step's."""
+        measured, decision, present = selection.measured, selection.decision, selection.present
+        if self.present and present == self.present[-1]:
+            present = self.present[-1]  # one object for all of them
+        self.present.append(present)
+        self.norms.append(measured.norms)
+        self.weights.append(measured.weights)
+        self.peaks.append(measured.peaks)
+        known = decision.known_coefficients
+        self.coefficients.append(known if decision.unit_coefficients is None else selection.outcome)
+
+    def stacked_coefficients(self) -> Tensor:
+        """[k, n] of all steps."""
+        values = [own.coefficients() if isinstance(own, Outcome) else own for own in self.coefficients]
+        return _coefficients(values, self.norms[0])
+
+    def stacked(self, name: str, unknown: Tensor, shape: Sequence[int]) -> Tensor:
+        """[k, n, ...] of the column of this name; ``unknown`` where it was not measured."""
+        values = zip(getattr(self, name), self.norms, strict=True)
+        return torch.stack(
+            [(unknown if v is None else v).expand(*norms.shape, *shape) for v, norms in values]
+        )
+
+
+class Kept:
+    """Steps of one layout as the training thread leaves them: in columns, and nothing computed that can wait.
+
+    Only numbers and tensors are kept: whatever else is alive for long is what the interpreter's garbage collection
+    goes through again and again, with all else that the process has.
     """
 
-    report: StepReport
-    time: float
-    scalars: dict[str, Tensor | float]
-    clipped_total: Tensor | None
-    sample: Sample | None
+    def __init__(self, first: StepReport) -> None:
+        self.selections = first.selections
+        self.columns = [Columns() for _ in self.selections]
+        self.steps: list[int] = []
+        self.times: list[float] = []
+        self.totals: list[Tensor | float] = []
+        self.bounds: list[Tensor | float] = []
+        self.stepped: list[bool | Tensor] = []
+        self.scalars: dict[str, list[Tensor | float]] = {}
+        self.samples: list[tuple[int, Sample]] = []
+        # By place: of steps that do more than multiply each parameter by a factor, also the norm that was measured.
+        self.outcomes: dict[int, tuple[Outcome, Tensor | None]] = {}
+        self.maybe_skipped: dict[int, StepReport] = {}
 
-    @classmethod
-    def of(
-        cls, report: StepReport, time: float, scalars: dict[str, Tensor | float], sample: Sample | None
-    ) -> "Kept":
-        """Take from a report what must be taken at once: what reads gradients, and tensors that are the user's."""
-        main = report.selections[0]
-        for name, value in scalars.items():
-            if type(value) is not float:
-                scalars[name] = _own(value, main.measured.norms)
-        total = None if main.decision.clamp is None else main.clipped_total()
-        return cls(report, time, scalars, total, sample)
+    def __len__(self) -> int:
+        """How many steps they are."""
+        return len(self.steps)
+
+    def add(
+        self, report: StepReport, time: float, scalars: dict[str, Tensor | float], sample: Sample | None
+    ) -> None:
+        """Take a step, and at once what reads its gradients, and tensors that are the user's."""
+        selections, place = report.selections, len(self.steps)
+        main = selections[0]
+        decision, norms, bound = main.decision, main.measured.norms, _bound(main)
+        numbers = {name: v if type(v) is float else _own(v, norms) for name, v in scalars.items()}
+        if decision.clamp is not None or decision.unit_coefficients is not None:
+            total = None if decision.clamp is None else main.clipped_total()
+            self.outcomes[place] = main.outcome, total
+        # From here on nothing fails, which would leave a part of the step.
+        for columns, selection in zip(self.columns, selections, strict=True):
+            columns.add(selection)
+        self.steps.append(report.step)
+        self.times.append(time)
+        self.totals.append(main.measured.known_total)
+        self.bounds.append(bound)
+        self.stepped.append(report.stepped_or_pending)
+        if report.stepped_or_pending is not True:
+            self.maybe_skipped[place] = report
+        for name, number in numbers.items():
+            column = self.scalars.get(name)
+            if column is None:
+                column = self.scalars[name] = []
+            column += [math.nan] * (place - len(column))  # where it was not logged
+            column.append(number)
+        if sample is not None:
+            self.samples.append((report.step, sample))
+
+    def stacked(self) -> dict[str, Tensor]:
+        """The steps' tensors where they are, stacked: [k] and [k, n]."""
+        unknown = self.columns[0].norms[0].new_full((), math.nan)
+        series = {
+            "total": _scalars(self.totals, unknown),
+            "bound": _scalars(self.bounds, unknown),
+            "stepped": _scalars([_number(flag) for flag in self.stepped], unknown),
+            "norms": torch.cat([torch.stack(own.norms) for own in self.columns], dim=1),
+            "coefficients": torch.cat([own.stacked_coefficients() for own in self.columns], dim=1),
+        }
+        for name in ("weights", "peaks"):
+            own = [column for columns in self.columns for column in getattr(columns, name)]
+            known = next((value for value in own if value is not None), None)
+            if known is not None:
+                shape = known.shape[1:]
+                series[name] = torch.cat(
+                    [columns.stacked(name, unknown, shape) for columns in self.columns], dim=1
+                )
+        if self.outcomes:
+            outcomes = self.outcomes.values()
+            totals = [own.total() if own.decision.clamp is None else measured for own, measured in outcomes]
+            series["outcome_total"] = torch.stack([unknown if total is None else total for total in totals])
+            series["outcome_clipped"] = torch.stack([own.is_clipped() for own, _ in outcomes]).to(
+                unknown.dtype
+            )
+        for name, values in self.scalars.items():
+            series[SCALAR_PREFIX + name] = _scalars(values + [math.nan] * (len(self) - len(values)), unknown)
+        return series
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -154,13 +248,13 @@ class Batch:
     What is on the host already is stacked by the writing thread.
     """
 
-    def __init__(self, kept: Sequence[Kept], subject: Subject) -> None:
+    def __init__(self, kept: Kept, subject: Subject) -> None:
         self._kept, self._subject = kept, subject
-        norms = kept[0].report.selections[0].measured.norms
+        norms = kept.columns[0].norms[0]
         self._series: dict[str, Tensor] | None = None
         if not norms.is_cpu:
-            self._series = {name: to_host(value) for name, value in _stack(kept).items()}
-        self._samples = [(row.report.step, row.sample.on_host()) for row in kept if row.sample is not None]
+            self._series = {name: to_host(value) for name, value in kept.stacked().items()}
+        self._samples = [(step, sample.on_host()) for step, sample in kept.samples]
         self._arrival = Arrival(norms.device)
 
     def __len__(self) -> int:
@@ -170,75 +264,22 @@ class Batch:
     def rows(self) -> Rows:
         """The steps on the host; waits for the copy, so call it off the training thread."""
         self._arrival.wait()
-        reports = [kept.report for kept in self._kept]
-        selections = [report.selections for report in reports]
-        stacked = _stack(self._kept) if self._series is None else self._series
+        kept = self._kept
+        stacked = kept.stacked() if self._series is None else self._series
         series = {name: value.to(torch.float64) for name, value in stacked.items()}
-        _derive(series, selections[0][0])
-        steps = [report.step for report in reports]
-        series["step"] = from_list(steps, torch.int64)
-        series["time"] = from_list([kept.time for kept in self._kept])
-        series["present"] = _present([tuple(s.present for s in row) for row in selections])
-        skipped = (series["verdict"] & STEPPED == 0).nonzero().flatten().tolist()
+        _derive(series, kept)
+        series["step"] = from_list(kept.steps, torch.int64)
+        series["time"] = from_list(kept.times)
+        series["present"] = torch.cat([_present(columns.present) for columns in kept.columns], dim=1)
+        stepped = (series["verdict"] & STEPPED).tolist()
         return Rows(
             subject=self._subject,
-            selections=selections[0],
-            steps=steps,
+            selections=kept.selections,
+            steps=kept.steps,
             series=series,
-            skips=[_skip(reports[i], series["norms"][i]) for i in skipped],
+            skips=[_skip(one, series["norms"][i]) for i, one in kept.maybe_skipped.items() if not stepped[i]],
             samples=self._samples,
         )
-
-
-def _stack(kept: Sequence[Kept]) -> dict[str, Tensor]:
-    """The steps' device tensors, stacked: [k] and [k, n]."""
-    columns = list(zip(*[row.report.selections for row in kept], strict=True))
-    main = columns[0]
-    unknown = main[0].measured.norms.new_full((), math.nan)
-    series = {
-        "total": _scalars([s.measured.known_total for s in main], unknown),
-        "bound": _scalars([_bound(s) for s in main], unknown),
-        "stepped": _scalars([_number(row.report.stepped_or_pending) for row in kept], unknown),
-    }
-    parts = [[s.measured for s in column] for column in columns]
-    series["norms"] = torch.cat([torch.stack([m.norms for m in part]) for part in parts], dim=1)
-    series["coefficients"] = torch.cat(
-        [_coefficients([_coefficient(s) for s in column], column[0].measured.norms) for column in columns],
-        dim=1,
-    )
-    if any(m.weights is not None for part in parts for m in part):
-        series["weights"] = torch.cat(
-            [torch.stack([_or(m.weights, unknown).expand_as(m.norms) for m in part]) for part in parts], dim=1
-        )
-    if any(m.peaks is not None for part in parts for m in part):
-        series["peaks"] = torch.cat(
-            [torch.stack([_or(m.peaks, unknown).expand(*m.norms.shape, 2) for m in part]) for part in parts],
-            dim=1,
-        )
-    # A policy may change its form within a batch, as `Warmup` does.
-    if any(s.decision.clamp is not None or s.decision.unit_coefficients is not None for s in main):
-        totals = [
-            s.clipped_total() if s.decision.clamp is None else row.clipped_total
-            for row, s in zip(kept, main, strict=True)
-        ]
-        if any(total is not None for total in totals):
-            series["clipped_total"] = torch.stack([_or(total, unknown) for total in totals])
-    if any(s.decision.clamp is not None for s in main):
-        never = torch.zeros_like(unknown)
-        series["clipped"] = torch.stack(
-            [never if s.decision.clamp is None else s.outcome.is_clipped().to(never.dtype) for s in main]
-        )
-    for name in dict.fromkeys(name for row in kept for name in row.scalars):
-        values = [row.scalars.get(name, math.nan) for row in kept]
-        series[SCALAR_PREFIX + name] = _scalars(values, unknown)
-    return series
-
-
-def _coefficient(selection: SelectionReport) -> Tensor | float | None:
-    decision = selection.decision
-    if decision.unit_coefficients is None:
-        return decision.known_coefficients
-    return selection.outcome.coefficients()
 
 
 def _bound(selection: SelectionReport) -> Tensor | float:
@@ -247,10 +288,6 @@ def _bound(selection: SelectionReport) -> Tensor | float:
         return known
     bound = selection.outcome.bound()
     return math.nan if bound is None else bound
-
-
-def _or(value: Tensor | None, other: Tensor) -> Tensor:
-    return other if value is None else value
 
 
 def _number(flag: bool | Tensor) -> Tensor | float:
@@ -277,33 +314,34 @@ def _coefficients(values: Sequence[Tensor | float | None], norms: Tensor) -> Ten
     return _scalars(filled, norms).unsqueeze(1).expand(-1, norms.numel())
 
 
-def _derive(series: dict[str, Tensor], main: SelectionReport) -> None:
+def _derive(series: dict[str, Tensor], kept: Kept) -> None:
     """Fill in what follows from norms and coefficients; on the host."""
-    columns = len(main.measured.names)
+    main = kept.selections[0].measured
+    columns = len(main.names)
     norms, own = series["norms"], series["coefficients"][:, :columns]
     smallest = largest = torch.ones(len(own), dtype=torch.float64)
     if columns:
         smallest, largest = own.aminmax(dim=1)
-    if "clipped_total" not in series:
-        series["clipped_total"] = (
-            series["total"] * smallest
-            if smallest.equal(largest)
-            else torch.stack([combine(row, main.measured.norm_type) for row in norms[:, :columns] * own])
-        )
-    series["coefficient"] = smallest
     clipped = (own < 1).any(dim=1)  # also beside a coefficient that is NaN, as the smallest then is
-    if "clipped" in series:
-        clipped = clipped | (series.pop("clipped") == 1.0)
+    after = (
+        series["total"] * smallest
+        if smallest.equal(largest)
+        else torch.stack([combine(row, main.norm_type) for row in norms[:, :columns] * own])
+    )
+    if kept.outcomes:
+        places = list(kept.outcomes)
+        after[places] = series.pop("outcome_total")
+        clipped[places] |= series.pop("outcome_clipped") == 1.0
+    series["clipped_total"], series["coefficient"] = after, smallest
     is_finite = torch.isfinite(norms).all(dim=1)
     verdict = series.pop("stepped") * STEPPED + clipped * CLIPPED + ~is_finite * NONFINITE
     series["verdict"] = verdict.to(torch.uint8)
 
 
-def _present(rows: Sequence[tuple[tuple[bool, ...], ...]]) -> Tensor:
-    """[k, n] from each selection's flags at each step; they are nearly always the same at all."""
+def _present(rows: Sequence[tuple[bool, ...]]) -> Tensor:
+    """[k, n] from the flags of each step; they are nearly always the same at all."""
     is_same = rows.count(rows[0]) == len(rows)
-    flags = [[*chain.from_iterable(row)] for row in (rows[:1] if is_same else rows)]
-    return torch.tensor(flags, dtype=torch.uint8).expand(len(rows), -1)
+    return torch.tensor(rows[:1] if is_same else rows, dtype=torch.uint8).expand(len(rows), -1)
 
 
 def _skip(report: StepReport, norms: Tensor) -> tuple[int, SkipReason, str]:
