@@ -1,8 +1,10 @@
 """On CPU a few cells are decided on in plain numbers; the decisions and states are those of tensors."""
 
+import copy
 import dataclasses
 import io
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -311,3 +313,101 @@ def test_an_outlier_enters_twice_as_far_out_as_the_bound_from_the_end_of_the_war
     numbers_of = torch.tensor([1.0, 1000.0], dtype=torch.float64)
     expected = (numbers_of.mean() + 2 * numbers_of.std()).item()
     assert bounds_of(bound, [1.0, 1000.0, 1.0], in_tensors)[2] == pytest.approx(expected, rel=1e-12)
+
+
+# ---- formulas of one's own, written down or not --------------------------------------------------------------------
+
+
+class Falling(gp.Bound, on_numbers=True):
+    """Written in operators and the functions of `numbers`: it falls with the steps, from what was first seen."""
+
+    def init(self, cells):
+        return {"first": torch.full_like(cells.norms, math.inf)}
+
+    def bound(self, cells, state):
+        half = numbers.divide(abs(-state["first"]), 1 + cells.step % 7) + np.float64(0.5)
+        return numbers.where(
+            (cells.norms < 1e9) & (cells.sizes > 0), half**1.0, 10.0 - numbers.exp(cells.norms * 0.0)
+        )
+
+    def update(self, cells, state, bound):
+        return {"first": numbers.minimum(state["first"], cells.norms)}
+
+
+class ByIf(Falling, on_numbers=True):
+    """It chooses by ``if``, as nobody may who has many cells at once; the step is one for all."""
+
+    def bound(self, cells, state):
+        return 0.5 * cells.norms if cells.step < 3 else 2.0 * cells.norms
+
+
+class ByTable(Falling, on_numbers=True):
+    """It looks the step up, which is no operation."""
+
+    def bound(self, cells, state):
+        return {1: 0.25, 2: 0.5}.get(cells.step, 1.0) * cells.norms
+
+
+class InTorch(Falling, on_numbers=True):
+    """It says that it is on numbers and is not."""
+
+    def bound(self, cells, state):
+        return torch.minimum(state["first"], 2.0 * cells.norms) * torch.ones_like(cells.norms)
+
+
+class Drops(Falling, on_numbers=True):
+    """Its state has other names from step to step, and a constant in it."""
+
+    def update(self, cells, state, bound):
+        return {"first": cells.norms * 0.0 + 3.0}
+
+
+@pytest.mark.parametrize(
+    "bound", [Falling(), ByIf(), ByTable(), InTorch(), Drops(), gp.Schedule({1: 0.3}.get)]
+)
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_a_formula_of_ones_own_is_followed_as_it_would_be_on_tensors(bound, scope):
+    policy = gp.Clip(scope, bound, gp.Hard())
+    plain = tensors = None
+    for step in range(1, 6 if not isinstance(bound, gp.Schedule) else 2):
+        now = measured([3.0 + step, 4.0, math.nan if step == 3 else 1.0], step)
+        if plain is None:
+            plain, tensors = policy.init(now), policy.init(now)
+        ours, plain = policy.decide(now, plain)
+        with InTensors():
+            theirs, tensors = policy.decide(now, tensors)
+        same(ours.coefficients, theirs.coefficients, f"coefficients of step {step}")
+        same(ours.bound, theirs.bound, f"bound of step {step}")
+        for key, value in tensors.items():
+            same(plain[key], value, f"{key} after step {step}")
+
+
+@pytest.mark.parametrize(
+    ("bound", "is_written"), [(Falling(), True), (ByIf(), False), (ByTable(), False), (InTorch(), False)]
+)
+def test_what_is_no_operation_on_numbers_is_not_written_down(bound, is_written):
+    policy = gp.Clip("global", bound, gp.Hard())
+    now = measured([3.0])
+    verdicts = policy._written.on(now, "global", policy.init(now))
+    assert (verdicts is not None) == is_written
+
+
+def test_an_error_of_a_schedule_is_said_at_each_step():
+    policy = gp.Clip("global", gp.Schedule(lambda step: 1.0 if step < 3 else -1.0), gp.Hard())
+    for step in (1, 2):
+        policy.decide(measured([3.0], step), {})
+    for step in (3, 4):
+        with pytest.raises(ValueError, match=rf"function\({step}\)=-1.0"):
+            policy.decide(measured([3.0], step), {})
+
+
+@pytest.mark.parametrize("policy", [*IMPATIENT, gp.Clip("tensor", Falling(), gp.Hard())])
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_policy_that_has_decided_is_copied_and_pickled(policy, copied):
+    now = measured([1.0, 2.0], groups=[0, 1], loss=torch.tensor(1.0))
+    decision, _ = policy.decide(now, policy.init(now))
+    again = copied(policy)
+    assert again == policy or isinstance(policy.bound, Falling)
+    other, _ = again.decide(now, again.init(now))
+    for name in ("coefficients", "unit_coefficients", "bound", "skip"):
+        same(getattr(decision, name), getattr(other, name), name)

@@ -1,10 +1,10 @@
 """The general policy: scope x bound x form, what is measured together, how large it may be, what happens above."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, TypeAlias, get_args
+from typing import Any, ClassVar, get_args
 
 from torch import Tensor
 
@@ -12,11 +12,8 @@ from gradkeel.norms import Decision, GradientNorms, Needs, State
 from gradkeel.policies.base import Policy, Scope, count, plain_parameters, positive
 from gradkeel.policies.bounds.base import Bound, HostBound
 from gradkeel.policies.numbers import Memory, Number
-from gradkeel.policies.scopes import Cells, plain_cells, spread
-from gradkeel.policies.states import PlainState
-
-Verdict: TypeAlias = tuple[Number, Number, Memory]
-"""Coefficients, or whether to skip; the bounds in force; and the state after the step."""
+from gradkeel.policies.scopes import Cells, spread
+from gradkeel.policies.written import Verdict, Written
 
 
 class Form(ABC):
@@ -115,8 +112,11 @@ class Clip(Policy):
         if scope == "value":
             assert isinstance(self.bound, HostBound), "as __post_init__ has checked"
             return Decision(clamp=self.bound.at(norms.step)), state
-        if self.bound.on_numbers and self.form.on_numbers and (plain := plain_cells(norms, scope)):
-            found, bounds, state = in_turn(self._verdict, plain, state)
+        found: Any
+        bounds: Any
+        written = self._written
+        if written is not None and (verdicts := written.on(norms, scope, state)) is not None:
+            found, bounds, state = verdicts
         else:
             found, bounds, state = self._verdict(Cells(norms, scope), state)
             bounds = bounds.expand_as(found)
@@ -127,6 +127,10 @@ class Clip(Policy):
         if scope == "unit":
             return Decision(unit_coefficients=coefficients, bound=bound), state
         return Decision(coefficients=coefficients, bound=bound), state
+
+    @cached_property
+    def _written(self) -> Written | None:
+        return Written(self._verdict) if self.bound.on_numbers and self.form.on_numbers else None
 
     def _verdict(self, cells: Cells, state: Memory) -> Verdict:
         bound, updated = judge(self.bound, cells, state)
@@ -144,20 +148,7 @@ def judge(bound: Bound, cells: Cells, state: Memory) -> tuple[Number, Memory]:
     return limit, {key: cells.if_valid(new, state[key]) for key, new in updated.items()}
 
 
-def in_turn(
-    verdict: Callable[[Cells, Memory], Verdict], cells: Sequence[Cells], state: State
-) -> tuple[list[Number], list[float], State]:
-    """Return the verdict on each of a few cells in plain numbers, the bounds in force, and the new state."""
-    if not state:
-        found = [verdict(cell, state) for cell in cells]
-        return [one[0] for one in found], [one[1] for one in found], state
-    plain = PlainState.of(state, len(cells))
-    found = [verdict(cell, kept) for cell, kept in zip(cells, plain.cells, strict=True)]
-    kept = PlainState([one[2] for one in found], plain.dtypes)
-    return [one[0] for one in found], [one[1] for one in found], kept
-
-
-def any_of(found: Tensor | list[bool]) -> Any:
+def any_of(found: Tensor | Sequence[bool]) -> Any:
     """Return [] bool: whether any cell's verdict is true; a number where the host knows, as `Decision` takes it."""
     if isinstance(found, Tensor):
         return found.any()

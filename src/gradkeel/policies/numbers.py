@@ -1,16 +1,19 @@
 """The arithmetic that bounds and forms are written in: on tensors [k] of all cells, or on the plain numbers of one.
 
 On CPU an operation on a small tensor takes a microsecond or more, on a plain number a twentieth of that. So a formula
-stands once, in operators and in the functions of this module, and is followed either way. Plain numbers give what
-tensors give, also where Python would raise: ``log(0)`` is -inf, ``exp(1000)`` is inf, ``divide(1, 0)`` is inf.
+stands once, in operators and in the functions of this module, and is followed on tensors, on plain numbers, or on
+symbols, from which ``written`` makes one function of plain numbers. Plain numbers give what tensors give, also where
+Python would raise: ``log(0)`` is -inf, ``exp(1000)`` is inf, ``divide(1, 0)`` is inf.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+from gradkeel.policies.symbols import Symbol
 
 Number: TypeAlias = Any
 """A tensor [k] with one number for each cell, or the plain number of one cell."""
@@ -29,25 +32,35 @@ def where(condition: Number, yes: Number, no: Number) -> Number:
         return no
     if isinstance(condition, Tensor):
         return torch.where(condition, yes, no)
+    if isinstance(condition, Symbol):
+        return condition.write("{} if {} else {}", yes, condition, no)
     return yes if condition else no  # such as NumPy's bool
 
 
 def maximum(first: Number, second: Number) -> Number:
     """The larger; NaN if either is. A tensor among them comes first."""
-    if type(first) is not float and isinstance(first, Tensor):
-        return first.clamp(min=second)
+    if type(first) is not float:
+        if isinstance(first, Tensor):
+            return first.clamp(min=second)
+        if isinstance(first, Symbol):
+            return first.write("{0} if {0} >= {1} or {0} != {0} else {1}", first, second)
     return first if first >= second or first != first else second
 
 
 def minimum(first: Number, second: Number) -> Number:
     """The smaller; NaN if either is. A tensor among them comes first."""
-    if type(first) is not float and isinstance(first, Tensor):
-        return first.clamp(max=second)
+    if type(first) is not float:
+        if isinstance(first, Tensor):
+            return first.clamp(max=second)
+        if isinstance(first, Symbol):
+            return first.write("{0} if {0} <= {1} or {0} != {0} else {1}", first, second)
     return first if first <= second or first != first else second
 
 
 def divide(first: Number, second: Number) -> Number:
     """``first / second``, also by zero."""
+    if type(second) is not float and isinstance(second, Symbol):
+        return second.call(divide, first, second, usual="{0} / {1} if {1}")
     if (type(second) is not float and isinstance(second, Tensor)) or second:
         return first / second
     return first * math.copysign(math.inf, second)
@@ -55,8 +68,11 @@ def divide(first: Number, second: Number) -> Number:
 
 def log(value: Number) -> Number:
     """The natural logarithm."""
-    if type(value) is not float and isinstance(value, Tensor):
-        return value.log()
+    if type(value) is not float:
+        if isinstance(value, Tensor):
+            return value.log()
+        if isinstance(value, Symbol):
+            return value.call(log, value, usual="log({0}) if {0} > 0")
     if value > 0:
         return math.log(value)
     return -math.inf if value == 0 else math.nan
@@ -64,8 +80,11 @@ def log(value: Number) -> Number:
 
 def exp(value: Number) -> Number:
     """The exponential."""
-    if type(value) is not float and isinstance(value, Tensor):
-        return value.exp()
+    if type(value) is not float:
+        if isinstance(value, Tensor):
+            return value.exp()
+        if isinstance(value, Symbol):
+            return value.call(exp, value, usual="exp({0}) if {0} < 700")
     try:
         return math.exp(value)
     except OverflowError:
@@ -74,21 +93,41 @@ def exp(value: Number) -> Number:
 
 def expm1(value: Number) -> Number:
     """``exp(value) - 1`` for a value of at most 0."""
-    return value.expm1() if type(value) is not float and isinstance(value, Tensor) else math.expm1(value)
+    if type(value) is not float:
+        if isinstance(value, Tensor):
+            return value.expm1()
+        if isinstance(value, Symbol):
+            return value.call(math.expm1, value)
+    return math.expm1(value)
 
 
 def sqrt(value: Number) -> Number:
     """The square root."""
-    if type(value) is not float and isinstance(value, Tensor):
-        return value.sqrt()
+    if type(value) is not float:
+        if isinstance(value, Tensor):
+            return value.sqrt()
+        if isinstance(value, Symbol):
+            return value.call(sqrt, value, usual="sqrt({0}) if {0} >= 0")
     return math.sqrt(value) if value >= 0 else math.nan
 
 
 def real(count: Number, like: Number) -> Number:
     """A whole number as a real one, of the kind of ``like``."""
-    return count.to(like.dtype) if type(count) is not int and isinstance(count, Tensor) else float(count)
+    if type(count) is not int:
+        if isinstance(count, Tensor):
+            return count.to(like.dtype)
+        if isinstance(count, Symbol):
+            return count.call(float, count)
+    return float(count)
 
 
-def constant(value: float, like: Number) -> Number:
+def constant(value: Number, like: Number) -> Number:
     """[1] ``value`` beside tensors, or the plain number beside one."""
-    return like.new_full((1,), value) if isinstance(like, Tensor) else float(value)
+    if isinstance(like, Tensor):
+        return like.new_full((1,), value)
+    return value if isinstance(value, Symbol) else float(value)
+
+
+def ask(function: Callable[[Any], Any], value: Number) -> Any:
+    """What a function that is not written in these operations says of a plain number, such as that of the step."""
+    return value.call(function, value) if isinstance(value, Symbol) else function(value)

@@ -12,9 +12,10 @@ from gradkeel.norms import GradientNorms, combine, expanded, fixed, is_on_host, 
 from gradkeel.policies.base import Scope
 from gradkeel.policies.numbers import Number, where
 from gradkeel.policies.states import from_list
+from gradkeel.policies.symbols import Page, Symbol
 
 # Cells up to this number are decided on one after the other in plain numbers, where the host has them.
-FEW = 8
+FEW = 64
 
 
 class Cells:
@@ -80,51 +81,72 @@ class Cells:
         return fixed(_sizes(self._measured, self._scope), self.norms.dtype, self.norms.device)
 
 
-class Cell(Cells):
-    """One of the cells in plain numbers, on the host; its attributes are those of `Cells`."""
+class WrittenCell(Cells):
+    """What stands for one cell in a formula that is written down; its attributes are those of `Cells`.
 
-    def __init__(self, measured: GradientNorms, scope: Scope, place: int, norm: float, total: float) -> None:
-        self._measured = measured
-        self._scope = scope
-        self._place = place
-        self.norms = norm
-        self.total = total
-        self.step = measured.step
-        self.all_valid = 0.0 < norm < math.inf
+    Attributes:
+        page: on which it is written.
+        uses: what else the formula looks at, by the names of `Cells`.
+    """
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+        self.uses: dict[str, Symbol] = {}
+        self.norms = page.symbol("norm")
+        self.total = page.symbol("total")
+        self.step = page.symbol("step")  # type: ignore[assignment]
+        self.all_valid = False
+
+    @staticmethod
+    def plain(measured: GradientNorms, scope: Scope) -> tuple[list[float], float]:
+        """Return the cells' norms and that of all in plain numbers, where they are few and on the host."""
+        norms, total = measured.norms, measured.known_total
+        if isinstance(total, Tensor):  # else it was the host that read the gradients
+            if not is_on_host(norms) or norms.dtype != torch.float64:
+                return [], 0.0
+            total = total.item()
+        if scope == "global":
+            return [total], total
+        if scope == "unit" and measured.units is not None:
+            norms = measured.units
+        elif scope == "group":
+            norms = Cells(measured, scope).norms
+        return ([] if norms.shape[0] > FEW else norms.tolist()), total
 
     @property
     def valid(self) -> Number:
-        """Tell whether the cell's norm is finite and above zero."""
-        return self.all_valid
+        """What stands for whether the cell's norm is finite and above zero."""
+        return self.page.write("0.0 < {} < inf", self.norms)
 
     @property
     def weights(self) -> Number:
-        """Norm of the cell's weights."""
-        whole = super().weights
-        return whole.tolist()[self._place]
+        """What stands for the norm of the cell's weights."""
+        return self._used("weights")
 
     @property
     def sizes(self) -> Number:
-        """Number of the cell's entries."""
-        return float(_sizes(self._measured, self._scope)[self._place])
+        """What stands for the number of the cell's entries."""
+        return self._used("sizes")
+
+    def _used(self, name: str) -> Symbol:
+        return self.uses.setdefault(name, self.page.symbol(name))
 
 
-def plain_cells(measured: GradientNorms, scope: Scope) -> Sequence[Cell]:
-    """Return the cells in plain numbers, where they are few and on the host; else None."""
-    norms, total = measured.norms, measured.known_total
-    if isinstance(total, Tensor):  # else it was the host that read the gradients
-        if not is_on_host(norms) or norms.dtype != torch.float64:
-            return ()
-        total = total.item()
-    if scope == "global":
-        return (Cell(measured, scope, 0, total, total),)
-    if scope == "unit" and measured.units is not None:
-        norms = measured.units
-    elif scope == "group":
-        norms = Cells(measured, scope).norms
-    if norms.shape[0] > FEW:
-        return ()
-    return [Cell(measured, scope, i, norm, total) for i, norm in enumerate(norms.tolist())]
+class WrittenLoss(WrittenCell):
+    """What stands for the loss as one cell."""
+
+    @staticmethod
+    def plain(measured: GradientNorms, scope: Scope) -> tuple[list[float], float]:
+        """Return the loss and the norm of all in plain numbers, where both are on the host; else no loss."""
+        loss = measured.loss
+        if loss is None or not loss.is_cpu or not is_on_host(measured.norms):
+            return [], 0.0
+        return [loss.item()], measured.total.item()
+
+    @property
+    def valid(self) -> Number:
+        """What stands for whether it is finite."""
+        return self.page.write("-inf < {} < inf", self.norms)
 
 
 class LossCells(Cells):
@@ -139,16 +161,6 @@ class LossCells(Cells):
     def valid(self) -> Number:
         """[1] bool: finite."""
         return torch.isfinite(self.norms)
-
-
-def plain_loss(measured: GradientNorms, loss: Tensor) -> Sequence[Cell]:
-    """Return the loss in plain numbers, where norms and loss are on the host; else None."""
-    if not loss.is_cpu or not is_on_host(measured.norms):
-        return ()
-    value = loss.item()
-    cell = Cell(measured, "global", 0, value, measured.total.item())
-    cell.all_valid = math.isfinite(value)
-    return (cell,)
 
 
 def _are_valid(norms: Tensor) -> bool:
@@ -168,12 +180,12 @@ def _sizes(measured: GradientNorms, scope: Scope) -> tuple[int, ...]:
     return tuple(sum(measured.sizes[i] for i in rows) for rows in group_members(measured.groups))
 
 
-def spread(values: Tensor | list[float], measured: GradientNorms, scope: Scope) -> Any:
+def spread(values: Tensor | Sequence[float], measured: GradientNorms, scope: Scope) -> Any:
     """Turn a value for each cell [k] into one for all parameters [], for each parameter [n], or for each unit [u].
 
     The one for all is a number where the host knows it, as `Decision` takes it.
     """
-    if isinstance(values, list):
+    if not isinstance(values, Tensor):
         if scope == "global":
             return float(values[0])
         values = from_list(values)

@@ -13,10 +13,11 @@ from torch import Tensor
 HOST = torch.device("cpu")
 
 
-def from_list(values: list[Any], dtype: torch.dtype = torch.float64) -> Tensor:
+def from_list(values: Sequence[Any], dtype: torch.dtype = torch.float64) -> Tensor:
     """Make [k] a tensor of these numbers on the host; faster than ``torch.tensor``, and no copy from elsewhere."""
-    whole = array("d" if dtype.is_floating_point else "q", values)
-    return torch.frombuffer(whole, dtype=torch.float64 if dtype.is_floating_point else torch.int64).to(dtype)
+    wide = torch.float64 if dtype.is_floating_point else torch.int64
+    tensor = torch.frombuffer(array("d" if wide.is_floating_point else "q", values), dtype=wide)
+    return tensor if dtype == wide else tensor.to(dtype)
 
 
 class LazyState(Mapping[str, Tensor]):
@@ -63,11 +64,11 @@ class PlainState(LazyState):
     """The state of a few cells in plain numbers.
 
     Attributes:
-        cells: what each cell keeps: whole and real numbers, and rings.
-        dtypes: of the tensors that stand for them.
+        cells: what each cell keeps, in the order of ``dtypes``: whole and real numbers, and rings.
+        dtypes: of the tensors that stand for them, by name.
     """
 
-    def __init__(self, cells: Sequence[Mapping[str, Any]], dtypes: Mapping[str, torch.dtype]) -> None:
+    def __init__(self, cells: Sequence[tuple[Any, ...]], dtypes: Mapping[str, torch.dtype]) -> None:
         self.cells = cells
         self.dtypes = dtypes
 
@@ -76,16 +77,16 @@ class PlainState(LazyState):
         """Return the state of ``count`` cells, read from tensors unless it is plain already."""
         if isinstance(state, cls):
             return state
-        rows = {key: tensor.tolist() for key, tensor in state.items()}
+        rows = [tensor.tolist() for tensor in state.values()]
         cells = [
-            {key: Ring(row[i]) if isinstance(row[i], list) else row[i] for key, row in rows.items()}
-            for i in range(count)
+            tuple(Ring(row[i]) if isinstance(row[i], list) else row[i] for row in rows) for i in range(count)
         ]
         return cls(cells, {key: tensor.dtype for key, tensor in state.items()})
 
     def __getitem__(self, key: str) -> Tensor:
         """Make [k] or [k, window] the tensor of this name anew."""
-        found, dtype = [cell[key] for cell in self.cells], self.dtypes[key]
+        dtype, place = self.dtypes[key], list(self.dtypes).index(key)
+        found = [cell[place] for cell in self.cells]
         if not isinstance(found[0], Ring):
             return from_list(found, dtype)
         entries = list(chain.from_iterable(ring.values for ring in found))

@@ -9,7 +9,7 @@ import torch
 
 from gradkeel.norms import State
 from gradkeel.policies.base import count, plain_parameters
-from gradkeel.policies.numbers import Memory, Number, constant, where
+from gradkeel.policies.numbers import Memory, Number, ask, constant, where
 from gradkeel.policies.scopes import Cells
 
 # Norms vary from step to step; a smaller standard deviation of their logarithm is an accident of a short history.
@@ -20,8 +20,10 @@ class Bound(ABC):
     """A bound says how large a cell's norm may be. It is configuration; state tensors have the leading dimension k.
 
     A subclass whose formulas are written in the operations of `gradkeel.policies.numbers` says so by
-    ``class Mine(Bound, on_numbers=True)``. On CPU they then are followed in the plain numbers of one cell at a time,
-    which is many times faster where cells are few; the others always see tensors.
+    ``class Mine(Bound, on_numbers=True)``. On CPU they are then followed once, with symbols, and written down as one
+    function of the plain numbers of a cell, which is many times faster where cells are few; all that they look at
+    beside cells and state must stay as it was. Formulas that cannot be written down, for they choose by ``if`` or call
+    functions of other modules, always see tensors, as those of all other subclasses do.
     """
 
     needs_weights: ClassVar[bool] = False
@@ -57,7 +59,7 @@ class HostBound(Bound):
 
     def bound(self, cells: Cells, state: Memory) -> Number:
         """Return [1] the highest norm allowed."""
-        return constant(self.at(cells.step)[1], cells.norms)
+        return constant(ask(self.at, cells.step)[1], cells.norms)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 from gradkeel.norms import combine
 from gradkeel.policies.numbers import Number, log
 from gradkeel.policies.states import Ring
+from gradkeel.policies.symbols import Symbol
 
 
 class Window(Protocol):
@@ -38,9 +39,9 @@ class Window(Protocol):
 
 
 def window_of(history: Number, seen: Number) -> Window:
-    """Return what a ring (a tensor [k, window], or a `Ring`) holds after ``seen`` values."""
-    if isinstance(history, Ring):
-        return PlainWindow(history.ordered(min(seen, len(history.values))))
+    """Return what a ring (a tensor [k, window], or what stands for one cell's `Ring`) holds after ``seen`` values."""
+    if isinstance(history, Symbol):
+        return WrittenWindow(history.call(plain_window, history, seen))
     number = seen.clamp(max=history.shape[1])
     filled = torch.arange(history.shape[1], device=number.device) < number.unsqueeze(1)
     return TensorWindow(history, filled, number)
@@ -48,8 +49,8 @@ def window_of(history: Number, seen: Number) -> Window:
 
 def entered(history: Number, seen: Number, value: Number) -> Number:
     """Return the ring with one more value for each cell, at the place ``seen % window``."""
-    if isinstance(history, Ring):
-        return history.entered(seen, value)
+    if isinstance(history, Symbol):
+        return history.call(Ring.entered, history, seen, value)
     return history.scatter(1, (seen % history.shape[1]).unsqueeze(1), value.unsqueeze(1))
 
 
@@ -86,11 +87,20 @@ class TensorWindow:
         return TensorWindow((self.values - center.unsqueeze(1)).abs(), self.filled, self.number)
 
 
+def plain_window(ring: Ring, seen: int) -> "PlainWindow":
+    """Return what one cell's ring holds after ``seen`` values."""
+    return PlainWindow(ring.ordered(min(seen, len(ring.values))))
+
+
 class PlainWindow:
     """The window of one cell: a list of plain numbers, ascending."""
 
     def __init__(self, ordered: list[float]) -> None:
         self.ordered, self.number = ordered, len(ordered)
+
+    def __len__(self) -> int:
+        """Return the number of numbers."""
+        return self.number
 
     def quantile(self, q: float) -> float:
         """Return it from the two places next to it."""
@@ -117,3 +127,35 @@ class PlainWindow:
     def distances(self, center: float) -> "PlainWindow":
         """Return the distances, sorted anew, which takes little time: they fall and then rise."""
         return PlainWindow(sorted([abs(value - center) for value in self.ordered]))
+
+
+class WrittenWindow:
+    """What stands for a `PlainWindow` in a formula that is written down."""
+
+    def __init__(self, window: Symbol) -> None:
+        self._window = window
+
+    @property
+    def number(self) -> Symbol:
+        """What stands for the number of numbers."""
+        return self._window.call(len, self._window)
+
+    def quantile(self, q: float) -> Symbol:
+        """Write it down."""
+        return self._window.call(PlainWindow.quantile, self._window, q)
+
+    def mean(self) -> Symbol:
+        """Write it down."""
+        return self._window.call(PlainWindow.mean, self._window)
+
+    def deviation(self, center: Number) -> Symbol:
+        """Write it down."""
+        return self._window.call(PlainWindow.deviation, self._window, center)
+
+    def logs(self) -> "WrittenWindow":
+        """Write the window of the logarithms down."""
+        return WrittenWindow(self._window.call(PlainWindow.logs, self._window))
+
+    def distances(self, center: Number) -> "WrittenWindow":
+        """Write the window of the distances down."""
+        return WrittenWindow(self._window.call(PlainWindow.distances, self._window, center))

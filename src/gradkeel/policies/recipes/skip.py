@@ -1,18 +1,20 @@
 """Skipping steps whose norm or loss is an outlier."""
 
 from dataclasses import KW_ONLY, dataclass
-from typing import ClassVar
+from functools import cached_property
+from typing import Any, ClassVar
 
 from gradkeel.norms import Decision, GradientNorms, Needs, State
 from gradkeel.policies.base import Policy, positive
 from gradkeel.policies.bounds.base import Bound
 from gradkeel.policies.bounds.windowed import ZScore
-from gradkeel.policies.clip import Clip, Verdict, any_of, in_turn, judge
+from gradkeel.policies.clip import Clip, any_of, judge
 from gradkeel.policies.compose.chain import Chain
 from gradkeel.policies.forms import SkipAbove
 from gradkeel.policies.numbers import Memory
 from gradkeel.policies.recipes.named import NamedPolicy
-from gradkeel.policies.scopes import Cells, LossCells, plain_loss
+from gradkeel.policies.scopes import Cells, LossCells, WrittenLoss
+from gradkeel.policies.written import Verdict, Written
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,17 @@ class SkipOnLoss(Policy):
         """Decide whether to skip."""
         if norms.loss is None:
             return Decision(), state
-        plain = plain_loss(norms, norms.loss) if self.bound.on_numbers else ()
-        if plain:
-            found, _, updated = in_turn(self._verdict, plain, state)
+        found: Any
+        written = self._written
+        if written is not None and (verdicts := written.on(norms, "global", state)) is not None:
+            found, _, updated = verdicts
         else:
             found, _, updated = self._verdict(LossCells(norms, norms.loss), state)
         return Decision(skip=any_of(found)), updated
+
+    @cached_property
+    def _written(self) -> Written | None:
+        return Written(self._verdict, WrittenLoss) if self.bound.on_numbers else None
 
     def _verdict(self, cells: Cells, state: Memory) -> Verdict:
         bound, updated = judge(self.bound, cells, state)
