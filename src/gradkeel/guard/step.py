@@ -211,7 +211,7 @@ def _is_one(factor: Tensor | float | None) -> bool:
         if not factor.is_cpu:
             return False
         if factor.numel() <= _FEW:
-            return factor.reshape(-1).tolist().count(1.0) == factor.numel()
+            return factor.item() == 1.0 if factor.dim() == 0 else factor.tolist().count(1.0) == len(factor)
         return bool((factor == 1).all())
     return factor == 1.0
 
