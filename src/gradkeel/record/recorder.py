@@ -16,10 +16,11 @@ from torch.optim import Optimizer
 from gradkeel.errors import RecordWarning
 from gradkeel.guard.report import StepReport
 from gradkeel.kernels.arrival import is_capturing
+from gradkeel.record.lag import second_moment_lag
 from gradkeel.record.outbox import Outbox, Sink
 from gradkeel.record.ranks import rank_path
 from gradkeel.record.rows import Subject, same_layout
-from gradkeel.record.sampling import BeforeUpdate, Sampling, second_moment_lag
+from gradkeel.record.sampling import BeforeUpdate, Sampling
 from gradkeel.record.writer import RecordFile
 
 
@@ -183,7 +184,7 @@ class Recorder:
         if self._problems:
             self._warn_of_problems()
         before, self._before, self._before_step = self._before, None, 0
-        sample, lag = (None, None) if before is None else (before.sample(), before.lag)
+        sample = None if before is None else before.sample()
         outbox = self._outbox
         if outbox is None or not outbox.is_open:
             return
@@ -193,7 +194,7 @@ class Recorder:
         if self._described is None or not same_layout(report, self._described):
             outbox.send()
             self._described, outbox.subject = report, self._subject()
-        outbox.add(report, self._scalars(report, lag), sample)
+        outbox.add(report, self._scalars(report), sample)
 
     def flush(self) -> None:
         """Wait until every step so far is written."""
@@ -210,15 +211,13 @@ class Recorder:
         self._file = self._outbox = None
         self._is_closed = True
 
-    def _scalars(self, report: StepReport, lag: Tensor | None) -> dict[str, Tensor | float]:
+    def _scalars(self, report: StepReport) -> dict[str, Tensor | float]:
         """What the user logged, and what is worth knowing beside it."""
         scalars, prescale = dict(report.scalars), report.prescale
         if self._guard is not None and "lr" in (group := self._guard.optimizers[0].param_groups[0]):
             scalars.setdefault("lr", group["lr"])
         if isinstance(prescale, Tensor) or prescale != 1.0:
             scalars["prescale"] = prescale
-        if lag is not None:
-            scalars["second_moment_lag"] = lag
         return scalars
 
     def _subject(self) -> Subject:

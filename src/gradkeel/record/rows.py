@@ -12,6 +12,7 @@ from gradkeel.kernels.arrival import Arrival, to_host
 from gradkeel.norms import combine
 from gradkeel.outcome import Outcome
 from gradkeel.policies.states import from_list
+from gradkeel.record.lag import SERIES, Lag
 from gradkeel.record.schema import CLIPPED, NONFINITE, SCALAR_PREFIX, STEPPED
 
 
@@ -42,15 +43,20 @@ class Subject:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
-    """Norms of the parameters before a step's update, and of the update: [n] each, by the names' order."""
+    """Norms of the parameters before a step's update, and of the update: [n] each, by the names' order.
+
+    And what the lag of Adam's second moment follows from, where that is known.
+    """
 
     names: tuple[str, ...]
     weights: Tensor
     updates: Tensor
+    lag: Lag | None = None
 
     def on_host(self) -> "Sample":
         """A copy on the CPU, to be read when it has arrived."""
-        return Sample(self.names, to_host(self.weights), to_host(self.updates))
+        lag = None if self.lag is None else self.lag.on_host()
+        return Sample(self.names, to_host(self.weights), to_host(self.updates), lag)
 
 
 @dataclass(slots=True, eq=False)
@@ -271,6 +277,7 @@ class Batch:
         series["step"] = from_list(kept.steps, torch.int64)
         series["time"] = from_list(kept.times)
         series["present"] = torch.cat([_present(columns.present) for columns in kept.columns], dim=1)
+        self._add_lags(series)
         stepped = (series["verdict"] & STEPPED).tolist()
         return Rows(
             subject=self._subject,
@@ -280,6 +287,15 @@ class Batch:
             skips=[_skip(one, series["norms"][i]) for i, one in kept.maybe_skipped.items() if not stepped[i]],
             samples=self._samples,
         )
+
+    def _add_lags(self, series: dict[str, Tensor]) -> None:
+        lags = {step: sample.lag.value() for step, sample in self._samples if sample.lag is not None}
+        if lags:
+            name = SCALAR_PREFIX + SERIES
+            logged = series[name].tolist() if name in series else [math.nan] * len(self)
+            series[name] = from_list(
+                [lags.get(step, own) for step, own in zip(self._kept.steps, logged, strict=True)]
+            )
 
 
 def _bound(selection: SelectionReport) -> Tensor | float:
