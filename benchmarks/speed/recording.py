@@ -39,7 +39,8 @@ def steps_alone(folder: Path, rounds: int) -> Table:
         one = guarded_step(gradients, gk.ClipByGlobalNorm(1e3), optimizer, record=record)
         contenders.append(Contender(name, block_of(one.run)))
     return Table(
-        "GPT-2 small, 50 times clip and step", race(_warm(contenders), rounds=max(5, rounds // 6), warmup=0)
+        "GPT-2 small, 50 times clip and step",
+        race(_warm(contenders), rounds=max(5, rounds // 6), warmup=0, collects=True),
     )
 
 
@@ -64,7 +65,9 @@ def training(folder: Path, rounds: int) -> Table:
             optimizer.zero_grad()
 
         contenders.append(Contender(name, block_of(step)))
-    return Table("Tiny transformer, 50 training steps", race(_warm(contenders), rounds=rounds, warmup=0))
+    return Table(
+        "Tiny transformer, 50 training steps", race(_warm(contenders), rounds=rounds, warmup=0, collects=True)
+    )
 
 
 def _warm(contenders: list[Contender]) -> list[Contender]:

@@ -10,7 +10,7 @@ import gradkeel as gk
 from gradkeel.bench import Gradients, Quartiles, Race, Table, race
 from gradkeel.bench.contenders import FUNCTION, TORCH, NoStep, guard_alone, own_clip, torch_clip
 from gradkeel.bench.stopwatch import Contender, quartiles
-from gradkeel.policies import ClipByGlobalNorm, Policy, ZClip
+from gradkeel.policies import AdaGC, AutoClip, ClipByGlobalNorm, Policy, ZClip
 
 from benchmarks.speed.answer import Answer, Target, bound, target
 
@@ -22,7 +22,9 @@ SMALL = {
 """Shapes of parameters."""
 
 PLAIN = "a step that does nothing"
-GUARDED, ADAPTIVE, RECORDED = "guarded step", "guarded step, zclip", "guarded step, recorded"
+GUARDED, RECORDED = "guarded step", "guarded step, recorded"
+ADAPTIVE: dict[str, Policy] = {"zclip": ZClip(), "auto-clip": AutoClip(), "adagc": AdaGC(warmup_norm=1e6)}
+"""A bound that follows averages of the norm, one that follows its last values, and one for each tensor."""
 FIRST = 100
 """Steps at each of which a record looks at weights and updates too."""
 TIMES = 30
@@ -45,7 +47,7 @@ def clipped(gradients: Gradients, folder: Path, *, active: bool, rounds: int) ->
     limit = bound(gradients, active=active)
     policies: dict[str, Policy] = {GUARDED: ClipByGlobalNorm(limit)}
     if not active:
-        policies[ADAPTIVE] = ZClip()
+        policies |= ADAPTIVE
     guards = [
         guard_alone(gradients, policy, lambda: gradients.error(limit), name)
         for name, policy in policies.items()
@@ -89,11 +91,11 @@ def trained(folder: Path, rounds: int) -> Race:
     contenders = [
         loop(TORCH, None, torchs=True),
         loop(GUARDED, constant),
-        loop(ADAPTIVE, ZClip()),
+        *(loop(name, policy) for name, policy in ADAPTIVE.items()),
         loop(RECORDED, constant, folder / "trained.keel"),
         loop("no clipping", None),
     ]
-    return race(contenders, rounds=rounds)
+    return race(contenders, rounds=rounds, collects=True)
 
 
 def cost(found: Race, name: str, to: str) -> Quartiles:
@@ -102,6 +104,13 @@ def cost(found: Race, name: str, to: str) -> Quartiles:
     rounds = zip(seconds[name], seconds[to], seconds[PLAIN], strict=True)
     without = 0.0 if to == TORCH else 1.0
     return quartiles([(own - plain) / (its - without * plain) for own, its, plain in rounds])
+
+
+def adaptive(words: str, found: Race) -> list[Target]:
+    """What policies that learn their bound take, to a constant one."""
+    return [
+        Target(f"{words}, {name} to a constant bound", 1.05, found.ratio(name, GUARDED)) for name in ADAPTIVE
+    ]
 
 
 def ask(rounds: int) -> Answer:
@@ -126,17 +135,14 @@ def _asked(rounds: int, folder: Path) -> Answer:
                     Target(f"{words}, what a guard adds, to torch", 0.8, cost(found, GUARDED, TORCH))
                 )
                 if not active:
-                    adaptive = found.ratio(ADAPTIVE, GUARDED)
-                    targets.append(Target(f"{words}, zclip to a constant bound", 1.05, adaptive))
+                    targets += adaptive(words, found)
                     record = found.ratio(RECORDED, GUARDED)
                     targets.append(Target(f"{words}, recorded to not recorded", 1.05, record))
         found = trained(folder, rounds)
         tables.append(Table(f"MLP, 4 tensors, {TURN} whole training steps", found))
         targets += [
             target("MLP, whole training steps, guarded to torch", 1.0, found, GUARDED),
-            Target(
-                "MLP, whole training steps, zclip to a constant bound", 1.05, found.ratio(ADAPTIVE, GUARDED)
-            ),
+            *adaptive("MLP, whole training steps", found),
             Target(
                 "MLP, whole training steps, recorded to not recorded", 1.05, found.ratio(RECORDED, GUARDED)
             ),

@@ -36,4 +36,4 @@ def ask(rounds: int) -> Answer:
         Table("Not in the cache, norm below the bound", gone),
     ]
     words = "2,000 tiny tensors, {}, norm below the bound, to torch"
-    return Answer(tables, [target(words.format(own), 0.2, below, own) for own in (FUNCTION, GUARD)])
+    return Answer(tables, [target(words.format(own), 0.15, below, own) for own in (FUNCTION, GUARD)])

@@ -83,12 +83,13 @@ def race(
     warmup: int = 2,
     seed: int = 0,
     seconds: float | None = None,
+    collects: bool = False,
     synchronize: Callable[[], object] = lambda: None,
 ) -> Race:
     """Time all contenders once a round, in a random order that is another in each round.
 
     The first contender is the baseline, and is timed twice a round: the second time as its own control. Whoever
-    has an ``error`` is checked before it is timed. The garbage collector is off meanwhile.
+    has an ``error`` is checked before it is timed.
 
     Args:
         contenders: at least one, with names of their own.
@@ -96,6 +97,7 @@ def race(
         warmup: how often each is run beforehand, after the run that is checked.
         seed: of the order.
         seconds: no further round is begun after so long, once there are 5; None sets no limit.
+        collects: leave the garbage collector on: where a run is long enough to pay for what it leaves alive, it should.
         synchronize: waits for an accelerator; called before each run and, timed, at its end.
     """
     baseline = contenders[0]
@@ -122,7 +124,8 @@ def race(
     order, started = random.Random(seed), time.perf_counter()
     gc.collect()
     was_enabled = gc.isenabled()
-    gc.disable()
+    if not collects:
+        gc.disable()
     try:
         for done in range(rounds):
             if seconds is not None and done >= 5 and time.perf_counter() - started > seconds:

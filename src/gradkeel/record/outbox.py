@@ -67,7 +67,7 @@ class Outbox:
 
     def add(self, report: StepReport, scalars: dict[str, Tensor | float], sample: Sample | None) -> None:
         """Take a step, of the layout of those that wait; send what has waited for long enough."""
-        if self._kept is not None and report.step <= self._kept.steps[-1]:
+        if self._kept is not None and report.step <= self._kept.steps[-1][0]:
             self.send()
         if self._kept is None:
             self._kept = Kept(report)

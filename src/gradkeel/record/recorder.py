@@ -19,7 +19,7 @@ from gradkeel.kernels.arrival import is_capturing
 from gradkeel.record.lag import second_moment_lag
 from gradkeel.record.outbox import Outbox, Sink
 from gradkeel.record.ranks import rank_path
-from gradkeel.record.rows import Subject, same_layout
+from gradkeel.record.rows import Subject, layout
 from gradkeel.record.sampling import BeforeUpdate, Sampling
 from gradkeel.record.writer import RecordFile
 
@@ -107,7 +107,7 @@ class Recorder:
         self._sinks, self._flush_seconds, self._per_rank = list(sinks), flush_seconds, per_rank
         self.rank, self._ranks = _place()
         self._guard: Guarded | None = None
-        self._described: StepReport | None = None
+        self._layout: object = None  # of the steps that wait
         self._sampling = Sampling()
         self._before: BeforeUpdate | None = None
         self._before_step = 0
@@ -153,7 +153,7 @@ class Recorder:
         """Learn from the guard what is recorded: names, shapes, policy, optimizer; opens what was closed."""
         if self._is_closed:
             self._open()
-        self._guard, self._described = guard, None
+        self._guard, self._layout = guard, None
 
     def before_step(self, report: StepReport) -> None:
         """Look at the weights, at steps at which they are measured, and copy them where the update is to be."""
@@ -191,9 +191,10 @@ class Recorder:
         norms = report.selections[0].measured.norms
         if not norms.is_cpu and is_capturing(norms.device):
             return
-        if self._described is None or not same_layout(report, self._described):
+        own = layout(report.selections)
+        if own != self._layout:
             outbox.send()
-            self._described, outbox.subject = report, self._subject()
+            self._layout, outbox.subject = own, self._subject()
         outbox.add(report, self._scalars(report), sample)
 
     def flush(self) -> None:

@@ -1,7 +1,8 @@
 """Steps on their way from the device to whoever writes them down: kept as they are, stacked later, many at once."""
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -61,37 +62,52 @@ class Sample:
 
 @dataclass(slots=True, eq=False)
 class Columns:
-    """What one selection's steps have measured and decided, an entry a step; what is not known is None."""
+    """What one selection's steps have measured and decided: an entry a step, or by the step's place.
 
-    present: list[tuple[bool, ...]] = field(default_factory=list)
+    Attributes:
+        norms, coefficients: of each step.
+        weights, peaks: where they were measured.
+        present: where it is not what it was the step before.
+        last: the last step's ``present``.
+    """
+
     norms: list[Tensor] = field(default_factory=list)
-    weights: list[Tensor | None] = field(default_factory=list)
-    peaks: list[Tensor | None] = field(default_factory=list)
     coefficients: list[Tensor | float | Outcome | None] = field(default_factory=list)
+    weights: dict[int, Tensor] = field(default_factory=dict)
+    peaks: dict[int, Tensor] = field(default_factory=dict)
+    present: dict[int, tuple[bool, ...]] = field(default_factory=dict)
+    last: tuple[bool, ...] | None = None
 
-    def add(self, selection: SelectionReport) -> None:
+    def add(self, place: int, selection: SelectionReport) -> None:
         """Take a step's."""
         measured, decision, present = selection.measured, selection.decision, selection.present
-        if self.present and present == self.present[-1]:
-            present = self.present[-1]  # one object for all of them
-        self.present.append(present)
         self.norms.append(measured.norms)
-        self.weights.append(measured.weights)
-        self.peaks.append(measured.peaks)
-        known = decision.known_coefficients
-        self.coefficients.append(known if decision.unit_coefficients is None else selection.outcome)
+        self.coefficients.append(
+            decision.known_coefficients if decision.unit_coefficients is None else selection.outcome
+        )
+        if measured.weights is not None:
+            self.weights[place] = measured.weights
+        if measured.peaks is not None:
+            self.peaks[place] = measured.peaks
+        if present != self.last:
+            self.last = self.present[place] = present
 
     def stacked_coefficients(self) -> Tensor:
         """[k, n] of all steps."""
         values = [own.coefficients() if isinstance(own, Outcome) else own for own in self.coefficients]
         return _coefficients(values, self.norms[0])
 
-    def stacked(self, name: str, unknown: Tensor, shape: Sequence[int]) -> Tensor:
-        """[k, n, ...] of the column of this name; ``unknown`` where it was not measured."""
-        values = zip(getattr(self, name), self.norms, strict=True)
-        return torch.stack(
-            [(unknown if v is None else v).expand(*norms.shape, *shape) for v, norms in values]
-        )
+    def stacked(self, known: Mapping[int, Tensor], unknown: Tensor, shape: Sequence[int]) -> Tensor:
+        """[k, n, ...] of what is known of some steps; ``unknown`` elsewhere."""
+        rows = enumerate(self.norms)
+        return torch.stack([known.get(i, unknown).expand(*norms.shape, *shape) for i, norms in rows])
+
+    def stacked_present(self) -> Tensor:
+        """[k, n] of all steps, on the host."""
+        starts = [*self.present, len(self.norms)]
+        flags = torch.tensor(list(self.present.values()), dtype=torch.uint8)
+        lasting = torch.tensor([end - start for start, end in itertools.pairwise(starts)])
+        return flags.repeat_interleave(lasting, dim=0)
 
 
 class Kept:
@@ -103,13 +119,12 @@ class Kept:
 
     def __init__(self, first: StepReport) -> None:
         self.selections = first.selections
-        self.columns = [Columns() for _ in self.selections]
-        self.steps: list[int] = []
-        self.times: list[float] = []
-        self.totals: list[Tensor | float] = []
-        self.bounds: list[Tensor | float] = []
-        self.stepped: list[bool | Tensor] = []
-        self.scalars: dict[str, list[Tensor | float]] = {}
+        places = [i for i, selection in enumerate(self.selections) if selection.measured.names]
+        self._places = places or [0]
+        self.columns = [Columns() for _ in self._places]
+        # Of each step: its number, when it ended, the main selection's norm and bound, and whether it was made.
+        self.steps: list[tuple[int, float, Tensor | float, Tensor | float, bool | Tensor]] = []
+        self.scalars: list[dict[str, Tensor | float]] = []
         self.samples: list[tuple[int, Sample]] = []
         # By place: of steps that do more than multiply each parameter by a factor, also the norm that was measured.
         self.outcomes: dict[int, tuple[Outcome, Tensor | None]] = {}
@@ -126,56 +141,53 @@ class Kept:
         selections, place = report.selections, len(self.steps)
         main = selections[0]
         decision, norms, bound = main.decision, main.measured.norms, _bound(main)
-        numbers = {name: v if type(v) is float else _own(v, norms) for name, v in scalars.items()}
+        for name, value in scalars.items():
+            if type(value) is not float:
+                scalars[name] = _own(value, norms)
         if decision.clamp is not None or decision.unit_coefficients is not None:
             total = None if decision.clamp is None else main.clipped_total()
             self.outcomes[place] = main.outcome, total
         # From here on nothing fails, which would leave a part of the step.
-        for columns, selection in zip(self.columns, selections, strict=True):
-            columns.add(selection)
-        self.steps.append(report.step)
-        self.times.append(time)
-        self.totals.append(main.measured.known_total)
-        self.bounds.append(bound)
-        self.stepped.append(report.stepped_or_pending)
-        if report.stepped_or_pending is not True:
+        for i, columns in zip(self._places, self.columns, strict=True):
+            columns.add(place, selections[i])
+        made = report.stepped_or_pending
+        self.steps.append((report.step, time, main.measured.known_total, bound, made))
+        self.scalars.append(scalars)
+        if made is not True:
             self.maybe_skipped[place] = report
-        for name, number in numbers.items():
-            column = self.scalars.get(name)
-            if column is None:
-                column = self.scalars[name] = []
-            column += [math.nan] * (place - len(column))  # where it was not logged
-            column.append(number)
         if sample is not None:
             self.samples.append((report.step, sample))
 
     def stacked(self) -> dict[str, Tensor]:
         """The steps' tensors where they are, stacked: [k] and [k, n]."""
         unknown = self.columns[0].norms[0].new_full((), math.nan)
+        _, _, totals, bounds, made = zip(*self.steps, strict=True)
         series = {
-            "total": _scalars(self.totals, unknown),
-            "bound": _scalars(self.bounds, unknown),
-            "stepped": _scalars([_number(flag) for flag in self.stepped], unknown),
+            "total": _scalars(totals, unknown),
+            "bound": _scalars(bounds, unknown),
+            "stepped": _scalars([_number(flag) for flag in made], unknown),
             "norms": torch.cat([torch.stack(own.norms) for own in self.columns], dim=1),
             "coefficients": torch.cat([own.stacked_coefficients() for own in self.columns], dim=1),
         }
         for name in ("weights", "peaks"):
-            own = [column for columns in self.columns for column in getattr(columns, name)]
-            known = next((value for value in own if value is not None), None)
-            if known is not None:
-                shape = known.shape[1:]
+            known: list[dict[int, Tensor]] = [getattr(own, name) for own in self.columns]
+            one = next((value for own in known for value in own.values()), None)
+            if one is not None:
+                parts = zip(self.columns, known, strict=True)
                 series[name] = torch.cat(
-                    [columns.stacked(name, unknown, shape) for columns in self.columns], dim=1
+                    [own.stacked(of, unknown, one.shape[1:]) for own, of in parts], dim=1
                 )
         if self.outcomes:
             outcomes = self.outcomes.values()
-            totals = [own.total() if own.decision.clamp is None else measured for own, measured in outcomes]
-            series["outcome_total"] = torch.stack([unknown if total is None else total for total in totals])
+            after = [own.total() if own.decision.clamp is None else measured for own, measured in outcomes]
+            series["outcome_total"] = torch.stack([unknown if total is None else total for total in after])
             series["outcome_clipped"] = torch.stack([own.is_clipped() for own, _ in outcomes]).to(
                 unknown.dtype
             )
-        for name, values in self.scalars.items():
-            series[SCALAR_PREFIX + name] = _scalars(values + [math.nan] * (len(self) - len(values)), unknown)
+        for name in dict.fromkeys(name for row in self.scalars for name in row):
+            series[SCALAR_PREFIX + name] = _scalars(
+                [row.get(name, math.nan) for row in self.scalars], unknown
+            )
         return series
 
 
@@ -235,17 +247,9 @@ def _own(value: Tensor | float, like: Tensor) -> Tensor | float:
     return value.to(like.device, like.dtype, copy=True)
 
 
-def same_layout(one: StepReport, other: StepReport) -> bool:
-    """Whether two steps can stand in one batch: the same parameters under the same policies."""
-    first, second = one.selections, other.selections
-    if len(first) != len(second):
-        return False
-    for a, b in zip(first, second, strict=True):
-        names, others = a.measured.names, b.measured.names
-        # The same object, as it is from step to step, is not looked at name by name.
-        if (names is not others and names != others) or a.policy != b.policy or a.label != b.label:
-            return False
-    return True
+def layout(selections: Sequence[SelectionReport]) -> list[tuple[str, str, tuple[str, ...]]]:
+    """What steps of one batch have in common: the same parameters under the same policies."""
+    return [(s.label, s.policy, s.measured.names) for s in selections]
 
 
 class Batch:
@@ -274,28 +278,27 @@ class Batch:
         stacked = kept.stacked() if self._series is None else self._series
         series = {name: value.to(torch.float64) for name, value in stacked.items()}
         _derive(series, kept)
-        series["step"] = from_list(kept.steps, torch.int64)
-        series["time"] = from_list(kept.times)
-        series["present"] = torch.cat([_present(columns.present) for columns in kept.columns], dim=1)
-        self._add_lags(series)
+        steps = [step[0] for step in kept.steps]
+        series["step"] = from_list(steps, torch.int64)
+        series["time"] = from_list([step[1] for step in kept.steps])
+        series["present"] = torch.cat([columns.stacked_present() for columns in kept.columns], dim=1)
+        self._add_lags(series, steps)
         stepped = (series["verdict"] & STEPPED).tolist()
         return Rows(
             subject=self._subject,
             selections=kept.selections,
-            steps=kept.steps,
+            steps=steps,
             series=series,
             skips=[_skip(one, series["norms"][i]) for i, one in kept.maybe_skipped.items() if not stepped[i]],
             samples=self._samples,
         )
 
-    def _add_lags(self, series: dict[str, Tensor]) -> None:
+    def _add_lags(self, series: dict[str, Tensor], steps: Sequence[int]) -> None:
         lags = {step: sample.lag.value() for step, sample in self._samples if sample.lag is not None}
         if lags:
             name = SCALAR_PREFIX + SERIES
-            logged = series[name].tolist() if name in series else [math.nan] * len(self)
-            series[name] = from_list(
-                [lags.get(step, own) for step, own in zip(self._kept.steps, logged, strict=True)]
-            )
+            logged = series[name].tolist() if name in series else [math.nan] * len(steps)
+            series[name] = from_list([lags.get(step, own) for step, own in zip(steps, logged, strict=True)])
 
 
 def _bound(selection: SelectionReport) -> Tensor | float:
@@ -352,12 +355,6 @@ def _derive(series: dict[str, Tensor], kept: Kept) -> None:
     is_finite = torch.isfinite(norms).all(dim=1)
     verdict = series.pop("stepped") * STEPPED + clipped * CLIPPED + ~is_finite * NONFINITE
     series["verdict"] = verdict.to(torch.uint8)
-
-
-def _present(rows: Sequence[tuple[bool, ...]]) -> Tensor:
-    """[k, n] from the flags of each step; they are nearly always the same at all."""
-    is_same = rows.count(rows[0]) == len(rows)
-    return torch.tensor(rows[:1] if is_same else rows, dtype=torch.uint8).expand(len(rows), -1)
 
 
 def _skip(report: StepReport, norms: Tensor) -> tuple[int, SkipReason, str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from gradkeel.errors import RecordError
 from gradkeel.record.downsample import summarize
 from gradkeel.record.lock import FileLock
-from gradkeel.record.rows import Rows, Sample
+from gradkeel.record.rows import Rows, Sample, layout
 from gradkeel.record.schema import (
     APPLICATION_ID,
     ROWS_PER_BLOCK,
@@ -156,8 +156,8 @@ class RecordFile:
 
     def _note_parameters(self, rows: Rows) -> None:
         """Write down the parameters, once a session and whenever they change."""
-        layout = tuple((s.label, s.policy, s.measured.names) for s in rows.selections)
-        if layout == self._layout:
+        own = layout(rows.selections)
+        if own == self._layout:
             return
         known = {s.measured.names[i]: (s, i) for s in rows.selections for i in range(len(s.measured.names))}
         ordered = [name for name in rows.subject.names if name in known]
@@ -184,7 +184,7 @@ class RecordFile:
         self._note_rank(rows)
         if self._width != len(self._positions):
             self._start_block()
-        self._layout = layout
+        self._layout = own
 
     def _read_main(self) -> Tensor:
         selections = self._connection.execute(
