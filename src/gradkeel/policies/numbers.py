@@ -19,6 +19,7 @@ Memory: TypeAlias = Mapping[str, Any]
 """What is kept from step to step: tensors with the leading dimension k, or what one cell keeps of them."""
 
 # Plain numbers are asked for first: `isinstance(..., Tensor)` takes as long as what is then done with them.
+# torch 2.6's clamp takes a plain NaN for no limit; its clamp_min and clamp_max give NaN, as later ones do.
 
 
 def where(condition: Number, yes: Number, no: Number) -> Number:
@@ -35,14 +36,14 @@ def where(condition: Number, yes: Number, no: Number) -> Number:
 def maximum(first: Number, second: Number) -> Number:
     """The larger; NaN if either is. A tensor among them comes first."""
     if type(first) is not float and isinstance(first, Tensor):
-        return first.clamp(min=second)
+        return first.clamp_min(second)
     return first if first >= second or first != first else second
 
 
 def minimum(first: Number, second: Number) -> Number:
     """The smaller; NaN if either is. A tensor among them comes first."""
     if type(first) is not float and isinstance(first, Tensor):
-        return first.clamp(max=second)
+        return first.clamp_max(second)
     return first if first <= second or first != first else second
 
 
