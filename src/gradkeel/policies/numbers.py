@@ -22,6 +22,7 @@ Memory: TypeAlias = Mapping[str, Any]
 """What is kept from step to step: tensors with the leading dimension k, or what one cell keeps of them."""
 
 # Plain numbers are asked for first: `isinstance(..., Tensor)` takes as long as what is then done with them.
+# torch 2.6's clamp takes a plain NaN for no limit; its clamp_min and clamp_max give NaN, as later ones do.
 
 
 def where(condition: Number, yes: Number, no: Number) -> Number:
@@ -41,7 +42,7 @@ def maximum(first: Number, second: Number) -> Number:
     """The larger; NaN if either is. A tensor among them comes first."""
     if type(first) is not float:
         if isinstance(first, Tensor):
-            return first.clamp(min=second)
+            return first.clamp_min(second)
         if isinstance(first, Symbol):
             return first.write("{0} if {0} >= {1} or {0} != {0} else {1}", first, second)
     return first if first >= second or first != first else second
@@ -51,7 +52,7 @@ def minimum(first: Number, second: Number) -> Number:
     """The smaller; NaN if either is. A tensor among them comes first."""
     if type(first) is not float:
         if isinstance(first, Tensor):
-            return first.clamp(max=second)
+            return first.clamp_max(second)
         if isinstance(first, Symbol):
             return first.write("{0} if {0} <= {1} or {0} != {0} else {1}", first, second)
     return first if first <= second or first != first else second
