@@ -54,6 +54,24 @@ def test_resuming_replaces_the_overlap(tmp_path, make_report, resumed_at):
         assert [s.first_step for s in run.sessions] == ([1, resumed_at] if kept else [1])
 
 
+def test_a_first_step_that_cannot_be_recorded_leaves_nothing_behind(tmp_path, make_report):
+    recorder = Recorder(tmp_path / "run.keel")
+    with pytest.raises(RuntimeError):
+        recorder.record(make_report(1, odd=torch.tensor(1j)))
+    recorder.record(make_report(1))
+    recorder.close()
+    check_rows(tmp_path / "run.keel", [1])
+
+
+def test_a_file_is_closed_after_a_step_that_could_not_be_recorded(tmp_path, make_report):
+    recorder = Recorder(tmp_path / "run.keel")
+    with pytest.raises(RuntimeError):
+        recorder.record(make_report(1, odd=torch.tensor(1j)))
+    recorder.close()
+    record(tmp_path / "run.keel", make_report, range(1, 3))  # it is free
+    check_rows(tmp_path / "run.keel", [1, 2])
+
+
 def weights_run(path, steps, weight, state=None, spoilt=()):
     """Steps of one parameter whose weight is ``weight`` and whose update is a tenth of it."""
     parameter = nn.Parameter(torch.ones(1, dtype=torch.float64))
