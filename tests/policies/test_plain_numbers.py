@@ -355,6 +355,34 @@ class InTorch(Falling, on_numbers=True):
         return torch.minimum(state["first"], 2.0 * cells.norms) * torch.ones_like(cells.norms)
 
 
+class OutOfRange(Falling, on_numbers=True):
+    """Its operators raise of plain numbers and are infinite of tensors: at once, or at some step."""
+
+    def bound(self, cells, state):
+        return 1.0 / (cells.norms - 4.0) + (1e200 * cells.norms) ** 2 + cells.step % (cells.norms - 5.0)
+
+
+class InSum(Falling, on_numbers=True):
+    """It goes through the cells, which one number has none of."""
+
+    def bound(self, cells, state):
+        return sum(cells.norms) * torch.ones_like(cells.norms)
+
+
+class InWords(Falling, on_numbers=True):
+    """It looks the step up by its words."""
+
+    def bound(self, cells, state):
+        return {"1": 0.25, "2": 0.5}.get(str(cells.step), 1.0) * cells.norms
+
+
+class Modular(Falling, on_numbers=True):
+    """It takes a power modulo a number, which is another operation."""
+
+    def bound(self, cells, state):
+        return pow(cells.step, 3, 5) * cells.norms
+
+
 class Drops(Falling, on_numbers=True):
     """Its state has other names from step to step, and a constant in it."""
 
@@ -363,7 +391,19 @@ class Drops(Falling, on_numbers=True):
 
 
 @pytest.mark.parametrize(
-    "bound", [Falling(), ByIf(), ByTable(), InTorch(), Drops(), gp.Schedule({1: 0.3}.get)]
+    "bound",
+    [
+        Falling(),
+        ByIf(),
+        ByTable(),
+        InTorch(),
+        OutOfRange(),
+        InSum(),
+        InWords(),
+        Modular(),
+        Drops(),
+        gp.Schedule({1: 0.3}.get),
+    ],
 )
 @pytest.mark.parametrize("scope", ["global", "tensor"])
 def test_a_formula_of_ones_own_is_followed_as_it_would_be_on_tensors(bound, scope):
@@ -383,13 +423,43 @@ def test_a_formula_of_ones_own_is_followed_as_it_would_be_on_tensors(bound, scop
 
 
 @pytest.mark.parametrize(
-    ("bound", "is_written"), [(Falling(), True), (ByIf(), False), (ByTable(), False), (InTorch(), False)]
+    ("bound", "is_written"),
+    [
+        (Falling(), True),
+        (ByIf(), False),
+        (ByTable(), False),
+        (InTorch(), False),
+        (InSum(), False),
+        (InWords(), False),
+        (Modular(), False),
+    ],
 )
 def test_what_is_no_operation_on_numbers_is_not_written_down(bound, is_written):
     policy = gp.Clip("global", bound, gp.Hard())
     now = measured([3.0])
     verdicts = policy._written.on(now, "global", policy.init(now))
     assert (verdicts is not None) == is_written
+
+
+class Single(gp.HostBound, on_numbers=True):
+    """Its limits are of single precision."""
+
+    def at(self, step):
+        return np.float32(-0.1), np.float32(0.1)
+
+
+def test_a_limit_of_single_precision_is_divided_in_double_precision():
+    decision, _ = gp.Clip("tensor", Single(), gp.Hard()).decide(measured([3.0, 7.0]), {})
+    assert decision.coefficients.tolist() == [float(np.float32(0.1)) / 3.0, float(np.float32(0.1)) / 7.0]
+
+
+@pytest.mark.parametrize("is_plain", [False, True])
+@pytest.mark.parametrize("cells", [1, 3])
+def test_a_state_of_other_cells_is_refused(cells, is_plain):
+    policy = gp.ZClip(scope="tensor")
+    _, state = policy.decide(measured([1.0, 2.0]), policy.init(measured([1.0, 2.0])))
+    with pytest.raises(ValueError, match="argument"):
+        policy.decide(measured([1.0] * cells, 2), state if is_plain else dict(state))
 
 
 def test_an_error_of_a_schedule_is_said_at_each_step():

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import gradkeel as gk
+from gradkeel import policies as gp
 from gradkeel.errors import RecordError, RecordWarning
 from gradkeel.record import Reader, Recorder, bucket_norms
 from gradkeel.record.schema import SCHEMA_VERSION
@@ -52,6 +53,45 @@ def test_resuming_replaces_the_overlap(tmp_path, make_report, resumed_at):
         assert run.stepped().tolist() == [True] * len(kept) + [False] * 40
         assert [step for step, _ in run.skips()] == list(range(resumed_at, resumed_at + 40))
         assert [s.first_step for s in run.sessions] == ([1, resumed_at] if kept else [1])
+
+
+def test_what_is_implied_before_a_rollback_is_not_read_from_the_rows_after_it(tmp_path):
+    parameters = [nn.Parameter(torch.ones(1)) for _ in range(2)]
+    optimizer = torch.optim.SGD(parameters, lr=0.0)
+    guard = gk.attach(optimizer, gp.Clip("tensor", gp.Constant(1.0), gp.Hard()), record=tmp_path / "run.keel")
+    for step in range(1, 31):
+        if step == 11:
+            saved = guard.state_dict()
+        parameters[0].grad = torch.full((1,), 0.5 if step < 20 else 4.0)
+        parameters[1].grad = torch.ones(1) if step < 20 else None
+        optimizer.step()
+    guard.load_state_dict(saved)
+    optimizer.step()
+    guard.detach()
+    with Reader(tmp_path / "run.keel") as run:
+        assert (
+            run.parameter_coefficients().tolist() == [[1.0, 1.0]] * 11
+        )  # the last gradient is clipped already
+        assert run.present().tolist() == [[True, True]] * 10 + [[True, False]]
+        assert run.damage is None
+
+
+def test_a_first_step_that_cannot_be_recorded_leaves_nothing_behind(tmp_path, make_report):
+    recorder = Recorder(tmp_path / "run.keel")
+    with pytest.raises(RuntimeError):
+        recorder.record(make_report(1, odd=torch.tensor(1j)))
+    recorder.record(make_report(1))
+    recorder.close()
+    check_rows(tmp_path / "run.keel", [1])
+
+
+def test_a_file_is_closed_after_a_step_that_could_not_be_recorded(tmp_path, make_report):
+    recorder = Recorder(tmp_path / "run.keel")
+    with pytest.raises(RuntimeError):
+        recorder.record(make_report(1, odd=torch.tensor(1j)))
+    recorder.close()
+    record(tmp_path / "run.keel", make_report, range(1, 3))  # it is free
+    check_rows(tmp_path / "run.keel", [1, 2])
 
 
 def weights_run(path, steps, weight, state=None, spoilt=()):

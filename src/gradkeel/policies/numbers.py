@@ -126,7 +126,7 @@ def constant(value: Number, like: Number) -> Number:
     """[1] ``value`` beside tensors, or the plain number beside one."""
     if isinstance(like, Tensor):
         return like.new_full((1,), value)
-    return value if isinstance(value, Symbol) else float(value)
+    return value.call(float, value) if isinstance(value, Symbol) else float(value)
 
 
 def ask(function: Callable[[Any], Any], value: Number) -> Any:

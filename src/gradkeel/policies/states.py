@@ -73,13 +73,14 @@ class PlainState(LazyState):
         self.dtypes = dtypes
 
     @classmethod
-    def of(cls, state: Mapping[str, Tensor], count: int) -> "PlainState":
-        """Return the state of ``count`` cells, read from tensors unless it is plain already."""
+    def of(cls, state: Mapping[str, Tensor]) -> "PlainState":
+        """Return the state cell by cell, read from tensors unless it is plain already."""
         if isinstance(state, cls):
             return state
         rows = [tensor.tolist() for tensor in state.values()]
         cells = [
-            tuple(Ring(row[i]) if isinstance(row[i], list) else row[i] for row in rows) for i in range(count)
+            tuple(Ring(value) if isinstance(value, list) else value for value in cell)
+            for cell in zip(*rows, strict=True)
         ]
         return cls(cells, {key: tensor.dtype for key, tensor in state.items()})
 

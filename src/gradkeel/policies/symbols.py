@@ -62,7 +62,7 @@ class Page:
         source = [
             f"def formula({', '.join([*shared, *lists])}):",
             *(f"    {name} = []" for name in found),
-            f"    for {', '.join(cell)}, in zip({', '.join(lists)}):",
+            f"    for {', '.join(cell)}, in zip({', '.join(lists)}, strict=True):",
             *(f"        {symbol.name} = {line}" for line, symbol in self._of_line.items()),
             *(f"        {name}.append({self.text(one)})" for name, one in zip(found, results, strict=True)),
             f"    return {', '.join(found)}",
@@ -79,6 +79,7 @@ class Symbol:
     __slots__ = ("name", "page")
     __array_ufunc__: ClassVar[None] = None  # NumPy's numbers leave operations to it
     __hash__: ClassVar[None] = None  # type: ignore[assignment]  # what is looked up by it would be found for all numbers
+    __iter__: ClassVar[None] = None  # else its items would be asked for one after the other, for ever
 
     def __init__(self, page: Page, name: str) -> None:
         self.page, self.name = page, name
@@ -91,14 +92,24 @@ class Symbol:
         """Write a function's call down."""
         return self.page.call(function, *values, usual=usual)
 
+    def __getitem__(self, place: Any) -> "Symbol":
+        return self.write("{}[{}]", self, place)
+
     def __bool__(self) -> NoReturn:
         raise TypeError(
             "a formula in plain numbers is followed once for all of them: choose by where(), not by if"
         )
 
+    def __str__(self) -> NoReturn:
+        raise TypeError("a formula in plain numbers is followed once for all of them, which have no words")
 
-def _operation(template: str) -> Callable[..., Symbol]:
-    return lambda self, *values: self.page.write(template, self, *values)
+
+def _operation(template: str) -> Callable[[Symbol, Any], Symbol]:
+    return lambda self, other: self.page.write(template, self, other)
+
+
+def _change(template: str) -> Callable[[Symbol], Symbol]:
+    return lambda self: self.page.write(template, self)
 
 
 _SIGNS = {"add": "+", "sub": "-", "mul": "*", "truediv": "/", "mod": "%", "pow": "**", "and": "&", "or": "|"}
@@ -107,5 +118,5 @@ for _name, _sign in _SIGNS.items():
     setattr(Symbol, f"__r{_name}__", _operation(f"{{1}} {_sign} {{0}}"))
 for _name, _sign in {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}.items():
     setattr(Symbol, f"__{_name}__", _operation(f"{{}} {_sign} {{}}"))
-for _name, _form in {"neg": "-{}", "abs": "abs({})", "invert": "not {}", "getitem": "{}[{}]"}.items():
-    setattr(Symbol, f"__{_name}__", _operation(_form))
+for _name, _form in {"neg": "-{}", "abs": "abs({})", "invert": "not {}"}.items():
+    setattr(Symbol, f"__{_name}__", _change(_form))

@@ -37,7 +37,8 @@ class Written:
     ) -> tuple[list[Any], list[float], State] | None:
         """Return the verdicts on the cells, the bounds in force, and the new state.
 
-        None where cells are many or not on the host, or the formulas cannot be written down, for they are of tensors.
+        None where cells are many or not on the host, or the formulas cannot be written down, for they are of tensors,
+        or an operator of theirs has no result in plain numbers.
         """
         norms, total = self._cell.plain(measured, scope)
         if not norms:
@@ -52,12 +53,14 @@ class Written:
         if uses:
             cells = Cells(measured, scope)
             columns += [getattr(cells, name).tolist() for name in uses]
-        if not names:
-            found, bounds, _ = function(total, measured.step, *columns)
-            return found, bounds, state
-        plain = PlainState.of(state, len(norms))
-        found, bounds, after = function(total, measured.step, *columns, plain.cells)
-        return found, bounds, PlainState(after, plain.dtypes)
+        plain = PlainState.of(state) if names else None
+        try:
+            found, bounds, after = function(
+                total, measured.step, *columns, *([] if plain is None else [plain.cells])
+            )
+        except (ArithmeticError, TypeError):  # Python raises where tensors are inf or NaN
+            return None
+        return found, bounds, state if plain is None else PlainState(after, plain.dtypes)
 
     def _write(self, names: Sequence[str]) -> tuple[Callable[..., Any] | None, tuple[str, ...]]:
         page = Page()

@@ -69,10 +69,10 @@ class Outbox:
         """Take a step, of the layout of those that wait; send what has waited for long enough."""
         if self._kept is not None and report.step <= self._kept.steps[-1][0]:
             self.send()
-        if self._kept is None:
-            self._kept = Kept(report)
-        self._kept.add(report, time.time(), scalars, sample)
-        if len(self._kept) >= MOST_KEPT or time.monotonic() - self._sent_at >= self._flush_seconds:
+        kept = self._kept or Kept(report)
+        kept.add(report, time.time(), scalars, sample)
+        self._kept = kept  # never without a step, should the first one fail
+        if len(kept) >= MOST_KEPT or time.monotonic() - self._sent_at >= self._flush_seconds:
             self.send()
 
     def send(self) -> None:

@@ -325,6 +325,8 @@ class RecordFile:
         """Make two blocks of one: the rows before ``step`` and the others."""
         data = dict(self._connection.execute("SELECT name, data FROM series WHERE block = ?", (block,)))
         del data["summary"]
+        # What the whole had to say may be implied in a part, which then is not written in its place.
+        self._connection.execute("DELETE FROM series WHERE block = ?", (block,))
         steps = from_blobs([data["step"]], torch.int64)
         rows = int((steps < step).sum())
         series = {
