@@ -22,8 +22,9 @@ class Bound(ABC):
     A subclass whose formulas are written in the operations of `gradkeel.policies.numbers` says so by
     ``class Mine(Bound, on_numbers=True)``. On CPU they are then followed once, with symbols, and written down as one
     function of the plain numbers of a cell, which is many times faster where cells are few; all that they look at
-    beside cells and state must stay as it was. Formulas that cannot be written down, for they choose by ``if`` or call
-    functions of other modules, always see tensors, as those of all other subclasses do.
+    beside cells and state must stay as it was, and none may ask what type a number has. Formulas that cannot be written
+    down, for they choose by ``if`` or call functions of other modules, always see tensors, as those of all other
+    subclasses do.
     """
 
     needs_weights: ClassVar[bool] = False
