@@ -465,6 +465,34 @@ def test_a_state_of_other_parameters_is_refused():
         guard.load_state_dict(state.state_dict())
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+def test_a_state_of_other_groups_is_refused_and_nothing_is_changed(groups):
+    policy = gk.policies.QuantileClip(scope="group")
+
+    def guarded(count):
+        parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(6)]
+        size = 6 // count
+        optimizer = torch.optim.SGD([{"params": parameters[i : i + size]} for i in range(0, 6, size)], lr=0.1)
+        guard = gk.attach(optimizer, policy)
+        for parameter in parameters:
+            parameter.grad = torch.ones(2)
+        optimizer.step()
+        return guard
+
+    saved, other = guarded(2).state_dict(), guarded(groups)
+    before = other.state_dict()
+    words = (
+        rf"'main' holds 'quantile' of the shape \[2\], and this guard's has \[{groups}\]; attach to the same"
+    )
+    with pytest.raises(gk.CheckpointError, match=words):
+        other.load_state_dict(saved)
+    assert (
+        other.state_dict()["states"]["main"]["quantile"].tolist()
+        == before["states"]["main"]["quantile"].tolist()
+    )
+    guarded(2).load_state_dict(saved)
+
+
 def test_logged_numbers_are_the_coming_steps():
     (parameter,) = parameters_of([3.0, 4.0])
     guard = gk.attach(sgd([parameter]), None)

@@ -15,7 +15,7 @@ def check_state(
     parameters: Mapping[str, int],
     states: Mapping[str, State],
 ) -> None:
-    """Raise `CheckpointError` unless a guard's saved state belongs to these policies and numbers of parameters.
+    """Raise `CheckpointError` unless a guard's saved state belongs to these policies, parameters and groups.
 
     A policy that remembers nothing may be another one than before: with a lower bound, for instance.
     """
@@ -34,3 +34,12 @@ def check_state(
             f"state belongs to so many parameters: {state['parameters']}, but this guard has {parameters}; attach to "
             "the same parameters with the same exclude"
         )
+    for label, own in states.items():
+        saved = state["states"].get(label, {})
+        for key in own.keys() & saved.keys():
+            if saved[key].shape != own[key].shape:
+                raise CheckpointError(
+                    f"state of {label!r} holds {key!r} of the shape {list(saved[key].shape)}, and this guard's has "
+                    f"{list(own[key].shape)}; attach to the same parameter groups, or do not load it, so that "
+                    "statistics begin anew"
+                )

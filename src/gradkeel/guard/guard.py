@@ -202,7 +202,7 @@ class Guard(Pipeline):
 
         Raises:
             CheckpointError: for a state of other policies (unless neither remembers anything), of other numbers of
-                parameters, or of another version.
+                parameters or groups, or of another version.
         """
         own = self._roster.filled(self._states)
         check_state(state, version=_VERSION, states=own, **self._roster.fingerprint())
