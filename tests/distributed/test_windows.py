@@ -375,29 +375,29 @@ def test_resume_inside_a_window_is_refused(ranks, is_told):
         assert "take checkpoints after optimizer.step()" in words
 
 
-def different_divisors(rank):
-    model = make_model()
-    fully_shard(model[0]).set_gradient_divide_factor(1.0)
-    fully_shard(model[2])
+def accumulated(model):
     guard = gk.attach(torch.optim.SGD(model.parameters(), lr=1.0, foreach=False), None)
     return outcome(lambda: gk.Accumulator(guard, steps=2, model=model))
 
 
-def test_parts_that_divide_differently_are_refused(ranks):
-    for kind, words in ranks(2, different_divisors):
-        assert kind == "ValueError"
-        assert "(1, 2)" in words
+def different_divisors(rank):
+    model = make_model()
+    fully_shard(model[0]).set_gradient_divide_factor(1.0)
+    fully_shard(model[2])
+    return accumulated(model)
 
 
 def hidden_divisor(rank):
     """As set_reduce_scatter_divide_factor() of torch 2.6, which works under NCCL alone, leaves a group."""
     model = fully_shard(make_model())
     model._get_fsdp_state()._fsdp_param_group.reduce_scatter_reduce_op = distributed.ReduceOp.SUM
-    guard = gk.attach(torch.optim.SGD(model.parameters(), lr=1.0, foreach=False), None)
-    return outcome(lambda: gk.Accumulator(guard, steps=2, model=model))
+    return accumulated(model)
 
 
-def test_a_divisor_that_torch_does_not_tell_is_refused(ranks):
-    for kind, words in ranks(2, hidden_divisor):
+@pytest.mark.parametrize(
+    ("divisors", "said"), [(different_divisors, "(1, 2)"), (hidden_divisor, "leave that call out")]
+)
+def test_parts_whose_divisors_differ_or_are_not_told_are_refused(ranks, divisors, said):
+    for kind, words in ranks(2, divisors):
         assert kind == "ValueError"
-        assert "leave that call out" in words
+        assert said in words

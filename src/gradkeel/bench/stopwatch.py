@@ -89,7 +89,7 @@ def race(
     """Time all contenders once a round, in a random order that is another in each round.
 
     The first contender is the baseline, and is timed twice a round: the second time as its own control. Whoever
-    has an ``error`` is checked before it is timed.
+    has an ``error`` is checked before it is timed. The garbage collector is off meanwhile, unless ``collects``.
 
     Args:
         contenders: at least one, with names of their own.
@@ -97,7 +97,7 @@ def race(
         warmup: how often each is run beforehand, after the run that is checked.
         seed: of the order.
         seconds: no further round is begun after so long, once there are 5; None sets no limit.
-        collects: leave the garbage collector on: where a run is long enough to pay for what it leaves alive, it should.
+        collects: leave the garbage collector as it is: a run that is long pays for what it leaves alive.
         synchronize: waits for an accelerator; called before each run and, timed, at its end.
     """
     baseline = contenders[0]

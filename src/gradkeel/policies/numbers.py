@@ -1,9 +1,9 @@
 """The arithmetic that bounds and forms are written in: on tensors [k] of all cells, or on the plain numbers of one.
 
 On CPU an operation on a small tensor takes a microsecond or more, on a plain number a twentieth of that. So a formula
-stands once, in operators and in the functions of this module, and is followed on tensors, on plain numbers, or on
-symbols, from which ``written`` makes one function of plain numbers. Plain numbers give what tensors give, also where
-Python would raise: ``log(0)`` is -inf, ``exp(1000)`` is inf, ``divide(1, 0)`` is inf.
+stands once, in operators and in the functions of this module, and is followed on tensors, or once on symbols, from
+which ``written`` makes one function of plain numbers. Plain numbers give what tensors give, also where Python would
+raise: ``log(0)`` is -inf, ``exp(1000)`` is inf, ``divide(1, 0)`` is inf.
 """
 
 import math

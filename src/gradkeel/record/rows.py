@@ -113,8 +113,8 @@ class Columns:
 class Kept:
     """Steps of one layout as the training thread leaves them: in columns, and nothing computed that can wait.
 
-    Only numbers and tensors are kept: whatever else is alive for long is what the interpreter's garbage collection
-    goes through again and again, with all else that the process has.
+    Of a step that was made, multiplied by factors of parameters at most, only numbers and tensors are kept: whatever
+    else is alive for long, the interpreter's garbage collection goes through again and again, with all that there is.
     """
 
     def __init__(self, first: StepReport) -> None:

@@ -96,28 +96,28 @@ class PlainWindow:
     """The window of one cell: a list of plain numbers, ascending."""
 
     def __init__(self, ordered: list[float]) -> None:
-        self.ordered, self.number = ordered, len(ordered)
+        self.ordered = ordered
 
     def __len__(self) -> int:
         """Return the number of numbers."""
-        return self.number
+        return len(self.ordered)
 
     def quantile(self, q: float) -> float:
         """Return it from the two places next to it."""
         if not self.ordered:
             return math.inf
-        position = q * (self.number - 1)
+        position = q * (len(self.ordered) - 1)
         below = int(position)
         low, high = self.ordered[below], self.ordered[math.ceil(position)]
         return low if low == high else low + (high - low) * (position - below)
 
     def mean(self) -> float:
         """Return the mean of all."""
-        return sum(self.ordered) / max(self.number, 1)
+        return sum(self.ordered) / max(len(self.ordered), 1)
 
     def deviation(self, center: float) -> float:
         """Return it by ``math.dist``, which divides the largest out."""
-        return math.dist(self.ordered, [center] * self.number)
+        return math.dist(self.ordered, [center] * len(self.ordered))
 
     def logs(self) -> "PlainWindow":
         """Return the logarithms, which ascend too."""
