@@ -206,7 +206,7 @@ def test_every_16_bit_number_is_read_as_torch_reads_it(kernels, dtype):
 def test_every_16_bit_number_is_scaled_as_torch_scales_it(kernels, dtype, factor):
     numbers = all_halves(dtype)
     wanted = numbers.clone().mul_(factor)
-    kernels.scale(kernels.table([numbers]), torch.tensor([factor], dtype=torch.float64))
+    kernels.scale(kernels.table([numbers]), [factor])
     assert is_same(numbers, wanted)
 
 
@@ -226,7 +226,7 @@ def test_wide_numbers_are_scaled_and_clamped_as_torch_does(kernels, dtype, size)
     numbers = torch.randn(size, dtype=dtype)
     numbers[-1] = math.nan
     wanted = numbers.clone().mul_(0.123456789).clamp_(-0.05, 0.11)
-    kernels.scale(kernels.table([numbers]), torch.tensor([0.123456789], dtype=torch.float64))
+    kernels.scale(kernels.table([numbers]), [0.123456789])
     kernels.clamp(kernels.table([numbers]), -0.05, 0.11)
     assert is_same(numbers, wanted)
 
@@ -239,7 +239,7 @@ def test_units_are_scaled_each_by_its_factor_and_those_with_1_are_left(kernels):
     wanted[0] *= factors[:3, None].float()
     wanted[1] *= factors[3:7, None, None].float()
     wanted[2] *= 0.125
-    kernels.scale(kernels.table(tensors, 0), factors, by_unit=True)
+    kernels.scale(kernels.table(tensors, 0), factors)
     assert all(map(torch.equal, tensors, wanted))
 
 
@@ -294,7 +294,7 @@ def test_several_python_threads_may_read_at_once(kernels):
 def test_autograd_hears_of_what_is_written(kernels):
     tensor = torch.randn(3)
     for write in (
-        lambda: kernels.scale(kernels.table([tensor]), torch.tensor([0.5])),
+        lambda: kernels.scale(kernels.table([tensor]), [0.5]),
         lambda: kernels.clamp(kernels.table([tensor]), -1.0, 1.0),
     ):
         before = tensor._version

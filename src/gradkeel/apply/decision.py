@@ -6,7 +6,7 @@ from torch import Tensor
 
 from gradkeel.apply import device, host
 from gradkeel.kernels.native import Table
-from gradkeel.norms import Decision, GradientNorms
+from gradkeel.norms import Decision, GradientNorms, from_list
 
 
 def apply(
@@ -39,29 +39,35 @@ def apply(
         clamp(parameters, decision.clamp, _peaks_after(decision, measured))
 
 
-def factors(decision: Decision, prescale: Tensor | float) -> Tensor | float:
-    """Prescale x clip: one factor for all parameters, a number where the host knows it, or [n] one for each."""
+def factors(decision: Decision, prescale: Tensor | float) -> Tensor | float | list[float]:
+    """Prescale x clip: one factor for all parameters or [n] one for each; numbers where the host knows them."""
     factor = decision.known_coefficients
     if factor is None:
         factor = prescale
     elif not (isinstance(prescale, float) and prescale == 1.0):
+        if isinstance(factor, list):
+            factor = from_list(factor)
         factor = factor * prescale
     return factor.item() if isinstance(factor, Tensor) and factor.is_cpu and factor.dim() == 0 else factor
 
 
-def scale(parameters: Sequence[Tensor], factor: Tensor | float, table: Table | None = None) -> None:
-    """Multiply all gradients by one factor, or each by its own, in place; a factor that the host knows may be a number.
+def scale(
+    parameters: Sequence[Tensor], factor: Tensor | float | list[float], table: Table | None = None
+) -> None:
+    """Multiply all gradients by one factor, or each by its own, in place; what the host knows may be numbers.
 
     Args:
         parameters: n parameters; those without a gradient are passed over.
-        factor: a number, [] or [n].
+        factor: a number, n numbers, [] or [n].
         table: where all the gradients lie, where that is known.
     """
     if isinstance(factor, float):
         if factor != 1.0:
             host.scale(parameters, factor, table)
+    elif isinstance(factor, list):
+        host.scale(parameters, factor, table)
     elif factor.is_cpu:
-        host.scale(parameters, factor.item() if factor.dim() == 0 else factor, table)
+        host.scale(parameters, factor.item() if factor.dim() == 0 else factor.tolist(), table)
     else:
         device.scale(parameters, factor)
 

@@ -10,6 +10,7 @@ scale, which do not touch what is multiplied by 1, folding pays only if most ste
 
 from collections import deque
 from collections.abc import Sequence
+from typing import TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
@@ -37,6 +38,11 @@ def can_fold(optimizer: Optimizer, parameters: Sequence[Tensor]) -> bool:
         or (p.grad.dtype == torch.float32 and p.grad.layout == torch.strided and not is_only_a_view(p.grad))
         for p in parameters
     )
+
+
+def is_shared(factor: Tensor | list[float] | float) -> TypeGuard[Tensor | float]:
+    """Whether it is one factor for all parameters."""
+    return isinstance(factor, float) or (isinstance(factor, Tensor) and factor.dim() == 0)
 
 
 class Folding:

@@ -15,12 +15,14 @@ LEAST = torch.finfo(torch.float32).tiny
 _FIRST = 2.0**-100
 
 
-def scale(parameters: Sequence[Tensor], factor: Tensor | float, table: native.Table | None = None) -> None:
+def scale(
+    parameters: Sequence[Tensor], factor: float | list[float], table: native.Table | None = None
+) -> None:
     """Multiply each gradient whose factor is not 1.
 
     Args:
         parameters: n parameters; those without a gradient are passed over.
-        factor: a number for all of them, or [n].
+        factor: a number for all of them, or n numbers.
         table: where all the gradients lie, where that is known.
     """
     if isinstance(factor, float):
@@ -30,27 +32,23 @@ def scale(parameters: Sequence[Tensor], factor: Tensor | float, table: native.Ta
             scale(parameters, _FIRST, table)
             scale(parameters, factor / _FIRST, table)
             return
-        if table is not None and native.scale(table, factor):
-            return
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        numbers: Tensor | float = factor
-    else:
-        values = factor.tolist()
-        if any(0.0 < value < LEAST for value in values):
-            first = _first(factor)
-            scale(parameters, first)
-            scale(parameters, factor / first)
-            return
-        rows = [i for i, value in enumerate(values) if value != 1.0 and parameters[i].grad is not None]
-        parameters = [parameters[i] for i in rows]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        numbers = factor[torch.tensor(rows, dtype=torch.int64, device="cpu")]
+    elif any(0.0 < own < LEAST for own in factor):
+        scale(parameters, [_FIRST if 0.0 < own < LEAST else 1.0 for own in factor], table)
+        scale(parameters, [own / _FIRST if 0.0 < own < LEAST else own for own in factor], table)
+        return
+    if table is not None and native.scale(table, factor):
+        return
+    numbers = factor
+    if not isinstance(factor, float):
+        rows = [i for i, own in enumerate(factor) if own != 1.0 and parameters[i].grad is not None]
+        parameters, numbers = [parameters[i] for i in rows], [factor[i] for i in rows]
+    gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients or native.scale(gradients, numbers):
         return
     entries = [entries_to_scale(gradient) for p in parameters if (gradient := own(p)) is not None]
     if native.scale(entries, numbers):
         return
-    each = [numbers] * len(entries) if isinstance(numbers, float) else numbers.tolist()
+    each = [numbers] * len(entries) if isinstance(numbers, float) else numbers
     wide = [i for i, entry in enumerate(entries) if entry.dtype in (torch.float32, torch.float64)]
     if wide:
         torch._foreach_mul_([entries[i] for i in wide], [each[i] for i in wide])
@@ -69,8 +67,9 @@ def scale_units(parameters: Sequence[Tensor], coefficients: Tensor, counts: Sequ
         counts: how many units each parameter has.
         dim: the dimension that counts units.
     """
-    if bool(((coefficients > 0) & (coefficients < LEAST)).any()):
-        first = _first(coefficients)
+    is_tiny = (coefficients > 0) & (coefficients < LEAST)
+    if bool(is_tiny.any()):
+        first = torch.where(is_tiny, _FIRST, 1.0).to(coefficients)
         scale_units(parameters, first, counts, dim)
         coefficients = coefficients / first
     split = coefficients.split(list(counts))
@@ -84,11 +83,6 @@ def scale_units(parameters: Sequence[Tensor], coefficients: Tensor, counts: Sequ
         entries = entries_to_scale(gradient)
         wide = torch.promote_types(entries.dtype, torch.float32)
         entries.mul_(over_units(part.to(entries.device, wide), gradient, entries.dim(), dim))
-
-
-def _first(factors: Tensor) -> Tensor:
-    """The first of two factors, of those that are too small to be one in float32; 1 of the others."""
-    return torch.where((factors > 0) & (factors < LEAST), _FIRST, 1.0).to(factors)
 
 
 def _touched(coefficients: Tensor, counts: Sequence[int]) -> list[int]:

@@ -220,7 +220,9 @@ class _Decided:
         assert isinstance(may_step, Tensor), "and so is the verdict on them"
         self.found_inf = None if given.route is Route.HOST else (~may_step).float()
         own = [reports[i] for i in roster.here]
-        every: list[Tensor | float | None] = [factors(report.decision, given.prescale) for report in own]
+        every: list[Tensor | list[float] | float | None] = [
+            factors(report.decision, given.prescale) for report in own
+        ]
         every += [report.decision.unit_coefficients for report in own]
         has_clamp = any(report.decision.clamp is not None for report in own)
         self.may_scale = has_clamp or any(isinstance(factor, Tensor) for factor in every)
@@ -232,8 +234,9 @@ class _Decided:
             if report.decision.clamp is not None:
                 scaled = scaled | report.outcome.is_clipped()
         whole = every[0] if len(own) == 1 and not has_clamp and every[1] is None else None
-        is_one = may_fold and isinstance(whole, Tensor) and whole.dim() == 0
-        self.kernel_scale = kernel_scale(whole, roster.device) if is_one and whole is not None else None
+        self.kernel_scale = None
+        if may_fold and isinstance(whole, Tensor) and whole.dim() == 0:
+            self.kernel_scale = kernel_scale(whole, roster.device)
         tensors = [states[label][key] for label, places in order.items() for key in places]
         tensors += [may_step, finite, scaled]
         remembered = len(tensors) - 3

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradkeel.apply import apply, factors, scale, separate
-from gradkeel.apply.fused import Folding, can_fold, kernel_scale
+from gradkeel.apply.fused import Folding, can_fold, is_shared, kernel_scale
 from gradkeel.guard.prescale import LossScale, prescale
 from gradkeel.guard.report import SelectionReport
 from gradkeel.guard.roster import Part, Roster
@@ -190,11 +190,16 @@ def carry_out(
             todo.append((roster.parts[i], reports[i], decision, measured, factor, local is None))
     if todo and table is None:
         separate(roster.parameters)
+    alone = optimizer if len(roster.here) == 1 else None
     for part, report, decision, measured, factor, is_whole in todo:
         parameters = part.selection.parameters
         if factor is not None:
-            is_one = len(roster.here) == 1 and (isinstance(factor, float) or factor.dim() == 0)
-            if is_one and optimizer is not None and can_fold(optimizer, parameters) and folding.pays(factor):
+            if (
+                is_shared(factor)
+                and alone is not None
+                and can_fold(alone, parameters)
+                and folding.pays(factor)
+            ):
                 return kernel_scale(factor, roster.device)
             scale(parameters, factor, table)
             continue
@@ -205,8 +210,10 @@ def carry_out(
     return None
 
 
-def _is_one(factor: Tensor | float | None) -> bool:
+def _is_one(factor: Tensor | list[float] | float | None) -> bool:
     """Whether the host knows that nothing is to be multiplied."""
+    if isinstance(factor, list):
+        return factor.count(1.0) == len(factor)
     if isinstance(factor, Tensor):
         if not factor.is_cpu:
             return False

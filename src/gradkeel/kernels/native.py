@@ -8,6 +8,7 @@ import ctypes
 import functools
 import math
 import os
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -235,20 +236,25 @@ class Kernels:
         )  # fmt: skip
         return Read(norms, None, unit_norms, extremes)
 
-    def scale(self, table: Table, factors: Tensor | float, *, by_unit: bool = False) -> None:
-        """Multiply all tensors by one factor, or each tensor, or each unit, by its own, in place.
+    def scale(self, table: Table, factors: Tensor | list[float] | float) -> None:
+        """Multiply all tensors by one number, each tensor by its own, or each unit by its own of a tensor, in place.
 
         Where a factor is 1 nothing is touched.
         """
+        touched = table.tensors
         if isinstance(factors, float):
             held: Any = ctypes.c_double(factors)
             pointer, share = ctypes.addressof(held), _OF_ALL
+        elif isinstance(factors, list):
+            held = array("d", factors)
+            pointer, share = held.buffer_info()[0], _OF_TENSOR
+            touched = [tensor for tensor, own in zip(touched, factors, strict=True) if own != 1.0]
         else:
             held = factors.to(torch.float64).contiguous()
-            pointer, share = held.data_ptr(), _OF_ROW if by_unit else _OF_TENSOR
+            pointer, share = held.data_ptr(), _OF_ROW
         function = self._scale_few if table.are_few else self._scale
         self._check(function(table.address, len(table.tensors), pointer, share, self._team()))
-        torch.autograd.graph.increment_version(table.tensors)
+        torch.autograd.graph.increment_version(touched)
 
     def clamp(self, table: Table, low: float, high: float) -> None:
         """Clamp each entry into ``[low, high]`` in place; NaN stays."""
@@ -281,13 +287,21 @@ class Kernels:
             raise MemoryError("gradkeel: no memory for the list of jobs")
 
 
-def scale(tensors: Sequence[Tensor] | Table, factors: Tensor | float, unit_dim: int | None = None) -> bool:
-    """Multiply all tensors by one factor, or each, or each of their units, by its own; whether the kernels did it."""
+def scale(
+    tensors: Sequence[Tensor] | Table, factors: Tensor | list[float] | float, unit_dim: int | None = None
+) -> bool:
+    """Multiply all tensors by one number, each by its own, or each of their units; whether the kernels did it.
+
+    Args:
+        tensors: k tensors, or where they lie.
+        factors: a number, k numbers, or a tensor of one for each unit.
+        unit_dim: the dimension that counts units, where each has its own.
+    """
     own = kernels()
     table = tensors if own is None or isinstance(tensors, Table) else own.table(tensors, unit_dim)
     if own is None or not isinstance(table, Table):
         return False
-    own.scale(table, factors, by_unit=unit_dim is not None)
+    own.scale(table, factors)
     return True
 
 

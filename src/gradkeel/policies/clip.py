@@ -8,7 +8,7 @@ from typing import Any, ClassVar, get_args
 
 from torch import Tensor
 
-from gradkeel.norms import Decision, GradientNorms, Needs, State
+from gradkeel.norms import Decision, GradientNorms, Needs, State, from_list
 from gradkeel.policies.base import Policy, Scope, count, plain_parameters, positive
 from gradkeel.policies.bounds.base import Bound, HostBound
 from gradkeel.policies.numbers import Memory, Number
@@ -125,7 +125,8 @@ class Clip(Policy):
             return Decision(skip=any_of(found), bound=bound), state
         coefficients = spread(found, norms, scope)
         if scope == "unit":
-            return Decision(unit_coefficients=coefficients, bound=bound), state
+            units = coefficients if isinstance(coefficients, Tensor) else from_list(coefficients)
+            return Decision(unit_coefficients=units, bound=bound), state
         return Decision(coefficients=coefficients, bound=bound), state
 
     @cached_property

@@ -11,7 +11,6 @@ from torch import Tensor
 from gradkeel.norms import GradientNorms, combine, expanded, fixed, is_on_host, take
 from gradkeel.policies.base import Scope
 from gradkeel.policies.numbers import Number, where
-from gradkeel.policies.states import from_list
 from gradkeel.policies.symbols import Page, Symbol
 
 # Cells up to this number are decided on one after the other in plain numbers, where the host has them.
@@ -183,15 +182,15 @@ def _sizes(measured: GradientNorms, scope: Scope) -> tuple[int, ...]:
 def spread(values: Tensor | Sequence[float], measured: GradientNorms, scope: Scope) -> Any:
     """Turn a value for each cell [k] into one for all parameters [], for each parameter [n], or for each unit [u].
 
-    The one for all is a number where the host knows it, as `Decision` takes it.
+    What the host knows stays a number, or a list of them, as `Decision` takes it.
     """
-    if not isinstance(values, Tensor):
+    if isinstance(values, Tensor):
         if scope == "global":
-            return float(values[0])
-        values = from_list(values)
-    elif scope == "global":
-        return values.reshape(())
-    return values if scope != "group" else take(values, _places(measured.groups))
+            return values.reshape(())
+        return values if scope != "group" else take(values, _places(measured.groups))
+    if scope == "global":
+        return float(values[0])
+    return values if scope != "group" else [values[place] for place in _places(measured.groups)]
 
 
 @lru_cache(maxsize=64)

@@ -1,6 +1,5 @@
 """States that the host keeps in plain numbers, and states of several parts; both are read as mappings of tensors."""
 
-from array import array
 from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,14 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradkeel.norms import from_list
+
 HOST = torch.device("cpu")
-
-
-def from_list(values: Sequence[Any], dtype: torch.dtype = torch.float64) -> Tensor:
-    """Make [k] a tensor of these numbers on the host; faster than ``torch.tensor``, and no copy from elsewhere."""
-    wide = torch.float64 if dtype.is_floating_point else torch.int64
-    tensor = torch.frombuffer(array("d" if wide.is_floating_point else "q", values), dtype=wide)
-    return tensor if dtype == wide else tensor.to(dtype)
 
 
 class LazyState(Mapping[str, Tensor]):

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from gradkeel.guard.report import SelectionReport, SkipReason, StepReport, nonfinite_words
 from gradkeel.kernels.arrival import Arrival, to_host
-from gradkeel.norms import combine
+from gradkeel.norms import combine, from_list
 from gradkeel.outcome import Outcome
-from gradkeel.policies.states import from_list
 from gradkeel.record.lag import SERIES, Lag
 from gradkeel.record.schema import CLIPPED, NONFINITE, SCALAR_PREFIX, STEPPED
 
@@ -72,7 +71,7 @@ class Columns:
     """
 
     norms: list[Tensor] = field(default_factory=list)
-    coefficients: list[Tensor | float | Outcome | None] = field(default_factory=list)
+    coefficients: list[Tensor | list[float] | float | Outcome | None] = field(default_factory=list)
     weights: dict[int, Tensor] = field(default_factory=dict)
     peaks: dict[int, Tensor] = field(default_factory=dict)
     present: dict[int, tuple[bool, ...]] = field(default_factory=dict)
@@ -323,9 +322,10 @@ def _scalars(values: Sequence[Tensor | float], like: Tensor) -> Tensor:
     )
 
 
-def _coefficients(values: Sequence[Tensor | float | None], norms: Tensor) -> Tensor:
+def _coefficients(values: Sequence[Tensor | list[float] | float | None], norms: Tensor) -> Tensor:
     """[k, n] from one coefficient a step, or one a parameter and step; None is 1."""
-    filled = [1.0 if value is None else value for value in values]
+    known = [1.0 if value is None else value for value in values]
+    filled = [from_list(value) if isinstance(value, list) else value for value in known]
     if any(isinstance(value, Tensor) and value.dim() for value in filled):
         return torch.stack(
             [v.expand_as(norms) if isinstance(v, Tensor) else torch.full_like(norms, v) for v in filled]
