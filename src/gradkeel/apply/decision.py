@@ -61,15 +61,12 @@ def scale(
         factor: a number, n numbers, [] or [n].
         table: where all the gradients lie, where that is known.
     """
-    if isinstance(factor, float):
-        if factor != 1.0:
-            host.scale(parameters, factor, table)
-    elif isinstance(factor, list):
-        host.scale(parameters, factor, table)
-    elif factor.is_cpu:
-        host.scale(parameters, factor.item() if factor.dim() == 0 else factor.tolist(), table)
-    else:
-        device.scale(parameters, factor)
+    if isinstance(factor, Tensor):
+        if not factor.is_cpu:
+            device.scale(parameters, factor)
+            return
+        factor = factor.item() if factor.dim() == 0 else factor.tolist()
+    host.scale(parameters, factor, table)
 
 
 def clamp(parameters: Sequence[Tensor], limits: tuple[float, float], peaks: Tensor | None = None) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gradkeel.errors import DoubleClippingWarning
 from gradkeel.guard.stack import callers
+from gradkeel.ranks.group import is_running
 from gradkeel.tensors import Seen
 
 
@@ -44,7 +45,7 @@ class Canary:
         # Not weakly: torch does not move a parameter that has a weak reference, where moving means swapping.
         self._parameter = parameter
         self._remove: weakref.finalize[[], Canary] | None = None
-        if parameter is not None and parameter.requires_grad and parameter.is_leaf and not _is_distributed():
+        if parameter is not None and parameter.requires_grad and parameter.is_leaf and not is_running():
             # The parameter may outlive the guard, and then has to be rid of its hook.
             handle = parameter.register_post_accumulate_grad_hook(self._note.take)
             self._remove = weakref.finalize(self, handle.remove)
@@ -53,7 +54,7 @@ class Canary:
     def was_touched(self) -> bool:
         """Whether the gradient that backward left has been modified in place since; forgets it."""
         seen, self._note.seen = self._note.seen, None
-        if seen is None or self._parameter is None or _is_distributed():
+        if seen is None or self._parameter is None or is_running():
             return False
         return seen.is_tensor(self._parameter.grad) and seen.unchanged() is None
 
@@ -61,10 +62,6 @@ class Canary:
         """Stop watching."""
         if self._remove is not None:
             self._remove()
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def warn_of_other_clips(canary: Canary, *, clips: bool) -> None:

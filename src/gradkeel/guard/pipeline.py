@@ -44,6 +44,7 @@ class Pipeline:
         max_consecutive_skips: int,
     ) -> None:
         self.optimizers = tuple(optimizers)
+        self._alone = optimizers[0] if len(optimizers) == 1 else None
         self.nonfinite: NonFinite = nonfinite
         self.recorders: list[Recorder] = []
         self.window: Window | None = None
@@ -222,10 +223,6 @@ class Pipeline:
             and len(self.optimizers) == 1
             and can_skip_on_device(self.optimizers[0], self._roster.device, self._roster.parameters)
         )
-
-    @property
-    def _alone(self) -> Optimizer | None:
-        return self.optimizers[0] if len(self.optimizers) == 1 else None
 
     def _carry_out(self, row: StepReport, entry: Entry[Captured] | None, table: Table | None) -> None:
         """Apply what was decided; with an ``entry`` as the rehearsal of the graphs that will do it."""

@@ -21,9 +21,10 @@ from gradkeel.tensors import are_plain
 
 LEVELS = ("baseline", "avx2", "avx512")
 _OFF, _ON = {"off", "0", "no", "false"}, {"", "on", "1", "yes", "true"}
-# The C code's numbers for norm types.
-_NORMS = {math.inf: 0, 1.0: 1, 2.0: 2}
+NORMS = {math.inf: 0, 1.0: 1, 2.0: 2}
+"""The norm types that the kernels know, with the C code's numbers for them."""
 _BYTES_OF_A_TENSOR = 32
+_NO_MEMORY = "gradkeel: no memory for the list of jobs"
 _OF_TENSOR, _OF_ROW, _OF_ALL = range(3)
 _NOTHING = torch.empty(0, dtype=torch.float64, device="cpu")
 # What torch raises for a tensor without memory of its own: sparse, meta, wrapped.
@@ -53,6 +54,7 @@ class Table:
         tensors: the tensors, so that they live as long.
         address: the table as the library reads it.
         rows: how many units the tensors have; each is one where it was not cut.
+        team: the threads that go through it.
         are_few: whether there are so few entries that the interpreter's lock need not be released for them.
         is_wide: whether one of them is known to be float64.
     """
@@ -60,6 +62,7 @@ class Table:
     tensors: list[Tensor]
     address: Any
     rows: int
+    team: Any
     are_few: bool = False
     is_wide: bool = False
 
@@ -157,7 +160,7 @@ class Kernels:
         rows = ctypes.c_int64()
         dim = -1 if unit_dim is None else unit_dim
         if self._fill(held, dim, address, rows):
-            return Table(held, address, rows.value)
+            return Table(held, address, rows.value, self._team())
         return None if otherwise is None else self.table([otherwise(tensor) for tensor in held], unit_dim)
 
     def _fill(self, tensors: list[Tensor], dim: int, address: Any, rows: Any) -> bool:
@@ -203,7 +206,7 @@ class Kernels:
         norms = _NOTHING.new_empty(count)
         address = _buffer(count)()
         answer = _Answer()
-        pointer, norm, team = norms.data_ptr(), _NORMS[norm_type], self._team()
+        pointer, norm, team = norms.data_ptr(), NORMS[norm_type], self._team()
         try:
             taken = self._norms(
                 tensors, count, self._item, self._export, norm, address, pointer, ctypes.byref(answer), team
@@ -214,12 +217,15 @@ class Kernels:
             return None
         are_few = answer.is_read != 0
         if are_few:
-            self._check(answer.is_read - 1)
-            total = answer.total
+            total, failed = answer.total, answer.is_read != 1
         else:
-            self._check(self._read(address, count, norm, pointer, None, None, team))
+            failed = self._read(address, count, norm, pointer, None, None, team) != 0
             total = self._total(pointer, count, norm)
-        table = Table(tensors, address, count, are_few, answer.is_wide != 0) if answer.are_apart else None
+        if failed:
+            raise MemoryError(_NO_MEMORY)
+        table = (
+            Table(tensors, address, count, team, are_few, answer.is_wide != 0) if answer.are_apart else None
+        )
         return Read(norms, total, table=table)
 
     def read(self, table: Table, norm_type: float, *, units: bool = False, peaks: bool = False) -> Read:
@@ -228,12 +234,11 @@ class Kernels:
         norms = torch.empty(count, dtype=torch.float64, device="cpu")
         unit_norms = torch.empty(table.rows, dtype=torch.float64, device="cpu") if units else None
         extremes = torch.empty(count, 2, dtype=torch.float64, device="cpu") if peaks else None
-        self._check(
-            self._read(
-                table.address, count, _NORMS[norm_type], norms.data_ptr(), _address(unit_norms), _address(extremes),
-                self._team(),
-            )
-        )  # fmt: skip
+        if self._read(
+            table.address, count, NORMS[norm_type], norms.data_ptr(), _address(unit_norms), _address(extremes),
+            table.team,
+        ):  # fmt: skip
+            raise MemoryError(_NO_MEMORY)
         return Read(norms, None, unit_norms, extremes)
 
     def scale(self, table: Table, factors: Tensor | list[float] | float) -> None:
@@ -253,12 +258,14 @@ class Kernels:
             held = factors.to(torch.float64).contiguous()
             pointer, share = held.data_ptr(), _OF_ROW
         function = self._scale_few if table.are_few else self._scale
-        self._check(function(table.address, len(table.tensors), pointer, share, self._team()))
+        if function(table.address, len(table.tensors), pointer, share, table.team):
+            raise MemoryError(_NO_MEMORY)
         torch.autograd.graph.increment_version(touched)
 
     def clamp(self, table: Table, low: float, high: float) -> None:
         """Clamp each entry into ``[low, high]`` in place; NaN stays."""
-        self._check(self._clamp(table.address, len(table.tensors), low, high, self._team()))
+        if self._clamp(table.address, len(table.tensors), low, high, table.team):
+            raise MemoryError(_NO_MEMORY)
         torch.autograd.graph.increment_version(table.tensors)
 
     def add(self, sums: Table, table: Table) -> None:
@@ -271,7 +278,8 @@ class Kernels:
         for total, tensor in zip(sums.tensors, table.tensors, strict=True):
             assert total.dtype in (torch.float32, torch.float64), "sums are wide"
             assert (total.shape, total.stride()) == (tensor.shape, tensor.stride()), "they lie alike"
-        self._check(self._add(sums.address, table.address, len(table.tensors), self._team()))
+        if self._add(sums.address, table.address, len(table.tensors), table.team):
+            raise MemoryError(_NO_MEMORY)
         torch.autograd.graph.increment_version(sums.tensors)
 
     def _team(self) -> Any:
@@ -280,11 +288,6 @@ class Kernels:
             team = _Team(LEVELS.index(self.level) + 1, threads, self._parallel)
             self._teams[threads] = ctypes.pointer(team)
         return self._teams[threads]
-
-    @staticmethod
-    def _check(status: int) -> None:
-        if status != 0:
-            raise MemoryError("gradkeel: no memory for the list of jobs")
 
 
 def scale(
@@ -329,11 +332,6 @@ def add(sums: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
 def _buffer(count: int) -> type[Any]:
     """The type of a table of so many tensors; making it anew costs more than the table."""
     return ctypes.c_char * (_BYTES_OF_A_TENSOR * count + 1)
-
-
-def has_norm(norm_type: float) -> bool:
-    """Whether the kernels know this norm."""
-    return norm_type in _NORMS
 
 
 def kernels() -> Kernels | None:

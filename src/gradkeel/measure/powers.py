@@ -38,7 +38,7 @@ def read(
     A tensor whose entries are all finite has finite norms; a NaN or inf entry gives NaN or inf. On an accelerator all
     sums are float64 to begin with, and the host is not synced.
     """
-    kernels = native.kernels() if device == _HOST and native.has_norm(norm_type) else None
+    kernels = native.kernels() if device == _HOST and norm_type in native.NORMS else None
     if kernels is not None:
         reading = _native_reading(kernels, tensors, norm_type, unit_dim=unit_dim, with_peaks=with_peaks)
         if reading is not None:

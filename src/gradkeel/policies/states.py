@@ -29,29 +29,69 @@ class LazyState(Mapping[str, Tensor]):
 
 
 class Ring:
-    """One cell's last norms on the host: in the order of the ring, and sorted. Never changed, as no state is."""
+    """One cell's last norms on the host: in the order of the ring, and sorted. As every state it never changes.
 
-    __slots__ = ("_ordered", "values")
+    To copy them all for each new one would take longer than all else. So a ring with one more value, once it is asked
+    for its values, takes the lists of the one before over, which makes its own anew should it be asked again. Once in
+    each round they are copied, so that an old ring that somebody keeps holds on to no more than a round of later ones.
+    """
 
-    def __init__(self, values: list[float], ordered: list[float] | None = None) -> None:
-        self.values = values
-        self._ordered = ordered
+    __slots__ = ("_change", "_later", "_ordered", "_values")
+
+    def __init__(self, values: list[float] | None, change: "tuple[Ring, int, float] | None" = None) -> None:
+        self._values = values
+        self._ordered: list[float] | None = None
+        self._change = change  # the ring before, how many it has seen, and the new value
+        self._later: tuple[Ring, int, float] | None = (
+            None  # who took the lists, and what it has put over which value
+        )
+
+    @property
+    def values(self) -> list[float]:
+        """The values in the order of the ring."""
+        if self._change is not None:
+            self._take_over(*self._change)
+        if self._values is None:
+            self._values = self._made_anew()
+        return self._values
 
     def ordered(self, number: int) -> list[float]:
         """Return the first ``number`` values, ascending."""
+        values = self.values
         if self._ordered is None or len(self._ordered) != number:
-            self._ordered = sorted(self.values[:number])
+            self._ordered = sorted(values[:number])
         return self._ordered
 
     def entered(self, seen: int, value: float) -> "Ring":
-        """Return the ring with one more value than the ``seen`` before; what was sorted stays so."""
-        values, place = self.values.copy(), seen % len(self.values)
-        ordered = self.ordered(min(seen, len(values))).copy()
+        """Return the ring with one more value than the ``seen`` before."""
+        _ = self.values  # so that there is never more than one change to make
+        return Ring(None, (self, seen, value))
+
+    def _take_over(self, before: "Ring", seen: int, value: float) -> None:
+        values = before.values
+        place = seen % len(values)
+        was, ordered = values[place], before.ordered(min(seen, len(values)))
+        if place == 0:
+            values, ordered = values.copy(), ordered.copy()
+        else:
+            before._values, before._ordered, before._later = None, None, (self, place, was)
         if seen >= len(values):
-            del ordered[bisect_left(ordered, values[place])]
+            del ordered[bisect_left(ordered, was)]
         insort(ordered, value)
         values[place] = value
-        return Ring(values, ordered)
+        self._values, self._ordered, self._change = values, ordered, None
+
+    def _made_anew(self) -> list[float]:
+        changes, ring = [], self
+        while ring._later is not None:
+            ring, place, was = ring._later
+            changes.append((place, was))
+        assert ring._values is not None, "the last of them has the lists"
+        values = ring._values.copy()
+        for place, was in reversed(changes):
+            values[place] = was
+        self._later = None
+        return values
 
 
 class PlainState(LazyState):

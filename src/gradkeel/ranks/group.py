@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _PATIENCE = timedelta(minutes=2)
 _ALL_HERE = "all"
+_CAN_RUN = distributed.is_available()
 ALONE = "torch.distributed.new_group([rank], use_local_synchronization=True)"
 
 
@@ -119,7 +120,7 @@ class Ranks:
 
 def is_running() -> bool:
     """Tell whether this process is one rank of a distributed job."""
-    return distributed.is_available() and distributed.is_initialized()
+    return _CAN_RUN and distributed.is_initialized()
 
 
 def ranks_of(group: "Group", argument: str) -> Ranks:

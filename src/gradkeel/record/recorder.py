@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from gradkeel.errors import RecordWarning
 from gradkeel.guard.report import StepReport
 from gradkeel.kernels.arrival import is_capturing
+from gradkeel.ranks.group import is_running
 from gradkeel.record.lag import second_moment_lag
 from gradkeel.record.outbox import Outbox, Sink
 from gradkeel.record.ranks import rank_path
@@ -270,6 +271,6 @@ def _warn(message: str) -> None:
 
 def _place() -> tuple[int, int]:
     """This process's rank, and how many there are."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not is_running():
         return 0, 1
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
