@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -164,7 +165,7 @@ class Kept:
         series = {
             "total": _scalars(totals, unknown),
             "bound": _scalars(bounds, unknown),
-            "stepped": _scalars([_number(flag) for flag in made], unknown),
+            "stepped": _scalars(made, unknown),
             "norms": torch.cat([torch.stack(own.norms) for own in self.columns], dim=1),
             "coefficients": torch.cat([own.stacked_coefficients() for own in self.columns], dim=1),
         }
@@ -308,10 +309,6 @@ def _bound(selection: SelectionReport) -> Tensor | float:
     return math.nan if bound is None else bound
 
 
-def _number(flag: bool | Tensor) -> Tensor | float:
-    return flag if isinstance(flag, Tensor) else float(flag)
-
-
 def _scalars(values: Sequence[Tensor | float], like: Tensor) -> Tensor:
     if like.is_cpu:
         return from_list(list(values))
@@ -324,12 +321,13 @@ def _scalars(values: Sequence[Tensor | float], like: Tensor) -> Tensor:
 
 def _coefficients(values: Sequence[Tensor | list[float] | float | None], norms: Tensor) -> Tensor:
     """[k, n] from one coefficient a step, or one a parameter and step; None is 1."""
-    known = [1.0 if value is None else value for value in values]
-    filled = [from_list(value) if isinstance(value, list) else value for value in known]
-    if any(isinstance(value, Tensor) and value.dim() for value in filled):
-        return torch.stack(
-            [v.expand_as(norms) if isinstance(v, Tensor) else torch.full_like(norms, v) for v in filled]
-        )
+    filled: list[Any] = [1.0 if value is None else value for value in values]
+    if set(map(type, filled)) != {float}:
+        filled = [from_list(value) if isinstance(value, list) else value for value in filled]
+        if any(isinstance(value, Tensor) and value.dim() for value in filled):
+            return torch.stack(
+                [v.expand_as(norms) if isinstance(v, Tensor) else torch.full_like(norms, v) for v in filled]
+            )
     return _scalars(filled, norms).unsqueeze(1).expand(-1, norms.numel())
 
 

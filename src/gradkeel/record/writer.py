@@ -1,6 +1,7 @@
 """Writes rows into a record file, block by block, each flush one transaction; runs on the recorder's own thread."""
 
 import contextlib
+import itertools
 import json
 import os
 import sqlite3
@@ -98,7 +99,7 @@ class RecordFile:
             )
             self._connection.executemany(
                 "INSERT INTO weight_samples (step, weights, updates, session) VALUES (?, ?, ?, ?)",
-                [(step, *self._sampled(sample), self._session) for step, sample in rows.samples],
+                [(step, *blobs, self._session) for step, blobs in self._sampled(rows.samples)],
             )
         self._last_step = rows.steps[-1]
 
@@ -238,11 +239,17 @@ class RecordFile:
             return values
         return placed(values, columns, self._width, series.fill)
 
-    def _sampled(self, sample: Sample) -> tuple[bytes, bytes]:
-        known = {i: self._positions[name] for i, name in enumerate(sample.names) if name in self._positions}
-        kept = torch.stack([sample.weights, sample.updates]).to(torch.float64)[:, list(known)]
-        weights, updates = placed(kept, list(known.values()), self._width, float("nan"))
-        return to_blob(weights), b"" if bool(updates.isnan().all()) else to_blob(updates)
+    def _sampled(self, samples: Sequence[tuple[int, Sample]]) -> Iterator[tuple[int, tuple[bytes, bytes]]]:
+        """Each step's norms of weights and updates, by the file's columns; nothing where no update was measured."""
+        for names, group in itertools.groupby(samples, key=lambda one: one[1].names):
+            steps, own = zip(*group, strict=True)
+            known = {i: self._positions[name] for i, name in enumerate(names) if name in self._positions}
+            kept = torch.stack([norms for one in own for norms in (one.weights, one.updates)])[:, list(known)]
+            rows = placed(kept.to(torch.float64), list(known.values()), self._width, float("nan"))
+            has_updates = (~rows[1::2].isnan()).any(dim=1).tolist()
+            blobs = [to_blob(row) for row in rows]
+            for step, weights, updates, has in zip(steps, blobs[::2], blobs[1::2], has_updates, strict=True):
+                yield step, (weights, updates if has else b"")
 
     def _append(self, new: dict[str, Tensor]) -> None:
         """Add rows to the open block; write it, and as many full ones as there are."""
