@@ -25,11 +25,13 @@ PLAIN = "a step that does nothing"
 GUARDED, RECORDED = "guarded step", "guarded step, recorded"
 ADAPTIVE: dict[str, Policy] = {"zclip": ZClip(), "auto-clip": AutoClip(), "adagc": AdaGC(warmup_norm=1e6)}
 """A bound that follows averages of the norm, one that follows its last values, and one for each tensor."""
+RECORDING = dict(zip(SMALL, (1.05, 1.05, 1.03), strict=True))
+"""What a recorded step is to take at most, as a multiple of one that is not."""
 FIRST = 100
 """Steps at each of which a record looks at weights and updates too."""
 TIMES = 30
 """As many rounds for one: they are short."""
-TURN = 1000
+TURNS = dict(zip(SMALL, (1000, 1000, 250), strict=True))
 """Training steps at a time, so that what the thread of a record does is counted where it belongs."""
 
 
@@ -60,23 +62,41 @@ def clipped(gradients: Gradients, folder: Path, *, active: bool, rounds: int) ->
     )
 
 
-def trained(folder: Path, rounds: int) -> Race:
-    """`TURN` whole training steps of the MLP: each contender its own, of the same weights."""
+def networks(name: str) -> nn.ModuleList:
+    """The networks whose parameters have these shapes, with the same weights each time."""
+    torch.manual_seed(0)
+    if name.startswith("MLP"):
+        return nn.ModuleList([nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 10))])
+    if "PPO" in name:
+        return nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 4))
+            for _ in range(2)
+        )
+    layers = [nn.Linear(64, 64, bias=False) for _ in range(60)]
+    for layer in layers:
+        nn.init.kaiming_normal_(layer.weight)  # so that gradients reach the first
+    return nn.ModuleList([nn.Sequential(*(part for layer in layers for part in (nn.ReLU(), layer)))])
+
+
+def trained(name: str, folder: Path, rounds: int) -> Race:
+    """Whole training steps, as many as a turn has: each contender its own, of the same weights."""
+    shapes = [tuple(parameter.shape) for parameter in networks(name).parameters()]
+    assert shapes == SMALL[name], "the networks are those that are clipped"
+    inputs, targets = torch.randn(64, shapes[0][1]), torch.randint(4, (64,))
 
     def loop(
-        name: str, policy: Policy | None, record: Path | None = None, *, torchs: bool = False
+        words: str, policy: Policy | None, record: Path | None = None, *, torchs: bool = False
     ) -> Contender:
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 10))
-        inputs, targets = torch.randn(64, 32), torch.randint(10, (64,))
+        model = networks(name)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         recorder = None if record is None else gk.Recorder(record)
         if policy is not None:
             gk.attach(optimizer, policy, model=model, record=recorder)
 
         def turn() -> None:
-            for _ in range(TURN):
-                nn.functional.cross_entropy(model(inputs), targets).backward()
+            for _ in range(TURNS[name]):
+                losses = [nn.functional.cross_entropy(network(inputs), targets) for network in model]
+                sum(losses, torch.zeros(())).backward()
                 if torchs:
                     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
@@ -85,14 +105,14 @@ def trained(folder: Path, rounds: int) -> Race:
                 recorder.flush()
 
         turn()
-        return Contender(name, turn)
+        return Contender(words, turn)
 
     constant = ClipByGlobalNorm(1.0)
     contenders = [
         loop(TORCH, None, torchs=True),
         loop(GUARDED, constant),
-        *(loop(name, policy) for name, policy in ADAPTIVE.items()),
-        loop(RECORDED, constant, folder / "trained.keel"),
+        *(loop(words, policy) for words, policy in ADAPTIVE.items()),
+        loop(RECORDED, constant, folder / f"{len(shapes)}-trained.keel"),
         loop("no clipping", None),
     ]
     return race(contenders, rounds=rounds, collects=True)
@@ -114,7 +134,7 @@ def adaptive(words: str, found: Race) -> list[Target]:
 
 
 def ask(rounds: int) -> Answer:
-    """Three small models, below and above the bound; and whole training steps of the smallest."""
+    """Three small models, below and above the bound; and whole training steps of them."""
     with TemporaryDirectory() as folder:
         return _asked(rounds, Path(folder))
 
@@ -137,16 +157,15 @@ def _asked(rounds: int, folder: Path) -> Answer:
                 if not active:
                     targets += adaptive(words, found)
                     record = found.ratio(RECORDED, GUARDED)
-                    targets.append(Target(f"{words}, recorded to not recorded", 1.05, record))
-        found = trained(folder, rounds)
-        tables.append(Table(f"MLP, 4 tensors, {TURN} whole training steps", found))
-        targets += [
-            target("MLP, whole training steps, guarded to torch", 1.0, found, GUARDED),
-            *adaptive("MLP, whole training steps", found),
-            Target(
-                "MLP, whole training steps, recorded to not recorded", 1.05, found.ratio(RECORDED, GUARDED)
-            ),
-        ]
+                    targets.append(Target(f"{words}, recorded to not recorded", RECORDING[name], record))
+            found = trained(name, folder, rounds)
+            words = f"{name}, whole training steps"
+            tables.append(Table(f"{words}, {TURNS[name]} a turn", found))
+            targets += [
+                target(f"{words}, guarded to torch", 1.0, found, GUARDED),
+                *adaptive(words, found),
+                Target(f"{words}, recorded to not recorded", RECORDING[name], found.ratio(RECORDED, GUARDED)),
+            ]
     finally:
         torch.set_num_threads(threads)
     return Answer(tables, targets)
