@@ -72,6 +72,8 @@ def noise(answers: Mapping[str, Answer]) -> str:
 
 def draw(curves: Sequence[Curve], folder: Path) -> None:
     """Write each curve as a picture."""
+    from matplotlib.ticker import EngFormatter
+
     from gradkeel.explain.smoothness.figures import picture, plain_ticks, save
     from gradkeel.page.figures import COLORS
 
@@ -82,6 +84,7 @@ def draw(curves: Sequence[Curve], folder: Path) -> None:
             axes.loglog(*zip(*points, strict=True), "o-", color=color, label=name, markersize=4)
         axes.set(xlabel=curve.xlabel, ylabel="ms", title=curve.title)
         plain_ticks(axes)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.legend(frameon=False)
         save(figure, folder / f"benchmarks-{curve.name}.png")
 
