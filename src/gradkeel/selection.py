@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gradkeel.errors import SelectionError
 from gradkeel.policies import Policy, parse
+from gradkeel.tensors import are_distributed
 
 Exclude = str | nn.Module | Tensor | Callable[[str, Tensor], bool]
 """A name pattern (``*.bias``), a module, a parameter, or a predicate of name and parameter."""
@@ -42,6 +43,11 @@ class Selection:
     def sizes(self) -> tuple[int, ...]:
         """The parameters' numbers of entries."""
         return tuple(parameter.numel() for parameter in self.parameters)
+
+    @cached_property
+    def is_distributed(self) -> bool:
+        """Whether any parameter, and so its gradient, is a DTensor."""
+        return are_distributed(self.parameters)
 
     @cached_property
     def all_present(self) -> tuple[bool, ...]:

@@ -108,7 +108,11 @@ def readings(selection: Selection, needs: Needs, device: torch.device) -> Readin
     """Read a selection's gradients as they are stored on this rank; does not sync the host on an accelerator."""
     held = [gradient for parameter in selection.parameters if (gradient := parameter.grad) is not None]
     reading = read(
-        local_parts(held), needs.norm_type, device, unit_dim=needs.unit_dim, with_peaks=needs.peaks
+        local_parts(held) if selection.is_distributed else held,
+        needs.norm_type,
+        device,
+        unit_dim=needs.unit_dim,
+        with_peaks=needs.peaks,
     )
     if len(held) == len(selection.parameters):
         present = selection.all_present
