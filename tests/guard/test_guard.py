@@ -493,6 +493,19 @@ def test_a_state_of_other_groups_is_refused_and_nothing_is_changed(groups):
     guarded(2).load_state_dict(saved)
 
 
+def test_what_was_logged_stays_what_it_was_when_the_tensor_changes_before_the_step():
+    model = torch.nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = gk.attach(optimizer, None)
+    loss = model(torch.ones(3)).sum()
+    loss.backward()
+    running = loss.detach().clone()
+    guard.log(running=running)
+    running.zero_()
+    optimizer.step()
+    assert guard.report.scalars["running"] == loss
+
+
 def test_logged_numbers_are_the_coming_steps():
     (parameter,) = parameters_of([3.0, 4.0])
     guard = gk.attach(sgd([parameter]), None)

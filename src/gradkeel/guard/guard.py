@@ -142,11 +142,11 @@ class Guard(Pipeline):
     def log(self, **scalars: Tensor | float) -> None:
         """Note numbers of the coming step, such as ``loss=...`` and ``lr=...``; call it before ``optimizer.step()``.
 
-        Tensors stay on their device; the host is not synced. They go into ``report.scalars`` and the record, and a
-        policy that looks at the loss reads ``loss``.
+        Tensors are copied, for a running loss may change before the step, and stay on their device; the host is not
+        synced. They go into ``report.scalars`` and the record, and a policy that looks at the loss reads ``loss``.
         """
         for name, value in scalars.items():
-            self._scalars[name] = value.detach() if isinstance(value, Tensor) else float(value)
+            self._scalars[name] = value.detach().clone() if isinstance(value, Tensor) else float(value)
 
     @property
     def logged(self) -> dict[str, Tensor | float]:
