@@ -481,7 +481,7 @@ __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))) static vo
 #endif
 
 /* Raised with every change of what is exported, so that native.py never calls a library of another time. */
-EXPORT int32_t gradkeel_interface(void) { return 8; }
+EXPORT int32_t gradkeel_interface(void) { return 9; }
 
 /* How many of the levels baseline, AVX2 and AVX-512 this processor has: from 1 to 3. */
 EXPORT int32_t gradkeel_levels(void) {
@@ -664,12 +664,12 @@ static int32_t are_apart(const struct tensor *table, int64_t count) {
 /* Describes the tensors of a Python list as gradkeel_table does, and reads them at once if they are few entries, so that
  * a small model costs one call. Needs the GIL, for which more entries would keep others waiting.
  *
- * Returns how many were taken, as gradkeel_table; is_read tells whether norms and total were written (or, below zero,
- * that there was no memory).
+ * Returns how many were taken, as gradkeel_table. A struct answer is written behind the table; is_read tells whether
+ * norms and total were written (or, below zero, that there was no memory).
  */
 EXPORT int64_t gradkeel_norms(void *list, int64_t count, item_of_list item, export_tensor export, int32_t norm,
-                              struct tensor *table, double *norms, struct answer *answer,
-                              const struct team *team) {
+                              struct tensor *table, double *norms, const struct team *team) {
+    struct answer *answer = (struct answer *)(table + count);
     int64_t rows, entries = 0, taken = gradkeel_table(list, count, item, export, -1, table, &rows);
     answer->is_read = 0;
     if (taken < count) return taken;

@@ -37,15 +37,6 @@ class _Team(ctypes.Structure):
     _fields_ = (("level", ctypes.c_int32), ("threads", ctypes.c_int32), ("parallel", ctypes.c_void_p))
 
 
-class _Answer(ctypes.Structure):
-    """struct answer of native.c."""
-
-    _fields_ = (
-        ("total", ctypes.c_double), ("is_read", ctypes.c_int32), ("are_apart", ctypes.c_int32),
-        ("is_wide", ctypes.c_int32),
-    )  # fmt: skip
-
-
 @dataclass(slots=True, eq=False)
 class Table:
     """Addresses, sizes and dtypes of dense CPU tensors; valid while none of them is resized.
@@ -118,7 +109,7 @@ class Kernels:
         self._norms.restype = ctypes.c_int64
         self._norms.argtypes = (
             ctypes.py_object, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p,
-            ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p,
+            ctypes.c_void_p, ctypes.c_void_p,
         )  # fmt: skip
         self._locate = held.gradkeel_locate
         self._locate.restype = ctypes.c_int64
@@ -156,7 +147,7 @@ class Kernels:
             otherwise: where a tensor is not fit as it is, the table is of what this makes of each of them.
         """
         held = list(tensors)
-        address = _buffer(len(held))()
+        address = ctypes.byref(_table(len(held))())
         rows = ctypes.c_int64()
         dim = -1 if unit_dim is None else unit_dim
         if self._fill(held, dim, address, rows):
@@ -204,13 +195,11 @@ class Kernels:
             return None
         count = len(tensors)
         norms = _NOTHING.new_empty(count)
-        address = _buffer(count)()
-        answer = _Answer()
+        answer = _table(count)()
+        address = ctypes.byref(answer)
         pointer, norm, team = norms.data_ptr(), NORMS[norm_type], self._team()
         try:
-            taken = self._norms(
-                tensors, count, self._item, self._export, norm, address, pointer, ctypes.byref(answer), team
-            )
+            taken = self._norms(tensors, count, self._item, self._export, norm, address, pointer, team)
         except _NO_ADDRESS:
             return None
         if taken != count:
@@ -329,9 +318,16 @@ def add(sums: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def _buffer(count: int) -> type[Any]:
-    """The type of a table of so many tensors; making it anew costs more than the table."""
-    return ctypes.c_char * (_BYTES_OF_A_TENSOR * count + 1)
+def _table(count: int) -> type[Any]:
+    """The type of a table of so many tensors, with native.c's struct answer behind it; slow to make."""
+
+    class Answered(ctypes.Structure):
+        _fields_ = (
+            ("table", ctypes.c_char * (_BYTES_OF_A_TENSOR * count)), ("total", ctypes.c_double),
+            ("is_read", ctypes.c_int32), ("are_apart", ctypes.c_int32), ("is_wide", ctypes.c_int32),
+        )  # fmt: skip
+
+    return Answered
 
 
 def kernels() -> Kernels | None:
