@@ -13,9 +13,8 @@ from gradkeel.accumulate.loader import Batch, Lookahead, Together
 from gradkeel.accumulate.micro import MicroBatch
 from gradkeel.accumulate.noise import NoiseMeter
 from gradkeel.accumulate.sync import GradientSync
-from gradkeel.accumulate.watch import GradientWatch
 from gradkeel.accumulate.wide import WideSums
-from gradkeel.accumulate.window import OpenWindow, by_names, check_saved, saved_sums
+from gradkeel.accumulate.window import GradientWatch, OpenWindow, by_names, check_saved, saved_sums
 from gradkeel.apply.skip import clear_gradients
 from gradkeel.errors import CheckpointError, WindowError
 from gradkeel.guard.guard import Guard
