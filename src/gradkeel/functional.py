@@ -112,13 +112,8 @@ _KEPT = _Kept()
 
 def _entry(parameters: list[Tensor], norm_type: float) -> Entry[_Captured] | None:
     """What a graph is kept by for these gradients; None where they are clipped by operations that are launched."""
-    device = parameters[0].device if parameters else None
-    if (
-        device is None
-        or device.type != "cuda"
-        or norm_type not in (1.0, 2.0)
-        or torch.compiler.is_compiling()
-    ):
+    device = parameters[0].device if parameters else torch.device("cpu")
+    if device.type != "cuda" or norm_type not in (1.0, 2.0) or torch.compiler.is_compiling():
         return None
     gradients = [parameter.grad for parameter in parameters]
     if not any(gradient is not None for gradient in gradients) or not can_capture(device):
