@@ -8,13 +8,13 @@ import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from gradkeel.errors import RecordWarning
 from gradkeel.guard.guard import Guard
 from gradkeel.guard.report import StepReport
 from gradkeel.kernels.arrival import is_capturing
+from gradkeel.ranks.group import is_running
 from gradkeel.record.lag import second_moment_lag
 from gradkeel.record.outbox import Outbox, Sink
 from gradkeel.record.rows import Subject, layout
@@ -74,7 +74,9 @@ class Recorder:
             raise TypeError("Recorder(path=None): give a path, or at least one sink")
         self.path = None if path is None else check_path(path, "Recorder(path=...)")
         self._sinks, self._flush_seconds, self._per_rank = list(sinks), flush_seconds, per_rank
-        self.rank, self._ranks = _place()
+        self.rank, self._ranks = 0, 1
+        if is_running():
+            self.rank, self._ranks = distributed.get_rank(), distributed.get_world_size()
         self._guard: Guard | None = None
         self._layout: object = None  # of the steps that wait
         self._sampling = Sampling()
@@ -231,10 +233,3 @@ def check_path(path: object, argument: str) -> str:
 
 def _warn(message: str) -> None:
     warnings.warn(message, RecordWarning, stacklevel=3)
-
-
-def _place() -> tuple[int, int]:
-    """This process's rank, and how many there are."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
