@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -17,10 +17,8 @@ from gradkeel.guard.report import Recorder
 from gradkeel.guard.wrappers import unwrap
 from gradkeel.policies import Policy, parse
 from gradkeel.ranks.declared import ShardOver, Sharing
+from gradkeel.ranks.group import Group
 from gradkeel.selection import Exclude
-
-if TYPE_CHECKING:
-    from gradkeel.ranks.group import Group
 
 POLICY_VARIABLE = "GRADKEEL_POLICY"
 RECORD_VARIABLE = "GRADKEEL_RECORD"

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,7 @@ from gradkeel.apply.skip import clear_gradients
 from gradkeel.errors import CheckpointError, WindowError
 from gradkeel.guard.guard import Guard
 from gradkeel.noise_scale import NoiseScale
-from gradkeel.ranks.group import Ranks
-
-if TYPE_CHECKING:
-    from gradkeel.ranks.group import Group
+from gradkeel.ranks.group import Group, Ranks
 
 _VERSION = 1
 
