@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -17,10 +17,8 @@ from gradkeel.guard.report import Recorder
 from gradkeel.guard.wrappers import unwrap
 from gradkeel.policies import Policy, parse
 from gradkeel.ranks.declared import ShardOver, Sharing
+from gradkeel.ranks.group import Group
 from gradkeel.selection import Exclude
-
-if TYPE_CHECKING:
-    from gradkeel.ranks.group import Group
 
 POLICY_VARIABLE = "GRADKEEL_POLICY"
 RECORD_VARIABLE = "GRADKEEL_RECORD"
@@ -154,11 +152,9 @@ def _read(
         except PolicySpecError as error:
             raise PolicySpecError(f"{POLICY_VARIABLE}={words}, in the environment: {error}") from None
         policy, exclude = given.policy, given.exclude
-    if exclude is None:
-        exclude = ()
-    elif isinstance(exclude, str | nn.Module | Tensor) or callable(exclude):
+    if isinstance(exclude, str | nn.Module | Tensor) or callable(exclude):
         exclude = (exclude,)
-    return policy, exclude
+    return policy, () if exclude is None else exclude
 
 
 def _from_environment(variable: str) -> str | None:
@@ -200,13 +196,11 @@ def _record(guard: Guard, record: Recorder | str | os.PathLike[str]) -> None:
     if isinstance(record, str | os.PathLike):
         from gradkeel.record import Recorder as FileRecorder
 
-        recorder: Recorder = FileRecorder(record)
-    else:
-        recorder = record
-    bind = getattr(recorder, "bind", None)
+        record = FileRecorder(record)
+    bind = getattr(record, "bind", None)
     if bind is not None:
         bind(guard)
-    guard.recorders.append(recorder)
+    guard.recorders.append(record)
 
 
 def _check(optimizers: Sequence[Optimizer], nonfinite: str, max_consecutive_skips: int) -> None:

@@ -13,10 +13,10 @@ from gradkeel.apply import clamp, scale, separate
 from gradkeel.errors import NonFiniteGradientError
 from gradkeel.kernels.graph import Entry, Graph, Graphs, can_capture, tell_autograd
 from gradkeel.kernels.native import Table
+from gradkeel.ranks.powers import WIDE
 from gradkeel.ranks.total import total_norm
 from gradkeel.tensors import are_plain, is_distributed, on_mesh_of, settle, settled, whole
 
-_WIDE = {torch.float64, torch.complex128}
 # Between these, zero and inf aside, a number has its like in float32; half of the smallest is rounded to zero.
 _LEAST_FLOAT32, _LARGEST_FLOAT32 = 2.0**-149, torch.finfo(torch.float32).max
 _TORCH_EPS = 1e-6
@@ -112,13 +112,8 @@ _KEPT = _Kept()
 
 def _entry(parameters: list[Tensor], norm_type: float) -> Entry[_Captured] | None:
     """What a graph is kept by for these gradients; None where they are clipped by operations that are launched."""
-    device = parameters[0].device if parameters else None
-    if (
-        device is None
-        or device.type != "cuda"
-        or norm_type not in (1.0, 2.0)
-        or torch.compiler.is_compiling()
-    ):
+    device = parameters[0].device if parameters else torch.device("cpu")
+    if device.type != "cuda" or norm_type not in (1.0, 2.0) or torch.compiler.is_compiling():
         return None
     gradients = [parameter.grad for parameter in parameters]
     if not any(gradient is not None for gradient in gradients) or not can_capture(device):
@@ -300,7 +295,7 @@ def _narrowed(total: Tensor | float, gradients: Sequence[Tensor], table: Table |
     if table is not None and table.tensors:  # plain ones that were read as they are
         is_wide, gradients = table.is_wide, []
     else:
-        is_wide = not _WIDE.isdisjoint([gradient.dtype for gradient in gradients])
+        is_wide = any(gradient.dtype in WIDE for gradient in gradients)
     if isinstance(total, Tensor):
         return on_mesh_of(gradients, total if is_wide else total.float())
     fits = total == 0 or not math.isfinite(total) or _LEAST_FLOAT32 <= total <= _LARGEST_FLOAT32

@@ -54,7 +54,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 def _local(tensor: Any) -> Tensor:
     """Return what this rank holds of a distributed tensor."""
-    local: Any = tensor.to_local()
+    local = tensor.to_local()
     # Where it is still on its way from an asynchronous collective, it is waited for.
     return local if type(local) in _PLAIN or not hasattr(local, "wait") else local.wait()
 
@@ -117,16 +117,13 @@ def settle(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
     held = [own for parameter in parameters if (own := parameter.grad) is not None]
     if are_plain(held):
         return held
-    is_settled = True
     for parameter in parameters:
         gradient: Any = parameter.grad
         if gradient is not None and is_distributed(gradient):
             wanted = parameter.placements  # type: ignore[attr-defined]  # its gradient is distributed, so it is
             if gradient.placements != wanted:
-                parameter.grad, is_settled = gradient.redistribute(placements=wanted), False
-    return settled(
-        held if is_settled else [own for parameter in parameters if (own := parameter.grad) is not None]
-    )
+                parameter.grad = gradient.redistribute(placements=wanted)
+    return settled([own for parameter in parameters if (own := parameter.grad) is not None])
 
 
 def settled(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -152,21 +149,21 @@ def coordinate(tensor: Tensor) -> tuple[int, ...] | None:
     """
     if not is_distributed(tensor):
         return ()
-    given: Any = tensor
-    here = given.device_mesh.get_coordinate()
+    here = mesh_of(tensor).get_coordinate()
     return None if here is None else tuple(here[axis] for axis in split_axes(tensor))
 
 
 def split_axes(tensor: Tensor) -> tuple[int, ...]:
     """Return the mesh axes that split a distributed tensor; the others hold copies. A plain tensor has none."""
+    if not is_distributed(tensor):
+        return ()
     given: Any = tensor
-    return tuple(_split_axes(given.placements)) if is_distributed(tensor) else ()
+    return tuple(axis for axis, placement in enumerate(given.placements) if hasattr(placement, "dim"))
 
 
 def is_first_copy(tensor: Tensor) -> bool:
     """Tell whether this rank holds the first of the copies of its piece of a distributed tensor."""
-    given: Any = tensor
-    here, axes = given.device_mesh.get_coordinate(), split_axes(tensor)
+    here, axes = mesh_of(tensor).get_coordinate(), split_axes(tensor)
     return here is not None and not any(place for axis, place in enumerate(here) if axis not in axes)
 
 
@@ -183,12 +180,10 @@ def units_here(tensor: Tensor, unit_dim: int) -> Sequence[int]:
     """Return the indices, in the whole tensor, of the units of which this rank holds something, as they lie."""
     if tensor.dim() <= 1:
         return (0,)
-    given: Any = tensor
-    units = range(tensor.shape[unit_dim])
     if not is_distributed(tensor):
-        return units
+        return range(tensor.shape[unit_dim])
     # Outside of the mesh torch leaves an empty vector, which is one unit.
-    return _held(units, unit_dim, given.device_mesh, given.placements) if is_member(tensor) else (0,)
+    return _held(tensor, unit_dim) if is_member(tensor) else (0,)
 
 
 def mesh_of(tensor: Tensor) -> Any:
@@ -204,28 +199,21 @@ def on_mesh_of(tensors: Sequence[Tensor], number: Tensor) -> Tensor:
     if mesh is None or meshes:
         return number
     module: Any = sys.modules["torch.distributed.tensor"]
-    placed: Tensor = module.DTensor.from_local(
-        number, mesh, [module.Replicate()] * mesh.ndim, run_check=False
-    )
-    return placed
+    return module.DTensor.from_local(number, mesh, [module.Replicate()] * mesh.ndim, run_check=False)
 
 
 def whole(tensor: Tensor) -> Tensor:
     """Return all ranks' entries of a distributed tensor, a collective unless it is replicated; others as they are."""
     given: Any = tensor
-    full: Tensor = given.full_tensor() if is_distributed(tensor) else tensor
-    return full
+    return given.full_tensor() if is_distributed(tensor) else tensor
 
 
 def shard_groups(tensor: Tensor) -> list[Any]:
     """Return the process group of each mesh axis over which a distributed tensor is split; none for a plain tensor."""
-    if not is_distributed(tensor):
+    if not is_distributed(tensor) or not is_member(tensor):
         return []
-    given: Any = tensor
-    mesh = given.device_mesh
-    if not is_member(tensor):
-        return []
-    return [mesh.get_group(axis) for axis in _split_axes(given.placements) if mesh.size(axis) > 1]
+    mesh = mesh_of(tensor)
+    return [mesh.get_group(axis) for axis in split_axes(tensor) if mesh.size(axis) > 1]
 
 
 def placement_key(tensor: Tensor) -> object:
@@ -236,28 +224,25 @@ def placement_key(tensor: Tensor) -> object:
 
 def is_member(tensor: Tensor) -> bool:
     """Tell whether this rank is on the mesh of a distributed tensor."""
-    given: Any = tensor
-    return given.device_mesh.get_coordinate() is not None
+    return mesh_of(tensor).get_coordinate() is not None
 
 
 def mesh_ranks(tensor: Tensor) -> tuple[int, ...]:
     """Return the ranks over which a distributed tensor is spread; none for a plain tensor."""
-    given: Any = tensor
-    return tuple(given.device_mesh.mesh.flatten().tolist()) if is_distributed(tensor) else ()
+    return tuple(mesh_of(tensor).mesh.flatten().tolist()) if is_distributed(tensor) else ()
 
 
-def _split_axes(placements: Sequence[Any]) -> list[int]:
-    return [axis for axis, placement in enumerate(placements) if hasattr(placement, "dim")]
-
-
-def _held(indices: Sequence[int], dim: int, mesh: Any, placements: Sequence[Any]) -> Sequence[int]:
+def _held(tensor: Any, dim: int) -> Sequence[int]:
     """Return the indices along ``dim`` that this rank holds: each mesh axis splits what the earlier left."""
-    here = mesh.get_coordinate()
-    for axis in _split_axes(placements):
-        if placements[axis].dim == dim:
+    indices: Sequence[int] = range(tensor.shape[dim])
+    mesh, here = tensor.device_mesh, tensor.device_mesh.get_coordinate()
+    for axis in split_axes(tensor):
+        placement = tensor.placements[axis]
+        if placement.dim == dim:
             # A strided shard is interleaved: split first as a later axis does, then each part by this axis.
-            stride = int(getattr(placements[axis], "split_factor", 1))
-            split = [_chunk(part, mesh.size(axis), here[axis]) for part in _chunks(indices, stride)]
+            stride = int(getattr(placement, "split_factor", 1))
+            parts = [_chunk(indices, stride, which) for which in range(stride)]
+            split = [_chunk(part, mesh.size(axis), here[axis]) for part in parts]
             indices = split[0] if stride == 1 else tuple(itertools.chain.from_iterable(split))
     return indices
 
@@ -266,10 +251,6 @@ def _chunk(indices: Sequence[int], count: int, which: int) -> Sequence[int]:
     """Return part ``which`` of ``count``, as ``torch.chunk`` cuts: equal parts, then a shorter one, then empty ones."""
     length = -(-len(indices) // count)
     return indices[which * length : (which + 1) * length]
-
-
-def _chunks(indices: Sequence[int], count: int) -> list[Sequence[int]]:
-    return [_chunk(indices, count, which) for which in range(count)]
 
 
 def is_only_a_view(gradient: Tensor) -> bool:

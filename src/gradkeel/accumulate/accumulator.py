@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,17 +13,13 @@ from gradkeel.accumulate.loader import Batch, Lookahead, Together
 from gradkeel.accumulate.micro import MicroBatch
 from gradkeel.accumulate.noise import NoiseMeter
 from gradkeel.accumulate.sync import GradientSync
-from gradkeel.accumulate.watch import GradientWatch
 from gradkeel.accumulate.wide import WideSums
-from gradkeel.accumulate.window import OpenWindow, by_names, check_saved, saved_sums
+from gradkeel.accumulate.window import GradientWatch, OpenWindow, by_names, check_saved, saved_sums
 from gradkeel.apply.skip import clear_gradients
 from gradkeel.errors import CheckpointError, WindowError
 from gradkeel.guard.guard import Guard
 from gradkeel.noise_scale import NoiseScale
-from gradkeel.ranks.group import Ranks
-
-if TYPE_CHECKING:
-    from gradkeel.ranks.group import Group
+from gradkeel.ranks.group import Group, Ranks
 
 _VERSION = 1
 

@@ -1,6 +1,7 @@
 """This module goes through a loader, and knows whether there is more, on this rank or on any other."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
@@ -40,9 +41,7 @@ class Lookahead(Generic[Batch]):
     def fetch(self) -> bool:
         """Have the next item at hand; False at the end of the data."""
         if not self._fetched:
-            for item in self._iterator:
-                self._fetched.append(item)
-                break
+            self._fetched.extend(itertools.islice(self._iterator, 1))
         return bool(self._fetched)
 
     def is_more_coming(self) -> bool:

@@ -2,16 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradkeel.ranks.flat import data_parallel, is_fsdp1
-from gradkeel.ranks.group import Ranks, ranks_of
-
-if TYPE_CHECKING:
-    from gradkeel.ranks.group import Group
+from gradkeel.ranks.group import Group, Ranks, ranks_of
 
 _TORCH = "torch.distributed.algorithms.ddp_comm_hooks."
 _AVERAGES = (

@@ -168,7 +168,7 @@ class Roster:
         except Exception:
             self._held = []
             raise
-        members: Sequence[Any] = selections if self.exchange is None else self.exchange.members
+        members: Sequence[Any] = selections if self.exchange is None else self.exchange.layouts
         self.ranks = self._sharing.ranks(parameters, data_parallel)
         self.parts = tuple(map(self._part, selections, policies, needs, members))
         self.clips = any(policy is not None for policy in policies)
@@ -239,7 +239,7 @@ class Roster:
         """Which of a part's parameters, as all ranks know them, are here; None where all are, and whole."""
         if self.exchange is None:
             return None
-        local = self.exchange.local[index]
+        local = self.exchange.layouts[index]
         return None if not self.exchange.splits and local.rows is None else local
 
     def readings(self) -> list[Readings]:

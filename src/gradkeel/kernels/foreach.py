@@ -6,6 +6,7 @@ tensors. The host is not synced, but for lists of sizes that are sent to the dev
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,23 +142,16 @@ def scale_units(tensors: Sequence[Tensor], factors: Tensor, counts: Sequence[int
                 _multiply(chosen, _spread_units(numbers, chosen, own[start:end], dim))
 
 
-def _multiply(tensors: list[Tensor], factors: Tensor | list[Tensor]) -> None:
-    """Multiply tensors of one dtype by factors of another, at least as wide, and round once."""
+def _multiply(tensors: list[Tensor], factors: Any) -> None:
+    """Multiply tensors of one dtype by factors of another, one or a list, at least as wide, and round once."""
     wide = factors.dtype if isinstance(factors, Tensor) else factors[0].dtype
     if tensors[0].dtype == wide:
-        _foreach_mul(tensors, factors)
+        torch._foreach_mul_(tensors, factors)
         return
     copies = [torch.empty_like(tensor, dtype=wide) for tensor in tensors]
     torch._foreach_copy_(copies, tensors)
-    _foreach_mul(copies, factors)
+    torch._foreach_mul_(copies, factors)
     torch._foreach_copy_(tensors, copies)
-
-
-def _foreach_mul(tensors: list[Tensor], factors: Tensor | list[Tensor]) -> None:
-    if isinstance(factors, Tensor):
-        torch._foreach_mul_(tensors, factors)
-    else:
-        torch._foreach_mul_(tensors, factors)
 
 
 def clamp(tensors: Sequence[Tensor], low: float, high: float) -> None:
@@ -172,16 +166,12 @@ def spread(values: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Each of the [k] values as a tensor that lies as the tensor of its index does, all in one piece of memory."""
     sizes = [tensor.numel() for tensor in tensors]
     flat = values.repeat_interleave(index(sizes, values.device), output_size=sum(sizes))
-    parts = zip(flat.split(sizes), tensors, strict=True)
     return [
-        part.view(tensor.shape) if tensor.is_contiguous() else _alike(part, tensor) for part, tensor in parts
+        part.view(tensor.shape)
+        if tensor.is_contiguous() or not is_dense(tensor)
+        else part.as_strided(tensor.shape, tensor.stride(), part.storage_offset())
+        for part, tensor in zip(flat.split(sizes), tensors, strict=True)
     ]
-
-
-def _alike(part: Tensor, tensor: Tensor) -> Tensor:
-    if not is_dense(tensor):
-        return part.view(tensor.shape)
-    return part.as_strided(tensor.shape, tensor.stride(), part.storage_offset())
 
 
 def _spread_units(values: Tensor, tensors: Sequence[Tensor], counts: Sequence[int], dim: int) -> list[Tensor]:
@@ -190,11 +180,12 @@ def _spread_units(values: Tensor, tensors: Sequence[Tensor], counts: Sequence[in
     of_unit = index([size // max(1, n) for size, n in zip(sizes, counts, strict=True)], values.device)
     repeats = of_unit.repeat_interleave(index(counts, values.device), output_size=len(values))
     flat = values.repeat_interleave(repeats, output_size=sum(sizes))
-    result = []
-    for part, tensor in zip(flat.split(sizes), tensors, strict=True):
-        moved = tensor.movedim(dim, 0).shape if tensor.dim() > 1 else tensor.shape
-        result.append(part.view(moved).movedim(0, dim) if tensor.dim() > 1 else part.view(moved))
-    return result
+    return [
+        part.view(tensor.movedim(dim, 0).shape).movedim(0, dim)
+        if tensor.dim() > 1
+        else part.view(tensor.shape)
+        for part, tensor in zip(flat.split(sizes), tensors, strict=True)
+    ]
 
 
 def alike(tensors: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[int]]:
@@ -223,8 +214,7 @@ def in_order(rows: Sequence[Sequence[int]], values: Sequence[Tensor]) -> Tensor:
         return values[0]
     order = [i for group in rows for i in group]
     place = {row: i for i, row in enumerate(order)}
-    joined = torch.cat(list(values))
-    return take(joined, [place[i] for i in range(len(order))])
+    return take(torch.cat(list(values)), [place[i] for i in range(len(order))])
 
 
 def pick(values: Tensor, rows: Sequence[int]) -> Tensor:

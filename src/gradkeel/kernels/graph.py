@@ -69,20 +69,13 @@ class Graph(Generic[T]):
 
 
 class Entry(Generic[T]):
-    """One list of tensors.
-
-    Attributes:
-        slots: where they lie now.
-        captured: what was captured for them, once it was.
-        is_rehearsed: whether it may be captured.
-        failures: how often capturing it has failed.
-    """
+    """One list of tensors, what was captured for them, and how often that has failed."""
 
     def __init__(self, key: Hashable, tensors: Sequence[Tensor | None], device: torch.device) -> None:
         self.key = key
         self.slots = Slots(tensors, device)
         self.captured: T | None = None
-        self.is_rehearsed = False
+        self.is_rehearsed = False  # only then it may be captured
         self.failures = 0
 
 

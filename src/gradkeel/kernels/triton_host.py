@@ -65,13 +65,6 @@ class TritonKernels:
             return None
         return self._layouts.of(tensors, kinds)
 
-    def placed(self, tensors: Sequence[Tensor], unit_dim: int | None) -> Layout:
-        """The layout of tensors that are known to be fit, outside of a capture."""
-        kinds = kinds_of(tensors, self.device, unit_dim)
-        layout = None if kinds is None else self._layouts.of(tensors, kinds)
-        assert layout is not None, "they are fit"
-        return layout
-
     def read(self, layout: Layout, norm_type: float, *, peaks: bool = False) -> Read:
         """Norms of the tensors, and of their units and the extremes where wanted; 0 for one that is not there."""
         by_unit, squared = layout.unit_spans is not None, norm_type == 2.0
@@ -85,15 +78,9 @@ class TritonKernels:
                 num_warps=warps,
             )  # fmt: skip
         block = min(4096, 1 << max(4, layout.longest - 1).bit_length())
+        warps = max(1, block // 512)
         self._kernels.join_powers[(layout.tensors,)](
-            sums,
-            scales,
-            layout.spans,
-            norms,
-            layout.has_float64,
-            squared,
-            block,
-            num_warps=max(1, block // 512),
+            sums, scales, layout.spans, norms, layout.has_float64, squared, block, num_warps=warps
         )
         total = self._new(1)
         self._kernels.join_norms[(1,)](norms, layout.tensors, total, squared, 1024)
@@ -133,9 +120,8 @@ class TritonKernels:
         """
         given = layout.addresses if peaks is None else peaks.contiguous()
         for run in layout.runs:
-            limits = torch.tensor(
-                [low, high], dtype=run.dtype, device="cpu"
-            ).tolist()  # as torch's clamp rounds them
+            # As torch's clamp rounds them.
+            limits = torch.tensor([low, high], dtype=run.dtype, device="cpu").tolist()
             self._kernels.clamp_pieces[(run.length,)](
                 layout.addresses, layout.table, run.first, given, *limits, self._types[run.dtype],
                 min(run.alignment, layout.alignment), peaks is not None, _BLOCK,
@@ -180,7 +166,8 @@ def _fault(kernels: TritonKernels, operation: str, dtype: torch.dtype) -> str | 
     shapes = [(3, 5), (17, 2049), (1, 7)] if by_unit else [(3, 5), (70_003,), (1,)]
     drawn = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     tensors = [tensor.to(kernels.device, copy=True) for tensor in drawn]
-    layout = kernels.placed(tensors, 0 if by_unit else None)
+    layout = kernels.layout(operation, tensors, 0 if by_unit else None)
+    assert layout is not None, "they are fit, and this check is noted already"
     cells = [unit for tensor in drawn for unit in (tensor.unbind() if by_unit else [tensor])]
     if "norm" in operation:
         p = float(operation[0])
@@ -223,7 +210,7 @@ def read(
     own = _kernels_of(tensors) if norm_type in (1.0, 2.0) else None
     if own is None:
         return None
-    with own.lock, _on(tensors):
+    with own.lock, _on(own.device):
         norm = f"{norm_type:.0f}-norm"
         layout = own.layout(norm if unit_dim is None else f"{norm} of units", tensors, unit_dim)
         if layout is None or (peaks and not own.is_right("extremes", {run.dtype for run in layout.runs})):
@@ -233,34 +220,33 @@ def read(
 
 def scale(tensors: Sequence[Tensor | None], factors: Tensor) -> bool:
     """Multiply each tensor by its factor, [] or [k], in place; whether the kernels did it. None is passed over."""
-    own = _kernels_of(tensors)
-    if own is None or factors.device != own.device:
-        return False
-    with own.lock, _on(tensors):
-        layout = own.layout("scale", tensors)
-        if layout is not None:
-            own.scale(layout, factors)
-    return _written(tensors, done=layout is not None)
+    return _scale("scale", tensors, factors)
 
 
 def scale_units(tensors: Sequence[Tensor | None], factors: Tensor, counts: Sequence[int], dim: int) -> bool:
     """Multiply each unit along ``dim`` by its factor, [u], in place; whether the kernels did it.
 
-    Args:
-        tensors: k tensors; None is passed over.
-        factors: one for each unit, tensor after tensor, those that are not there included.
-        counts: how many units each tensor has.
-        dim: the dimension that counts units.
+    As `foreach.scale_units`; a tensor may be None, which is passed over with its factors.
     """
+    return _scale("scale of units", tensors, factors, tuple(counts), dim)
+
+
+def _scale(
+    operation: str,
+    tensors: Sequence[Tensor | None],
+    factors: Tensor,
+    counts: tuple[int, ...] | None = None,
+    dim: int | None = None,
+) -> bool:
     own = _kernels_of(tensors)
     if own is None or factors.device != own.device:
         return False
-    with own.lock, _on(tensors):
-        layout = own.layout("scale of units", tensors, dim)
-        if layout is None or layout.unit_counts != tuple(counts):
-            return _written(tensors, done=False)
-        own.scale(layout, factors, by_unit=True)
-    return _written(tensors, done=True)
+    with own.lock, _on(own.device):
+        layout = own.layout(operation, tensors, dim)
+        if layout is None or counts not in (None, layout.unit_counts):
+            return False
+        own.scale(layout, factors, by_unit=counts is not None)
+    return _written(tensors)
 
 
 def clamp(tensors: Sequence[Tensor | None], low: float, high: float, peaks: Tensor | None = None) -> bool:
@@ -272,16 +258,15 @@ def clamp(tensors: Sequence[Tensor | None], low: float, high: float, peaks: Tens
     # A number that the host gives a kernel arrives in float32.
     if own is None or any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
         return False
-    with own.lock, _on(tensors):
+    with own.lock, _on(own.device):
         layout = own.layout("clamp", tensors)
-        if layout is not None:
-            own.clamp(layout, low, high, None if peaks is None or peaks.device != own.device else peaks)
-    return _written(tensors, done=layout is not None)
+        if layout is None:
+            return False
+        own.clamp(layout, low, high, None if peaks is None or peaks.device != own.device else peaks)
+    return _written(tensors)
 
 
-def _written(tensors: Sequence[Tensor | None], *, done: bool) -> bool:
-    if not done:
-        return False
+def _written(tensors: Sequence[Tensor | None]) -> bool:
     torch.autograd.graph.increment_version([tensor for tensor in tensors if tensor is not None])
     return True
 
@@ -291,9 +276,8 @@ def _kernels_of(tensors: Sequence[Tensor | None]) -> TritonKernels | None:
     return None if first is None else kernels(first.device)
 
 
-def _on(tensors: Sequence[Tensor | None]) -> contextlib.AbstractContextManager[Any]:
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device."""
-    device = next(tensor.device for tensor in tensors if tensor is not None)
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 

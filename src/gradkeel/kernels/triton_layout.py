@@ -1,6 +1,8 @@
 """Where the tensors lie that the Triton kernels work on: what never changes from step to step, and their addresses."""
 
+import functools
 import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -296,9 +298,7 @@ def _moved(values: Tensor, device: torch.device) -> Tensor:
 
 
 def _alignment(numbers: Sequence[int]) -> int:
-    together = 0
-    for number in numbers:
-        together |= number
+    together = functools.reduce(operator.or_, numbers, 0)
     return next((width for width in (16, 8, 4, 2) if together % width == 0), 1)
 
 

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,8 @@ from gradkeel.errors import AttachError, RankError, SelectionError
 from gradkeel.norms import Needs
 from gradkeel.ranks.exchange import Exchange
 from gradkeel.ranks.flat import flat_shards
-from gradkeel.ranks.group import ALONE, Ranks, covering, is_running, ranks_of, spans, world
-from gradkeel.ranks.layout import Census, Layout, Parameter
+from gradkeel.ranks.group import ALONE, Group, Ranks, covering, is_running, ranks_of, spans, world
+from gradkeel.ranks.layout import Census, Layout, Manifest, Parameter
 from gradkeel.ranks.powers import WIDE
 from gradkeel.selection import Exclude, Selection, matches
 from gradkeel.tensors import (
@@ -27,13 +27,10 @@ from gradkeel.tensors import (
     split_axes,
 )
 
-if TYPE_CHECKING:
-    from gradkeel.ranks.group import Group
+Where: TypeAlias = "Group | tuple[Group, int] | str | None"
+"""Over which ranks a parameter is split, and along which dimension; or of which parameter it is a copy."""
 
-    Where = Group | tuple[Group, int] | str | None
-    """Over which ranks a parameter is split, and along which dimension; or of which parameter it is a copy."""
-
-ShardOver = Mapping[Exclude, "Where"]
+ShardOver = Mapping[Exclude, Where]
 """For name patterns, modules, parameters or predicates: where the rest of each parameter is."""
 
 
@@ -43,22 +40,6 @@ class Split:
 
     ranks: Ranks
     dim: int | None
-
-
-class Manifest(NamedTuple):
-    """A manifest says what a rank has; ranks with equal ones need to tell it only once.
-
-    Attributes:
-        kinds: each selection's label and policy, and what is done to non-finite gradients.
-        parameters: each selection's.
-        meshes: shape and ranks of the meshes on which they lie.
-        unmatched: patterns of ``shard_over`` that match nothing here.
-    """
-
-    kinds: tuple[tuple[str, str], ...]
-    parameters: tuple[tuple[Parameter, ...], ...]
-    meshes: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
-    unmatched: tuple[str, ...]
 
 
 class Sharing:
@@ -241,13 +222,7 @@ class Sharing:
             _check_kinds([ranks.members[place] for place in places], manifests)
             indices = self._indices(ranks, device)
         numbers = {told[place]: i for i, place in enumerate(places)}
-        return Census(
-            ranks,
-            [manifest.parameters for manifest in manifests],
-            [manifest.meshes for manifest in manifests],
-            torch.tensor([numbers[number] for number in told]),
-            indices,
-        )
+        return Census(ranks, manifests, torch.tensor([numbers[number] for number in told]), indices)
 
     def _indices(self, ranks: Ranks, device: torch.device) -> Tensor:
         """Return [ranks, entries] which piece each rank has of what its entries of ``shard_over`` declare."""
@@ -292,7 +267,7 @@ def _is_one_of(ids: frozenset[int], name: str, parameter: Tensor) -> bool:
     return id(parameter) in ids
 
 
-def _read(entry: Exclude, where: "Where") -> Split | str | None:
+def _read(entry: Exclude, where: Where) -> Split | str | None:
     if where is None or isinstance(where, str):
         return where
     group, dim = where if isinstance(where, tuple) else (where, None)
@@ -305,10 +280,7 @@ def _read(entry: Exclude, where: "Where") -> Split | str | None:
 
 def _tell(ranks: Ranks, number: int, device: torch.device) -> list[int]:
     """Return each rank's number, which float64 holds exactly, in the group's order."""
-    told: list[int] = (
-        ranks.gather(torch.full((1,), number, dtype=torch.int64, device=device)).flatten().tolist()
-    )
-    return told
+    return ranks.gather(torch.full((1,), number, dtype=torch.int64, device=device)).flatten().tolist()
 
 
 def _check_kinds(ranks: Sequence[int], manifests: Sequence[Manifest]) -> None:

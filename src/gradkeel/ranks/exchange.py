@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,7 +90,7 @@ class Exchange:
         data_parallel: the ranks whose windows' weights belong together; all ranks unless given.
 
     Attributes:
-        members, local: the layouts: what all ranks have of each selection, and which of it is on this rank.
+        layouts: what all ranks have of each selection, and which of it is on this rank.
         splits: whether other ranks have parts of these parameters, or further ones; copies are none.
     """
 
@@ -101,7 +102,7 @@ class Exchange:
         data_parallel: Ranks | None = None,
     ) -> None:
         self.ranks = ranks
-        self.members = self.local = tuple(layouts)
+        self.layouts = tuple(layouts)
         self.splits = any(layout.is_split for layout in layouts)
         self._device = device
         # A device without float64 leaves the sums to the host.
@@ -109,14 +110,14 @@ class Exchange:
         self._zero = torch.zeros((), dtype=torch.float64, device=self._sums_on)
         # Ranks whose windows are of the same items, as those of one tensor-parallel group, count once.
         self._adds_weight = data_parallel is None or ranks.members[0] in data_parallel.members
-        self._kinds = [list(kinds_of(layout)) for layout in layouts]
+        self._kinds = [kind for i, layout in enumerate(layouts) for kind in kinds_of(i, layout)]
         # Copies count where their first has no gradient, until ranks find that this has changed.
         self._counted = [layout.counted for layout in layouts]
         self._copied = [layout.copied([True] * layout.here) for layout in layouts]
         self._slots = sum(len(layout.slot_names) for layout in layouts)
         # Copies are compared in the first step, in which the host may be synced.
         self._compares = self._slots > 0
-        self._has_maxima = any(kind.sums is None for kinds in self._kinds for kind in kinds)
+        self._has_maxima = any(kind.sums is None for kind in self._kinds)
 
     @property
     def _on_host(self) -> bool:
@@ -168,12 +169,12 @@ class Exchange:
 
     def pieces(self) -> dict[str, tuple[int, ...]]:
         """Tell which piece of each parameter this rank holds, without those that are declared copies of another's."""
-        return {name: piece for layout in self.members for name, piece in layout.pieces.items()}
+        return {name: piece for layout in self.layouts for name, piece in layout.pieces.items()}
 
     def where(self, agreed: Agreed, selection: int, position: int) -> int | None:
         """Return the first rank whose piece of a parameter is not finite, as far as it is known; syncs the host."""
         if agreed.first_bad is not None:
-            place = agreed.first_bad[sum(len(one.names) for one in self.members[:selection]) + position]
+            place = agreed.first_bad[sum(len(one.names) for one in self.layouts[:selection]) + position]
             return self.ranks.members[place] if place < len(self.ranks.members) else None
         count, places = agreed.bad.tolist()
         return self.ranks.members[int(places)] if count == 1 else None
@@ -211,12 +212,12 @@ class Exchange:
     ) -> Tensor:
         """Return [length] the sum over ranks of what each sends; a rank that has failed sends its head alone."""
         parts = [head]
-        for i, kinds in enumerate(self._kinds):
-            for kind in kinds:
-                if kind.sums is not None and readings is None:
-                    parts.append(head.new_zeros(kind.count * kind.sums.width))
-                elif kind.sums is not None and readings is not None:
-                    parts.append(kind.powers(self._in(kind.read(readings[i])), counted[i]))
+        for kind in self._kinds:
+            if kind.sums is not None and readings is None:
+                parts.append(head.new_zeros(kind.count * kind.sums.width))
+            elif kind.sums is not None and readings is not None:
+                values = self._in(kind.read(readings[kind.selection]))
+                parts.append(kind.powers(values, counted[kind.selection]))
         if self._compares:
             parts.append(self._of_copies(readings))
         return self.ranks.added(torch.cat(parts))
@@ -224,18 +225,17 @@ class Exchange:
     def _maxima(self, readings: Sequence[Readings] | None) -> Tensor:
         """Return [length] the largest of what each rank sends."""
         parts = []
-        for i, kinds in enumerate(self._kinds):
-            for kind in kinds:
-                if kind.sums is None and readings is None:
-                    parts.append(self._zero.new_full((kind.count,), -math.inf))
-                elif kind.sums is None and readings is not None:
-                    parts.append(kind.maxima(self._in(kind.read(readings[i]))))
+        for kind in self._kinds:
+            if kind.sums is None and readings is None:
+                parts.append(self._zero.new_full((kind.count,), -math.inf))
+            elif kind.sums is None and readings is not None:
+                parts.append(kind.maxima(self._in(kind.read(readings[kind.selection]))))
         return self.ranks.largest(torch.cat(parts))
 
     def _of_copies(self, readings: Sequence[Readings] | None) -> Tensor:
         """Return [3 * slots] of each thing that several ranks have copies of: their number, norms and squares."""
         parts = [self._zero.new_zeros(3, 0)]
-        for i, layout in enumerate(self.members):
+        for i, layout in enumerate(self.layouts):
             result = self._zero.new_zeros(3, len(layout.slot_names))
             if layout.slots is not None and readings is not None:
                 norms = self._in(readings[i].norms)
@@ -252,37 +252,22 @@ class Exchange:
 
     def _whole(self, sums: Tensor, maxima: Tensor | None, own: Sequence[Readings]) -> tuple[Readings, ...]:
         """Return each selection's readings, of whole parameters."""
-        result, at, largest_at = [], _HEAD, 0
-        for layout, kinds, one in zip(self.members, self._kinds, own, strict=True):
-            found: dict[str, Tensor] = {}
-            for kind in kinds:
-                if kind.sums is not None:
-                    end = at + kind.count * kind.sums.width
-                    found[kind.name] = self._out(
-                        kind.sums.norms(sums[at:end].view(kind.count, kind.sums.width))
-                    )
-                    at = end
-                elif maxima is not None:
-                    values = maxima[largest_at : largest_at + kind.count]
-                    largest_at += kind.count
-                    unfilled = layout.unfilled_units if kind.of_units else layout.unfilled
-                    found[kind.name] = self._out(
-                        values if unfilled is None else values.masked_fill(unfilled, 0.0)
-                    )
-            peaks = None
-            if "highest" in found:
-                peaks = torch.stack([-found.pop("lowest"), found.pop("highest")], dim=1)
-            result.append(
-                Readings(
-                    layout.present(one.present),
-                    found["norms"],
-                    found.get("units"),
-                    peaks,
-                    found.get("weights"),
-                    found.get("unit_weights"),
-                )
-            )
-        return tuple(result)
+        found: list[dict[str, Tensor]] = [{} for _ in self.layouts]
+        at, largest_at = _HEAD, 0
+        for kind in self._kinds:
+            if kind.sums is not None:
+                end = at + kind.count * kind.sums.width
+                values = kind.sums.norms(sums[at:end].view(kind.count, kind.sums.width))
+                at = end
+            else:
+                assert maxima is not None, "some are exchanged"
+                values = kind.of_all(maxima[largest_at : largest_at + kind.count])
+                largest_at += kind.count
+            found[kind.selection][kind.name] = self._out(values)
+        return tuple(
+            _joined(layout.present(one.present), values)
+            for layout, one, values in zip(self.layouts, own, found, strict=True)
+        )
 
     def _failed(self, sums: Tensor, *, has_failed: bool) -> list[int]:
         """Return the ranks that have raised; a further collective if there are several, which all ranks enter."""
@@ -301,23 +286,23 @@ class Exchange:
             )
 
     def _copied_here(self, readings: Sequence[Readings]) -> list[tuple[bool, ...]]:
-        return [layout.copied(one.present) for layout, one in zip(self.members, readings, strict=True)]
+        return [layout.copied(one.present) for layout, one in zip(self.layouts, readings, strict=True)]
 
     def _count_again(self, readings: Sequence[Readings]) -> None:
         """Find out which pieces count here: those of which this rank is the first that has a gradient."""
         self._copied = self._copied_here(readings)
-        here = [layout.told_present(one.present) for layout, one in zip(self.members, readings, strict=True)]
+        here = [layout.told_present(one.present) for layout, one in zip(self.layouts, readings, strict=True)]
         present = self.ranks.gather(torch.cat(here).to(self._sums_on)).cpu()
-        parts = present.split([len(layout.names) for layout in self.members], dim=1)
+        parts = present.split([len(layout.names) for layout in self.layouts], dim=1)
         self._counted = [
             layout.counting(part, self.ranks.here, self._sums_on)
-            for layout, part in zip(self.members, parts, strict=True)
+            for layout, part in zip(self.layouts, parts, strict=True)
         ]
 
     def _first_bad(self, readings: Sequence[Readings]) -> list[int]:
         """Return each parameter's first rank, by place, on which it is not finite, or the number of ranks."""
         count, parts = len(self.ranks.members), []
-        for layout, one in zip(self.members, readings, strict=True):
+        for layout, one in zip(self.layouts, readings, strict=True):
             values = (~one.norms.isfinite()).to(torch.float64) * (count - self.ranks.here)
             if layout.rows is not None:
                 values = values.new_zeros(len(layout.names)).scatter_reduce_(0, layout.rows, values, "amax")
@@ -334,7 +319,7 @@ class Exchange:
         if not float(worst[slot]) > _TOLERANCE**2 / 3:
             return
         name, own, first = "", self._zero, 0
-        for layout, one in zip(self.members, readings, strict=True):
+        for layout, one in zip(self.layouts, readings, strict=True):
             if first <= slot < first + len(layout.slot_names) and layout.slots is not None:
                 name = layout.slot_names[slot - first]
                 found = one.norms[layout.slots == slot - first]
@@ -360,3 +345,10 @@ class Exchange:
 
     def _out(self, values: Tensor) -> Tensor:
         return values.to(self._device, wide_dtype(self._device))
+
+
+def _joined(present: tuple[bool, ...], found: dict[str, Any]) -> Readings:
+    peaks = None
+    if "highest" in found:
+        peaks = torch.stack([-found.pop("lowest"), found.pop("highest")], dim=1)
+    return Readings(present, peaks=peaks, **found)

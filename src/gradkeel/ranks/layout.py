@@ -3,7 +3,7 @@
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -47,37 +47,46 @@ Holding = tuple[int, int | None, int, tuple[int, ...]]
 """How the ranks of one set hold a parameter: the set, and the parameter's entry, mesh and axes."""
 
 
+class Manifest(NamedTuple):
+    """A manifest says what a rank has; ranks with equal ones need to tell it only once.
+
+    Attributes:
+        kinds: each selection's label and policy, and what is done to non-finite gradients.
+        parameters: each selection's.
+        meshes: shape and ranks of the meshes on which they lie.
+        unmatched: patterns of ``shard_over`` that match nothing here.
+    """
+
+    kinds: tuple[tuple[str, str], ...]
+    parameters: tuple[tuple[Parameter, ...], ...]
+    meshes: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    unmatched: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Census:
     """The census knows, alike on all ranks, which rank has which set of parameters.
 
-    Args:
+    Attributes:
         ranks: who takes part.
-        sets: the distinct sets, by their first ranks; each a tuple of parameters for each selection.
-        meshes: shape and ranks of the meshes of each set.
-        whose: [ranks] which set each rank has.
+        sets: the distinct manifests, by their first ranks.
+        whose: [ranks] which of them each rank has.
         indices: [ranks, entries] which piece each rank has of what its entries of ``shard_over`` declare.
     """
 
-    def __init__(
-        self,
-        ranks: Ranks,
-        sets: Sequence[tuple[tuple[Parameter, ...], ...]],
-        meshes: Sequence[tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]],
-        whose: Tensor,
-        indices: Tensor,
-    ) -> None:
-        self.ranks, self.sets = ranks, sets
-        self.own = int(whose[ranks.here])
-        self._meshes = meshes
-        self._whose, self._indices = whose, indices
-        self._members = torch.tensor(ranks.members)
-        # Few parameters lie in ways of their own, so that what follows is found once for all that lie alike.
-        self._pieces: dict[tuple[Holding, ...], tuple[list[list[int]], list[list[int]], int]] = {}
-        self._holders: dict[object, Tensor] = {}
+    ranks: Ranks
+    sets: Sequence[Manifest]
+    whose: Tensor
+    indices: Tensor
+    # Few parameters lie in ways of their own, so that what follows is found once for all that lie alike.
+    _pieces: dict[tuple[Holding, ...], tuple[list[list[int]], list[list[int]], int]] = field(
+        default_factory=dict, init=False
+    )
+    _holders: dict[object, Tensor] = field(default_factory=dict, init=False)
 
     def index(self, entry: int | None) -> int:
         """Tell which piece this rank has of what an entry of ``shard_over`` declares; -1 of a whole."""
-        return -1 if entry is None else int(self._indices[self.ranks.here, entry])
+        return -1 if entry is None else int(self.indices[self.ranks.here, entry])
 
     def pieces(self, held: tuple[Holding, ...]) -> tuple[list[list[int]], list[list[int]], int]:
         """Return each holding's declared pieces that no earlier one has, and the earlier ones that share some.
@@ -98,7 +107,7 @@ class Census:
         """Return [k] places of the ranks that hold the piece of this index and mesh coordinate, in order."""
         key = held, index, where
         if key not in self._holders:
-            found = []
+            found, members = [], torch.tensor(self.ranks.members)
             for one in held:
                 set_number, _, mesh, axes = one
                 places = self._places(one)
@@ -106,20 +115,20 @@ class Census:
                 if len(axes) != len(where):
                     continue
                 if mesh >= 0:
-                    shape, ranks = self._meshes[set_number][mesh]
+                    shape, ranks = self.sets[set_number].meshes[mesh]
                     copies = torch.tensor(ranks).view(shape)
                     for axis, at in zip(axes, where, strict=True):
                         copies = copies[(slice(None),) * axis + (slice(at, at + 1),)]
-                    places = places[torch.isin(self._members[places], copies)]
+                    places = places[torch.isin(members[places], copies)]
                 found.append(places)
             self._holders[key] = torch.cat(found).unique()
         return self._holders[key]
 
     def _places(self, one: Holding) -> Tensor:
-        return (self._whose == one[0]).nonzero().flatten()
+        return (self.whose == one[0]).nonzero().flatten()
 
     def _index_of(self, one: Holding, places: Tensor) -> Tensor:
-        return torch.full_like(places, -1) if one[1] is None else self._indices[places, one[1]]
+        return torch.full_like(places, -1) if one[1] is None else self.indices[places, one[1]]
 
 
 class _Whole:
@@ -227,7 +236,7 @@ class Layout:
         self.needs, self.here = needs, len(parameters)
         parts: dict[str, list[tuple[int, Parameter]]] = {}
         for number, one in enumerate(census.sets):
-            for parameter in one[selection]:
+            for parameter in one.parameters[selection]:
                 parts.setdefault(parameter.name, []).append((number, parameter))
         wholes = sorted(
             (_Whole(census, found, needs.unit_dim) for found in parts.values()), key=lambda whole: whole.group
@@ -238,7 +247,8 @@ class Layout:
         self._units = tuple(w.units for w in wholes), tuple(w.unit_size for w in wholes)
         self.unit_total = sum(self._units[0])
         self.is_wide = any(whole.is_wide for whole in wholes)
-        self._place(census, wholes, census.sets[census.own][selection], parameters, device)
+        own = census.sets[int(census.whose[census.ranks.here])].parameters[selection]
+        self._place(census, wholes, own, parameters, device)
         here = set(self._positions)
         self.is_split = any(w.is_split for w in wholes) or len(here) < len(wholes)
         self.unfilled = self.unfilled_units = None

@@ -76,6 +76,7 @@ class Kind:
     """One kind of numbers of one selection.
 
     Attributes:
+        selection: the selection's index.
         layout: the selection's.
         name: the field of `Readings` that has them; "lowest" and "highest" are those of its peaks.
         count: how many all ranks have together.
@@ -83,6 +84,7 @@ class Kind:
         sums: how they add up; None where the largest counts.
     """
 
+    selection: int
     layout: Layout
     name: str
     count: int
@@ -94,8 +96,7 @@ class Kind:
         if self.name in ("lowest", "highest"):
             assert readings.peaks is not None, "the policy needs them"
             return -readings.peaks[:, 0] if self.name == "lowest" else readings.peaks[:, 1]
-        values: Tensor = getattr(readings, self.name)
-        return values
+        return getattr(readings, self.name)
 
     def powers(self, values: Tensor, counted: Tensor | None) -> Tensor:
         """Return [count * width] this rank's share of the sums, of its values [k]."""
@@ -104,9 +105,8 @@ class Kind:
         counted = self.layout.of_units(counted) if self.of_units else counted
         if counted is not None:
             powers = torch.where((counted | ~values.isfinite()).unsqueeze(1), powers, 0.0)
-        rows = self.layout.units_rows if self.of_units else self.layout.rows
-        if rows is not None:
-            powers = powers.new_zeros(self.count, powers.shape[1]).index_add_(0, rows, powers)
+        if self._rows is not None:
+            powers = powers.new_zeros(self.count, powers.shape[1]).index_add_(0, self._rows, powers)
         return powers.flatten()
 
     def maxima(self, values: Tensor) -> Tensor:
@@ -114,21 +114,29 @@ class Kind:
         filled = self.layout.of_units(self.layout.filled) if self.of_units else self.layout.filled
         if filled is not None:
             values = torch.where(filled, values, -math.inf)
-        rows = self.layout.units_rows if self.of_units else self.layout.rows
-        if rows is None:
+        if self._rows is None:
             return values
-        return values.new_full((self.count,), -math.inf).scatter_reduce_(0, rows, values, "amax")
+        return values.new_full((self.count,), -math.inf).scatter_reduce_(0, self._rows, values, "amax")
+
+    def of_all(self, largest: Tensor) -> Tensor:
+        """Return [count] the largest of all ranks' values; 0 of what no rank holds."""
+        unfilled = self.layout.unfilled_units if self.of_units else self.layout.unfilled
+        return largest if unfilled is None else largest.masked_fill(unfilled, 0.0)
+
+    @property
+    def _rows(self) -> Tensor | None:
+        return self.layout.units_rows if self.of_units else self.layout.rows
 
 
-def kinds_of(layout: Layout) -> Iterator[Kind]:
+def kinds_of(selection: int, layout: Layout) -> Iterator[Kind]:
     """Return what ranks exchange of a selection."""
     needs = layout.needs
     sums = None if math.isinf(needs.norm_type) else PowerSums(needs.norm_type, is_wide=layout.is_wide)
     for name in ("norms", "weights") if needs.weights else ("norms",):
-        yield Kind(layout, name, len(layout.names), of_units=False, sums=sums)
+        yield Kind(selection, layout, name, len(layout.names), of_units=False, sums=sums)
     if needs.unit_dim is not None:
         for name in ("units", "unit_weights") if needs.weights else ("units",):
-            yield Kind(layout, name, layout.unit_total, of_units=True, sums=sums)
+            yield Kind(selection, layout, name, layout.unit_total, of_units=True, sums=sums)
     if needs.peaks:
         for name in ("lowest", "highest"):
-            yield Kind(layout, name, len(layout.names), of_units=False, sums=None)
+            yield Kind(selection, layout, name, len(layout.names), of_units=False, sums=None)

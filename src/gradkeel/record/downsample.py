@@ -1,6 +1,7 @@
 """Long runs made short enough to draw: a bucket of steps becomes its lowest, median and highest value."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -51,13 +52,16 @@ def bucket(steps: Tensor, values: Tensor, columns: int) -> Buckets:
         values: [k] or [k, n], one row a step.
         columns: how many buckets there may be, 1 or more.
     """
-    rows = steps.shape[0]
-    width = max(1, math.ceil(rows / columns))
-    parts = [summarize(values[i : i + width]) for i in range(0, rows, width)]
-    stacked = torch.stack(parts) if parts else values.new_empty((0, 3, *values.shape[1:]))
-    first = steps[::width]
-    last = torch.cat([steps[width - 1 :: width], steps[-1:]])[: len(first)]
-    return Buckets(first, last, stacked[:, 0], stacked[:, 1], stacked[:, 2])
+    return _bucketed(steps, columns, lambda first, last: values[first:last])
+
+
+def _bucketed(steps: Tensor, columns: int, rows: Callable[[int, int], Tensor]) -> Buckets:
+    """Buckets of the [k] steps, whose values ``rows`` reads: those from one place up to another."""
+    width = max(1, math.ceil(len(steps) / columns))
+    parts = [summarize(rows(i, min(i + width, len(steps)))) for i in range(0, len(steps), width)]
+    low, median, high = (torch.stack(parts) if parts else summarize(rows(0, 0)).unsqueeze(0)[:0]).unbind(1)
+    last = torch.cat([steps[width - 1 :: width], steps[-1:]])[: len(parts)]
+    return Buckets(steps[::width], last, low, median, high)
 
 
 def bucket_norms(reader: Reader, columns: int, start: int | None = None, stop: int | None = None) -> Buckets:
@@ -74,9 +78,9 @@ def bucket_norms(reader: Reader, columns: int, start: int | None = None, stop: i
         stop: number of the step after the last.
     """
     first, last = reader.store.row_range(start, stop)
-    rows = last - first
-    if rows < 2 * ROWS_PER_BLOCK * columns:
-        return _from_norms(reader, columns, first, last)
+    if last - first < 2 * ROWS_PER_BLOCK * columns:
+        steps = reader.steps()[first:last]
+        return _bucketed(steps, columns, lambda i, j: reader.store.series("norms", first + i, first + j))
     begin, end = reader.store.block_range(start, stop)
     group = math.ceil((end - begin) / columns)
     spans = [(i, min(i + group, end)) for i in range(begin, end, group)]
@@ -84,25 +88,7 @@ def bucket_norms(reader: Reader, columns: int, start: int | None = None, stop: i
     for i, j in spans:
         summaries = reader.store.block_summaries(i, j)
         parts.append(torch.stack([summarize(summaries[:, row])[row] for row in range(3)]))
-    stacked = torch.stack(parts)
-    return Buckets(
-        torch.tensor([reader.store.blocks[i].first_step for i, _ in spans]),
-        torch.tensor([reader.store.blocks[j - 1].last_step for _, j in spans]),
-        stacked[:, 0],
-        stacked[:, 1],
-        stacked[:, 2],
-        is_exact=False,
-    )
-
-
-def _from_norms(reader: Reader, columns: int, first: int, last: int) -> Buckets:
-    """The same from the norms themselves, read bucket by bucket."""
-    width = max(1, math.ceil((last - first) / columns))
-    steps = reader.steps()[first:last]
-    parts = []
-    for i in range(first, last, width):
-        rows = [piece for _, piece in reader.store.pieces("norms", i, min(i + width, last))]
-        parts.append(summarize(torch.cat(rows)))
-    stacked = torch.stack(parts) if parts else torch.empty(0, 3, len(reader.names), dtype=torch.float64)
-    ends = torch.cat([steps[width - 1 :: width], steps[-1:]])[: len(parts)]
-    return Buckets(steps[::width], ends, stacked[:, 0], stacked[:, 1], stacked[:, 2])
+    first_steps = torch.tensor([reader.store.blocks[i].first_step for i, _ in spans])
+    last_steps = torch.tensor([reader.store.blocks[j - 1].last_step for _, j in spans])
+    low, median, high = torch.stack(parts).unbind(1)
+    return Buckets(first_steps, last_steps, low, median, high, is_exact=False)

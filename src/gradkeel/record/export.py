@@ -55,8 +55,7 @@ def export(
 
 def columns(reader: Reader, *, parameters: bool, long: bool) -> Columns:
     """The table that `export` writes, in memory."""
-    chunks = list(_chunks(reader, parameters, long))
-    return {name: _joined([chunk[name] for chunk in chunks]) for name in chunks[0]}
+    return next(_chunks(reader, parameters, long, max(1, len(reader))))
 
 
 def arrow(reader: Reader, *, parameters: bool, long: bool) -> Any:
@@ -67,24 +66,18 @@ def arrow(reader: Reader, *, parameters: bool, long: bool) -> Any:
     )
 
 
-def _joined(parts: Sequence[Tensor | list[str]]) -> Tensor | list[str]:
-    tensors = [part for part in parts if isinstance(part, Tensor)]
-    return (
-        torch.cat(tensors) if tensors else [word for part in parts for word in part if isinstance(word, str)]
-    )
-
-
-def _chunks(reader: Reader, parameters: bool, long: bool) -> Iterator[Columns]:
+def _chunks(reader: Reader, parameters: bool, long: bool, size: int = _CHUNK) -> Iterator[Columns]:
+    """The table, ``size`` steps at a time; without rows where there are no steps."""
     scalars, reasons = reader.scalar_names, dict(reader.skips())
     samples = reader.weight_samples() if parameters or long else None
-    for first in range(0, max(1, len(reader)), _CHUNK):
-        last = min(first + _CHUNK, len(reader))
+    for first in range(0, max(1, len(reader)), size):
+        last = min(first + size, len(reader))
 
         def rows(name: str, first: int = first, last: int = last) -> Tensor:
             return reader.store.series(name, first, last)
 
         steps, verdict = rows("step"), rows("verdict")
-        logged: Columns = {name: rows(SCALAR_PREFIX + name) for name in scalars}
+        logged = {name: rows(SCALAR_PREFIX + name) for name in scalars}
         own: dict[str, Tensor] = {}
         if samples is not None:
             weights, ratios = _measured(steps, samples)
@@ -98,11 +91,7 @@ def _chunks(reader: Reader, parameters: bool, long: bool) -> Iterator[Columns]:
             n = len(reader.names)
             yield {
                 "step": steps.repeat_interleave(n),
-                **{
-                    name: values.repeat_interleave(n)
-                    for name, values in logged.items()
-                    if isinstance(values, Tensor)
-                },
+                **{name: values.repeat_interleave(n) for name, values in logged.items()},
                 "parameter": list(reader.names) * len(steps),
                 **{name: values.flatten() for name, values in own.items()},
             }

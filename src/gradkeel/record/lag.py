@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from gradkeel.guard.report import StepReport
 from gradkeel.kernels.arrival import to_host
 from gradkeel.measure.powers import tensor_norms
+from gradkeel.policies.states import from_list
 
 SERIES = "second_moment_lag"
 """The scalar's name in a record."""
@@ -22,11 +23,11 @@ _NO_STATE: Mapping[str, Any] = {}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Remembered:
-    """What is remembered of k parameters: [k] sums of second moments, and Adam's bias correction of each."""
+    """What is remembered of k parameters: [k] sums of second moments, and [k] Adam's bias correction of each."""
 
     rows: Sequence[int]
     sums: Tensor
-    corrections: Sequence[float] | Tensor
+    corrections: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,11 +46,7 @@ class Lag:
         """A copy on the CPU, to be read when it has arrived."""
         return Lag(
             [to_host(norms) for norms in self.norms],
-            [
-                Remembered(own.rows, to_host(own.sums), to_host(c) if isinstance(c, Tensor) else c)
-                for own in self.remembered
-                for c in [own.corrections]
-            ],
+            [Remembered(own.rows, to_host(own.sums), to_host(own.corrections)) for own in self.remembered],
         )
 
     def value(self) -> float:
@@ -57,10 +54,9 @@ class Lag:
         norms = [norm for own in self.norms for norm in own.tolist()]
         now = then = 0.0
         for own in self.remembered:
-            corrections = own.corrections
-            corrections = corrections.tolist() if isinstance(corrections, Tensor) else corrections
             now += sum(norms[row] * norms[row] for row in own.rows)
-            then += sum(s / c if c else math.nan for s, c in zip(own.sums.tolist(), corrections, strict=True))
+            pairs = zip(own.sums.tolist(), own.corrections.tolist(), strict=True)
+            then += sum(total / correction if correction else math.nan for total, correction in pairs)
         if then:
             return math.sqrt(now / then) if now / then >= 0 else math.nan
         return math.inf if now > 0 else math.nan
@@ -112,9 +108,9 @@ def _moment(state: Mapping[str, Any], parameter: Tensor) -> Any:
     return moment if moment is not None and moment.shape == parameter.shape and "step" in state else None
 
 
-def _corrections(beta: Any, steps: Sequence[Any], device: torch.device) -> Sequence[float] | Tensor:
-    """Adam's bias correction of each of k parameters: one without a gradient makes no step."""
+def _corrections(beta: Any, steps: Sequence[Any], device: torch.device) -> Tensor:
+    """[k] Adam's bias correction of each of k parameters: one without a gradient makes no step."""
     if any(isinstance(one, Tensor) and not one.is_cpu for one in (beta, *steps)):
         made = torch.stack([torch.as_tensor(step, dtype=torch.float32).to(device) for step in steps])
         return 1 - beta**made
-    return [1 - float(beta) ** float(step) for step in steps]
+    return from_list([1 - float(beta) ** float(step) for step in steps])

@@ -1,6 +1,5 @@
 """Steps that wait to be written, and the thread that writes them."""
 
-import functools
 import os
 import queue
 import threading
@@ -106,26 +105,23 @@ class Outbox:
 
     def _work(self) -> None:
         try:
-            self._write()
+            while (batch := self._batches.get()) is not None:
+                self._taken += len(batch)
+                try:
+                    rows = batch.rows()
+                    for sink in list(self._sinks):
+                        self._call(sink, sink.write, rows)
+                finally:
+                    self._batches.task_done()
+            for sink in list(self._sinks):
+                self._call(sink, sink.close)
+            self._batches.task_done()
         finally:
             self._is_working = False
 
-    def _write(self) -> None:
-        while (batch := self._batches.get()) is not None:
-            self._taken += len(batch)
-            try:
-                rows = batch.rows()
-                for sink in list(self._sinks):
-                    self._call(sink, functools.partial(sink.write, rows))
-            finally:
-                self._batches.task_done()
-        for sink in list(self._sinks):
-            self._call(sink, sink.close)
-        self._batches.task_done()
-
-    def _call(self, sink: Sink, action: Callable[[], None]) -> None:
+    def _call(self, sink: Sink, action: Callable[..., None], *arguments: Rows) -> None:
         try:
-            action()
+            action(*arguments)
         except Exception as error:  # noqa: BLE001 - whatever a disk or a tracker does, training goes on
             self._stopped(f"{sink!r}: {error}")
             self._sinks.remove(sink)

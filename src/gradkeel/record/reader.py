@@ -1,8 +1,9 @@
 """Reads a record, also while training still writes it."""
 
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor
 
 from gradkeel.errors import RecordError
 from gradkeel.guard import SkipReason
+from gradkeel.norms import combine
 from gradkeel.record.described import Rollback, Session
-from gradkeel.record.ranks import beside, by_rank, merged_samples
-from gradkeel.record.schema import CLIPPED, NONFINITE, SCALAR_PREFIX, STEPPED
+from gradkeel.record.schema import CLIPPED, NONFINITE, SCALAR_PREFIX, STEPPED, rank_path
 from gradkeel.record.store import LIVE, SUPERSEDED, Store, before
 
 
@@ -57,7 +58,7 @@ class Reader:
         self.path = path
         self.store = Store(path, where)
         self._is_in_order = where != SUPERSEDED
-        self._stores = beside(self.store, path) if where == LIVE else [self.store]
+        self._stores = _beside(self.store, path) if where == LIVE else [self.store]
         self.parameters = self.store.parameters
         self.names = tuple(parameter.name for parameter in self.parameters)
         self.sessions = self.store.sessions
@@ -76,13 +77,9 @@ class Reader:
         return "; ".join(found) or None
 
     def __enter__(self) -> Self:
-        """Itself."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the file."""
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -257,14 +254,20 @@ class Reader:
         if len(self._stores) < self.store.ranks and not self.store.rank:
             empty = torch.empty(0, len(self.names), dtype=torch.float64)
             return torch.empty(0, dtype=torch.int64), empty, empty
-        return merged_samples(self._stores)
+        return _merged_samples(self._stores)
 
     def by_rank(self, name: str, start: int | None = None, stop: int | None = None) -> Tensor:
         """[k, ranks] a series of one number a step (``time``, ``scalar:loss``) as each rank recorded it.
 
         One column where only rank 0 wrote, or a rank's file is missing; NaN at steps that a rank has not written.
         """
-        return by_rank(self._stores, name, self.steps(start, stop))
+        steps = self.steps(start, stop)
+        result = torch.full((len(steps), len(self._stores)), math.nan, dtype=torch.float64)
+        for column, store in enumerate(self._stores):
+            found = torch.isin(steps, store.steps)
+            values = store.series(name, 0, store.rows).to(torch.float64)
+            result[found, column] = values[torch.searchsorted(store.steps, steps[found])]
+        return result
 
     def skips(self) -> list[tuple[int, str]]:
         """Number and reason of each step that was skipped."""
@@ -291,3 +294,42 @@ class Reader:
 def completed(given: Tensor, common: Tensor, main: Tensor) -> Tensor:
     """[k, n] the series ``coefficients`` [k, n], what was left out of it filled in from ``coefficient`` [k]."""
     return torch.where(given.isnan(), torch.where(main, common.unsqueeze(1), 1.0), given)
+
+
+def _beside(store: Store, path: Path) -> list[Store]:
+    """The open files of all ranks, in their order; this one alone where others are missing or there are none."""
+    if store.rank or store.ranks == 1:
+        return [store]
+    stores = [store]
+    try:
+        stores += [Store(rank_path(path, rank)) for rank in range(1, store.ranks)]
+    except RecordError:  # lost, or nothing written yet
+        for other in stores[1:]:
+            other.close()
+        return [store]
+    return stores
+
+
+def _merged_samples(stores: Sequence[Store]) -> tuple[Tensor, Tensor, Tensor]:
+    """Steps [s], norms of the whole parameters [s, n] and of their updates [s, n], from each rank's pieces.
+
+    Copies of a piece count once. Steps of which a rank has no sample, or which were recorded by ranks that had other
+    pieces, are left out.
+    """
+    samples = [store.weight_samples() for store in stores]
+    since = max(store.pieces_since for store in stores)
+    known = set.intersection(*(set(steps.tolist()) for steps, _, _ in samples))
+    steps = torch.tensor(sorted(step for step in known if step >= since), dtype=torch.int64)
+    parts: dict[str, dict[tuple[int, ...], Tensor]] = {p.name: {} for p in stores[0].parameters}
+    for store, (own, weights, updates) in zip(stores, samples, strict=True):
+        both = torch.stack([weights, updates])[:, torch.searchsorted(own, steps)]
+        for column, parameter in enumerate(store.parameters):
+            key = store.piece(parameter.name)
+            if key is not None and parameter.name in parts:
+                parts[parameter.name].setdefault(key, both[:, :, column])
+    unknown = torch.full((2, len(steps)), math.nan, dtype=torch.float64)
+    columns = [
+        combine(torch.stack([*own.values()], dim=2), 2.0) if own else unknown for own in parts.values()
+    ]
+    weights, updates = torch.stack([*columns, unknown], dim=2)[:, :, : len(columns)]
+    return steps, weights, updates

@@ -7,52 +7,20 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
-import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor, distributed
 
 from gradkeel.errors import RecordWarning
+from gradkeel.guard.guard import Guard
 from gradkeel.guard.report import StepReport
 from gradkeel.kernels.arrival import is_capturing
 from gradkeel.ranks.group import is_running
 from gradkeel.record.lag import second_moment_lag
 from gradkeel.record.outbox import Outbox, Sink
-from gradkeel.record.ranks import rank_path
 from gradkeel.record.rows import Subject, layout
 from gradkeel.record.sampling import BeforeUpdate, Sampling
+from gradkeel.record.schema import rank_path
 from gradkeel.record.writer import RecordFile
-
-
-class Guarded(Protocol):
-    """What a recorder reads of the guard that it is bound to."""
-
-    optimizers: tuple[Optimizer, ...]
-
-    @property
-    def model(self) -> nn.Module | None:
-        """The model that names the parameters."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of all parameters."""
-
-    @property
-    def parameters(self) -> tuple[Tensor, ...]:
-        """The parameters, in the order of ``names``."""
-
-    @property
-    def policy_spec(self) -> str:
-        """The main policy in words."""
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether ranks share parameters."""
-
-    @property
-    def pieces(self) -> dict[str, tuple[int, ...]]:
-        """Which piece of each parameter this rank holds."""
 
 
 class Recorder:
@@ -106,8 +74,10 @@ class Recorder:
             raise TypeError("Recorder(path=None): give a path, or at least one sink")
         self.path = None if path is None else check_path(path, "Recorder(path=...)")
         self._sinks, self._flush_seconds, self._per_rank = list(sinks), flush_seconds, per_rank
-        self.rank, self._ranks = _place()
-        self._guard: Guarded | None = None
+        self.rank, self._ranks = 0, 1
+        if is_running():
+            self.rank, self._ranks = distributed.get_rank(), distributed.get_world_size()
+        self._guard: Guard | None = None
         self._layout: object = None  # of the steps that wait
         self._sampling = Sampling()
         self._before: BeforeUpdate | None = None
@@ -150,7 +120,7 @@ class Recorder:
                 "record of its own; training goes on"
             )
 
-    def bind(self, guard: Guarded) -> None:
+    def bind(self, guard: Guard) -> None:
         """Learn from the guard what is recorded: names, shapes, policy, optimizer; opens what was closed."""
         if self._is_closed:
             self._open()
@@ -226,21 +196,17 @@ class Recorder:
         guard = self._guard
         if guard is None:
             return Subject()
-        shapes = {name: tuple(p.shape) for name, p in zip(guard.names, guard.parameters, strict=True)}
-        order = list(shapes)
+        named = dict(zip(guard.names, guard.parameters, strict=True))
+        order = list(named)
         if guard.model is not None:
             position = {id(p): i for i, p in enumerate(guard.model.parameters())}
-            place = {
-                name: position.get(id(p), len(position))
-                for name, p in zip(order, guard.parameters, strict=True)
-            }
-            order.sort(key=place.__getitem__)
+            order.sort(key=lambda name: position.get(id(named[name]), len(position)))
         return Subject(
             names=tuple(order),
-            shapes=shapes,
+            shapes={name: tuple(parameter.shape) for name, parameter in named.items()},
             policy=guard.policy_spec,
             optimizer=" + ".join(type(optimizer).__name__ for optimizer in guard.optimizers),
-            nonfinite=getattr(guard, "nonfinite", ""),
+            nonfinite=guard.nonfinite,
             rank=self.rank if self._per_rank else 0,
             ranks=self._ranks if self._per_rank else 1,
             pieces=guard.pieces if self._per_rank else None,
@@ -267,10 +233,3 @@ def check_path(path: object, argument: str) -> str:
 
 def _warn(message: str) -> None:
     warnings.warn(message, RecordWarning, stacklevel=3)
-
-
-def _place() -> tuple[int, int]:
-    """This process's rank, and how many there are."""
-    if not is_running():
-        return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()

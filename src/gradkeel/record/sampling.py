@@ -37,10 +37,7 @@ class Sampling:
     def next(self, step: int, total: float | None, rate: float | None = None) -> tuple[bool, bool]:
         """Whether to measure the weights at this step, and whether the update as well; call it once a step.
 
-        Args:
-            step: its number.
-            total: the gradients' norm; None where the host would have to wait for it.
-            rate: the learning rate, likewise.
+        The gradients' norm and the learning rate are None where the host would have to wait for them.
         """
         self._seen += 1
         jump = 0.0 if total is None else self._jump(total)

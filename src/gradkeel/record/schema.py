@@ -1,6 +1,7 @@
 """The record file: one SQLite database for a run, and the one place that says what is in it."""
 
 import ctypes
+import os
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,18 +75,18 @@ class Series:
 
     Attributes:
         name: its name in the table ``series``.
-        dtype: of the numbers in a blob, little-endian, in C order.
         shape: of a block's blob; k is the block's rows, n its width (how many parameters it knows).
         unit: of the numbers.
         meaning: in words.
+        dtype: of the numbers in a blob, little-endian, in C order.
         fill: what a step holds where the series was not recorded.
     """
 
     name: str
-    dtype: torch.dtype
     shape: str
     unit: str
     meaning: str
+    dtype: torch.dtype = torch.float64
     fill: float = float("nan")
 
     @property
@@ -104,35 +105,24 @@ SERIES: dict[str, Series] = {
     series.name: series
     for series in (
         Series(
-            "step", torch.int64, "[k]", "1", "number of the optimizer step, from 1; skipped steps count", 0
+            "step", "[k]", "1", "number of the optimizer step, from 1; skipped steps count", torch.int64, 0
         ),
-        Series("time", torch.float64, "[k]", "s", "when the step ended, in seconds since 1970 UTC"),
+        Series("time", "[k]", "s", "when the step ended, in seconds since 1970 UTC"),
         Series(
             "verdict",
-            torch.uint8,
             "[k]",
             "bits",
             "1 stepped, 2 clipped, 4 a gradient that was not finite",
+            torch.uint8,
             STEPPED,
         ),
-        Series("total", torch.float64, "[k]", _GRADIENT, "norm of the main selection's true gradients"),
-        Series(
-            "clipped_total", torch.float64, "[k]", _GRADIENT, "the same after clipping; NaN where not known"
-        ),
-        Series("coefficient", torch.float64, "[k]", "1", "smallest coefficient of the main selection", 1),
-        Series(
-            "bound", torch.float64, "[k]", _GRADIENT, "smallest bound in force; inf: none yet; NaN: no bound"
-        ),
-        Series(
-            "norms",
-            torch.float64,
-            "[k, n]",
-            _GRADIENT,
-            "norm of each parameter's true gradient, before clipping",
-        ),
+        Series("total", "[k]", _GRADIENT, "norm of the main selection's true gradients"),
+        Series("clipped_total", "[k]", _GRADIENT, "the same after clipping; NaN where not known"),
+        Series("coefficient", "[k]", "1", "smallest coefficient of the main selection", fill=1),
+        Series("bound", "[k]", _GRADIENT, "smallest bound in force; inf: none yet; NaN: no bound"),
+        Series("norms", "[k, n]", _GRADIENT, "norm of each parameter's true gradient, before clipping"),
         Series(
             "coefficients",
-            torch.float64,
             "[k, n]",
             "1",
             "each parameter's coefficient; left out of a block where the main selection's all equal `coefficient` "
@@ -140,29 +130,21 @@ SERIES: dict[str, Series] = {
         ),
         Series(
             "present",
-            torch.uint8,
             "[k, n]",
             "1",
             "0 where a parameter had no gradient; left out of a block where all had one",
+            torch.uint8,
             1,
         ),
-        Series(
-            "weights",
-            torch.float64,
-            "[k, n]",
-            "the weight's",
-            "norm of each parameter, where the policy looks at it",
-        ),
+        Series("weights", "[k, n]", "the weight's", "norm of each parameter, where the policy looks at it"),
         Series(
             "peaks",
-            torch.float64,
             "[k, n, 2]",
             _GRADIENT,
             "lowest and highest entry of each gradient, where the policy looks at them",
         ),
         Series(
             "summary",
-            torch.float64,
             "[3, n]",
             _GRADIENT,
             "lowest, median and highest finite norm of each parameter in the block; NaN where there is none",
@@ -170,11 +152,7 @@ SERIES: dict[str, Series] = {
     )
 }
 SCALAR = Series(
-    SCALAR_PREFIX + "NAME",
-    torch.float64,
-    "[k]",
-    "the user's",
-    "what guard.log(NAME=...) was told, such as the loss",
+    SCALAR_PREFIX + "NAME", "[k]", "the user's", "what guard.log(NAME=...) was told, such as the loss"
 )
 
 
@@ -222,14 +200,8 @@ def create(connection: sqlite3.Connection) -> None:
         connection.executemany(
             "INSERT INTO series_types VALUES (?, ?, ?, ?, ?)",
             [
-                (
-                    series.name,
-                    str(series.dtype).removeprefix("torch."),
-                    series.shape,
-                    series.unit,
-                    series.meaning,
-                )
-                for series in (*SERIES.values(), SCALAR)
+                (one.name, str(one.dtype).removeprefix("torch."), one.shape, one.unit, one.meaning)
+                for one in (*SERIES.values(), SCALAR)
             ],
         )
         created = datetime.now(UTC).isoformat(timespec="seconds")
@@ -270,12 +242,10 @@ def is_empty(connection: sqlite3.Connection, path: Path) -> bool:
         raise RecordError(f"{path} is not a gradkeel record, or a damaged one: {words}") from None
 
 
-def check(connection: sqlite3.Connection, path: Path, *, may_be_empty: bool = False) -> None:
+def check(connection: sqlite3.Connection, path: Path) -> None:
     """Raise `RecordError` unless the database is a record that this version can read."""
     empty, version = is_empty(connection, path), _pragma(connection, "user_version")
     if empty:
-        if may_be_empty:
-            return
         raise RecordError(f"{path} is empty: no step has been recorded yet")
     if _pragma(connection, "application_id") != APPLICATION_ID:
         raise RecordError(
@@ -291,6 +261,12 @@ def check(connection: sqlite3.Connection, path: Path, *, may_be_empty: bool = Fa
     missing = [name for name in _NAMES if kinds.get(name) != "table"]  # a view could compute for ever
     if version < 1 or missing:
         raise RecordError(f"{path} is damaged: it has no table {', '.join(missing) or 'of a known version'}")
+
+
+def rank_path(path: str | os.PathLike[str], rank: int) -> Path:
+    """Where a rank writes: rank 0 to ``run.keel`` itself, rank 1 to ``run.rank1.keel`` beside it."""
+    path = Path(path)
+    return path if rank == 0 else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
 
 
 def is_record(path: Path) -> bool:

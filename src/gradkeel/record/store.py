@@ -19,6 +19,7 @@ from gradkeel.record.schema import ROWS_PER_BLOCK, SCALAR_PREFIX, from_blobs, pl
 
 LIVE, SUPERSEDED = "superseded_by = 0", "superseded_by > 0"
 """Which rows are read, as a condition in SQL: those that hold, or those that were recorded again later."""
+_SESSION = (str, int, str, float, str, str, str, str, int)  # as its fields are
 _MAY_BE_LEFT_OUT = {"coefficients", "present", "weights", "peaks"}
 _MOST_PER_BYTE, _ALWAYS_ALLOWED = 8, 1 << 25  # numbers in memory for each byte of the file
 
@@ -49,8 +50,7 @@ class Store:
         ranks: how many ranks have a file of their own.
         pieces_since: the first step of which `piece` holds.
 
-    Raises:
-        RecordError: there is no such file, it is no record, nothing of it can be read, or a newer version wrote it.
+    Raises what `Reader` does.
     """
 
     def __init__(self, path: Path, where: str = LIVE) -> None:
@@ -84,19 +84,9 @@ class Store:
         self._read_parameters({self._set_of(block) for block in found} or {0})
         self._read_blocks(found)
         everybody = [
-            Session(
-                str(started),
-                int(first),
-                str(policy),
-                float(norm),
-                str(made),
-                str(kept),
-                str(own),
-                str(its),
-                number,
-            )
-            for number, started, first, policy, norm, made, kept, own, its in query(
-                "SELECT session, started, first_step, policy, norm_type, optimizer, nonfinite, gradkeel, torch "
+            Session(*(kind(value) for kind, value in zip(_SESSION, row, strict=True)))
+            for row in query(
+                "SELECT started, first_step, policy, norm_type, optimizer, nonfinite, gradkeel, torch, session "
                 "FROM sessions ORDER BY session"
             )
         ]
@@ -268,14 +258,9 @@ class Store:
 
     def block_range(self, start: int | None, stop: int | None) -> tuple[int, int]:
         """Index of the first and one past the last block that holds any of the steps [start, stop)."""
-        first = (
-            0 if start is None else bisect.bisect_left(self.blocks, start, key=lambda block: block.last_step)
-        )
-        last = (
-            len(self.blocks)
-            if stop is None
-            else bisect.bisect_left(self.blocks, stop, key=lambda b: b.first_step)
-        )
+        blocks = self.blocks
+        first = 0 if start is None else bisect.bisect_left(blocks, start, key=lambda b: b.last_step)
+        last = len(blocks) if stop is None else bisect.bisect_left(blocks, stop, key=lambda b: b.first_step)
         return first, max(first, last)
 
     def _row(self, step: int) -> int:
@@ -323,8 +308,11 @@ class Store:
 
     def series(self, name: str, first: int, last: int, stride: int = 1) -> Tensor:
         """[k, ...] rows ``first`` up to ``last`` of a series, by its name in the file."""
-        read = self._wide if series_of(name).is_wide else self._narrow
-        return read(name, first, last, stride)
+        series = series_of(name)
+        if not series.is_wide:
+            return self._narrow(name, first, last, stride)
+        parts = [rows for _, rows in self.pieces(name, first, last, stride)]
+        return torch.cat(parts) if parts else torch.empty(series.sizes(0, self.width), dtype=series.dtype)
 
     def _narrow(self, name: str, first: int, last: int, stride: int) -> Tensor:
         if name == "step":
@@ -345,13 +333,6 @@ class Store:
         blobs = [blob or fill * block.rows for block, blob in zip(blocks, found, strict=True)]
         offset = self._offsets[touched.start]
         return from_blobs(blobs, series.dtype)[first - offset : last - offset]
-
-    def _wide(self, name: str, first: int, last: int, stride: int) -> Tensor:
-        parts = [rows for _, rows in self.pieces(name, first, last, stride)]
-        if parts:
-            return torch.cat(parts)
-        series = series_of(name)
-        return torch.empty(series.sizes(0, self.width), dtype=series.dtype)
 
     def pieces(self, name: str, first: int, last: int, stride: int = 1) -> Iterator[tuple[int, Tensor]]:
         """Rows ``first`` to ``last`` of a series with a column for each parameter, block by block.

@@ -72,7 +72,6 @@ class RecordFile:
         self._start_block()
 
     def __repr__(self) -> str:
-        """Where it is."""
         return f"the record {self.path}"
 
     def write(self, rows: Rows) -> None:
@@ -123,9 +122,8 @@ class RecordFile:
                 rescued = self._real.with_name(f"{self._real.name}-rescued")
                 with contextlib.closing(sqlite3.connect(rescued)) as copy:
                     self._connection.backup(copy)
-            self._connection.execute(
-                "PRAGMA wal_checkpoint(TRUNCATE)"
-            )  # closing leaves it out of a moved file
+            # Closing leaves it out of a moved file.
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         finally:
             self.close()
         if is_free:
@@ -160,7 +158,7 @@ class RecordFile:
         own = layout(rows.selections)
         if own == self._layout:
             return
-        known = {s.measured.names[i]: (s, i) for s in rows.selections for i in range(len(s.measured.names))}
+        known = {name: (s, i) for s in rows.selections for i, name in enumerate(s.measured.names)}
         ordered = [name for name in rows.subject.names if name in known]
         ordered += [name for name in known if name not in set(ordered)]
         for name in ordered:
@@ -235,9 +233,7 @@ class RecordFile:
         """The values with their columns at the file's."""
         series = series_of(name)
         values = values.to(series.dtype)
-        if not series.is_wide:
-            return values
-        return placed(values, columns, self._width, series.fill)
+        return placed(values, columns, self._width, series.fill) if series.is_wide else values
 
     def _sampled(self, samples: Sequence[tuple[int, Sample]]) -> Iterator[tuple[int, tuple[bytes, bytes]]]:
         """Each step's norms of weights and updates, by the file's columns; nothing where no update was measured."""
@@ -255,14 +251,12 @@ class RecordFile:
         """Add rows to the open block; write it, and as many full ones as there are."""
         old = self._open_rows
         counts = len(old.get("step", ())), len(new["step"])
-        merged = (
-            new
-            if not old
-            else {
+        merged = new
+        if old:
+            merged = {
                 name: torch.cat([_or_fill(name, old, new, counts[0]), _or_fill(name, new, old, counts[1])])
                 for name in dict.fromkeys((*old, *new))
             }
-        )
         rows = sum(counts)
         full = rows - rows % ROWS_PER_BLOCK
         self._write_blocks(
@@ -360,7 +354,8 @@ def _connect(path: Path) -> sqlite3.Connection:
     try:
         if is_empty(connection, path):
             connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
-        check(connection, path, may_be_empty=True)
+        else:
+            check(connection, path)
         # Readers do not stop the writer, and a killed process leaves whole transactions. Where the file system
         # cannot share memory, as network ones, SQLite answers with the journal that it falls back to.
         connection.execute("PRAGMA journal_mode=WAL")

@@ -1,12 +1,10 @@
 """Policies made of policies: one after the other, and one until the other is ready."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, reduce
-from operator import or_
-from typing import ClassVar
-
-from torch import Tensor
+from functools import cached_property
+from operator import mul, or_
+from typing import Any, ClassVar
 
 from gradkeel.norms import Decision, GradientNorms, Needs, State
 from gradkeel.policies.base import Policy, count
@@ -167,20 +165,20 @@ class Warmup(Composite):
 
 
 def _product(first: Decision, second: Decision) -> Decision:
-    skips = [skip for skip in (first.skip, second.skip) if skip is not None]
     return Decision(
-        coefficients=_times(first.coefficients, second.coefficients),
-        unit_coefficients=_times(first.unit_coefficients, second.unit_coefficients),
+        coefficients=both(mul, first.coefficients, second.coefficients),
+        unit_coefficients=both(mul, first.unit_coefficients, second.unit_coefficients),
         clamp=second.clamp,
-        skip=reduce(or_, skips) if skips else None,
+        skip=both(or_, first.skip, second.skip),
         bound=first.bound if second.bound is None else second.bound,
     )
 
 
-def _times(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+def both(operation: Callable[[Any, Any], Any], first: Any, second: Any) -> Any:
+    """What an operation makes of the two; the one that is there where the other is None."""
     if first is None or second is None:
         return second if first is None else first
-    return first * second
+    return operation(first, second)
 
 
 def union(owner: str, policies: Sequence[Policy | None]) -> Needs:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, reduce
+from functools import cached_property
 from operator import or_
 from typing import ClassVar
 
@@ -21,14 +21,7 @@ from gradkeel.norms import (
     take,
 )
 from gradkeel.policies.base import Policy
-from gradkeel.policies.compose.chain import (
-    Composite,
-    brief,
-    check_policies,
-    nested,
-    part,
-    union,
-)
+from gradkeel.policies.compose.chain import Composite, both, brief, check_policies, nested, part, union
 from gradkeel.policies.scopes import group_members
 from gradkeel.policies.states import JoinedState
 
@@ -149,17 +142,15 @@ def _assembled(
     for rows, decision in zip(members, decisions, strict=True):
         columns = _unit_rows(norms, rows)
         bound = decision.bound
-        if (
-            bound is not None and bound.dim() and bound.shape[0] != len(rows)
-        ):  # [u]: the tightest of each tensor
+        if bound is not None and bound.dim() and bound.shape[0] != len(rows):
+            # [u]: the tightest of each tensor.
             bound = per_tensor(bound, subset(norms, rows), least=True)
-        skips = [skip for skip in (result.skip, decision.skip) if skip is not None]
         result = Decision(
             coefficients=_placed(result.coefficients, decision.coefficients, rows, norms.norms, 1.0),
             unit_coefficients=_placed(
                 result.unit_coefficients, decision.unit_coefficients, columns, norms.units, 1.0
             ),
-            skip=reduce(or_, skips) if skips else None,
+            skip=both(or_, result.skip, decision.skip),
             bound=_placed(result.bound, bound, rows, norms.norms, torch.inf),
         )
     return result

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import re
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,16 +90,9 @@ def descriptions() -> tuple[PolicyDescription, ...]:
 
 def _sections(text: str) -> dict[str, str]:
     """Return the docstring's sections by title; what stands before the first has the title ''."""
-    found = {"": ""}
-    title = ""
-    for line in text.splitlines():
-        heading = re.fullmatch(r"([A-Z][A-Za-z]+):", line)
-        if heading:
-            title = heading[1]
-            found[title] = ""
-        else:
-            found[title] += line.removeprefix("    ") + "\n"
-    return {key: value.strip("\n") for key, value in found.items()}
+    first, *others = re.split(r"^([A-Z][A-Za-z]+):$", text, flags=re.MULTILINE)
+    found = {"": first, **dict(zip(others[::2], others[1::2], strict=True))}
+    return {title: textwrap.dedent(body).strip("\n") for title, body in found.items()}
 
 
 def _meanings(arguments: str) -> dict[str, str]:

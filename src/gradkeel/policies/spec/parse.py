@@ -92,7 +92,7 @@ def parse(spec: str) -> PolicySpec:
 def _policy(spec: str, text: str) -> Policy | None:
     stages = _split(spec, text, "+")
     if len(stages) > 1:
-        return _made(spec, Chain, [_some(spec, stage) for stage in stages])
+        return _made(spec, Chain, *(_some(spec, stage) for stage in stages))
     text = text.strip()
     if text.startswith("(") and text.endswith(")"):
         return _policy(spec, text[1:-1])
@@ -106,18 +106,14 @@ def _policy(spec: str, text: str) -> Policy | None:
         words = _split(spec, rest, "/")
         if len(words) != 3:
             raise PolicySpecError(
-                f"policy {spec!r}: write it as warmup:STEPS/BEFORE/AFTER, such as {_WARMUP_EXAMPLE}"
+                f"policy {spec!r}: write it as warmup:STEPS/BEFORE/AFTER, such as warmup:100/global-norm:1.0/zclip"
             )
-        return _made(
-            spec, Warmup, [_value(spec, "steps", words[0], int), *(_policy(spec, w) for w in words[1:])]
-        )
+        steps = _value(spec, "steps", words[0], int)
+        return _made(spec, Warmup, steps, *(_policy(spec, word) for word in words[1:]))
     if name == PerGroup.spec_name:
-        return _made(spec, PerGroup, [_policy(spec, word) for word in _split(spec, rest, "/")])
+        return _made(spec, PerGroup, *(_policy(spec, word) for word in _split(spec, rest, "/")))
     words = [word.strip() for word in rest.split(",")] if rest.strip() else []
     return _build(spec, _known(spec, name), words)
-
-
-_WARMUP_EXAMPLE = "warmup:100/global-norm:1.0/zclip"
 
 
 def _some(spec: str, text: str) -> Policy:
@@ -142,9 +138,9 @@ def _split(spec: str, text: str, separator: str) -> list[str]:
     return [*parts, text[start:]]
 
 
-def _made(spec: str, kind: type[Policy], arguments: list[Any]) -> Policy:
+def _made(spec: str, kind: type[Policy], *arguments: Any, **named: Any) -> Policy:
     try:
-        return kind(*arguments)
+        return kind(*arguments, **named)
     except (TypeError, ValueError) as error:
         raise PolicySpecError(f"policy {spec!r}: {error}") from None
 
@@ -162,21 +158,18 @@ def _known(spec: str, name: str) -> type[NamedPolicy]:
         ) from None
 
 
-def _build(spec: str, policy: type[NamedPolicy], words: list[str]) -> NamedPolicy:
+def _build(spec: str, policy: type[NamedPolicy], words: list[str]) -> Policy:
     hints = get_type_hints(policy)
     fields = dataclasses.fields(policy)
     given = _arguments(spec, [field.name for field in fields], words, policy)
-    missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in given]
+    required = [field.name for field in fields if field.default is dataclasses.MISSING]
+    missing = [name for name in required if name not in given]
     if missing:
-        example = ",".join(["1.0"] * len([f for f in fields if f.default is dataclasses.MISSING]))
+        example = ",".join(["1.0"] * len(required))
         raise PolicySpecError(
             f"policy {spec!r}: it needs {', '.join(missing)}, as in {policy.spec_name}:{example}"
         )
-    values = {key: _value(spec, key, value, hints[key]) for key, value in given.items()}
-    try:
-        return policy(**values)
-    except (TypeError, ValueError) as error:
-        raise PolicySpecError(f"policy {spec!r}: {error}") from None
+    return _made(spec, policy, **{key: _value(spec, key, value, hints[key]) for key, value in given.items()})
 
 
 def _arguments(spec: str, fields: list[str], words: list[str], policy: type[NamedPolicy]) -> dict[str, str]:
@@ -200,9 +193,8 @@ def _value(spec: str, key: str, text: str, hint: Any) -> Any:
     kinds = get_args(hint) or (hint,)
     if text in kinds:  # one of a Literal's words
         return text
-    word = (
-        text.lower()
-    )  # None and True, as they are written in Python and in this project's own documentation
+    # None and True, as they are written in Python and in this project's own documentation.
+    word = text.lower()
     if word == "none" and type(None) in kinds:
         return None
     if bool in kinds and word in {"true", "false"}:
