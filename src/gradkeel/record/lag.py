@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from gradkeel.guard.report import StepReport
 from gradkeel.kernels.arrival import to_host
 from gradkeel.measure.powers import tensor_norms
-from gradkeel.policies.states import from_list
+from gradkeel.norms import from_list
 
 SERIES = "second_moment_lag"
 """The scalar's name in a record."""
