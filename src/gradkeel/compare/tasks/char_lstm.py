@@ -3,11 +3,9 @@
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradkeel.compare.task import Task
-from gradkeel.compare.text import VOCABULARY, text, windows
+from gradkeel.compare.text import VOCABULARY, TextTask, text, windows
 
 
 class CharModel(nn.Module):
@@ -25,7 +23,7 @@ class CharModel(nn.Module):
         return logits
 
 
-class CharLSTM(Task):
+class CharLSTM(TextTask):
     """Predict the next character of Python's documentation with plain SGD.
 
     The setting of Zhang, He, Sra, Jadbabaie, "Why gradient clipping accelerates training", ICLR 2020, made small
@@ -40,6 +38,7 @@ class CharLSTM(Task):
     batch_size = 16
     target_loss = 2.5
     length = 64
+    validated = 128
 
     def model(self) -> nn.Module:
         """A CharModel with torch's default initialization."""
@@ -52,18 +51,3 @@ class CharLSTM(Task):
         while True:
             starts = torch.randint(len(tokens) - self.length, (self.batch_size,), generator=generator)
             yield windows(tokens, starts, self.length)
-
-    def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
-        """[] cross-entropy in nats a character."""
-        return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
-
-    def weight(self, batch: Tensor) -> float:
-        """Characters predicted."""
-        return float(batch[:, 1:].numel())
-
-    @torch.no_grad()
-    def validation_loss(self, model: nn.Module) -> float:
-        """Cross-entropy on 64 windows of 128 characters, evenly spaced in the validation text."""
-        tokens = text().validation
-        starts = torch.linspace(0, len(tokens) - 129, 64).long()
-        return float(self.loss(model, windows(tokens, starts, 128)))
