@@ -45,14 +45,7 @@ SHAPES: Mapping[str, Shapes] = {
 
 
 class Gradients:
-    """Parameters with gradients of normally distributed entries.
-
-    Args:
-        shapes: of the parameters.
-        dtype: of parameters and gradients.
-        device: where they are.
-        scale: standard deviation of the gradients' entries; that of the parameters' is 0.02.
-        seed: of the numbers.
+    """Parameters with gradients of normally distributed entries, of standard deviation ``scale``.
 
     Attributes:
         parameters: with their gradients; `refill` writes these anew, in place.

@@ -19,43 +19,22 @@ from gradkeel.record.notes import plain
 
 @dataclass(frozen=True)
 class ProbedRun:
-    """One training run with its smoothness measured on the way.
-
-    Attributes:
-        task: the task's name.
-        policy: spec string.
-        lr: learning rate.
-        seed: seed of weights and batches.
-        optimizer: name of the optimizer's class.
-        losses: training loss of each batch; shorter than asked for where the loss became non-finite.
-        measurements: local smoothness along every so many steps, each on the batch that the step was made with.
-        fit: (L0, L1) fitted to them, or why not.
-    """
+    """One training run with its smoothness measured on the way."""
 
     task: str
     policy: str
     lr: float
     seed: int
     optimizer: str
-    losses: tuple[float, ...]
-    measurements: tuple[LocalSmoothness, ...]
+    losses: tuple[float, ...]  # of each batch; fewer than asked for where the loss became non-finite
+    measurements: tuple[LocalSmoothness, ...]  # each on the batch that the step was made with
     fit: SmoothnessFit
 
 
 def probed_run(
     task: Task, *, policy: str, lr: float, seed: int = 0, steps: int, every: int = 2, points: int = 4
 ) -> ProbedRun:
-    """Train for ``steps`` steps, measuring local smoothness along one step in ``every``.
-
-    Args:
-        task: what to train.
-        policy: spec string; non-finite gradients are kept under ``none``, and skipped otherwise.
-        lr: learning rate.
-        seed: for ``task.model()`` and ``task.batches()``, as in ``gradkeel compare``.
-        steps: optimizer steps.
-        every: measure one step in so many.
-        points: gradients on each step measured, besides the one at its start.
-    """
+    """Train as ``gradkeel compare`` does, measuring local smoothness along one step in ``every``."""
     model, optimizer, guard = prepare(task, policy, lr, seed)
     batch: Any = None
     probe = SmoothnessProbe(
@@ -95,15 +74,10 @@ def default_policy(task: Task) -> str:
 def words(run: ProbedRun) -> list[Line]:
     """What was found, the constants, and which bound follows, as labelled lines."""
     fit, bound = run.fit, bound_of(run.policy)
-    lines = [Line(say("FOUND"), fit.reason)]
+    found = Line(say("FOUND"), fit.reason)
     if not fit.related:
-        return [
-            *lines,
-            Line(
-                say("BOUND"),
-                say("none follows from these measurements; see gradkeel explain for the norms' own advice"),
-            ),
-        ]
+        none = say("none follows from these measurements; see gradkeel explain for the norms' own advice")
+        return [found, Line(say("BOUND"), none)]
     l0, l1 = fit.envelope
     fitted = say(
         "L0 = {L0:.3g} ({L0_low:.3g} to {L0_high:.3g}), L1 = {L1:.3g} ({L1_low:.3g} to {L1_high:.3g}); no measurement "
@@ -136,7 +110,7 @@ def words(run: ProbedRun) -> list[Line]:
         limit=fit.max_step,
         used="" if bound is None else say("; this run had lr * bound = {n:.3g}", n=run.lr * bound),
     )
-    return [*lines, Line(say("FIT"), fitted), Line(say("BOUND"), advice), Line(say("STEP"), step)]
+    return [found, Line(say("FIT"), fitted), Line(say("BOUND"), advice), Line(say("STEP"), step)]
 
 
 def document(run: ProbedRun) -> dict[str, Any]:
