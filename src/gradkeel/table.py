@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradkeel.language import padded, say, shown, width
+from gradkeel.language import aligned, say, shown
 from gradkeel.ranks.total import measure_total
 
 _HEAD = (say("parameter"), say("shape"), say("weight norm"), say("gradient norm"))
@@ -70,11 +70,7 @@ class GradientTable:
 
     def __repr__(self) -> str:
         """A table in plain text, with heads in the reader's language."""
-        cells = [[*map(shown, _HEAD)], *self._cells()]
-        widths = [max(map(width, column)) for column in zip(*cells, strict=True)]
-        return "\n".join(
-            "  ".join(padded(cell, widths[i], right=i > 1) for i, cell in enumerate(row)) for row in cells
-        )
+        return "\n".join(aligned([_HEAD, *self._cells()], words=2))
 
     def _repr_html_(self) -> str:
         """A table for notebooks."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gradkeel.cli.errors import reported
+from gradkeel.cli.options import json_option
 from gradkeel.language import count, heard, say, shown
 
 if TYPE_CHECKING:
@@ -21,9 +22,7 @@ _SWITCHES = {"native": "GRADKEEL_NATIVE", "triton": "GRADKEEL_TRITON"}
 
 @reported
 def command(
-    as_json: Annotated[
-        bool, typer.Option("--json", help="print the diagnosis as JSON, and nothing else, to stdout")
-    ] = False,
+    as_json: Annotated[bool, json_option("the diagnosis")] = False,
 ) -> None:
     """Say which code measures gradients here and why, and check it against float64; exits with 1 if it is wrong."""
     from gradkeel.doctor import diagnose

@@ -1,7 +1,7 @@
 """What several commands take."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -10,7 +10,13 @@ TASKS = "char-lstm, exploding-linear, simple-mlp, simple-mlp-adam, tiny-transfor
 
 TASK = f"{TASKS}, or yours: mypkg.mymodule:make_task"
 
-AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON, and nothing else, to stdout")]
+
+def json_option(what: str) -> Any:
+    """The option of a command that can print something as JSON."""
+    return typer.Option("--json", help=f"print {what} as JSON, and nothing else, to stdout")
+
+
+AsJson = Annotated[bool, json_option("the result")]
 
 Run = Annotated[
     Path, typer.Argument(metavar="RUN", help="a record, such as runs/exp1.keel", show_default=False)

@@ -10,25 +10,17 @@ from gradkeel.compare.plan import Comparison
 from gradkeel.compare.run import Run
 from gradkeel.compare.summary import Row
 from gradkeel.compare.words import capital, named, number
-from gradkeel.explain.readable import readable
-from gradkeel.language import count, heard, join, say
+from gradkeel.language import count, heard, join, readable, say
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What the runs show.
+    """What the runs show."""
 
-    Attributes:
-        found: what clipping changed, and in how many of the seeds.
-        why: the first parameter and step of the blow-up in one failing run.
-        caution: what the result does not say.
-        next: a command to run.
-    """
-
-    found: str
-    why: str
-    caution: str
-    next: str
+    found: str  # what clipping changed, and in how many of the seeds
+    why: str  # the first parameter and step of the blow-up in one failing run
+    caution: str  # what the result does not say
+    next: str  # a command to run
 
     def lines(self) -> list[tuple[str, str]]:
         """Label and text of each line."""

@@ -13,8 +13,7 @@ from gradkeel.compare.run import Run
 from gradkeel.compare.summary import Row, best_runs
 from gradkeel.compare.sweep import LOOSE, TIGHT, WORKS, SweepPoint, sweep_points
 from gradkeel.compare.words import number
-from gradkeel.explain.readable import readable
-from gradkeel.language import count, join, say
+from gradkeel.language import count, join, readable, say
 from gradkeel.page.figures import Band, Curves, Point, Series, against, curves
 from gradkeel.page.page import Line, Section, Table, page
 

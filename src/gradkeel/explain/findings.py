@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gradkeel.explain.readable import readable
-from gradkeel.language import heard, say
+from gradkeel.language import heard, readable, say
 
 Cause = Literal["sample", "batch", "numerics", "state", "transient", "learning_rate"]
 NOTE = "autopsy."

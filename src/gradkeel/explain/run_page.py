@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from gradkeel.explain import Explanation, explain, words
-from gradkeel.explain.readable import readable
 from gradkeel.explain.run_figures import (
     BLUE,
     FEW,
@@ -24,7 +23,7 @@ from gradkeel.explain.run_figures import (
     traces,
     width_of,
 )
-from gradkeel.language import heard, join, say
+from gradkeel.language import heard, join, readable, say
 from gradkeel.page.page import Line, Section, Table, page
 from gradkeel.record import Reader, bucket, bucket_norms
 

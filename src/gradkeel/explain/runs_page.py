@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from gradkeel.explain import explain, words
-from gradkeel.explain.readable import readable
 from gradkeel.explain.run_figures import Trace, traces
 from gradkeel.explain.run_page import COLUMNS
-from gradkeel.language import say
+from gradkeel.language import readable, say
 from gradkeel.page.figures import COLORS
 from gradkeel.page.page import Line, Section, Table, page
 from gradkeel.record import Reader, bucket
