@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import gradkeel
 from gradkeel.cli.app import app
-from gradkeel.cli.options import TASKS
+from gradkeel.cli.common import TASKS
 from gradkeel.cli.screen import tables
 from gradkeel.compare.task import BUILTIN
 from gradkeel.language import readable

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from gradkeel.cli.errors import complain, reported
-from gradkeel.cli.options import TASK, AsJson
+from gradkeel.cli.common import TASK, AsJson, complain, reported
 from gradkeel.language import heard, say, shown
 
 if TYPE_CHECKING:

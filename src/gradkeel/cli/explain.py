@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from gradkeel.cli.errors import reported
-from gradkeel.cli.options import Run, json_option
+from gradkeel.cli.common import Run, json_option, reported
 from gradkeel.language import say, shown
 
 

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gradkeel.cli.errors import reported
-from gradkeel.cli.options import json_option
+from gradkeel.cli.common import json_option, reported
 from gradkeel.language import heard, say, shown
 
 if TYPE_CHECKING:

@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from gradkeel.cli.errors import note_damage, reported
-from gradkeel.cli.options import Run, json_option
+from gradkeel.cli.common import Run, json_option, note_damage, reported
 from gradkeel.language import readable, say
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from gradkeel.cli.errors import note_damage, reported
+from gradkeel.cli.common import note_damage, reported
 from gradkeel.language import say, shown
 
 
