@@ -11,6 +11,7 @@ from gradkeel.compare.run import Run
 from gradkeel.compare.summary import Row
 from gradkeel.compare.words import capital, named, number
 from gradkeel.language import count, heard, join, readable, say
+from gradkeel.page.page import Line
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,14 @@ class Findings:
     caution: str  # what the result does not say
     next: str  # a command to run
 
-    def lines(self) -> list[tuple[str, str]]:
-        """Label and text of each line."""
+    def lines(self) -> list[Line]:
+        """All four, labelled."""
         return [
-            (say("FOUND"), self.found), (say("WHY"), self.why), (say("CAUTION"), self.caution), (say("NEXT"), self.next)
-        ]  # fmt: skip
+            Line(say("FOUND"), self.found),
+            Line(say("WHY"), self.why),
+            Line(say("CAUTION"), self.caution),
+            Line(say("NEXT"), self.next, command=True),
+        ]
 
 
 def findings(comparison: Comparison) -> Findings:
