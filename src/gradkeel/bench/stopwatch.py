@@ -79,9 +79,7 @@ def race(
 
     Args:
         contenders: at least one, with names of their own.
-        rounds: how often each is timed.
         warmup: how often each is run beforehand, after the run that is checked.
-        seed: of the order.
         seconds: no further round is begun after so long, once there are 5; None sets no limit.
         collects: leave the garbage collector as it is: a run that is long pays for what it leaves alive.
         synchronize: waits for an accelerator; called before each run and, timed, at its end.

@@ -115,10 +115,8 @@ def words(run: ProbedRun) -> list[Line]:
 
 def document(run: ProbedRun) -> dict[str, Any]:
     """The run as plain numbers, lists and dicts; a number that is not finite is None."""
-    fit = run.fit
-    result: dict[str, Any] = plain(
-        {**asdict(run), "safe_bound": fit.safe_bound(run.lr), "max_step": fit.max_step}
-    )
+    bounds = {"safe_bound": run.fit.safe_bound(run.lr), "max_step": run.fit.max_step}
+    result: dict[str, Any] = plain(asdict(run) | bounds)
     return result
 
 
@@ -142,9 +140,5 @@ def smoothness_page(run: ProbedRun) -> str:
         "that no point exceeds."
     )
     figure = smoothness_figure(run.measurements, run.fit)
-    return page(
-        f"gradkeel smoothness {run.task}",
-        subtitle,
-        words(run),
-        [Section(say("Smoothness and gradient norm"), text, figure=figure)],
-    )
+    sections = [Section(say("Smoothness and gradient norm"), text, figure=figure)]
+    return page(f"gradkeel smoothness {run.task}", subtitle, words(run), sections)

@@ -11,11 +11,11 @@ from gradkeel.compare.text import VOCABULARY, TextTask, text, windows
 class CharModel(nn.Module):
     """Embedding, two LSTM layers, output layer without a bias."""
 
-    def __init__(self, hidden: int = 96, embedding: int = 32) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, embedding)
-        self.lstm = nn.LSTM(embedding, hidden, num_layers=2, batch_first=True)
-        self.output = nn.Linear(hidden, VOCABULARY, bias=False)
+        self.embedding = nn.Embedding(VOCABULARY, 32)
+        self.lstm = nn.LSTM(32, 96, num_layers=2, batch_first=True)
+        self.output = nn.Linear(96, VOCABULARY, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[batch, length, vocabulary] logits of each next token."""
