@@ -37,11 +37,9 @@ class GradientTable:
     rows: tuple[GradientRow, ...]
 
     def __iter__(self) -> Iterator[GradientRow]:
-        """The rows, in the model's order."""
         return iter(self.rows)
 
     def __len__(self) -> int:
-        """How many parameters there are."""
         return len(self.rows)
 
     def __getitem__(self, name: str) -> GradientRow:

@@ -81,7 +81,6 @@ class Explanation:
         return self.diagnosis.verdict
 
     def __str__(self) -> str:
-        """All of it in words."""
         return words.as_text(self)
 
     def to_json(self) -> dict[str, Any]:

@@ -63,7 +63,6 @@ class AutopsyResult:
     usual_loss: float | None = None
 
     def __str__(self) -> str:
-        """It in words."""
         return str(self.words())
 
     def words(self) -> str:
