@@ -1,17 +1,20 @@
-"""The four lines under the table: FOUND, WHY, CAUTION, NEXT, from the runs and nothing else."""
+"""The four lines under the table: FOUND, WHY, CAUTION, NEXT, from the runs and nothing else; and all of it as JSON."""
 
 import math
 import shlex
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from gradkeel.compare.advice import caution, next_command
 from gradkeel.compare.contest import Contest, contest_of
 from gradkeel.compare.plan import Comparison
 from gradkeel.compare.run import Run
-from gradkeel.compare.summary import Row
+from gradkeel.compare.summary import Row, summarize
+from gradkeel.compare.sweep import sweep_points
 from gradkeel.compare.words import capital, named, number
 from gradkeel.language import count, heard, join, readable, say
 from gradkeel.page.page import Line
+from gradkeel.record.notes import plain
 
 
 @dataclass(frozen=True)
@@ -190,3 +193,27 @@ def _blow_up(run: Run) -> str:
         gradient=say(" (gradient norm {norm})", norm=number(norm)) if math.isfinite(norm) else "",
         end=end,
     )
+
+
+def document(comparison: Comparison) -> dict[str, Any]:
+    """A comparison as ``compare.json`` has it (docs/compare.md); non-finite numbers are None."""
+    plan, runs = comparison.plan, comparison.runs
+    result = {
+        "task": plan.target,
+        "steps": plan.steps,
+        "accumulate": plan.accumulate,
+        "planned_runs": len(plan.trials),
+        "interrupted": comparison.interrupted,
+        "runs": [_told(run) for run in runs],
+        "summary": [asdict(row) for row in summarize(runs, plan.target_loss)],
+        "findings": asdict(findings(comparison)) if runs else None,
+    }
+    if plan.sweep is not None:
+        result["sweep"] = [asdict(point) for point in sweep_points(plan.sweep, runs)]
+    return plain(result)
+
+
+def _told(run: Run) -> dict[str, Any]:
+    fields = asdict(run) | {"final_loss": run.final_loss}
+    del fields["optimizer"]
+    return fields
