@@ -91,8 +91,7 @@ class Diagnosis:
         """The fields and verdicts, as JSON has them."""
         checks = [{**asdict(check), "is_right": check.is_right} for check in self.checks]
         told = {"version": 1, **asdict(self), "is_healthy": self.is_healthy, "checks": checks}
-        result: dict[str, Any] = plain(told)
-        return result
+        return plain(told)
 
 
 def diagnose() -> Diagnosis:

@@ -116,8 +116,7 @@ def words(run: ProbedRun) -> list[Line]:
 def document(run: ProbedRun) -> dict[str, Any]:
     """The run as plain numbers, lists and dicts; a number that is not finite is None."""
     bounds = {"safe_bound": run.fit.safe_bound(run.lr), "max_step": run.fit.max_step}
-    result: dict[str, Any] = plain(asdict(run) | bounds)
-    return result
+    return plain(asdict(run) | bounds)
 
 
 def smoothness_page(run: ProbedRun) -> str:

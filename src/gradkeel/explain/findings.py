@@ -14,19 +14,12 @@ NOTE = "autopsy."
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """The step with one thing changed.
+    """The step with one thing changed."""
 
-    Attributes:
-        change: what was changed, in words.
-        norm: 2-norm of the gradients that came out, NaN or inf where they were not finite.
-        is_bad: whether the fault was still there.
-        loss: the mean loss that came out.
-    """
-
-    change: str
-    norm: float
-    is_bad: bool
-    loss: float = math.nan
+    change: str  # what was changed, in words
+    norm: float  # 2-norm of the gradients that came out, NaN or inf where they were not finite
+    is_bad: bool  # whether the fault was still there
+    loss: float = math.nan  # the mean loss that came out
 
 
 @dataclass(frozen=True, slots=True)

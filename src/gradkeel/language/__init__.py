@@ -165,8 +165,7 @@ def _translated(text: str) -> str:
 
 @functools.cache
 def _sections() -> dict[str, dict[str, str]]:
-    sections: dict[str, dict[str, str]] = json.loads(Path(__file__).with_name("zh.json").read_bytes())
-    return sections
+    return json.loads(Path(__file__).with_name("zh.json").read_bytes())
 
 
 @functools.cache

@@ -134,5 +134,4 @@ def _plotly_script() -> str:
         from plotly.offline import get_plotlyjs
     except ImportError:
         raise MissingExtraError("plotly", "report", "a page with figures") from None
-    script: str = get_plotlyjs()
-    return script
+    return get_plotlyjs()

@@ -19,8 +19,7 @@ class CharModel(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[batch, length, vocabulary] logits of each next token."""
-        logits: Tensor = self.output(self.lstm(self.embedding(tokens))[0])
-        return logits
+        return self.output(self.lstm(self.embedding(tokens))[0])
 
 
 class CharLSTM(TextTask):

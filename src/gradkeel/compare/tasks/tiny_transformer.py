@@ -30,8 +30,7 @@ class TinyModel(nn.Module):
         length = tokens.shape[1]
         mask = nn.Transformer.generate_square_subsequent_mask(length, device=tokens.device)
         embedded = self.tokens(tokens) + self.positions(torch.arange(length, device=tokens.device))
-        logits: Tensor = self.output(self.norm(self.layers(embedded, mask=mask, is_causal=True)))
-        return logits
+        return self.output(self.norm(self.layers(embedded, mask=mask, is_causal=True)))
 
 
 class TinyTransformer(TextTask):
