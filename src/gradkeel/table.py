@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gradkeel.language import aligned, say, shown
 from gradkeel.ranks.total import measure_total
@@ -93,16 +93,12 @@ def gradients(model: nn.Module) -> GradientTable:
     Example:
         >>> print(gk.gradients(torch.nn.Linear(1, 1)))
     """
-    return GradientTable(
-        tuple(
-            GradientRow(
-                name,
-                tuple(parameter.shape),
-                float(measure_total([parameter], 2.0, parameter.device)),
-                None
-                if parameter.grad is None
-                else float(measure_total([parameter.grad], 2.0, parameter.device)),
-            )
-            for name, parameter in model.named_parameters()
-        )
+
+    def norm(tensor: Tensor) -> float:
+        return float(measure_total([tensor], 2.0, tensor.device))
+
+    rows = (
+        GradientRow(name, tuple(p.shape), norm(p), None if p.grad is None else norm(p.grad))
+        for name, p in model.named_parameters()
     )
+    return GradientTable(tuple(rows))

@@ -30,15 +30,12 @@ _chosen: dict[str, str] = {}
 
 
 class Said(str):
-    """An English sentence that knows what it was made from.
+    """An English sentence that knows what it was made from."""
 
-    Attributes:
-        template: with names in braces for what was filled in; None for sentences one after the other.
-        values: what was filled in, by name.
-    """
-
-    template: str | None
-    values: Mapping[str, object]
+    template: (
+        str | None
+    )  # with names in braces for what was filled in; None for sentences one after the other
+    values: Mapping[str, object]  # what was filled in, by name
 
     def __new__(cls, english: str, template: str | None, values: Mapping[str, object]) -> "Said":
         """The English text, and its parts."""
