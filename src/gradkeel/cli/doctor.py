@@ -42,10 +42,7 @@ def _tell(diagnosis: "Diagnosis") -> None:
 
     here = console()
     what = say(
-        "with torch {torch}, Python {python}, {platform}",
-        torch=diagnosis.torch,
-        python=diagnosis.python,
-        platform=diagnosis.platform,
+        "with torch {diagnosis.torch}, Python {diagnosis.python}, {diagnosis.platform}", diagnosis=diagnosis
     )
     here.print(Text(f"gradkeel {diagnosis.gradkeel}", style="bold cyan"), Text(shown(what)))
     lines = [

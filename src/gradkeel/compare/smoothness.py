@@ -78,25 +78,18 @@ def words(run: ProbedRun) -> list[Line]:
     if not fit.related:
         none = say("none follows from these measurements; see gradkeel explain for the norms' own advice")
         return [found, Line(say("BOUND"), none)]
-    l0, l1 = fit.envelope
     fitted = say(
-        "L0 = {L0:.3g} ({L0_low:.3g} to {L0_high:.3g}), L1 = {L1:.3g} ({L1_low:.3g} to {L1_high:.3g}); no measurement "
-        "exceeds L0 = {l0:.3g}, L1 = {l1:.3g}",
-        L0=fit.L0,
-        L0_low=fit.L0_interval[0],
-        L0_high=fit.L0_interval[1],
-        L1=fit.L1,
-        L1_low=fit.L1_interval[0],
-        L1_high=fit.L1_interval[1],
-        l0=l0,
-        l1=l1,
+        "L0 = {fit.L0:.3g} ({fit.L0_interval[0]:.3g} to {fit.L0_interval[1]:.3g}), L1 = {fit.L1:.3g} "
+        "({fit.L1_interval[0]:.3g} to {fit.L1_interval[1]:.3g}); no measurement exceeds L0 = {fit.envelope[0]:.3g}, "
+        "L1 = {fit.envelope[1]:.3g}",
+        fit=fit,
     )
     safe = fit.safe_bound(run.lr)
     if safe is None:
         advice = say(
             "none makes lr {lr:g} safe: it is above 1 / L0 = {limit:.3g}; take a lower learning rate",
             lr=run.lr,
-            limit=1 / l0,
+            limit=1 / fit.envelope[0],
         )
     else:
         advice = say(

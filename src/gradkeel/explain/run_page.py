@@ -47,19 +47,13 @@ def run_page(reader: Reader, *, script: str | None = None) -> str:
 def _subtitle(reader: Reader, explanation: Explanation) -> str:
     session = reader.session
     return say(
-        "{steps:,} steps ({first} to {last}) of {parameters} parameters{under}, policy {policy}; {clipped:.1%} of the "
-        "steps clipped, {skipped} skipped. Recorded from {started} with gradkeel {gradkeel} and torch {torch}.",
-        steps=explanation.steps,
-        first=explanation.first_step,
-        last=explanation.last_step,
-        parameters=explanation.parameters,
+        "{run.steps:,} steps ({run.first_step} to {run.last_step}) of {run.parameters} parameters{under}, policy "
+        "{run.policy}; {run.clipped:.1%} of the steps clipped, {run.skipped} skipped. Recorded from {started} with "
+        "gradkeel {session.gradkeel} and torch {session.torch}.",
+        run=explanation,
+        session=session,
         under=say(" under {optimizer}", optimizer=session.optimizer) if session.optimizer else "",
-        policy=explanation.policy,
-        clipped=explanation.clipped,
-        skipped=explanation.skipped,
         started=reader.sessions[0].started,
-        gradkeel=session.gradkeel,
-        torch=session.torch,
     )
 
 

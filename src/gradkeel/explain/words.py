@@ -135,12 +135,11 @@ def fading(fading: Fading) -> list[str]:
     vanishing = set(fading.vanishing)
     faded = [
         say(
-            "The gradient of {parameter} is vanishing: {share:.1g} of the median parameter's since about step {step}."
+            "The gradient of {one.parameter} is vanishing: {one.share:.1g} of the median parameter's since about step "
+            "{one.since}."
             if one in vanishing
-            else "The gradient of {parameter} is dead: exactly zero since about step {step}.",
-            parameter=one.parameter,
-            share=one.share,
-            step=one.since,
+            else "The gradient of {one.parameter} is dead: exactly zero since about step {one.since}.",
+            one=one,
         )
         for one in (*fading.vanishing, *fading.dead)
     ]
@@ -156,11 +155,9 @@ def rolled_back(explanation: "Explanation") -> list[str]:
     sentences = []
     for old in explanation.rolled_back:
         again = say(
-            "Steps {first} to {last} were recorded again from step {first} on (session {session}), and do not count "
-            "above.",
-            first=old.step,
-            last=old.last_step,
-            session=old.session,
+            "Steps {old.step} to {old.last_step} were recorded again from step {old.step} on (session {old.session}), "
+            "and do not count above.",
+            old=old,
         )
         found = [headline(event) for event in old.events] or [say("No explosion was found in them.")]
         sentences.append(join([again, *found]))
@@ -249,15 +246,8 @@ def as_text(explanation: "Explanation") -> str:
 
 def _run(explanation: "Explanation") -> str:
     return say(
-        "{path}: {steps:,} steps ({first} to {last}), {parameters:,} parameters, {optimizer}policy {policy}; "
-        "{clipped:.1%} of the steps clipped, {skipped} skipped.",
-        path=explanation.path,
-        steps=explanation.steps,
-        first=explanation.first_step,
-        last=explanation.last_step,
-        parameters=explanation.parameters,
+        "{run.path}: {run.steps:,} steps ({run.first_step} to {run.last_step}), {run.parameters:,} parameters, "
+        "{optimizer}policy {run.policy}; {run.clipped:.1%} of the steps clipped, {run.skipped} skipped.",
+        run=explanation,
         optimizer=say("{optimizer}, ", optimizer=explanation.optimizer) if explanation.optimizer else "",
-        policy=explanation.policy,
-        clipped=explanation.clipped,
-        skipped=explanation.skipped,
     )
