@@ -111,9 +111,8 @@ def _verdict(route: "Route", check: "Check") -> "Iterator[Line]":
 def _faults(check: "Check") -> "Iterator[str]":
     if not check.norm_error <= check.tolerance:
         yield say(
-            "a norm is off by {error:.1e} of itself, where {allowed:.0e} is allowed",
-            error=check.norm_error,
-            allowed=check.tolerance,
+            "a norm is off by {check.norm_error:.1e} of itself, where {check.tolerance:.0e} is allowed",
+            check=check,
         )
     if check.wrong_entries:
         yield say("{n} entries were scaled wrongly", n=check.wrong_entries)

@@ -119,10 +119,8 @@ def smoothness_page(run: ProbedRun) -> str:
         MissingExtraError: without plotly.
     """
     subtitle = say(
-        "{policy} at lr {lr:g}, seed {seed}: {steps}, {measurements}",
-        policy=run.policy,
-        lr=run.lr,
-        seed=run.seed,
+        "{run.policy} at lr {run.lr:g}, seed {run.seed}: {steps}, {measurements}",
+        run=run,
         steps=count(len(run.losses), "{n} step", "{n} steps"),
         measurements=count(len(run.measurements), "{n} measurement", "{n} measurements"),
     )
