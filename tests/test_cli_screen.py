@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 import gradkeel
 from gradkeel.cli.app import app
-from gradkeel.cli.options import TASKS
+from gradkeel.cli.common import TASKS
 from gradkeel.cli.screen import tables
 from gradkeel.compare.task import BUILTIN
-from gradkeel.explain.readable import readable
+from gradkeel.language import readable
 from scripted import scripted_run
 
 HEAD = [

@@ -35,50 +35,29 @@ _TOLERANCE = {"native": 1e-6, "triton": 1e-12, "torch": 5e-6, "foreach": 5e-6}
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Which code measures and scales the gradients on one kind of device.
+    """Which code measures and scales the gradients on one kind of device."""
 
-    Attributes:
-        device: as torch names it.
-        name: the accelerator's own name.
-        path: ``native`` or ``torch`` on CPU, ``triton`` or ``foreach`` on an accelerator.
-        level: the processor's features that the native kernels use.
-        threads: how many threads work on a CPU.
-        shares_threads: whether these are torch's own OpenMP threads.
-        reason: why the kernels are not in use.
-        remedy: what one can do about it.
-    """
-
-    device: str
-    path: str
-    name: str | None = None
-    level: str | None = None
-    threads: int | None = None
-    shares_threads: bool | None = None
-    reason: str | None = None
-    remedy: str | None = None
+    device: str  # as torch names it
+    path: str  # native or torch on CPU, triton or foreach on an accelerator
+    name: str | None = None  # the accelerator's own name
+    level: str | None = None  # the processor's features that the native kernels use
+    threads: int | None = None  # how many threads work on a CPU
+    shares_threads: bool | None = None  # whether these are torch's own OpenMP threads
+    reason: str | None = None  # why the kernels are not in use
+    remedy: str | None = None  # what one can do about it
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """How a route's results compare with float64, on tensors of every dtype with ordinary, large and tiny entries.
+    """How a route's results compare with float64, on tensors of every dtype with ordinary, large and tiny entries."""
 
-    Attributes:
-        device: as torch names it.
-        tensors: how many there were.
-        norm_error: largest relative error of a norm.
-        tolerance: the largest that is right.
-        wrong_entries: how many entries are not what scaling by 0.75 makes of them.
-        unseen: how many tensors with a NaN or inf have a finite norm.
-        failure: what was raised instead.
-    """
-
-    device: str
-    tensors: int = 0
-    norm_error: float = 0.0
-    tolerance: float = 0.0
-    wrong_entries: int = 0
-    unseen: int = 0
-    failure: str | None = None
+    device: str  # as torch names it
+    tensors: int = 0  # how many there were
+    norm_error: float = 0.0  # largest relative error of a norm
+    tolerance: float = 0.0  # the largest that is right
+    wrong_entries: int = 0  # how many entries are not what scaling by 0.75 makes of them
+    unseen: int = 0  # how many tensors with a NaN or inf have a finite norm
+    failure: str | None = None  # what was raised instead
 
     @property
     def is_right(self) -> bool:
@@ -92,24 +71,16 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """All that ``gradkeel doctor`` says.
-
-    Attributes:
-        gradkeel, torch, python, platform: versions, and the machine's kind.
-        cpu: how gradients on CPU are measured.
-        accelerator: likewise on the accelerator, where torch can use one.
-        checks: one for each of them.
-        missing: for each extra, the packages that it asks for and that are not installed.
-    """
+    """All that ``gradkeel doctor`` says."""
 
     gradkeel: str
     torch: str
     python: str
     platform: str
     cpu: Route
-    accelerator: Route | None
-    checks: tuple[Check, ...]
-    missing: dict[str, tuple[str, ...]]
+    accelerator: Route | None  # None where torch can use none
+    checks: tuple[Check, ...]  # one for each of them
+    missing: dict[str, tuple[str, ...]]  # packages that are not installed, by the extra that asks for them
 
     @property
     def is_healthy(self) -> bool:
@@ -120,8 +91,7 @@ class Diagnosis:
         """The fields and verdicts, as JSON has them."""
         checks = [{**asdict(check), "is_right": check.is_right} for check in self.checks]
         told = {"version": 1, **asdict(self), "is_healthy": self.is_healthy, "checks": checks}
-        result: dict[str, Any] = plain(told)
-        return result
+        return plain(told)
 
 
 def diagnose() -> Diagnosis:

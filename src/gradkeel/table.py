@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from gradkeel.language import padded, say, shown, width
+from gradkeel.language import aligned, say, shown
 from gradkeel.ranks.total import measure_total
 
 _HEAD = (say("parameter"), say("shape"), say("weight norm"), say("gradient norm"))
@@ -37,11 +37,9 @@ class GradientTable:
     rows: tuple[GradientRow, ...]
 
     def __iter__(self) -> Iterator[GradientRow]:
-        """The rows, in the model's order."""
         return iter(self.rows)
 
     def __len__(self) -> int:
-        """How many parameters there are."""
         return len(self.rows)
 
     def __getitem__(self, name: str) -> GradientRow:
@@ -70,11 +68,7 @@ class GradientTable:
 
     def __repr__(self) -> str:
         """A table in plain text, with heads in the reader's language."""
-        cells = [[*map(shown, _HEAD)], *self._cells()]
-        widths = [max(map(width, column)) for column in zip(*cells, strict=True)]
-        return "\n".join(
-            "  ".join(padded(cell, widths[i], right=i > 1) for i, cell in enumerate(row)) for row in cells
-        )
+        return "\n".join(aligned([_HEAD, *self._cells()], words=2))
 
     def _repr_html_(self) -> str:
         """A table for notebooks."""
@@ -99,16 +93,12 @@ def gradients(model: nn.Module) -> GradientTable:
     Example:
         >>> print(gk.gradients(torch.nn.Linear(1, 1)))
     """
-    return GradientTable(
-        tuple(
-            GradientRow(
-                name,
-                tuple(parameter.shape),
-                float(measure_total([parameter], 2.0, parameter.device)),
-                None
-                if parameter.grad is None
-                else float(measure_total([parameter.grad], 2.0, parameter.device)),
-            )
-            for name, parameter in model.named_parameters()
-        )
+
+    def norm(tensor: Tensor) -> float:
+        return float(measure_total([tensor], 2.0, tensor.device))
+
+    rows = (
+        GradientRow(name, tuple(p.shape), norm(p), None if p.grad is None else norm(p.grad))
+        for name, p in model.named_parameters()
     )
+    return GradientTable(tuple(rows))

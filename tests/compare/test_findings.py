@@ -286,7 +286,7 @@ def test_next_is_a_command_that_can_be_pasted(case):
 
 
 def test_lines_are_labelled_in_order():
-    assert [label for label, _ in findings(exploded()).lines()] == ["FOUND", "WHY", "CAUTION", "NEXT"]
+    assert [line.label for line in findings(exploded()).lines()] == ["FOUND", "WHY", "CAUTION", "NEXT"]
 
 
 def test_nothing_is_said_of_nothing():

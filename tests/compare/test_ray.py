@@ -25,7 +25,7 @@ from ctrl_c import interrupt_after_the_first_run, wait_until_gone
 from gradkeel.cli import compare as command
 from gradkeel.cli.app import app
 from gradkeel.compare import TaskError, compare, make_plan, ray_pool
-from gradkeel.compare.results import document
+from gradkeel.compare.findings import document
 from gradkeel.explain import explain
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra ray")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from compare_runs import BLOWN_UP, EXPLODING, comparison, run
-from gradkeel.compare.results import document
+from gradkeel.compare.findings import document
 from gradkeel.compare.sweep import parse_sweep
 
 DOCS = Path(__file__).parents[2] / "docs" / "compare.md"

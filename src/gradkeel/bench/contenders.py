@@ -82,9 +82,7 @@ def steps(gradients: Gradients, bound: float) -> list[Contender]:
     ]
 
 
-def guarded_step(
-    gradients: Gradients, policy: Policy, optimizer: Optimizer, name: str = GUARDED_STEP, **options: Any
-) -> Contender:
+def guarded_step(gradients: Gradients, policy: Policy, optimizer: Optimizer, **options: Any) -> Contender:
     """The optimizer's step under a guard."""
     attach(optimizer, policy, **options)
-    return Contender(name, optimizer.step, gradients.refill)
+    return Contender(GUARDED_STEP, optimizer.step, gradients.refill)

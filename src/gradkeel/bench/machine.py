@@ -11,9 +11,7 @@ from gradkeel.language import say
 
 def machine(device: torch.device) -> str:
     """Name processor, threads, versions, and which code measures the gradients there."""
-    route = accelerator_route() if device.type != "cpu" else None
-    if route is None:
-        route = cpu_route()
+    route = (accelerator_route() if device.type != "cpu" else None) or cpu_route()
     name = route.name or processor()
     path = {
         "native": say("native kernels ({level})", level=route.level), "torch": say("torch's operations")

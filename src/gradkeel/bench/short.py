@@ -55,13 +55,7 @@ def _shapes(model: nn.Module) -> Shapes:
 
 
 def bench(gradients: Gradients, *, rounds: int, seconds: float | None = None) -> list[Table]:
-    """Clip by the global norm, alone and with fused AdamW's step, below and above the bound.
-
-    Args:
-        gradients: what is clipped.
-        rounds: how often each contender is timed.
-        seconds: none of the four races begins a further round after so long, once there are 5.
-    """
+    """Clip by the global norm, alone and with fused AdamW's step, below and above the bound: four times a `race`."""
     timed = functools.partial(
         race, rounds=rounds, seconds=seconds, synchronize=synchronizer(gradients.device)
     )

@@ -14,19 +14,12 @@ AGAIN = ", again"
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """Something to be timed.
+    """Something to be timed."""
 
-    Attributes:
-        name: what tables call it; unique in a race.
-        run: what is timed; it returns when the work is done.
-        prepare: called before each run, not timed: whatever the run uses up.
-        error: called once after a run: the relative error of what it left, against float64.
-    """
-
-    name: str
-    run: Callable[[], object]
-    prepare: Callable[[], object] = lambda: None
-    error: Callable[[], float] | None = None
+    name: str  # what tables call it; unique in a race
+    run: Callable[[], object]  # what is timed; it returns when the work is done
+    prepare: Callable[[], object] = lambda: None  # before each run, not timed: whatever the run uses up
+    error: Callable[[], float] | None = None  # once after a run: what it left is off by this, beside float64
 
 
 class Quartiles(NamedTuple):
@@ -39,19 +32,12 @@ class Quartiles(NamedTuple):
 
 @dataclass(frozen=True)
 class Race:
-    """What a race has measured.
+    """What a race has measured."""
 
-    Attributes:
-        baseline: the contender to whom the others are compared.
-        seconds: each contender's time in each round, the control included.
-        first: seconds of each contender's very first run: compilation and caches included.
-        errors: relative errors against float64 of those that were checked.
-    """
-
-    baseline: str
-    seconds: Mapping[str, tuple[float, ...]]
-    first: Mapping[str, float]
-    errors: Mapping[str, float]
+    baseline: str  # the contender to whom the others are compared
+    seconds: Mapping[str, tuple[float, ...]]  # each contender's time in each round, the control included
+    first: Mapping[str, float]  # seconds of each contender's very first run: compilation and caches included
+    errors: Mapping[str, float]  # relative errors against float64 of those that were checked
 
     def time(self, name: str) -> Quartiles:
         """Return the seconds of one contender."""
@@ -93,9 +79,7 @@ def race(
 
     Args:
         contenders: at least one, with names of their own.
-        rounds: how often each is timed.
         warmup: how often each is run beforehand, after the run that is checked.
-        seed: of the order.
         seconds: no further round is begun after so long, once there are 5; None sets no limit.
         collects: leave the garbage collector as it is: a run that is long pays for what it leaves alive.
         synchronize: waits for an accelerator; called before each run and, timed, at its end.

@@ -14,12 +14,12 @@ READ = say("one read of the gradients")
 """The limit: no clip can be faster than to look at every gradient once."""
 
 
-def _gpt2(layers: int, width: int, vocabulary: int = 50257, context: int = 1024) -> list[tuple[int, ...]]:
+def _gpt2(layers: int, width: int) -> list[tuple[int, ...]]:
     block: list[tuple[int, ...]] = [
         (width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,),
         (width,), (width,), (4 * width, width), (4 * width,), (width, 4 * width), (width,),
     ]  # fmt: skip
-    return [(vocabulary, width), (context, width), *(block * layers), (width,), (width,)]
+    return [(50257, width), (1024, width), *(block * layers), (width,), (width,)]
 
 
 def _resnet50() -> list[tuple[int, ...]]:
@@ -45,14 +45,7 @@ SHAPES: Mapping[str, Shapes] = {
 
 
 class Gradients:
-    """Parameters with gradients of normally distributed entries.
-
-    Args:
-        shapes: of the parameters.
-        dtype: of parameters and gradients.
-        device: where they are.
-        scale: standard deviation of the gradients' entries; that of the parameters' is 0.02.
-        seed: of the numbers.
+    """Parameters with gradients of normally distributed entries, of standard deviation ``scale``.
 
     Attributes:
         parameters: with their gradients; `refill` writes these anew, in place.
@@ -67,9 +60,8 @@ class Gradients:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         scale: float = 1.0,
-        seed: int = 0,
     ) -> None:
-        generator = torch.Generator(device).manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(0)
 
         def drawn(shape: tuple[int, ...], scale: float) -> Tensor:
             return torch.randn(shape, generator=generator, device=device).mul_(scale).to(dtype)

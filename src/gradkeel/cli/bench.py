@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from gradkeel.cli.errors import reported
-from gradkeel.cli.options import AsJson
+from gradkeel.cli.common import AsJson, reported
 from gradkeel.language import count, heard, say, shown
 
 if TYPE_CHECKING:

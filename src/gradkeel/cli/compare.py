@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from gradkeel.cli.errors import complain, reported
-from gradkeel.cli.options import TASK, AsJson
+from gradkeel.cli.common import TASK, AsJson, complain, reported
 from gradkeel.language import heard, say, shown
 
 if TYPE_CHECKING:
@@ -163,9 +162,8 @@ def _only_json_on_stdout() -> Iterator[None]:
 def _deliver(result: "Comparison", out: Path, *, as_json: bool) -> None:
     """Table, words and files of whatever has finished."""
     from gradkeel.cli.progress import print_result
-    from gradkeel.compare.findings import findings
+    from gradkeel.compare.findings import document, findings
     from gradkeel.compare.page import compare_page
-    from gradkeel.compare.results import document
     from gradkeel.compare.summary import summarize
     from gradkeel.errors import MissingExtraError
 

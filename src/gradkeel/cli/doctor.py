@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gradkeel.cli.errors import reported
+from gradkeel.cli.common import json_option, reported
 from gradkeel.language import count, heard, say, shown
 
 if TYPE_CHECKING:
@@ -21,9 +21,7 @@ _SWITCHES = {"native": "GRADKEEL_NATIVE", "triton": "GRADKEEL_TRITON"}
 
 @reported
 def command(
-    as_json: Annotated[
-        bool, typer.Option("--json", help="print the diagnosis as JSON, and nothing else, to stdout")
-    ] = False,
+    as_json: Annotated[bool, json_option("the diagnosis")] = False,
 ) -> None:
     """Say which code measures gradients here and why, and check it against float64; exits with 1 if it is wrong."""
     from gradkeel.doctor import diagnose
@@ -44,10 +42,7 @@ def _tell(diagnosis: "Diagnosis") -> None:
 
     here = console()
     what = say(
-        "with torch {torch}, Python {python}, {platform}",
-        torch=diagnosis.torch,
-        python=diagnosis.python,
-        platform=diagnosis.platform,
+        "with torch {diagnosis.torch}, Python {diagnosis.python}, {diagnosis.platform}", diagnosis=diagnosis
     )
     here.print(Text(f"gradkeel {diagnosis.gradkeel}", style="bold cyan"), Text(shown(what)))
     lines = [
@@ -116,9 +111,8 @@ def _verdict(route: "Route", check: "Check") -> "Iterator[Line]":
 def _faults(check: "Check") -> "Iterator[str]":
     if not check.norm_error <= check.tolerance:
         yield say(
-            "a norm is off by {error:.1e} of itself, where {allowed:.0e} is allowed",
-            error=check.norm_error,
-            allowed=check.tolerance,
+            "a norm is off by {check.norm_error:.1e} of itself, where {check.tolerance:.0e} is allowed",
+            check=check,
         )
     if check.wrong_entries:
         yield say("{n} entries were scaled wrongly", n=check.wrong_entries)

@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from gradkeel.cli.errors import reported
-from gradkeel.cli.options import Run
+from gradkeel.cli.common import Run, json_option, reported
 from gradkeel.language import say, shown
 
 
@@ -17,9 +16,7 @@ def command(
     bound: Annotated[
         list[float] | None, typer.Option(metavar="X", help="another bound to weigh up; may be repeated")
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="print the explanation as JSON, and nothing else, to stdout")
-    ] = False,
+    as_json: Annotated[bool, json_option("the explanation")] = False,
 ) -> None:
     """Say where a recorded run exploded and how that spread, what hardly learns, and what bounds would do."""
     from gradkeel.explain import explain

@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from gradkeel.cli.errors import note_damage, reported
-from gradkeel.cli.options import Run
+from gradkeel.cli.common import Run, note_damage, reported
 from gradkeel.language import say, shown
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gradkeel.cli.errors import reported
+from gradkeel.cli.common import json_option, reported
 from gradkeel.language import heard, say, shown
 
 if TYPE_CHECKING:
@@ -20,9 +20,7 @@ def command(
     name: Annotated[
         str | None, typer.Argument(metavar="NAME", help="one policy, such as zclip, to be told in full")
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="print the descriptions as JSON, and nothing else, to stdout")
-    ] = False,
+    as_json: Annotated[bool, json_option("the descriptions")] = False,
 ) -> None:
     """List every policy: name, formula, parameters with defaults, cost and source; or tell one in full."""
     from gradkeel.policies import descriptions

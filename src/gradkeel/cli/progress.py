@@ -69,11 +69,12 @@ def print_result(comparison: Comparison) -> None:
         return
     here = console()
     here.print(_tables(comparison, comparison.plan.target or "", here.width))
-    *lines, (label, command) = findings(comparison).lines()
-    columns = max(width(shown(name)) for name in (label, *(name for name, _ in lines))) + 2
-    here.print(sentences([(shown(name), text) for name, text in lines], style="bold cyan", label=columns - 1))
+    *lines, last = findings(comparison).lines()
+    columns = max(width(shown(line.label)) for line in (*lines, last)) + 2
+    here.print(sentences([(line.label, line.text) for line in lines], style="bold cyan", label=columns - 1))
     # A command is not wrapped: it must survive being copied.
-    here.print(Text(padded(shown(label), columns), style="bold cyan"), Text(command), sep="", soft_wrap=True)
+    label = Text(padded(shown(last.label), columns), style="bold cyan")
+    here.print(label, Text(last.text), sep="", soft_wrap=True)
     here.print()
 
 

@@ -5,9 +5,8 @@ from typing import Annotated
 
 import typer
 
-from gradkeel.cli.errors import note_damage, reported
-from gradkeel.cli.options import Run
-from gradkeel.language import say
+from gradkeel.cli.common import Run, json_option, note_damage, reported
+from gradkeel.language import readable, say
 
 
 @reported
@@ -17,9 +16,7 @@ def command(
         list[str],
         typer.Option(metavar="SPEC", help="a policy, such as zclip or global-norm:1.0; may be repeated"),
     ],
-    as_json: Annotated[
-        bool, typer.Option("--json", help="print every step's result as JSON, and nothing else, to stdout")
-    ] = False,
+    as_json: Annotated[bool, json_option("every step's result")] = False,
 ) -> None:
     """Let policies decide on the norms of a recorded run: open-loop, for under them it would have gone elsewhere."""
     from gradkeel.explain import replay
@@ -56,7 +53,6 @@ def command(
         print(json.dumps({"version": 1, "open_loop": True, "run": str(run), "policies": plain(policies)}))
         return
     from gradkeel.cli.screen import console, flowing, tables
-    from gradkeel.explain.readable import readable
 
     here = console()
     here.print(flowing(about), "", sep="\n")

@@ -1,12 +1,13 @@
 """``gradkeel report``: a recorded run, or several, as one page, written once, or served while training goes on."""
 
 import contextlib
+import webbrowser
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from gradkeel.cli.errors import note_damage, reported
+from gradkeel.cli.common import note_damage, reported
 from gradkeel.language import say, shown
 
 
@@ -72,8 +73,6 @@ def command(
     said = say("Wrote {path}, which needs {script} beside it", path=out, script=script) if script else ""
     print(shown(said or say("Wrote {path}", path=out)))
     if show:
-        import webbrowser
-
         webbrowser.open(out.resolve().as_uri())
 
 
@@ -85,8 +84,6 @@ def _serve(run: Path, port: int, *, show: bool) -> None:
         shown(say("Watching {run} at {address} (Ctrl-C ends)", run=run, address=address(server))), flush=True
     )
     if show:
-        import webbrowser
-
         webbrowser.open(address(server))
     try:
         server.serve_forever()

@@ -33,12 +33,7 @@ def tables(
 ) -> Iterator[Table]:
     """A table, in pieces one under the other where it is too wide; each piece begins with the first column.
 
-    Args:
-        head: names of the columns.
-        rows: their cells.
-        width: of the terminal, in cells.
-        title: above the first piece.
-        left: how many columns are words; the others are numbers, set to the right.
+    The first so many columns, ``left``, are words; the others are numbers, set to the right.
     """
     cells = [[Text(shown(cell)) if isinstance(cell, str) else cell for cell in row] for row in (head, *rows)]
     widths = [max(cell.cell_len for cell in column) for column in zip(*cells, strict=True)]

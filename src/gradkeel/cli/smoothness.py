@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gradkeel.cli.errors import reported
-from gradkeel.cli.options import TASK, AsJson
+from gradkeel.cli.common import TASK, AsJson, reported
 from gradkeel.language import heard, say, shown
 
 

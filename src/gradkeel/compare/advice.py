@@ -40,12 +40,11 @@ def _excluded(contest: Contest) -> str:
         whole = rows.get(without_exclude(row.policy))
         if whole is not None and whole is not row and row.diverged > whole.diverged:
             return say(
-                "Look at what is excluded: {policy} diverged in {n} of {runs}, {other} in {others}.",
-                policy=row.policy,
-                n=row.diverged,
+                "Look at what is excluded: {row.policy} diverged in {row.diverged} of {runs}, {whole.policy} in "
+                "{whole.diverged}.",
+                row=row,
+                whole=whole,
                 runs=count(row.runs, "{n} run", "{n} runs"),
-                other=whole.policy,
-                others=whole.diverged,
             )
     return ""
 

@@ -1,5 +1,6 @@
 """The best clipped policy against the unclipped one, and whether their runs began alike: what words compare."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,8 +69,7 @@ def ignores_seed(runs: Sequence[Run]) -> bool:
     """Whether runs of different seeds began alike, wherever there are any to compare."""
     pairs = [
         first_step(one) == first_step(other)
-        for one in runs
-        for other in runs
+        for one, other in itertools.permutations(runs, 2)
         if one.seed < other.seed and (one.policy, one.lr) == (other.policy, other.lr) and first_step(one)
     ]
     return bool(pairs) and all(pairs)
@@ -79,8 +79,7 @@ def same_starts(runs: Sequence[Run]) -> bool | None:
     """Whether all policies of a seed began alike; None where no two can be compared."""
     pairs = [
         first_step(one) == first_step(other)
-        for i, one in enumerate(runs)
-        for other in runs[i + 1 :]
+        for one, other in itertools.combinations(runs, 2)
         if one.seed == other.seed and first_step(one) and first_step(other)
     ]
     return all(pairs) if pairs else None

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from gradkeel.compare.command import as_finished, in_subprocesses, on_ctrl_c
-from gradkeel.compare.plan import Comparison, Plan, run_in_worker
+from gradkeel.compare.plan import Comparison, Plan, check_counts, run_in_worker
 from gradkeel.compare.ray_pool import in_ray
 from gradkeel.compare.run import Run
 from gradkeel.compare.task import TaskError
@@ -63,8 +63,7 @@ def _runs(
     plan: Plan, jobs: int | None, records: Path, ray: str | None, say: Callable[[str], None]
 ) -> Generator[tuple[int, Run]]:
     """Index and result of each trial as it finishes, from whoever is to make them."""
-    if jobs is not None and jobs < 1:
-        raise TaskError(f"jobs={jobs}: it must be 1 or more")
+    check_counts(jobs=jobs)
     if plan.is_command and ray is not None:
         raise TaskError(
             "--ray: a command of your own, its files and its record are on this machine; leave --ray out, or make it a "

@@ -1,40 +1,39 @@
-"""The four lines under the table: FOUND, WHY, CAUTION, NEXT, from the runs and nothing else."""
+"""The four lines under the table: FOUND, WHY, CAUTION, NEXT, from the runs and nothing else; and all of it as JSON."""
 
 import math
 import shlex
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from gradkeel.compare.advice import caution, next_command
 from gradkeel.compare.contest import Contest, contest_of
 from gradkeel.compare.plan import Comparison
 from gradkeel.compare.run import Run
-from gradkeel.compare.summary import Row
+from gradkeel.compare.summary import Row, summarize
+from gradkeel.compare.sweep import sweep_points
 from gradkeel.compare.words import capital, named, number
-from gradkeel.explain.readable import readable
-from gradkeel.language import count, heard, join, say
+from gradkeel.language import count, heard, join, readable, say
+from gradkeel.page.page import Line
+from gradkeel.record.notes import plain
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What the runs show.
+    """What the runs show."""
 
-    Attributes:
-        found: what clipping changed, and in how many of the seeds.
-        why: the first parameter and step of the blow-up in one failing run.
-        caution: what the result does not say.
-        next: a command to run.
-    """
+    found: str  # what clipping changed, and in how many of the seeds
+    why: str  # the first parameter and step of the blow-up in one failing run
+    caution: str  # what the result does not say
+    next: str  # a command to run
 
-    found: str
-    why: str
-    caution: str
-    next: str
-
-    def lines(self) -> list[tuple[str, str]]:
-        """Label and text of each line."""
+    def lines(self) -> list[Line]:
+        """All four, labelled."""
         return [
-            (say("FOUND"), self.found), (say("WHY"), self.why), (say("CAUTION"), self.caution), (say("NEXT"), self.next)
-        ]  # fmt: skip
+            Line(say("FOUND"), self.found),
+            Line(say("WHY"), self.why),
+            Line(say("CAUTION"), self.caution),
+            Line(say("NEXT"), self.next, command=True),
+        ]
 
 
 def findings(comparison: Comparison) -> Findings:
@@ -194,3 +193,27 @@ def _blow_up(run: Run) -> str:
         gradient=say(" (gradient norm {norm})", norm=number(norm)) if math.isfinite(norm) else "",
         end=end,
     )
+
+
+def document(comparison: Comparison) -> dict[str, Any]:
+    """A comparison as ``compare.json`` has it (docs/compare.md); non-finite numbers are None."""
+    plan, runs = comparison.plan, comparison.runs
+    result = {
+        "task": plan.target,
+        "steps": plan.steps,
+        "accumulate": plan.accumulate,
+        "planned_runs": len(plan.trials),
+        "interrupted": comparison.interrupted,
+        "runs": [_told(run) for run in runs],
+        "summary": [asdict(row) for row in summarize(runs, plan.target_loss)],
+        "findings": asdict(findings(comparison)) if runs else None,
+    }
+    if plan.sweep is not None:
+        result["sweep"] = [asdict(point) for point in sweep_points(plan.sweep, runs)]
+    return plain(result)
+
+
+def _told(run: Run) -> dict[str, Any]:
+    fields = asdict(run) | {"final_loss": run.final_loss}
+    del fields["optimizer"]
+    return fields

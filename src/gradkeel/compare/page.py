@@ -13,10 +13,9 @@ from gradkeel.compare.run import Run
 from gradkeel.compare.summary import Row, best_runs
 from gradkeel.compare.sweep import LOOSE, TIGHT, WORKS, SweepPoint, sweep_points
 from gradkeel.compare.words import number
-from gradkeel.explain.readable import readable
-from gradkeel.language import count, join, say
+from gradkeel.language import count, join, readable, say
 from gradkeel.page.figures import Band, Curves, Point, Series, against, curves
-from gradkeel.page.page import Line, Section, Table, page
+from gradkeel.page.page import Section, Table, page
 
 _KINDS = {TIGHT: "weak", WORKS: "good", LOOSE: "bad"}
 
@@ -61,7 +60,6 @@ def compare_page(comparison: Comparison, rows: Sequence[Row], words: Findings) -
     """
     plan, runs = comparison.plan, comparison.runs
     colors = {policy: i for i, policy in enumerate(plan.policies)}
-    lines = [Line(label, text, command=label == "NEXT") for label, text in words.lines()]
     sections = [_ranking(comparison, rows), *_sweeps(comparison), *_rates(comparison, rows, colors)]
     shown = [
         row for row in rows if plan.sweep is None or row is rows[0] or row.policy not in plan.sweep.policies
@@ -84,7 +82,7 @@ def compare_page(comparison: Comparison, rows: Sequence[Row], words: Findings) -
     y_title = say("gradient norm")
     sections += _drawn(say("Gradient norm"), text, common, colors, lambda run: run.norms, y_title)
     title = f"gradkeel compare {shlex.join(plan.arguments)}"
-    return page(title, _subtitle(comparison), lines, sections)
+    return page(title, _subtitle(comparison), words.lines(), sections)
 
 
 def _subtitle(comparison: Comparison) -> str:

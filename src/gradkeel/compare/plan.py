@@ -113,7 +113,7 @@ def make_plan(
         PolicySpecError: a policy cannot be read.
     """
     task = load_task(target)
-    _check_counts(seeds=seeds, steps=steps, batch_size=batch_size, accumulate=accumulate)
+    check_counts(seeds=seeds, steps=steps, batch_size=batch_size, accumulate=accumulate)
     for lr in learning_rates or ():
         if not 0 < lr < float("inf"):
             raise TaskError(f"lr={lr}: a learning rate must be a finite number above 0")
@@ -152,7 +152,7 @@ def make_command_plan(
         raise TaskError(f"--run {command!r} cannot be read as a command: {error}") from None
     if not words:
         raise TaskError("--run '': give the command that trains, as in --run 'python train.py'")
-    _check_counts(seeds=seeds)
+    check_counts(seeds=seeds)
     swept = None if sweep is None else parse_sweep(sweep)
     return Plan(
         target=command,
@@ -177,7 +177,8 @@ def _policies(given: Sequence[str] | None, default: Sequence[str], sweep: Sweep 
     return tuple(specs.values())
 
 
-def _check_counts(**counts: int | None) -> None:
+def check_counts(**counts: int | None) -> None:
+    """Raise where a number that is to be above zero is not."""
     for name, value in counts.items():
         if value is not None and value < 1:
             raise TaskError(f"{name}={value}: it must be 1 or more")

@@ -33,9 +33,8 @@ def in_ray(plan: Plan, jobs: int | None, records: Path, address: str) -> Generat
 
     Args:
         plan: made by ``make_plan`` in this process, which has thereby imported the task's modules.
-        jobs: how many runs at a time; None leaves it to the cluster's CPUs.
+        jobs, address: as ``compare`` takes them; None leaves the number of runs at a time to the cluster's CPUs.
         records: folder on this machine that records are brought to, where the plan asks for them.
-        address: as ``compare`` takes it.
 
     Raises:
         MissingExtraError: Ray is not installed.

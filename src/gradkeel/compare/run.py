@@ -132,10 +132,7 @@ def tail_median(losses: Sequence[float]) -> float:
 def divergence(losses: Sequence[float], bad_step: int | None) -> tuple[bool, int | None]:
     """Whether a run diverged, and at which step.
 
-    Args:
-        losses: all losses of the run.
-        bad_step: number of the first step after which a parameter was not finite, or after which the run could not
-            go on; None where there is none.
+    ``bad_step`` is the first after which a parameter was not finite, or the run could not go on; None: there is none.
     """
     non_finite = [i for i, loss in enumerate(losses) if not math.isfinite(loss)][:1]
     bad = non_finite if bad_step is None else [*non_finite, bad_step]

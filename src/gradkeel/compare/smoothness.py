@@ -19,43 +19,22 @@ from gradkeel.record.notes import plain
 
 @dataclass(frozen=True)
 class ProbedRun:
-    """One training run with its smoothness measured on the way.
-
-    Attributes:
-        task: the task's name.
-        policy: spec string.
-        lr: learning rate.
-        seed: seed of weights and batches.
-        optimizer: name of the optimizer's class.
-        losses: training loss of each batch; shorter than asked for where the loss became non-finite.
-        measurements: local smoothness along every so many steps, each on the batch that the step was made with.
-        fit: (L0, L1) fitted to them, or why not.
-    """
+    """One training run with its smoothness measured on the way."""
 
     task: str
     policy: str
     lr: float
     seed: int
     optimizer: str
-    losses: tuple[float, ...]
-    measurements: tuple[LocalSmoothness, ...]
+    losses: tuple[float, ...]  # of each batch; fewer than asked for where the loss became non-finite
+    measurements: tuple[LocalSmoothness, ...]  # each on the batch that the step was made with
     fit: SmoothnessFit
 
 
 def probed_run(
     task: Task, *, policy: str, lr: float, seed: int = 0, steps: int, every: int = 2, points: int = 4
 ) -> ProbedRun:
-    """Train for ``steps`` steps, measuring local smoothness along one step in ``every``.
-
-    Args:
-        task: what to train.
-        policy: spec string; non-finite gradients are kept under ``none``, and skipped otherwise.
-        lr: learning rate.
-        seed: for ``task.model()`` and ``task.batches()``, as in ``gradkeel compare``.
-        steps: optimizer steps.
-        every: measure one step in so many.
-        points: gradients on each step measured, besides the one at its start.
-    """
+    """Train as ``gradkeel compare`` does, measuring local smoothness along one step in ``every``."""
     model, optimizer, guard = prepare(task, policy, lr, seed)
     batch: Any = None
     probe = SmoothnessProbe(
@@ -95,34 +74,22 @@ def default_policy(task: Task) -> str:
 def words(run: ProbedRun) -> list[Line]:
     """What was found, the constants, and which bound follows, as labelled lines."""
     fit, bound = run.fit, bound_of(run.policy)
-    lines = [Line(say("FOUND"), fit.reason)]
+    found = Line(say("FOUND"), fit.reason)
     if not fit.related:
-        return [
-            *lines,
-            Line(
-                say("BOUND"),
-                say("none follows from these measurements; see gradkeel explain for the norms' own advice"),
-            ),
-        ]
-    l0, l1 = fit.envelope
+        none = say("none follows from these measurements; see gradkeel explain for the norms' own advice")
+        return [found, Line(say("BOUND"), none)]
     fitted = say(
-        "L0 = {L0:.3g} ({L0_low:.3g} to {L0_high:.3g}), L1 = {L1:.3g} ({L1_low:.3g} to {L1_high:.3g}); no measurement "
-        "exceeds L0 = {l0:.3g}, L1 = {l1:.3g}",
-        L0=fit.L0,
-        L0_low=fit.L0_interval[0],
-        L0_high=fit.L0_interval[1],
-        L1=fit.L1,
-        L1_low=fit.L1_interval[0],
-        L1_high=fit.L1_interval[1],
-        l0=l0,
-        l1=l1,
+        "L0 = {fit.L0:.3g} ({fit.L0_interval[0]:.3g} to {fit.L0_interval[1]:.3g}), L1 = {fit.L1:.3g} "
+        "({fit.L1_interval[0]:.3g} to {fit.L1_interval[1]:.3g}); no measurement exceeds L0 = {fit.envelope[0]:.3g}, "
+        "L1 = {fit.envelope[1]:.3g}",
+        fit=fit,
     )
     safe = fit.safe_bound(run.lr)
     if safe is None:
         advice = say(
             "none makes lr {lr:g} safe: it is above 1 / L0 = {limit:.3g}; take a lower learning rate",
             lr=run.lr,
-            limit=1 / l0,
+            limit=1 / fit.envelope[0],
         )
     else:
         advice = say(
@@ -136,16 +103,13 @@ def words(run: ProbedRun) -> list[Line]:
         limit=fit.max_step,
         used="" if bound is None else say("; this run had lr * bound = {n:.3g}", n=run.lr * bound),
     )
-    return [*lines, Line(say("FIT"), fitted), Line(say("BOUND"), advice), Line(say("STEP"), step)]
+    return [found, Line(say("FIT"), fitted), Line(say("BOUND"), advice), Line(say("STEP"), step)]
 
 
 def document(run: ProbedRun) -> dict[str, Any]:
     """The run as plain numbers, lists and dicts; a number that is not finite is None."""
-    fit = run.fit
-    result: dict[str, Any] = plain(
-        {**asdict(run), "safe_bound": fit.safe_bound(run.lr), "max_step": fit.max_step}
-    )
-    return result
+    bounds = {"safe_bound": run.fit.safe_bound(run.lr), "max_step": run.fit.max_step}
+    return plain(asdict(run) | bounds)
 
 
 def smoothness_page(run: ProbedRun) -> str:
@@ -155,10 +119,8 @@ def smoothness_page(run: ProbedRun) -> str:
         MissingExtraError: without plotly.
     """
     subtitle = say(
-        "{policy} at lr {lr:g}, seed {seed}: {steps}, {measurements}",
-        policy=run.policy,
-        lr=run.lr,
-        seed=run.seed,
+        "{run.policy} at lr {run.lr:g}, seed {run.seed}: {steps}, {measurements}",
+        run=run,
         steps=count(len(run.losses), "{n} step", "{n} steps"),
         measurements=count(len(run.measurements), "{n} measurement", "{n} measurements"),
     )
@@ -168,9 +130,5 @@ def smoothness_page(run: ProbedRun) -> str:
         "that no point exceeds."
     )
     figure = smoothness_figure(run.measurements, run.fit)
-    return page(
-        f"gradkeel smoothness {run.task}",
-        subtitle,
-        words(run),
-        [Section(say("Smoothness and gradient norm"), text, figure=figure)],
-    )
+    sections = [Section(say("Smoothness and gradient norm"), text, figure=figure)]
+    return page(f"gradkeel smoothness {run.task}", subtitle, words(run), sections)

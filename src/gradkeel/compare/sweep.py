@@ -14,39 +14,26 @@ TIGHT, WORKS, LOOSE = say("too tight"), say("works"), say("too loose")
 
 @dataclass(frozen=True)
 class Sweep:
-    """The policies of a sweep.
+    """The policies of a sweep."""
 
-    Attributes:
-        name: the policy without its bound, such as ``global-norm``.
-        bounds: in ascending order, evenly spaced on a logarithmic scale.
-        policies: one spec string a bound.
-    """
-
-    name: str
-    bounds: tuple[float, ...]
-    policies: tuple[str, ...]
+    name: str  # the policy without its bound, such as global-norm
+    bounds: tuple[float, ...]  # in ascending order, evenly spaced on a logarithmic scale
+    policies: tuple[str, ...]  # one spec string a bound
 
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """What one bound came to at one learning rate.
-
-    Attributes:
-        policy, bound, lr: which.
-        final_loss, lowest, highest: median and range over seeds; inf for runs whose loss did not stay finite.
-        diverged, runs: how many runs diverged, of how many.
-        region: "too tight", "works" or "too loose".
-    """
+    """What one bound came to at one learning rate."""
 
     policy: str
     bound: float
     lr: float | None
-    final_loss: float
+    final_loss: float  # median over seeds; inf for runs whose loss did not stay finite
     lowest: float
     highest: float
-    diverged: int
+    diverged: int  # so many of the runs
     runs: int
-    region: str
+    region: str  # "too tight", "works" or "too loose"
 
 
 def parse_sweep(text: str) -> Sweep:

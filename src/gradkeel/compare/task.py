@@ -128,10 +128,7 @@ def unknown(word: str, name: str, known: Sequence[str]) -> TaskError:
 def named_object(word: str, target: str, *kinds: type) -> Any:
     """What ``package.module:name`` names, or makes where it is called; the current directory can be imported from.
 
-    Args:
-        word: what it should be, for messages.
-        target: the module and the name in it.
-        kinds: whatever is of these is taken as it is; of anything else that can be called, what it returns.
+    Whatever is of these ``kinds`` is taken as it is; ``word`` is what messages call it.
 
     Raises:
         TaskError: there is no such module, nothing of that name in it, or it cannot be called without arguments.

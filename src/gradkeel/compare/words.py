@@ -2,8 +2,7 @@
 
 import math
 
-from gradkeel.explain.readable import readable
-from gradkeel.language import Said, say
+from gradkeel.language import Said, readable, say
 from gradkeel.policies import parse
 
 _BOUNDED = {"global-norm", "norm", "tensor-norm", "value", "block-rms", "smooth"}

@@ -4,9 +4,8 @@ import math
 
 from gradkeel.explain.course import Course
 from gradkeel.explain.events import Event, Reached
-from gradkeel.explain.readable import readable
 from gradkeel.explain.weights import Jump, Overwrite
-from gradkeel.language import count, heard, say
+from gradkeel.language import count, heard, readable, say
 
 _BACK = 50  # steps before an event in which a change of the learning rate is told
 

@@ -26,21 +26,13 @@ _MOST_ROLLBACKS = 8  # of which the superseded steps are explained, the last one
 
 @dataclass(frozen=True, slots=True)
 class RolledBack:
-    """Steps that were recorded again later, and what had happened in them.
+    """Steps that were recorded again later, and what had happened in them."""
 
-    Attributes:
-        session: number of the session that recorded them again.
-        step: the first of them.
-        last_step: the last of them.
-        steps: how many they are.
-        events: the explosions that were in them.
-    """
-
-    session: int
-    step: int
-    last_step: int
-    steps: int
-    events: tuple[Explosion, ...]
+    session: int  # number of the session that recorded them again
+    step: int  # the first of them
+    last_step: int  # the last of them
+    steps: int  # how many they are
+    events: tuple[Explosion, ...]  # the explosions that were in them
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +81,6 @@ class Explanation:
         return self.diagnosis.verdict
 
     def __str__(self) -> str:
-        """All of it in words."""
         return words.as_text(self)
 
     def to_json(self) -> dict[str, Any]:

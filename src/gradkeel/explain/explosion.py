@@ -31,13 +31,11 @@ class Explosion:
             "overflow": the loss scale overflowed, which GradScaler provokes by design; "weights": a parameter
             changed without an update that explains it, and the gradient norm shows nothing; "updates": updates as
             large as the weights, likewise; "drift": a slow rise.
-        step: at which it began.
+        step, last_step: at which it began, and the last of it.
         parameter: in which it was first.
         ended: "recovered", "non-finite" (to the end of the record), "high" (still, at the end).
-        last_step: the last step of it.
         norm_before: the usual norm before it; None without a past.
-        peak_norm: largest finite norm of the main selection's gradients in it.
-        peak_step: when that was.
+        peak_norm, peak_step: largest finite norm of the main selection's gradients in it, and when that was.
         growth_per_step: mean factor by which the norm grew, from before it to its peak.
         score: robust z-score of the first step's log norm; None without a past or where it was not finite.
         spread: the parameters that it reached, in order.

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gradkeel.explain.readable import readable
-from gradkeel.language import heard, say
+from gradkeel.language import heard, readable, say
 
 Cause = Literal["sample", "batch", "numerics", "state", "transient", "learning_rate"]
 NOTE = "autopsy."
@@ -15,19 +14,12 @@ NOTE = "autopsy."
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """The step with one thing changed.
+    """The step with one thing changed."""
 
-    Attributes:
-        change: what was changed, in words.
-        norm: 2-norm of the gradients that came out, NaN or inf where they were not finite.
-        is_bad: whether the fault was still there.
-        loss: the mean loss that came out.
-    """
-
-    change: str
-    norm: float
-    is_bad: bool
-    loss: float = math.nan
+    change: str  # what was changed, in words
+    norm: float  # 2-norm of the gradients that came out, NaN or inf where they were not finite
+    is_bad: bool  # whether the fault was still there
+    loss: float = math.nan  # the mean loss that came out
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +56,6 @@ class AutopsyResult:
     usual_loss: float | None = None
 
     def __str__(self) -> str:
-        """It in words."""
         return str(self.words())
 
     def words(self) -> str:

@@ -17,17 +17,12 @@ _NOT_MADE_BY = ("view", "detach", "clone", "copy_", "isfinite", "isnan", "isinf"
 
 
 class Inspection:
-    """What was seen of the passes: the bad one first, then a good one to compare with.
-
-    Attributes:
-        module: name of the first module whose output was not finite; else, once compared, of the first whose output
-            was ten times that of the good pass; else None.
-        op: the first operation that made a number that is not finite from finite ones, or None.
-    """
+    """What was seen of the passes: the bad one first, then a good one to compare with."""
 
     def __init__(self, model: nn.Module | None) -> None:
+        # The first whose output was not finite; else, once compared, the first with ten times that of the good pass.
         self.module: str | None = None
-        self.op: str | None = None
+        self.op: str | None = None  # the first that made a number that is not finite from finite ones
         self._model = model
         self._sizes: dict[str, float] = {}
 

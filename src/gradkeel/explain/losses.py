@@ -24,9 +24,7 @@ _RETURNED = 0.3  # of what training had gained: more than this lost again is not
 def loss_rises(usual: Number, highest: Number, first: float) -> tuple[Number, Number, Number]:
     """A loss is an alarm that is above ``usual`` by more than each of these: by far the highest, and much is lost.
 
-    Args:
-        usual, highest: median and maximum of the last losses.
-        first: the run's first loss.
+    ``usual`` and ``highest`` are the median and maximum of the last losses, ``first`` is the run's first one.
     """
     return _ROSE * (highest - usual), abs(usual), _LOST * (first - usual)
 

@@ -51,15 +51,10 @@ def traces(
     marks: Sequence[Mark] = (),
     strips: Sequence[tuple[str, Tensor, str]] = (),
 ) -> Any:
-    """A plotly figure of traces over the steps.
+    """A plotly figure of traces over the steps, drawn in order.
 
-    Args:
-        lines: drawn in order; the first one's steps are those of the strips.
-        y_title: of the y axis.
-        y_range: of a linear axis instead.
-        logarithmic: False for a linear axis, which it is wherever a value is below zero.
-        marks: at steps.
-        strips: name, share of the steps in each bucket [c], and color of what is marked under the traces.
+    The y axis is linear, too, where ``y_range`` is given or a value is below zero. What is marked in strips under the
+    traces is a name, the share of the steps in each bucket [c] of the first trace, and a color.
     """
     _plotly()  # says what to install
     from plotly.subplots import make_subplots
@@ -142,11 +137,9 @@ def heat_map(
     """A plotly figure of every parameter's norm over the steps: parameters in their order, color the log of the norm.
 
     Args:
-        names: of the n parameters.
-        buckets: [c, n] norms; the highest of each bucket is shown, for one step is enough to blow a run up.
+        names, buckets: [c, n] norms; the highest of each bucket is shown, for one step is enough to blow a run up.
         nonfinite: [c] bool: buckets with a gradient that was not finite.
-        marks: at steps.
-        norm_type: of the norms, for those of whole modules, which the page's script puts together.
+        norm_type: for those of whole modules, which the page's script puts together.
         onset: a parameter that is shown by itself where modules are shown.
     """
     figure = _plotly().Figure()

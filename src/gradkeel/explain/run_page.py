@@ -7,24 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradkeel.explain import Explanation, explain, words
-from gradkeel.explain.readable import readable
-from gradkeel.explain.run_figures import (
-    BLUE,
-    FEW,
-    GREEN,
-    GREY,
-    ORANGE,
-    RED,
-    VIOLET,
-    Mark,
-    Trace,
-    distribution,
-    heat_map,
-    traces,
-    width_of,
-)
-from gradkeel.language import heard, join, say
+from gradkeel.explain import Explanation, explain, run_figures, words
+from gradkeel.explain.run_figures import BLUE, FEW, GREEN, GREY, ORANGE, RED, VIOLET, Mark, Trace, width_of
+from gradkeel.language import heard, join, readable, say
 from gradkeel.page.page import Line, Section, Table, page
 from gradkeel.record import Reader, bucket, bucket_norms
 
@@ -33,11 +18,7 @@ _MOST_CELLS = 120_000  # of the heat map: some 3 MB of page
 
 
 def run_page(reader: Reader, *, script: str | None = None) -> str:
-    """The page of a record, as HTML that needs nothing else.
-
-    Args:
-        reader: an open record with at least one step.
-        script: as in `gradkeel.page.page.page`.
+    """The page of an open record, as HTML that needs nothing else but the ``script`` of `gradkeel.page.page.page`.
 
     Raises:
         RecordError: it holds no steps yet.
@@ -66,19 +47,13 @@ def run_page(reader: Reader, *, script: str | None = None) -> str:
 def _subtitle(reader: Reader, explanation: Explanation) -> str:
     session = reader.session
     return say(
-        "{steps:,} steps ({first} to {last}) of {parameters} parameters{under}, policy {policy}; {clipped:.1%} of the "
-        "steps clipped, {skipped} skipped. Recorded from {started} with gradkeel {gradkeel} and torch {torch}.",
-        steps=explanation.steps,
-        first=explanation.first_step,
-        last=explanation.last_step,
-        parameters=explanation.parameters,
+        "{run.steps:,} steps ({run.first_step} to {run.last_step}) of {run.parameters} parameters{under}, policy "
+        "{run.policy}; {run.clipped:.1%} of the steps clipped, {run.skipped} skipped. Recorded from {started} with "
+        "gradkeel {session.gradkeel} and torch {session.torch}.",
+        run=explanation,
+        session=session,
         under=say(" under {optimizer}", optimizer=session.optimizer) if session.optimizer else "",
-        policy=explanation.policy,
-        clipped=explanation.clipped,
-        skipped=explanation.skipped,
         started=reader.sessions[0].started,
-        gradkeel=session.gradkeel,
-        torch=session.torch,
     )
 
 
@@ -143,7 +118,7 @@ def _norm(reader: Reader, steps: Tensor, marks: list[Mark]) -> Section:
     )
     marked = say("The strips below mark steps.")
     text = join([told, marked if strips else "", many if width_of(raw) > 1 else ""])
-    figure = traces(lines, y_title=say("gradient norm"), marks=marks, strips=strips)
+    figure = run_figures.traces(lines, y_title=say("gradient norm"), marks=marks, strips=strips)
     return Section(say("Gradient norm"), text, figure=figure)
 
 
@@ -172,7 +147,7 @@ def _heat(reader: Reader, steps: Tensor, marks: list[Mark], explanation: Explana
         else "",
     ]
     where = explanation.explosion.spread
-    figure = heat_map(
+    figure = run_figures.heat_map(
         reader.names, buckets, touched, marks=marks, norm_type=reader.norm_type,
         onset=where[0].parameter if where else None,
     )  # fmt: skip
@@ -215,7 +190,7 @@ def _scalar(
     line = Trace(name, bucket(steps, values, COLUMNS), color, sampled=rare)
     above = bool((known > 0).all())
     y_title = {"loss": say("loss"), "lr": say("learning rate")}.get(name, title.lower())
-    figure = traces([line], y_title=y_title, logarithmic=above, marks=marks)
+    figure = run_figures.traces([line], y_title=y_title, logarithmic=above, marks=marks)
     if rare:
         _as_wide_as_lines(figure, reader)
     return [Section(title, figure=figure)]
@@ -234,7 +209,7 @@ def _coefficient(reader: Reader, steps: Tensor, marks: list[Mark]) -> list[Secti
     y_range = (0.0, 1.05) if float(buckets.median.nanmedian()) > 0.1 else None  # logarithmic
     text = say("What clipping multiplied the gradients by; the smallest one where parameters have their own.")
     lines = [Trace(say("coefficient"), buckets, VIOLET)]
-    figure = traces(lines, y_title=say("coefficient"), y_range=y_range, marks=marks)
+    figure = run_figures.traces(lines, y_title=say("coefficient"), y_range=y_range, marks=marks)
     return [Section(say("Coefficient"), text, figure=figure)]
 
 
@@ -257,7 +232,7 @@ def _updates(reader: Reader, marks: list[Mark]) -> list[Section]:
         "Above 1 an update overwrites what was there.",
         n=int(known.sum()),
     )
-    figure = traces(lines, y_title=say("update / weights"), marks=marks)
+    figure = run_figures.traces(lines, y_title=say("update / weights"), marks=marks)
     _as_wide_as_lines(figure, reader)
     figure.add_hline(y=1, line={"dash": "dot", "width": 1, "color": GREY}, row=1, col=1)
     return [Section(say("Updates"), text, figure=figure)]
@@ -282,5 +257,5 @@ def _threshold(reader: Reader, explanation: Explanation) -> list[Section]:
     if advice.scope == "tensor":
         title = say("global norm (the table's bounds are on single parameters' norms)")
         marks = []
-    figure = distribution(totals, marks, x_title=title)
+    figure = run_figures.distribution(totals, marks, x_title=title)
     return [Section(say("Distribution and bounds"), text, Table(head, rows), figure)]

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from gradkeel.explain import explain, words
-from gradkeel.explain.readable import readable
 from gradkeel.explain.run_figures import Trace, traces
 from gradkeel.explain.run_page import COLUMNS
-from gradkeel.language import say
+from gradkeel.language import readable, say
 from gradkeel.page.figures import COLORS
 from gradkeel.page.page import Line, Section, Table, page
 from gradkeel.record import Reader, bucket
@@ -21,11 +20,7 @@ _LINES = [(COLORS[i], dash) for dash in ("solid", "dash", "dot") for i in _ORDER
 
 
 def runs_page(readers: Sequence[Reader], *, script: str | None = None) -> str:
-    """The page of several records: each run's verdict, their figures in a table, and their curves over each other.
-
-    Args:
-        readers: open records with at least one step each.
-        script: as in `gradkeel.page.page.page`.
+    """The page of several open records: each run's verdict, their figures in a table, and their curves over each other.
 
     Raises:
         RecordError: one holds no steps yet.

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from gradkeel.explain.explosion import Explosion
-from gradkeel.explain.readable import readable
-from gradkeel.language import say
+from gradkeel.language import readable, say
 from gradkeel.record import Reader
 
 SGD_LIKE = frozenset({"SGD", "ASGD"})

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from gradkeel.explain.losses import FLAT, TAIL, loss_course, not_finite
-from gradkeel.explain.readable import readable
 from gradkeel.explain.weights import LARGE
 from gradkeel.guard import SkipReason
-from gradkeel.language import say
+from gradkeel.language import readable, say
 
 EARLY = 20
 """Steps within which a run diverges from its start."""

@@ -67,12 +67,7 @@ class RunPage:
 
 
 def make_server(path: Path, *, port: int = 0) -> http.server.ThreadingHTTPServer:
-    """A server of the page on the loopback interface, not started yet.
-
-    Args:
-        path: of the record, which may not be there yet.
-        port: 0 takes a free one.
-    """
+    """A server of the page on the loopback interface, not started yet; the record may not be there yet, either."""
     page = RunPage(path)
 
     class Handler(http.server.BaseHTTPRequestHandler):

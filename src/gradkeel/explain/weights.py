@@ -135,7 +135,7 @@ class Overwrite:
     before: float  # the usual such ratio before
     parameters: tuple[
         tuple[str, float], ...
-    ]  # updated by more than their weights, and the ratio; largest first
+    ]  # updated by more than their weights, by how much; largest first
     lasts: bool  # updates were still so large when last measured
 
 

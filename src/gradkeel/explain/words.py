@@ -1,15 +1,14 @@
 """An explanation in sentences and plain tables: the same for the terminal, the page and a notebook."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from gradkeel.explain.explosion import Explosion
 from gradkeel.explain.fading import Fading
 from gradkeel.explain.findings import AutopsyResult
-from gradkeel.explain.readable import readable
 from gradkeel.explain.threshold import Estimate, ThresholdAdvice
 from gradkeel.explain.verdict import Diagnosis, Verdict
-from gradkeel.language import heard, join, padded, say, shown, width
+from gradkeel.language import aligned, heard, join, readable, say, shown
 
 if TYPE_CHECKING:
     from gradkeel.explain.explanation import Explanation
@@ -23,8 +22,6 @@ _KIND = {
     "updates": say("Updates overwrote the weights"),
     "drift": say("The gradients grew slowly, without a jump"),
 }
-
-
 _VERDICT = {
     Verdict.HEALTHY: say("healthy"),
     Verdict.DIVERGED_FROM_START: say(
@@ -41,8 +38,6 @@ _VERDICT = {
     Verdict.VANISHING: say("weights hardly learn"),
     Verdict.STALLED: say("stalled: the loss did not fall"),
 }
-
-
 _ORIGIN = {"live": say("live"), "given": say("given")}
 _CAUSE = {
     "learning_rate": say("the learning rate"),
@@ -140,12 +135,11 @@ def fading(fading: Fading) -> list[str]:
     vanishing = set(fading.vanishing)
     faded = [
         say(
-            "The gradient of {parameter} is vanishing: {share:.1g} of the median parameter's since about step {step}."
+            "The gradient of {one.parameter} is vanishing: {one.share:.1g} of the median parameter's since about step "
+            "{one.since}."
             if one in vanishing
-            else "The gradient of {parameter} is dead: exactly zero since about step {step}.",
-            parameter=one.parameter,
-            share=one.share,
-            step=one.since,
+            else "The gradient of {one.parameter} is dead: exactly zero since about step {one.since}.",
+            one=one,
         )
         for one in (*fading.vanishing, *fading.dead)
     ]
@@ -161,11 +155,9 @@ def rolled_back(explanation: "Explanation") -> list[str]:
     sentences = []
     for old in explanation.rolled_back:
         again = say(
-            "Steps {first} to {last} were recorded again from step {first} on (session {session}), and do not count "
-            "above.",
-            first=old.step,
-            last=old.last_step,
-            session=old.session,
+            "Steps {old.step} to {old.last_step} were recorded again from step {old.step} on (session {old.session}), "
+            "and do not count above.",
+            old=old,
         )
         found = [headline(event) for event in old.events] or [say("No explosion was found in them.")]
         sentences.append(join([again, *found]))
@@ -202,29 +194,23 @@ def threshold_table(advice: ThresholdAdvice) -> tuple[list[str], list[list[str]]
 def distribution(advice: ThresholdAdvice) -> list[str]:
     """The distribution of the norms, in sentences."""
     what = "" if advice.scope == "global" else say(" (of single parameters' gradients)")
-    high, highest = 0.9, 0.99
-    median, below, below_highest = (readable(advice.quantiles[at].value) for at in (0.5, high, highest))
-    sentences = [
-        say(
-            "Over {steps:,} steps the median norm{what} was {median}; {high:.0%} below {below} and {highest:.0%} below "
-            "{below_highest}, before clipping.",
-            steps=advice.steps,
-            what=what,
-            median=median,
-            high=high,
-            below=below,
-            highest=highest,
-            below_highest=below_highest,
-        )
-    ]
-    if advice.drift is not None:
-        sentences.append(
-            say(
-                "Its level in the last quarter is {times} times that in the first (95% interval).",
-                times=estimate(advice.drift),
-            )
-        )
-    return sentences
+    median, high, highest = (readable(advice.quantiles[at].value) for at in (0.5, 0.9, 0.99))
+    level = say(
+        "Over {steps:,} steps the median norm{what} was {median}; 90% below {high} and 99% below {highest}, before "
+        "clipping.",
+        steps=advice.steps,
+        what=what,
+        median=median,
+        high=high,
+        highest=highest,
+    )
+    if advice.drift is None:
+        return [level]
+    drift = say(
+        "Its level in the last quarter is {times} times that in the first (95% interval).",
+        times=estimate(advice.drift),
+    )
+    return [level, drift]
 
 
 def paragraphs(explanation: "Explanation") -> Iterator[tuple[str, list[str]]]:
@@ -253,28 +239,15 @@ def as_text(explanation: "Explanation") -> str:
     """All of it, in plain text, in the reader's language."""
     parts = ["\n  - ".join(map(shown, [title, *sentences])) for title, sentences in paragraphs(explanation)]
     if explanation.threshold is not None:
-        parts.append("\n".join(table(*threshold_table(explanation.threshold))))
+        head, rows = threshold_table(explanation.threshold)
+        parts.append("\n".join(aligned([head, *rows], words=len(head))))
     return "\n\n".join(parts)
 
 
 def _run(explanation: "Explanation") -> str:
     return say(
-        "{path}: {steps:,} steps ({first} to {last}), {parameters:,} parameters, {optimizer}policy {policy}; "
-        "{clipped:.1%} of the steps clipped, {skipped} skipped.",
-        path=explanation.path,
-        steps=explanation.steps,
-        first=explanation.first_step,
-        last=explanation.last_step,
-        parameters=explanation.parameters,
+        "{run.path}: {run.steps:,} steps ({run.first_step} to {run.last_step}), {run.parameters:,} parameters, "
+        "{optimizer}policy {run.policy}; {run.clipped:.1%} of the steps clipped, {run.skipped} skipped.",
+        run=explanation,
         optimizer=say("{optimizer}, ", optimizer=explanation.optimizer) if explanation.optimizer else "",
-        policy=explanation.policy,
-        clipped=explanation.clipped,
-        skipped=explanation.skipped,
     )
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table with aligned columns, in the reader's language."""
-    cells = [[shown(cell) for cell in row] for row in (head, *rows)]
-    widths = [max(map(width, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(map(padded, row, widths)).rstrip() for row in cells]

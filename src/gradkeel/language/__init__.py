@@ -7,10 +7,11 @@
 import functools
 import json
 import locale
+import math
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 LANGUAGES = ("en", "zh")
@@ -29,15 +30,12 @@ _chosen: dict[str, str] = {}
 
 
 class Said(str):
-    """An English sentence that knows what it was made from.
+    """An English sentence that knows what it was made from."""
 
-    Attributes:
-        template: with names in braces for what was filled in; None for sentences one after the other.
-        values: what was filled in, by name.
-    """
-
-    template: str | None
-    values: Mapping[str, object]
+    template: (
+        str | None
+    )  # with names in braces for what was filled in; None for sentences one after the other
+    values: Mapping[str, object]  # what was filled in, by name
 
     def __new__(cls, english: str, template: str | None, values: Mapping[str, object]) -> "Said":
         """The English text, and its parts."""
@@ -106,6 +104,14 @@ def choose(language: str | None) -> None:
         _chosen["language"] = language
 
 
+def readable(value: float, digits: int = 3) -> str:
+    """So many significant digits, without an exponent from 0.0001 up to a billion: 5,180 rather than 5.18e+03."""
+    short = float(f"{value:.{digits}g}")
+    if not math.isfinite(value) or not 1000 <= abs(short) < 1e9:
+        return f"{value:.{digits}g}"
+    return f"{short:,.0f}"
+
+
 def width(text: str) -> int:
     """How many columns of a terminal a text takes: Chinese characters take two."""
     return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
@@ -115,6 +121,16 @@ def padded(text: str, columns: int, *, right: bool = False) -> str:
     """The text with spaces after it, or before it, up to so many columns."""
     spaces = " " * (columns - width(text))
     return spaces + text if right else text + spaces
+
+
+def aligned(rows: Iterable[Sequence[str]], *, words: int) -> list[str]:
+    """Lines of a table in the reader's language; the columns after the first so many ``words`` are set to the right."""
+    cells = [[shown(cell) for cell in row] for row in rows]
+    widths = [max(map(width, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(padded(row[i], widths[i], right=i >= words) for i in range(len(row))).rstrip()
+        for row in cells
+    ]
 
 
 def wrapped(text: str, columns: int) -> list[str]:
@@ -146,8 +162,7 @@ def _translated(text: str) -> str:
 
 @functools.cache
 def _sections() -> dict[str, dict[str, str]]:
-    sections: dict[str, dict[str, str]] = json.loads(Path(__file__).with_name("zh.json").read_bytes())
-    return sections
+    return json.loads(Path(__file__).with_name("zh.json").read_bytes())
 
 
 @functools.cache

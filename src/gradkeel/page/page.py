@@ -57,11 +57,7 @@ def page(
 ) -> str:
     """The page as HTML in the reader's language, with plotly's script in it once, if a section has a figure.
 
-    Args:
-        title, subtitle: what the page is about.
-        lines: the result in words, on top.
-        sections: in order.
-        script: name of a file beside the page that `write_script` has written, instead of plotly's script in the page.
+    ``script`` is the name of a file beside the page that `write_script` has written, instead of plotly's script in it.
 
     Raises:
         MissingExtraError: a section has a figure, and plotly is not installed.
@@ -138,5 +134,4 @@ def _plotly_script() -> str:
         from plotly.offline import get_plotlyjs
     except ImportError:
         raise MissingExtraError("plotly", "report", "a page with figures") from None
-    script: str = get_plotlyjs()
-    return script
+    return get_plotlyjs()

@@ -3,29 +3,26 @@
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradkeel.compare.task import Task
-from gradkeel.compare.text import VOCABULARY, text, windows
+from gradkeel.compare.text import VOCABULARY, TextTask, text, windows
 
 
 class CharModel(nn.Module):
     """Embedding, two LSTM layers, output layer without a bias."""
 
-    def __init__(self, hidden: int = 96, embedding: int = 32) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, embedding)
-        self.lstm = nn.LSTM(embedding, hidden, num_layers=2, batch_first=True)
-        self.output = nn.Linear(hidden, VOCABULARY, bias=False)
+        self.embedding = nn.Embedding(VOCABULARY, 32)
+        self.lstm = nn.LSTM(32, 96, num_layers=2, batch_first=True)
+        self.output = nn.Linear(96, VOCABULARY, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[batch, length, vocabulary] logits of each next token."""
-        logits: Tensor = self.output(self.lstm(self.embedding(tokens))[0])
-        return logits
+        return self.output(self.lstm(self.embedding(tokens))[0])
 
 
-class CharLSTM(Task):
+class CharLSTM(TextTask):
     """Predict the next character of Python's documentation with plain SGD.
 
     The setting of Zhang, He, Sra, Jadbabaie, "Why gradient clipping accelerates training", ICLR 2020, made small
@@ -40,6 +37,7 @@ class CharLSTM(Task):
     batch_size = 16
     target_loss = 2.5
     length = 64
+    validated = 128
 
     def model(self) -> nn.Module:
         """A CharModel with torch's default initialization."""
@@ -52,18 +50,3 @@ class CharLSTM(Task):
         while True:
             starts = torch.randint(len(tokens) - self.length, (self.batch_size,), generator=generator)
             yield windows(tokens, starts, self.length)
-
-    def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
-        """[] cross-entropy in nats a character."""
-        return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
-
-    def weight(self, batch: Tensor) -> float:
-        """Characters predicted."""
-        return float(batch[:, 1:].numel())
-
-    @torch.no_grad()
-    def validation_loss(self, model: nn.Module) -> float:
-        """Cross-entropy on 64 windows of 128 characters, evenly spaced in the validation text."""
-        tokens = text().validation
-        starts = torch.linspace(0, len(tokens) - 129, 64).long()
-        return float(self.loss(model, windows(tokens, starts, 128)))

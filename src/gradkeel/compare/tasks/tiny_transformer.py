@@ -3,14 +3,11 @@
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradkeel.compare.task import Task
-from gradkeel.compare.text import VOCABULARY, text, windows
+from gradkeel.compare.text import IGNORED, VOCABULARY, TextTask, text, windows
 
 LONGEST = 64
-IGNORED = -100  # cross_entropy's index for positions behind a sequence's end
 
 
 class TinyModel(nn.Module):
@@ -33,11 +30,10 @@ class TinyModel(nn.Module):
         length = tokens.shape[1]
         mask = nn.Transformer.generate_square_subsequent_mask(length, device=tokens.device)
         embedded = self.tokens(tokens) + self.positions(torch.arange(length, device=tokens.device))
-        logits: Tensor = self.output(self.norm(self.layers(embedded, mask=mask, is_causal=True)))
-        return logits
+        return self.output(self.norm(self.layers(embedded, mask=mask, is_causal=True)))
 
 
-class TinyTransformer(Task):
+class TinyTransformer(TextTask):
     """Predict the next character; lengths between 4 and 64, so that batches hold unequal numbers of tokens."""
 
     name = "tiny-transformer"
@@ -46,6 +42,7 @@ class TinyTransformer(Task):
     steps = 200
     seeds = 3
     batch_size = 8
+    validated = LONGEST
 
     def model(self) -> nn.Module:
         """A TinyModel with torch's default initialization."""
@@ -65,20 +62,3 @@ class TinyTransformer(Task):
             longest = int(lengths.max())
             batch = windows(tokens, starts, longest)
             yield batch.masked_fill(torch.arange(longest + 1) > lengths[:, None], IGNORED)
-
-    def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
-        """[] cross-entropy in nats a character, over all characters of the batch alike."""
-        # What stands behind an end is seen by no position before it.
-        logits = model(batch[:, :-1].clamp(min=0))
-        return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), ignore_index=IGNORED)
-
-    def weight(self, batch: Tensor) -> float:
-        """Characters predicted."""
-        return float((batch[:, 1:] != IGNORED).sum())
-
-    @torch.no_grad()
-    def validation_loss(self, model: nn.Module) -> float:
-        """Cross-entropy on 64 windows of 64 characters, evenly spaced in the validation text."""
-        tokens = text().validation
-        starts = torch.linspace(0, len(tokens) - LONGEST - 1, 64).long()
-        return float(self.loss(model, windows(tokens, starts, LONGEST)))

@@ -35,13 +35,10 @@ class SmoothnessFit:
         count: number of pairs that entered.
         L0: smoothness at a vanishing gradient, in the unit of 1 / lr.
         L1: growth of smoothness with the norm, in the unit of 1 / (lr * norm).
-        L0_interval: of L0.
-        L1_interval: of L1.
         envelope: L0 and L1 of the smallest multiple of the fit that no measurement exceeds.
         correlation: Pearson's r of log smoothness and log norm.
-        correlation_interval: of the correlation.
         slope: of the straight line through log smoothness over log norm.
-        slope_interval: of the slope.
+        L0_interval, L1_interval, correlation_interval, slope_interval: of these.
         related: whether an (L0, L1) relation describes the measurements.
         reason: why, in words.
     """

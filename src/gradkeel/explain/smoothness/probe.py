@@ -204,10 +204,11 @@ class SmoothnessProbe:
         """
         chosen = [m for m in self._measurements if m.resolved]
         fit = fit_smoothness([m.norm for m in chosen], [m.smoothness for m in chosen])
-        if is_plain_sgd(self._optimizer):
+        optimizer = self._optimizer
+        if type(optimizer) is torch.optim.SGD and not any(g["momentum"] for g in optimizer.param_groups):
             return fit
         return fit.without_constants(
-            f"no (L0, L1) is fitted under {type(self._optimizer).__name__}, which is not plain SGD: its steps do not "
+            f"no (L0, L1) is fitted under {type(optimizer).__name__}, which is not plain SGD: its steps do not "
             "follow the gradient, so a bound on the gradient's norm does not bound them"
         )
 
@@ -241,13 +242,6 @@ class SmoothnessProbe:
             step=self._steps,
         )
         self._measurements.append(measured)
-
-
-def is_plain_sgd(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a step is the learning rate times the gradient (weight decay aside)."""
-    return type(optimizer) is torch.optim.SGD and all(
-        not group["momentum"] for group in optimizer.param_groups
-    )
 
 
 def at_least_one(owner: str, argument: str, value: int) -> int:

@@ -1,14 +1,34 @@
-"""How commands fail: one line on stderr and exit code 2 for what the user can fix, a traceback for the rest."""
+"""What commands take, and how they fail: one line and exit code 2 where the user can fix it, a traceback else."""
 
 import functools
 import os
 import sys
 from collections.abc import Callable
-from typing import ParamSpec
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec
+
+import typer
 
 from gradkeel.language import heard, shown
 
 P = ParamSpec("P")
+
+TASKS = "char-lstm, exploding-linear, simple-mlp, simple-mlp-adam, tiny-transformer"
+"""Those of `gradkeel.compare.task.BUILTIN`, which is not imported here: help would wait for torch."""
+
+TASK = f"{TASKS}, or yours: mypkg.mymodule:make_task"
+
+
+def json_option(what: str) -> Any:
+    """The option of a command that can print something as JSON."""
+    return typer.Option("--json", help=f"print {what} as JSON, and nothing else, to stdout")
+
+
+AsJson = Annotated[bool, json_option("the result")]
+
+Run = Annotated[
+    Path, typer.Argument(metavar="RUN", help="a record, such as runs/exp1.keel", show_default=False)
+]
 
 
 def reported(command: Callable[P, None]) -> Callable[P, None]:
