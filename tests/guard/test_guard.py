@@ -627,6 +627,46 @@ def test_lbfgs_raises_from_a_later_closure_with_everything_restored():
     assert is_same(contents(model, optimizer), before)
 
 
+@pytest.mark.parametrize("by_name", [False, True])
+def test_what_a_step_takes_in_the_closures_place_reaches_it(by_name):
+    class Newton(torch.optim.Optimizer):  # as the first AdaHessian: optimizer.step(gradsH)
+        def step(self, curvatures, closure=None):
+            loss = None if closure is None else closure()
+            with torch.no_grad():
+                for parameter, curvature in zip(self.param_groups[0]["params"], curvatures, strict=True):
+                    parameter.sub_(parameter.grad / curvature)
+            return loss
+
+    parameters = parameters_of([0.0, 0.0])
+    guard = gk.attach(Newton(parameters, {}), gk.ClipByNorm(1.0))
+
+    def closure():
+        give(parameters, [3.0, 4.0])
+        return 7.0
+
+    if not by_name:
+        closure()
+    loss = guard.optimizer.step([torch.tensor(2.0)], **({"closure": closure} if by_name else {}))
+    assert loss == (7.0 if by_name else None)
+    assert parameters[0].tolist() == pytest.approx([-0.3, -0.4])
+
+
+def test_an_optimizer_that_differentiates_after_its_closure_is_refused():
+    class Searching(torch.optim.Optimizer):  # as torchmin's Minimizer: the closure calls no backward()
+        def step(self, closure):
+            loss = closure()
+            loss.backward()
+
+    (parameter,) = parameters_of(None)
+    optimizer = Searching([parameter], {})
+    guard = gk.attach(optimizer, gk.ClipByNorm(1.0))
+    with pytest.raises(gk.AttachError, match=r"Searching\.step.*no gradient.*detach\(\)"):
+        optimizer.step(lambda: (parameter - 1).square().sum())
+    guard.detach()
+    optimizer.step(lambda: (parameter - 1).square().sum())
+    assert parameter.grad.tolist() == [-2.0, -2.0]
+
+
 # -- mistakes that can be seen ----------------------------------------------------------------------------------
 
 
