@@ -1,6 +1,7 @@
 """One training run of a task under one policy, learning rate and seed, and what came of it."""
 
 import hashlib
+import inspect
 import itertools
 import math
 import re
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 import gradkeel as gk
-from gradkeel.compare.task import Task, endless
+from gradkeel.compare.task import Task, TaskError, endless, loss_of
 from gradkeel.errors import SkippedStepWarning, TooManySkipsError
 from gradkeel.explain import explain
 from gradkeel.explain.verdict import Signals, judge
@@ -153,11 +154,20 @@ def prepare(
     """Model and optimizer as all runs of this seed begin with them, and their guard.
 
     ``none`` runs with non-finite gradients kept, every policy with its steps skipped, which is the guard's default.
+
+    Raises:
+        TaskError: the optimizer cannot step without a closure.
     """
     spec = parse(policy)
     torch.manual_seed(seed)
     model = task.model()
     optimizer = task.optimizer(model, lr)
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise TaskError(
+            f"task {task.name!r}: {type(optimizer).__name__}.step() needs a closure, and compare steps without one; "
+            "make another optimizer"
+        )
     guard = gk.attach(
         optimizer,
         spec.policy,
@@ -273,14 +283,15 @@ class _Loop:
     def _backward(self, batches: Sequence[object]) -> float:
         """The loss of these batches; the gradients are left where the guard finds them."""
         if self._accumulate is None:
-            loss = self.task.loss(self.model, batches[0])
+            loss = loss_of(self.task, self.model, batches[0])
             if math.isfinite(value := loss.item()):
                 loss.backward()
                 self.guard.log(loss=loss)
             return value
         for micro in self._accumulate(batches):
             with micro:
-                micro.backward(self.task.loss(self.model, micro.batch), weight=self.task.weight(micro.batch))
+                loss = loss_of(self.task, self.model, micro.batch)
+                micro.backward(loss, weight=self.task.weight(micro.batch))
         window = self._accumulate.loss
         assert window is not None
         return window.item()

@@ -23,6 +23,9 @@ from gradkeel.record.rows import Subject, layout
 from gradkeel.record.sampling import BeforeUpdate, Sampling
 from gradkeel.record.writer import RecordFile
 
+TAKEN_OVER = "another guard of this process records to"
+"""In the warning of a recorder whose path another one has taken."""
+
 
 class Guarded(Protocol):
     """What a recorder reads of the guard that it is bound to."""
@@ -145,7 +148,7 @@ class Recorder:
         ):
             self.close()
             self._problems.append(
-                f"recording stopped: another guard of this process records to {self.path} now; give each optimizer a "
+                f"recording stopped: {TAKEN_OVER} {self.path} now; give each optimizer a "
                 "record of its own; training goes on"
             )
 
