@@ -506,6 +506,16 @@ def test_logged_numbers_are_the_coming_steps():
     assert guard.report.scalars == {}
 
 
+@pytest.mark.parametrize("value", [torch.ones(2), torch.ones(0), torch.tensor(1j)])
+def test_what_is_no_number_is_not_logged(value):
+    guard = gk.attach(sgd(parameters_of([3.0, 4.0])), "skip-step")
+    with pytest.raises(ValueError, match=r"guard\.log\(loss=\.\.\.\): wants one real number.*mean"):
+        guard.log(loss=value)
+    guard.log(loss=torch.ones(1, 1))
+    guard.optimizer.step()
+    assert guard.report.stepped
+
+
 # -- recorders ------------------------------------------------------------------------------------------------
 
 
