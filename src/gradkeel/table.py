@@ -1,5 +1,6 @@
 """`gradients(model)`: what every parameter's gradient is right now, without attaching anything."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from torch import nn
 
 from gradkeel.language import padded, say, shown, width
 from gradkeel.ranks.total import measure_total
+from gradkeel.tensors import is_quantized
 
 _HEAD = (say("parameter"), say("shape"), say("weight norm"), say("gradient norm"))
 
@@ -20,7 +22,7 @@ class GradientRow:
     Attributes:
         name: as ``model.named_parameters()`` gives it.
         shape: the parameter's shape.
-        weight_norm: 2-norm of the parameter.
+        weight_norm: 2-norm of the parameter; NaN where it is quantized.
         gradient_norm: 2-norm of its gradient; None where it has none.
     """
 
@@ -104,7 +106,9 @@ def gradients(model: nn.Module) -> GradientTable:
             GradientRow(
                 name,
                 tuple(parameter.shape),
-                float(measure_total([parameter], 2.0, parameter.device)),
+                math.nan
+                if is_quantized(parameter)
+                else float(measure_total([parameter], 2.0, parameter.device)),
                 None
                 if parameter.grad is None
                 else float(measure_total([parameter.grad], 2.0, parameter.device)),
