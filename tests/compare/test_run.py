@@ -52,6 +52,17 @@ def test_a_run_that_trains():
     assert (run.initial_validation_loss, run.validation_loss) == (None, None)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_frozen_weights_may_be_quantized(dtype):
+    class Adapted(Quadratic):
+        def model(self):
+            model = super().model()
+            model.codes = nn.Parameter(torch.ones(2).to(dtype), requires_grad=False)
+            return model
+
+    assert run_trial(Adapted(), Trial("none", 0.25, 0), 5).losses == [0.25**i for i in range(5)]
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_loss_of_many_numbers_is_refused(accumulate):
     class Unreduced(Quadratic):

@@ -8,12 +8,12 @@ import re
 import statistics
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import gradkeel as gk
 from gradkeel.compare.task import Task, TaskError, endless, loss_of
@@ -254,6 +254,8 @@ class _Loop:
         self, task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, guard: gk.Guard, accumulate: int
     ) -> None:
         self.task, self.model, self.optimizer, self.guard = task, model, optimizer, guard
+        # Frozen ones may be integers, as a quantized base under adapters.
+        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._accumulate = gk.Accumulator(guard, accumulate, reduction="mean") if accumulate > 1 else None
         self.losses: list[float] = []
         self.norms: list[float] = []
@@ -264,7 +266,7 @@ class _Loop:
 
     def step(self, batches: Sequence[object]) -> bool:
         """Make one step on these batches; False when there is nothing more to learn from this run."""
-        old = None if self.onset else [p.detach().clone() for p in self.model.parameters()]
+        old = None if self.onset else [p.detach().clone() for p in self._trained.values()]
         start = time.perf_counter()
         self.losses.append(self._backward(batches))
         self.norms.append(math.nan)
@@ -303,14 +305,14 @@ class _Loop:
         self.skipped += not report.stepped
         self._skipped_in_a_row = 0 if report.stepped else self._skipped_in_a_row + 1
         if old is not None:
-            self.onset = _onset(self.model, old, len(self.losses))
-        if self.bad_step is None and not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            self.onset = _onset(self._trained, old, len(self.losses))
+        if self.bad_step is None and not all(bool(p.isfinite().all()) for p in self._trained.values()):
             self.bad_step = len(self.losses)
 
 
-def _onset(model: nn.Module, old: Sequence[torch.Tensor], step: int) -> Onset | None:
+def _onset(trained: Mapping[str, Tensor], old: Sequence[Tensor], step: int) -> Onset | None:
     ratios = {}
-    for (name, parameter), before in zip(model.named_parameters(), old, strict=True):
+    for (name, parameter), before in zip(trained.items(), old, strict=True):
         size = torch.linalg.vector_norm(before).item()
         if size > 0:
             ratios[name] = torch.linalg.vector_norm(parameter.detach() - before).item() / size
