@@ -1,5 +1,7 @@
 """`gk.gradients(model)`: the gradients as they are, without attaching anything."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -35,6 +37,13 @@ def test_the_blow_up_of_the_tutorial(net):
     assert table["unused.weight"].shape == (3, 2)
     assert [row.name for row in table] == [name for name, _ in net.named_parameters()]
     assert len(table) == 5
+
+
+def test_quantized_weights_have_no_norm(net):
+    net.codes = nn.Parameter(torch.ones(4, dtype=torch.uint8), requires_grad=False)
+    blow_up(net)
+    assert math.isnan(gk.gradients(net)["codes"].weight_norm)
+    assert gk.gradients(net)["linear.weight"].gradient_norm == 120.0
 
 
 def test_it_prints_well_before_and_after_backward(net):

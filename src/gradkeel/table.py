@@ -1,5 +1,6 @@
 """`gradients(model)`: what every parameter's gradient is right now, without attaching anything."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from gradkeel.language import aligned, say, shown
 from gradkeel.ranks.total import measure_total
+from gradkeel.tensors import is_quantized
 
 _HEAD = (say("parameter"), say("shape"), say("weight norm"), say("gradient norm"))
 
@@ -20,7 +22,7 @@ class GradientRow:
     Attributes:
         name: as ``model.named_parameters()`` gives it.
         shape: the parameter's shape.
-        weight_norm: 2-norm of the parameter.
+        weight_norm: 2-norm of the parameter; NaN where it is quantized.
         gradient_norm: 2-norm of its gradient; None where it has none.
     """
 
@@ -95,7 +97,7 @@ def gradients(model: nn.Module) -> GradientTable:
     """
 
     def norm(tensor: Tensor) -> float:
-        return float(measure_total([tensor], 2.0, tensor.device))
+        return math.nan if is_quantized(tensor) else float(measure_total([tensor], 2.0, tensor.device))
 
     rows = (
         GradientRow(name, tuple(p.shape), norm(p), None if p.grad is None else norm(p.grad))

@@ -12,6 +12,18 @@ from torch.utils.weak import TensorWeakRef
 _PLAIN = {Tensor, nn.Parameter}
 
 
+def is_quantized(parameter: Tensor) -> bool:
+    """Whether these are integers or float8, as a frozen base model under adapters has them: codes without a norm."""
+    return parameter.itemsize == 1 or not (parameter.is_floating_point() or parameter.is_complex())
+
+
+def without_codes(parameter: Tensor) -> Tensor:
+    """The parameter; of a quantized one zeros of its shape, which take no memory."""
+    if not is_quantized(parameter):
+        return parameter
+    return torch.zeros((), dtype=torch.float32, device=parameter.device).expand(parameter.shape)
+
+
 def entries_to_read(gradient: Tensor) -> Tensor:
     """Return the gradient's entries here as a real strided tensor; the sum over duplicate indices where sparse.
 

@@ -192,6 +192,19 @@ def test_a_script_that_attaches_late_or_never_is_said_while_it_runs(script, tmp_
     assert "has attached no guard in 0.2 seconds" in said[0]
 
 
+def test_a_script_of_several_guards_is_told_whose_figures_there_are(script, tmp_path):
+    source = SCRIPT.format(log=LOG).replace(
+        "for step",
+        "other = gk.attach(torch.optim.Adam([torch.nn.Parameter(torch.ones(2))]), None)\nfor step",
+    )
+    source += "    other.parameters[0].sum().backward()\n    other.optimizer.step()\n"
+    said = []
+    result = run(script(source), tmp_path, said.append, policies=["norm:0.5", "norm:1.0"])
+    assert [one.optimizer for one in result.runs] == ["Adam", "Adam"]
+    assert len(said) == 1
+    assert "attaches several guards" in said[0]
+
+
 def test_records_of_an_earlier_comparison_are_set_aside(script, tmp_path):
     command = script(SCRIPT.format(log=LOG))
     for _ in range(3):

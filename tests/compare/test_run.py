@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradkeel.compare import Task, Trial, load_task, run_trial
+from gradkeel.compare import Task, TaskError, Trial, load_task, run_trial
 from gradkeel.compare.run import divergence, tail_median
 
 INF, NAN = math.inf, math.nan
@@ -50,6 +50,36 @@ def test_a_run_that_trains():
     assert run.final_loss == run.losses[2]
     assert run.score == run.final_loss
     assert (run.initial_validation_loss, run.validation_loss) == (None, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_frozen_weights_may_be_quantized(dtype):
+    class Adapted(Quadratic):
+        def model(self):
+            model = super().model()
+            model.codes = nn.Parameter(torch.ones(2).to(dtype), requires_grad=False)
+            return model
+
+    assert run_trial(Adapted(), Trial("none", 0.25, 0), 5).losses == [0.25**i for i in range(5)]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_loss_of_many_numbers_is_refused(accumulate):
+    class Unreduced(Quadratic):
+        def loss(self, model, batch):
+            return model(batch.expand(3, 1)).square()
+
+    with pytest.raises(TaskError, match=r"loss\(\) gave a tensor of shape \(3, 1\)"):
+        run_trial(Unreduced(), Trial("none", 0.25, 0), 5, accumulate=accumulate)
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused():
+    class Searching(Quadratic):
+        def optimizer(self, model, lr):
+            return torch.optim.LBFGS(model.parameters(), lr=lr)
+
+    with pytest.raises(TaskError, match=r"LBFGS\.step\(\) needs a closure"):
+        run_trial(Searching(), Trial("none", 0.25, 0), 5)
 
 
 def test_clipping_is_counted_and_norms_are_those_before_it():

@@ -1,8 +1,12 @@
 """Weights that something else wrote to, and updates that overwrite them: told from samples of known size."""
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 
+import gradkeel as gk
 from gradkeel.explain import explain
 from scripted import scripted_run
 
@@ -39,12 +43,13 @@ def test_a_change_by_half_is_told_where_updates_were_measured(tmp_path, after, i
         assert [(r.parameter, r.step, r.growth) for r in explosion.spread] == [("b", 50, None)]
 
 
-@pytest.mark.parametrize(("update", "is_explained"), [(1.0, True), (0.99, False)])
-def test_an_update_as_large_as_the_change_explains_it(tmp_path, update, is_explained):
+@pytest.mark.parametrize(("update", "is_explained"), [(0.334, True), (0.333, False)])
+@pytest.mark.parametrize("steps_before", [0, 9])
+def test_an_update_of_a_third_of_the_change_explains_it(tmp_path, update, is_explained, steps_before):
     updates = torch.full(
-        (STEPS, 2), 0.5
+        (STEPS, 2), 0.3
     )  # of the size of weights all along, so that this is not what is found
-    updates[48, 1] = update
+    updates[48 - steps_before, 1] = update
     explanation = explained(tmp_path / "run.keel", calm(2), weights=changed(1, 2, 50), updates=updates)
     assert bool(explanation.explosion.altered) != is_explained
 
@@ -54,13 +59,45 @@ def test_an_update_as_large_as_the_change_explains_it(tmp_path, update, is_expla
 def test_an_update_explains_a_change_to_a_hundred_thousandth_of_the_weights(
     tmp_path, size, missing, is_explained
 ):
-    updates = torch.full((STEPS, 2), 0.5 * size, dtype=torch.float64)
-    # A thousandth of the update is passed over likewise.
-    updates[48, 1] = size * (1 - missing) / 1.001
+    updates = torch.full((STEPS, 2), 0.3 * size, dtype=torch.float64)
+    updates[48, 1] = size * (1 - missing) / 3
     weights = changed(size, 2 * size, 50)
     weights[:, 0] = size
     explanation = explained(tmp_path / "run.keel", calm(2), weights=weights, updates=updates)
     assert bool(explanation.explosion.altered) != is_explained
+
+
+def decay(model, slow, step):
+    for parameter in model.parameters():
+        parameter.mul_(0.999)
+
+
+def look_ahead(model, slow, step):
+    if step % 6 == 5:
+        for mean, parameter in zip(slow.parameters(), model.parameters(), strict=True):
+            parameter.copy_(mean.lerp_(parameter, 0.5))
+
+
+@pytest.mark.parametrize("write", [decay, look_ahead])
+def test_what_a_loop_writes_after_each_step_is_no_fault(tmp_path, write):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1))
+    slow, target = copy.deepcopy(model), torch.randn(8, 1)
+    kind, lr = (torch.optim.SGD, 1e-2) if write is decay else (torch.optim.Adam, 3e-3)
+    optimizer = kind(model.parameters(), lr=lr)
+    path = tmp_path / "run.keel"
+    guard = gk.attach(optimizer, "global-norm:1.0", model=model, record=path)
+    for step in range(300):
+        inputs = torch.randn(32, 8)
+        loss = (model(inputs) - inputs @ target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        guard.log(loss=loss)
+        optimizer.step()
+        with torch.no_grad():
+            write(model, slow, step)
+    guard.detach()
+    assert explain(path).events == ()
 
 
 def test_of_several_the_one_that_changed_most_comes_first(tmp_path):

@@ -519,6 +519,47 @@ def test_logged_numbers_are_the_coming_steps():
     assert guard.report.scalars == {}
 
 
+@pytest.mark.parametrize("value", [torch.ones(2), torch.ones(0), torch.tensor(1j)])
+def test_what_is_no_number_is_not_logged(value):
+    guard = gk.attach(sgd(parameters_of([3.0, 4.0])), "skip-step")
+    with pytest.raises(ValueError, match=r"guard\.log\(loss=\.\.\.\): wants one real number.*mean"):
+        guard.log(loss=value)
+    guard.log(loss=torch.ones(1, 1))
+    guard.optimizer.step()
+    assert guard.report.stepped
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("policy", ["global-norm:0.1", "agc", "adagc"])
+def test_quantized_weights_may_lie_beside_their_adapters(dtype, policy, tmp_path):
+    class Adapted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            base = (8 * torch.randn(4, 4)).round()
+            self.base = nn.Parameter(base.to(dtype), requires_grad=False)
+            self.adapter = nn.Linear(4, 4)
+
+        def forward(self, inputs):
+            return inputs @ self.base.float() / 8 + self.adapter(inputs)
+
+    def trained(path, *, whole):
+        torch.manual_seed(0)
+        model = Adapted()
+        optimizer = torch.optim.AdamW(model.parameters() if whole else model.adapter.parameters(), lr=0.1)
+        guard = gk.attach(optimizer, policy, model=model, record=path)
+        for _ in range(3):
+            model(torch.randn(8, 4)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        guard.detach()
+        assert gk.explain.explain(path).steps == 3
+        return list(model.adapter.parameters())
+
+    # Units are read by other operations where some tensor is not for the kernels: float32's rounding.
+    beside, alone = trained(tmp_path / "a.keel", whole=True), trained(tmp_path / "b.keel", whole=False)
+    torch.testing.assert_close(beside, alone, rtol=1e-5, atol=1e-6)
+
+
 # -- recorders ------------------------------------------------------------------------------------------------
 
 
@@ -638,6 +679,46 @@ def test_lbfgs_raises_from_a_later_closure_with_everything_restored():
     with pytest.raises(gk.NonFiniteGradientError):
         optimizer.step(closure)
     assert is_same(contents(model, optimizer), before)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_what_a_step_takes_in_the_closures_place_reaches_it(by_name):
+    class Newton(torch.optim.Optimizer):  # as the first AdaHessian: optimizer.step(gradsH)
+        def step(self, curvatures, closure=None):
+            loss = None if closure is None else closure()
+            with torch.no_grad():
+                for parameter, curvature in zip(self.param_groups[0]["params"], curvatures, strict=True):
+                    parameter.sub_(parameter.grad / curvature)
+            return loss
+
+    parameters = parameters_of([0.0, 0.0])
+    guard = gk.attach(Newton(parameters, {}), gk.ClipByNorm(1.0))
+
+    def closure():
+        give(parameters, [3.0, 4.0])
+        return 7.0
+
+    if not by_name:
+        closure()
+    loss = guard.optimizer.step([torch.tensor(2.0)], **({"closure": closure} if by_name else {}))
+    assert loss == (7.0 if by_name else None)
+    assert parameters[0].tolist() == pytest.approx([-0.3, -0.4])
+
+
+def test_an_optimizer_that_differentiates_after_its_closure_is_refused():
+    class Searching(torch.optim.Optimizer):  # as torchmin's Minimizer: the closure calls no backward()
+        def step(self, closure):
+            loss = closure()
+            loss.backward()
+
+    (parameter,) = parameters_of(None)
+    optimizer = Searching([parameter], {})
+    guard = gk.attach(optimizer, gk.ClipByNorm(1.0))
+    with pytest.raises(gk.AttachError, match=r"Searching\.step.*no gradient.*detach\(\)"):
+        optimizer.step(lambda: (parameter - 1).square().sum())
+    guard.detach()
+    optimizer.step(lambda: (parameter - 1).square().sum())
+    assert parameter.grad.tolist() == [-2.0, -2.0]
 
 
 # -- mistakes that can be seen ----------------------------------------------------------------------------------

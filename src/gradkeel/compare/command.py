@@ -22,6 +22,7 @@ from gradkeel.compare.task import TaskError
 from gradkeel.errors import RecordError
 from gradkeel.explain import explain
 from gradkeel.record import Reader
+from gradkeel.record.recorder import TAKEN_OVER
 
 _NEEDED = language.say(
     "its training loop needs one line before it, guard = gradkeel.attach(optimizer, None, model=model), and must call "
@@ -132,6 +133,13 @@ def _run(
                 say(words)
             code = process.wait()
         alive.discard(process)
+    if TAKEN_OVER.encode() in output.read_bytes():
+        words = language.say(
+            "--run {command!r} attaches several guards, and a run has one record: all follow the policy, and the "
+            "figures are those of the guard that was attached last",
+            command=command,
+        )
+        say(words)
     return _result(command, trial, record, output, code)
 
 

@@ -1,21 +1,22 @@
 """One training run of a task under one policy, learning rate and seed, and what came of it."""
 
 import hashlib
+import inspect
 import itertools
 import math
 import re
 import statistics
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import gradkeel as gk
-from gradkeel.compare.task import Task, endless
+from gradkeel.compare.task import Task, TaskError, endless, loss_of
 from gradkeel.errors import SkippedStepWarning, TooManySkipsError
 from gradkeel.explain import explain
 from gradkeel.explain.verdict import Signals, judge
@@ -150,11 +151,20 @@ def prepare(
     """Model and optimizer as all runs of this seed begin with them, and their guard.
 
     ``none`` runs with non-finite gradients kept, every policy with its steps skipped, which is the guard's default.
+
+    Raises:
+        TaskError: the optimizer cannot step without a closure.
     """
     spec = parse(policy)
     torch.manual_seed(seed)
     model = task.model()
     optimizer = task.optimizer(model, lr)
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise TaskError(
+            f"task {task.name!r}: {type(optimizer).__name__}.step() needs a closure, and compare steps without one; "
+            "make another optimizer"
+        )
     guard = gk.attach(
         optimizer,
         spec.policy,
@@ -241,6 +251,8 @@ class _Loop:
         self, task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, guard: gk.Guard, accumulate: int
     ) -> None:
         self.task, self.model, self.optimizer, self.guard = task, model, optimizer, guard
+        # Frozen ones may be integers, as a quantized base under adapters.
+        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._accumulate = gk.Accumulator(guard, accumulate, reduction="mean") if accumulate > 1 else None
         self.losses: list[float] = []
         self.norms: list[float] = []
@@ -251,7 +263,7 @@ class _Loop:
 
     def step(self, batches: Sequence[object]) -> bool:
         """Make one step on these batches; False when there is nothing more to learn from this run."""
-        old = None if self.onset else [p.detach().clone() for p in self.model.parameters()]
+        old = None if self.onset else [p.detach().clone() for p in self._trained.values()]
         start = time.perf_counter()
         self.losses.append(self._backward(batches))
         self.norms.append(math.nan)
@@ -270,14 +282,15 @@ class _Loop:
     def _backward(self, batches: Sequence[object]) -> float:
         """The loss of these batches; the gradients are left where the guard finds them."""
         if self._accumulate is None:
-            loss = self.task.loss(self.model, batches[0])
+            loss = loss_of(self.task, self.model, batches[0])
             if math.isfinite(value := loss.item()):
                 loss.backward()
                 self.guard.log(loss=loss)
             return value
         for micro in self._accumulate(batches):
             with micro:
-                micro.backward(self.task.loss(self.model, micro.batch), weight=self.task.weight(micro.batch))
+                loss = loss_of(self.task, self.model, micro.batch)
+                micro.backward(loss, weight=self.task.weight(micro.batch))
         window = self._accumulate.loss
         assert window is not None
         return window.item()
@@ -289,14 +302,14 @@ class _Loop:
         self.skipped += not report.stepped
         self._skipped_in_a_row = 0 if report.stepped else self._skipped_in_a_row + 1
         if old is not None:
-            self.onset = _onset(self.model, old, len(self.losses))
-        if self.bad_step is None and not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            self.onset = _onset(self._trained, old, len(self.losses))
+        if self.bad_step is None and not all(bool(p.isfinite().all()) for p in self._trained.values()):
             self.bad_step = len(self.losses)
 
 
-def _onset(model: nn.Module, old: Sequence[torch.Tensor], step: int) -> Onset | None:
+def _onset(trained: Mapping[str, Tensor], old: Sequence[Tensor], step: int) -> Onset | None:
     ratios = {}
-    for (name, parameter), before in zip(model.named_parameters(), old, strict=True):
+    for (name, parameter), before in zip(trained.items(), old, strict=True):
         size = torch.linalg.vector_norm(before).item()
         if size > 0:
             ratios[name] = torch.linalg.vector_norm(parameter.detach() - before).item() / size

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from gradkeel.compare.run import prepare
-from gradkeel.compare.task import Task, endless
+from gradkeel.compare.task import Task, endless, loss_of
 from gradkeel.compare.words import bound_of
 from gradkeel.explain.smoothness.figures import smoothness_figure
 from gradkeel.explain.smoothness.fit import SmoothnessFit
@@ -38,11 +38,11 @@ def probed_run(
     model, optimizer, guard = prepare(task, policy, lr, seed)
     batch: Any = None
     probe = SmoothnessProbe(
-        optimizer, lambda: task.loss(model, batch), model=model, every=every, points=points
+        optimizer, lambda: loss_of(task, model, batch), model=model, every=every, points=points
     )
     losses: list[float] = []
     for _, batch in zip(range(steps), endless(task, seed), strict=False):
-        loss = task.loss(model, batch)
+        loss = loss_of(task, model, batch)
         losses.append(float(loss.detach()))
         if not torch.isfinite(loss):
             break

@@ -92,6 +92,21 @@ def endless(task: Task, seed: int) -> Iterator[Any]:
             )
 
 
+def loss_of(task: Task, model: nn.Module, batch: Any) -> Tensor:
+    """[] the task's loss.
+
+    Raises:
+        TaskError: it is not one number.
+    """
+    loss = task.loss(model, batch)
+    if loss.numel() != 1:
+        raise TaskError(
+            f"task {task.name!r}: loss() gave a tensor of shape {tuple(loss.shape)}; it must give the mean over the "
+            "batch, one number"
+        )
+    return loss.reshape(())
+
+
 def load_task(target: str) -> Task:
     """The task that ``target`` names: a built-in one, or ``package.module:make_task``.
 

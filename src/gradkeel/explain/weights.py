@@ -45,23 +45,24 @@ class Jump:
 def find_jumps(course: Course) -> list[Jump]:
     """All such changes that the samples of the weights show, in order.
 
-    A norm changes by no more than the norm of the update: ``| |w'| - |w| | <= |dw|``. Where the updates between two
-    samples were not measured, each is taken as up to three times the largest of the last ten that were, times the
-    growth of the learning rate since, and as any size where the gradient norm spiked; and as that is only an estimate,
-    a change of more than a quarter of all parameters at once is then put down to the optimizer.
+    A norm changes by no more than the norm of the update: ``| |w'| - |w| | <= |dw|``; up to three times the largest of
+    the last ten measured updates are passed over too, for loops write as much on purpose: weight decay, averaging,
+    Lookahead. Where the updates between two samples were not measured, each is taken as such a one, times the growth
+    of the learning rate since, and as any size where the gradient norm spiked; and as that is only an estimate, a
+    change of more than a quarter of all parameters at once is then put down to the optimizer.
     """
     steps, weights, updates = course.samples
     if len(steps) < 2:
         return []
     gaps = steps[1:] - steps[:-1]
     change = (weights[1:] - weights[:-1]).abs()
-    reach = torch.where((gaps == 1).unsqueeze(1), updates[:-1] * 1.001, math.nan)
+    reach = torch.where((gaps == 1).unsqueeze(1), updates[:-1], math.nan)
     estimated = reach.isnan()
     spikes = _growth(course, course.totals, lambda past: past.median(dim=1).values)
     growth = _growth(course, course.rates, lambda past: past.amin(dim=1))
     growth *= torch.where(spikes > _SPIKE, math.inf, 1.0)
-    usual = _SLACK * (gaps * growth).unsqueeze(1) * _largest_lately(updates)[:-1]
-    reach = torch.where(estimated, usual, reach) + 1e-5 * weights[:-1]
+    usual = _SLACK * _largest_lately(updates)[:-1]
+    reach = torch.where(estimated, (gaps * growth).unsqueeze(1) * usual, usual) + 1e-5 * weights[:-1]
     larger, smaller = torch.maximum(weights[1:], weights[:-1]), torch.minimum(weights[1:], weights[:-1])
     least = torch.where(estimated, LEAST_ESTIMATED, LEAST)
     jumped = (change > reach) & (larger > least * smaller) & torch.isfinite(larger)

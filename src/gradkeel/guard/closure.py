@@ -1,12 +1,13 @@
 """The closure of one step: whatever the optimizer does around its evaluations is put back where the step is skipped."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from gradkeel.apply.skip import Snapshot
-from gradkeel.errors import NonFiniteGradientError
+from gradkeel.errors import AttachError, NonFiniteGradientError
 
 
 class AbandonedStepError(BaseException):
@@ -50,11 +51,19 @@ class Closure:
         self._snapshot = Snapshot(optimizer, values=copies)
         self._versions = self._seen()
 
+    def _parameters(self) -> Iterator[Tensor]:
+        return (p for group in self._optimizer.param_groups for p in group["params"])
+
     def _seen(self) -> list[int]:
-        return [p._version for group in self._optimizer.param_groups for p in group["params"]]
+        return [p._version for p in self._parameters()]
 
     def __call__(self) -> Any:
-        """Evaluate, look, and leave the optimizer's step at once where it is not to be made."""
+        """Evaluate, look, and leave the optimizer's step at once where it is not to be made.
+
+        Raises:
+            AttachError: there is a loss to differentiate and no gradient, on any rank: the optimizer is one that calls
+                ``backward()`` itself, after its closure.
+        """
         if not self.has_moved:
             self.has_moved = self._snapshot.has_moved() if self._copies else self._seen() != self._versions
         loss = self._closure()
@@ -62,7 +71,20 @@ class Closure:
             self.loss = loss
         self._evaluations += 1
         self._is_refused = True
+        is_left_to_step = (
+            isinstance(loss, Tensor)
+            and loss.requires_grad
+            and all(p.grad is None for p in self._parameters())
+        )
         if not self._evaluate():
+            if is_left_to_step:
+                kind = type(self._optimizer).__name__
+                raise AttachError(
+                    f"{kind}.step(closure): the closure has computed a loss and no gradient. If {kind} calls backward "
+                    "itself, after the closure, a guard cannot clip what it makes there: detach() the guard. Else call "
+                    "loss.backward() in the closure, and see that the model still has the parameters that the "
+                    "optimizer was built from"
+                )
             raise AbandonedStepError
         self._is_refused = False
         return loss

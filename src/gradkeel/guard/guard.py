@@ -144,8 +144,16 @@ class Guard(Pipeline):
 
         Tensors are copied, for a running loss may change before the step, and stay on their device; the host is not
         synced. They go into ``report.scalars`` and the record, and a policy that looks at the loss reads ``loss``.
+
+        Raises:
+            ValueError: for a tensor that is not one real number.
         """
         for name, value in scalars.items():
+            if isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex()):
+                raise ValueError(
+                    f"guard.log({name}=...): wants one real number, not a tensor of shape {tuple(value.shape)} and "
+                    f"{value.dtype}; log its mean"
+                )
             self._scalars[name] = value.detach().clone() if isinstance(value, Tensor) else float(value)
 
     @property

@@ -118,14 +118,16 @@ class Hooks:
         self._is_inside = self._is_made = True
         self._begin()
         self.loss_scale, self.own = take_loss_scale(optimizer, self.own), {}
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        # What some optimizers take in this place is no closure: a Hessian's diagonal, a learning rate, options.
+        is_by_place = len(args) > 1 and callable(args[1])
+        closure = args[1] if is_by_place else kwargs.get("closure")
         if closure is None:
             self._is_made = self._evaluate()
             if next(reversed(optimizer._optimizer_step_pre_hooks)) != self._handles[0].id:
                 self._fail()  # as a hook that comes after this one may, before anybody hears of it
             return None
         self._closure = Closure(optimizer, closure, self._evaluate, copies=self._copies > 0)
-        if len(args) > 1:
+        if is_by_place:
             return (args[0], self._closure, *args[2:]), kwargs
         return args, {**kwargs, "closure": self._closure}
 

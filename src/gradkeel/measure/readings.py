@@ -11,7 +11,7 @@ from gradkeel.kernels.native import Read, Table
 from gradkeel.measure.powers import read, unit_count, wide_dtype
 from gradkeel.norms import GradientNorms, Needs, combine
 from gradkeel.selection import Selection
-from gradkeel.tensors import local_parts
+from gradkeel.tensors import local_parts, without_codes
 
 
 @dataclass(slots=True, eq=False)
@@ -129,7 +129,10 @@ def readings(selection: Selection, needs: Needs, device: torch.device) -> Readin
         present = tuple(parameter.grad is not None for parameter in selection.parameters)
     weights = Read(reading.norms)
     if needs.weights:
-        weights = read(local_parts(selection.parameters), needs.norm_type, device, unit_dim=needs.unit_dim)
+        parameters = local_parts(selection.parameters)
+        if not all(present):  # as no quantized one has a gradient
+            parameters = [without_codes(parameter) for parameter in parameters]
+        weights = read(parameters, needs.norm_type, device, unit_dim=needs.unit_dim)
     units = reading.units
     if units is not None and needs.unit_dim is not None and not all(present):
         shapes = [parameter.shape for parameter in local_parts(selection.parameters)]

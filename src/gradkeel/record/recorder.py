@@ -22,6 +22,9 @@ from gradkeel.record.sampling import BeforeUpdate, Sampling
 from gradkeel.record.schema import rank_path
 from gradkeel.record.writer import RecordFile
 
+TAKEN_OVER = "another guard of this process records to"
+"""In the warning of a recorder whose path another one has taken."""
+
 
 class Recorder:
     """Records every step of a guarded run: to a file, to trackers, or to both.
@@ -116,7 +119,7 @@ class Recorder:
         ):
             self.close()
             self._problems.append(
-                f"recording stopped: another guard of this process records to {self.path} now; give each optimizer a "
+                f"recording stopped: {TAKEN_OVER} {self.path} now; give each optimizer a "
                 "record of its own; training goes on"
             )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from gradkeel.measure.powers import tensor_norms
 from gradkeel.record.lag import Lag
 from gradkeel.record.rows import Sample
-from gradkeel.tensors import entries_to_read
+from gradkeel.tensors import entries_to_read, is_quantized
 
 FIRST_STEPS = 100
 EVERY = 50  # steps; an update costs a copy of the weights and three passes over them
@@ -75,15 +75,22 @@ class BeforeUpdate:
         updates: bool,
     ) -> None:
         self._names, self._parameters, self._device, self._lag = names, parameters, device, lag
-        entries = [entries_to_read(parameter) for parameter in parameters]
+        entries = self._entries()
         self._weights = tensor_norms(entries, 2.0, device)
         self._copies = [entry.clone() for entry in entries] if updates else None
+
+    def _entries(self) -> list[Tensor]:
+        """The entries of each parameter, none of a quantized one, whose norm is then 0."""
+        return [
+            p.new_empty(0, dtype=torch.float32) if is_quantized(p) else entries_to_read(p)
+            for p in self._parameters
+        ]
 
     def sample(self) -> Sample:
         """Norms of the weights before the update, and of the update; call it after the optimizer's step."""
         if self._copies is None:
             return Sample(self._names, self._weights, torch.full_like(self._weights, math.nan), self._lag)
-        entries = [entries_to_read(parameter) for parameter in self._parameters]
+        entries = self._entries()
         if entries:  # in place, for the copies are as large as the model
             torch._foreach_sub_(self._copies, entries)
         return Sample(self._names, self._weights, tensor_norms(self._copies, 2.0, self._device), self._lag)
