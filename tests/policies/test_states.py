@@ -1,12 +1,17 @@
 import gc
 import math
+from dataclasses import dataclass
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gradkeel.norms import GradientNorms
-from gradkeel.policies import AutoClip
+from gradkeel.policies import AutoClip, Cells, Clip, Hard
+from gradkeel.policies.bounds.window import entered, window_of
+from gradkeel.policies.bounds.windowed import Windowed
+from gradkeel.policies.numbers import minimum
 from gradkeel.policies.states import Ring
 
 WINDOW = 5
@@ -72,3 +77,41 @@ def test_states_kept_from_earlier_steps_are_what_they_were():
         if i + 1 < len(norms):
             again = policy.decide(norms[i + 1], states[i + 1])[1]
             assert all(torch.equal(copies[i + 1][key], again[key]) for key in again)
+
+
+@dataclass(frozen=True)
+class Backwards(Windowed, on_numbers=True):
+    """It looks at the window as it was after it has looked at the one that comes of it."""
+
+    def statistic(self, window):
+        return window.quantile(0.5)
+
+    def learn(self, cells, state, bound):
+        seen = state["seen"]
+        before = window_of(state["history"], seen)
+        after = window_of(entered(state["history"], seen, cells.norms), seen + 1)
+        norms = after.quantile(0.9) + minimum(before.quantile(0.9), 9.0) - before.mean()
+        return {"history": entered(state["history"], seen, norms)}
+
+
+@dataclass(frozen=True)
+class Rooted(Windowed, on_numbers=True):
+    """It enters the root of a difference, which Python makes complex and torch NaN where that is below zero."""
+
+    def statistic(self, window):
+        return window.mean()
+
+    def learn(self, cells, state, bound):
+        return {"history": entered(state["history"], state["seen"], (cells.norms - 0.5) ** 0.5)}
+
+
+@pytest.mark.parametrize("bound", [Backwards(window=5, warmup=2), Rooted(window=32, warmup=2)])
+def test_bounds_of_ones_own_give_on_numbers_what_they_give_on_tensors(bound):
+    policy, plain, tensors = Clip("tensor", bound, Hard()), None, None
+    torch.manual_seed(0)
+    for step in range(1, 20):
+        drawn = torch.rand(2, dtype=torch.float64)
+        measured = GradientNorms(("v", "w"), drawn, drawn.norm(), 2.0, (0, 0), step)
+        _, plain = policy.decide(measured, plain or policy.init(measured))
+        tensors = policy._verdict(Cells(measured, "tensor"), tensors or policy.init(measured))[2]
+        assert torch.allclose(plain["history"], tensors["history"], equal_nan=True)

@@ -42,9 +42,8 @@ class Ring:
         self._values = values
         self._ordered: list[float] | None = None
         self._change = change  # the ring before, how many it has seen, and the new value
-        self._later: tuple[Ring, int, float] | None = (
-            None  # who took the lists, and what it has put over which value
-        )
+        # Who took the lists, and what it has put over which value.
+        self._later: tuple[Ring, int, float] | None = None
 
     @property
     def values(self) -> list[float]:
@@ -63,9 +62,13 @@ class Ring:
         return self._ordered
 
     def entered(self, seen: int, value: float) -> "Ring":
-        """Return the ring with one more value than the ``seen`` before."""
+        """Return the ring with one more value than the ``seen`` before.
+
+        Raises:
+            TypeError: for what is no real number, such as a root of one below zero.
+        """
         _ = self.values  # so that there is never more than one change to make
-        return Ring(None, (self, seen, value))
+        return Ring(None, (self, seen, float(value)))
 
     def _take_over(self, before: "Ring", seen: int, value: float) -> None:
         values = before.values
