@@ -721,6 +721,22 @@ def test_an_optimizer_that_differentiates_after_its_closure_is_refused():
     assert parameter.grad.tolist() == [-2.0, -2.0]
 
 
+def test_a_closure_that_leaves_no_gradient_later_on_is_skipped_as_any_step_without_one():
+    parameters = parameters_of(None)
+    guard = gk.attach(sgd(parameters), gk.ClipByNorm(1.0))
+    elsewhere = nn.Parameter(torch.ones(2))
+
+    def closure(on):
+        guard.optimizer.zero_grad()
+        loss = on.square().sum()
+        loss.backward()
+        return loss
+
+    for on, stepped in ((parameters[0], True), (elsewhere, False), (parameters[0], True)):
+        guard.optimizer.step(lambda on=on: closure(on))
+        assert guard.report.stepped is stepped
+
+
 # -- mistakes that can be seen ----------------------------------------------------------------------------------
 
 

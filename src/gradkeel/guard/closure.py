@@ -26,8 +26,10 @@ class Closure:
         evaluate: looks at the gradients; returns whether the step is to be made.
         copies: whether parameters and state are copied first, because the optimizer changes them before an
             evaluation, or may.
+        has_differentiated: whether an earlier step's closure has left gradients.
 
     Attributes:
+        has_differentiated: the same, this one counted.
         loss: what the first evaluation gave, which is what optimizers return.
         has_moved: whether parameters were changed before an evaluation.
     """
@@ -39,7 +41,9 @@ class Closure:
         evaluate: Callable[[], bool],
         *,
         copies: bool,
+        has_differentiated: bool = False,
     ) -> None:
+        self.has_differentiated = has_differentiated
         self.loss: Any = None
         self.has_moved = False
         self._optimizer = optimizer
@@ -61,8 +65,8 @@ class Closure:
         """Evaluate, look, and leave the optimizer's step at once where it is not to be made.
 
         Raises:
-            AttachError: there is a loss to differentiate and no gradient, on any rank: the optimizer is one that calls
-                ``backward()`` itself, after its closure.
+            AttachError: there is a loss to differentiate and no gradient, on any rank, nor was there after any closure
+                before: the optimizer is one that calls ``backward()`` itself, after its closure.
         """
         if not self.has_moved:
             self.has_moved = self._snapshot.has_moved() if self._copies else self._seen() != self._versions
@@ -72,7 +76,8 @@ class Closure:
         self._evaluations += 1
         self._is_refused = True
         is_left_to_step = (
-            isinstance(loss, Tensor)
+            not self.has_differentiated
+            and isinstance(loss, Tensor)
             and loss.requires_grad
             and all(p.grad is None for p in self._parameters())
         )
@@ -86,7 +91,7 @@ class Closure:
                     "optimizer was built from"
                 )
             raise AbandonedStepError
-        self._is_refused = False
+        self._is_refused, self.has_differentiated = False, True
         return loss
 
     def moves_last(self) -> bool:

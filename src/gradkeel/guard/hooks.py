@@ -75,6 +75,7 @@ class Hooks:
         self.loss_scale = LossScale()
         self.own: dict[str, Tensor] = {}
         self._closure: Closure | None = None
+        self._has_differentiated = False  # in a closure
         # Before how many steps by closure parameters and state are copied, until it is known that they need not be.
         # Torch's optimizers evaluate before they move, all but LBFGS.
         is_known = type(optimizer).__module__.startswith("torch.optim") and not isinstance(optimizer, LBFGS)
@@ -126,7 +127,13 @@ class Hooks:
             if next(reversed(optimizer._optimizer_step_pre_hooks)) != self._handles[0].id:
                 self._fail()  # as a hook that comes after this one may, before anybody hears of it
             return None
-        self._closure = Closure(optimizer, closure, self._evaluate, copies=self._copies > 0)
+        self._closure = Closure(
+            optimizer,
+            closure,
+            self._evaluate,
+            copies=self._copies > 0,
+            has_differentiated=self._has_differentiated,
+        )
         if is_by_place:
             return (args[0], self._closure, *args[2:]), kwargs
         return args, {**kwargs, "closure": self._closure}
@@ -157,7 +164,7 @@ class Hooks:
             raise
         finally:
             if closure is not None:
-                self._closure = None
+                self._closure, self._has_differentiated = None, closure.has_differentiated
                 if closure.has_moved:
                     self._copies = math.inf
                 closure.put_back()
