@@ -30,12 +30,13 @@ def _small(monkeypatch):
         module = __import__(f"benchmarks.speed.{question}", fromlist=["ask"])
         if hasattr(module, "SHAPES"):
             monkeypatch.setattr(module, "SHAPES", dict.fromkeys(bench.SHAPES, SMALL))
-    from benchmarks.speed import answer, growth, tiny
+    from benchmarks.speed import answer, growth, small, tiny
 
     monkeypatch.setattr(answer, "SHAPES", dict.fromkeys(bench.SHAPES, SMALL))
 
     monkeypatch.setattr(growth, "ENTRIES", (64, 1024))
     monkeypatch.setattr(growth, "TENSORS", (1, 64))
+    monkeypatch.setattr(small, "TURNS", dict.fromkeys(small.SMALL, 5))
     monkeypatch.setattr(tiny.Cold, "block", tiny.Cold.block[:10])
 
 
