@@ -16,6 +16,7 @@ from gradkeel.guard import gate, stack
 from gradkeel.guard.closure import AbandonedStepError, Closure
 from gradkeel.guard.prescale import LossScale, put_back, set_attribute, take_loss_scale
 from gradkeel.guard.report import Recorder, StepReport
+from gradkeel.ranks.group import is_running
 from gradkeel.tensors import entries_to_read
 
 MARK = "_gradkeel_guard"
@@ -75,7 +76,7 @@ class Hooks:
         self.loss_scale = LossScale()
         self.own: dict[str, Tensor] = {}
         self._closure: Closure | None = None
-        self._has_differentiated = False  # in a closure
+        self._has_differentiated = is_running()  # in a closure; ranks, which must raise together, are not asked
         # Before how many steps by closure parameters and state are copied, until it is known that they need not be.
         # Torch's optimizers evaluate before they move, all but LBFGS.
         is_known = type(optimizer).__module__.startswith("torch.optim") and not isinstance(optimizer, LBFGS)
