@@ -76,7 +76,8 @@ class Hooks:
         self.loss_scale = LossScale()
         self.own: dict[str, Tensor] = {}
         self._closure: Closure | None = None
-        self._has_differentiated = is_running()  # in a closure; ranks, which must raise together, are not asked
+        # In a closure. Ranks are not asked, for they must raise together.
+        self._has_differentiated = is_running()
         # Before how many steps by closure parameters and state are copied, until it is known that they need not be.
         # Torch's optimizers evaluate before they move, all but LBFGS.
         is_known = type(optimizer).__module__.startswith("torch.optim") and not isinstance(optimizer, LBFGS)
