@@ -14,12 +14,44 @@ from gradkeel.policies import AdaGC, AutoClip, ClipByGlobalNorm, Policy, ZClip
 
 from benchmarks.speed.answer import Answer, Target, bound, target
 
-SMALL = {
-    "MLP, 4 tensors": [(64, 32), (64,), (10, 64), (10,)],
-    "two networks of PPO, 12 tensors": [(64, 8), (64,), (64, 64), (64,), (4, 64), (4,)] * 2,
-    "60 tensors of 64 x 64": [(64, 64)] * 60,
+
+def _mlp() -> list[nn.Sequential]:
+    return [nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 10))]
+
+
+def _actor_and_critic() -> list[nn.Sequential]:
+    return [
+        nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 4))
+        for _ in range(2)
+    ]
+
+
+def _deep() -> list[nn.Sequential]:
+    layers = [nn.Linear(64, 64, bias=False) for _ in range(60)]
+    for layer in layers:
+        nn.init.kaiming_normal_(layer.weight)  # so that gradients reach the first
+    return [nn.Sequential(*(part for layer in layers for part in (nn.ReLU(), layer)))]
+
+
+NETWORKS = {
+    "MLP, 4 tensors": _mlp,
+    "two networks of PPO, 12 tensors": _actor_and_critic,
+    "60 tensors of 64 x 64": _deep,
 }
-"""Shapes of parameters."""
+
+
+def networks(name: str) -> nn.ModuleList:
+    """The networks of this name, with the same weights each time."""
+    torch.manual_seed(0)
+    return nn.ModuleList(NETWORKS[name]())
+
+
+with torch.device("meta"):
+    SMALL = {
+        name: [tuple(parameter.shape) for network in make() for parameter in network.parameters()]
+        for name, make in NETWORKS.items()
+    }
+"""Shapes of their parameters."""
 
 PLAIN = "a step that does nothing"
 GUARDED, RECORDED = "guarded step", "guarded step, recorded"
@@ -62,26 +94,10 @@ def clipped(gradients: Gradients, folder: Path, *, active: bool, rounds: int) ->
     )
 
 
-def networks(name: str) -> nn.ModuleList:
-    """The networks whose parameters have these shapes, with the same weights each time."""
-    torch.manual_seed(0)
-    if name.startswith("MLP"):
-        return nn.ModuleList([nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 10))])
-    if "PPO" in name:
-        return nn.ModuleList(
-            nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 4))
-            for _ in range(2)
-        )
-    layers = [nn.Linear(64, 64, bias=False) for _ in range(60)]
-    for layer in layers:
-        nn.init.kaiming_normal_(layer.weight)  # so that gradients reach the first
-    return nn.ModuleList([nn.Sequential(*(part for layer in layers for part in (nn.ReLU(), layer)))])
-
-
 def trained(name: str, folder: Path, rounds: int) -> Race:
     """Whole training steps, as many as a turn has: each contender its own, of the same weights."""
-    shapes = [tuple(parameter.shape) for parameter in networks(name).parameters()]
-    assert shapes == SMALL[name], "the networks are those that are clipped"
+    shapes = SMALL[name]
+    torch.manual_seed(0)
     inputs, targets = torch.randn(64, shapes[0][1]), torch.randint(4, (64,))
 
     def loop(

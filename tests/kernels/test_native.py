@@ -305,6 +305,13 @@ def test_autograd_hears_of_what_is_written(kernels):
     assert tensor._version == before
 
 
+def test_autograd_hears_nothing_of_what_is_multiplied_by_1(kernels):
+    tensors = [torch.ones(3), torch.ones(3)]
+    kernels.scale(kernels.table(tensors), [0.5, 1.0])
+    assert [tensor._version for tensor in tensors] == [1, 0]
+    assert [tensor.tolist() for tensor in tensors] == [[0.5] * 3, [1.0] * 3]
+
+
 # ---- what is not for them --------------------------------------------------------------------------------
 
 

@@ -47,7 +47,13 @@ def test_statistics_that_start_afresh_leave_old_rings_as_they_were():
     assert first.values == [0.0] * WINDOW
 
 
+def count_rings():
+    gc.collect()
+    return sum(type(one) is Ring for one in gc.get_objects())
+
+
 def test_who_keeps_an_old_ring_keeps_no_more_than_a_round_of_later_ones():
+    others = count_rings()
     ring, rings = Ring([0.0] * WINDOW), []
     for seen in range(20 * WINDOW):
         ring = ring.entered(seen, float(seen))
@@ -55,8 +61,7 @@ def test_who_keeps_an_old_ring_keeps_no_more_than_a_round_of_later_ones():
         rings.append(ring)
     old = rings[WINDOW + 2]
     rings.clear()
-    gc.collect()
-    assert sum(type(one) is Ring for one in gc.get_objects()) <= WINDOW + 1
+    assert count_rings() - others <= WINDOW + 1
     assert old.values == [5.0, 6.0, 7.0, 3.0, 4.0]
 
 
@@ -114,4 +119,5 @@ def test_bounds_of_ones_own_give_on_numbers_what_they_give_on_tensors(bound):
         measured = GradientNorms(("v", "w"), drawn, drawn.norm(), 2.0, (0, 0), step)
         _, plain = policy.decide(measured, plain or policy.init(measured))
         tensors = policy._verdict(Cells(measured, "tensor"), tensors or policy.init(measured))[2]
-        assert torch.allclose(plain["history"], tensors["history"], equal_nan=True)
+        # Numbers are added up in another order: some of the last digits of float64.
+        assert torch.allclose(plain["history"], tensors["history"], rtol=1e-12, atol=1e-14, equal_nan=True)

@@ -45,9 +45,7 @@ def factors(decision: Decision, prescale: Tensor | float) -> Tensor | float | li
     if factor is None:
         factor = prescale
     elif not (isinstance(prescale, float) and prescale == 1.0):
-        if isinstance(factor, list):
-            factor = from_list(factor)
-        factor = factor * prescale
+        factor = (from_list(factor) if isinstance(factor, list) else factor) * prescale
     return factor.item() if isinstance(factor, Tensor) and factor.is_cpu and factor.dim() == 0 else factor
 
 

@@ -56,8 +56,7 @@ def find_jumps(course: Course) -> list[Jump]:
         return []
     gaps = steps[1:] - steps[:-1]
     change = (weights[1:] - weights[:-1]).abs()
-    reach = torch.where((gaps == 1).unsqueeze(1), updates[:-1], math.nan)
-    estimated = reach.isnan()
+    estimated = (gaps != 1).unsqueeze(1) | updates[:-1].isnan()
     spikes = _growth(course, course.totals, lambda past: past.median(dim=1).values)
     growth = _growth(course, course.rates, lambda past: past.amin(dim=1))
     growth *= torch.where(spikes > _SPIKE, math.inf, 1.0)

@@ -26,10 +26,10 @@ class Closure:
         evaluate: looks at the gradients; returns whether the step is to be made.
         copies: whether parameters and state are copied first, because the optimizer changes them before an
             evaluation, or may.
-        has_differentiated: whether an earlier step's closure has left gradients.
+        expects_gradient: whether a closure that leaves a loss to differentiate and no gradient is refused.
 
     Attributes:
-        has_differentiated: the same, this one counted.
+        expects_gradient: the same; False once a closure has left one.
         loss: what the first evaluation gave, which is what optimizers return.
         has_moved: whether parameters were changed before an evaluation.
     """
@@ -41,9 +41,9 @@ class Closure:
         evaluate: Callable[[], bool],
         *,
         copies: bool,
-        has_differentiated: bool = False,
+        expects_gradient: bool,
     ) -> None:
-        self.has_differentiated = has_differentiated
+        self.expects_gradient = expects_gradient
         self.loss: Any = None
         self.has_moved = False
         self._optimizer = optimizer
@@ -65,8 +65,8 @@ class Closure:
         """Evaluate, look, and leave the optimizer's step at once where it is not to be made.
 
         Raises:
-            AttachError: there is a loss to differentiate and no gradient, on any rank, nor was there after any closure
-                before: the optimizer is one that calls ``backward()`` itself, after its closure.
+            AttachError: a gradient is expected, and there is none beside the loss: the optimizer is one that calls
+                ``backward()`` itself, after its closure.
         """
         if not self.has_moved:
             self.has_moved = self._snapshot.has_moved() if self._copies else self._seen() != self._versions
@@ -76,7 +76,7 @@ class Closure:
         self._evaluations += 1
         self._is_refused = True
         is_left_to_step = (
-            not self.has_differentiated
+            self.expects_gradient
             and isinstance(loss, Tensor)
             and loss.requires_grad
             and all(p.grad is None for p in self._parameters())
@@ -91,7 +91,7 @@ class Closure:
                     "optimizer was built from"
                 )
             raise AbandonedStepError
-        self._is_refused, self.has_differentiated = False, True
+        self._is_refused = self.expects_gradient = False
         return loss
 
     def moves_last(self) -> bool:

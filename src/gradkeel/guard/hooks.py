@@ -76,8 +76,8 @@ class Hooks:
         self.loss_scale = LossScale()
         self.own: dict[str, Tensor] = {}
         self._closure: Closure | None = None
-        # In a closure. Ranks are not asked, for they must raise together.
-        self._has_differentiated = is_running()
+        # Of its closure, until one has left some. Ranks, which must raise together, may not all have one.
+        self._expects_gradient = not is_running()
         # Before how many steps by closure parameters and state are copied, until it is known that they need not be.
         # Torch's optimizers evaluate before they move, all but LBFGS.
         is_known = type(optimizer).__module__.startswith("torch.optim") and not isinstance(optimizer, LBFGS)
@@ -134,7 +134,7 @@ class Hooks:
             closure,
             self._evaluate,
             copies=self._copies > 0,
-            has_differentiated=self._has_differentiated,
+            expects_gradient=self._expects_gradient,
         )
         if is_by_place:
             return (args[0], self._closure, *args[2:]), kwargs
@@ -166,7 +166,7 @@ class Hooks:
             raise
         finally:
             if closure is not None:
-                self._closure, self._has_differentiated = None, closure.has_differentiated
+                self._closure, self._expects_gradient = None, closure.expects_gradient
                 if closure.has_moved:
                     self._copies = math.inf
                 closure.put_back()

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import math
 import os
+import struct
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ _OFF, _ON = {"off", "0", "no", "false"}, {"", "on", "1", "yes", "true"}
 NORMS = {math.inf: 0, 1.0: 1, 2.0: 2}
 """The norm types that the kernels know, with the C code's numbers for them."""
 _BYTES_OF_A_TENSOR = 32
+_ANSWER = struct.Struct("d3i0d")  # struct answer of native.c: total, is_read, are_apart, is_wide
 _NO_MEMORY = "gradkeel: no memory for the list of jobs"
 _OF_TENSOR, _OF_ROW, _OF_ALL = range(3)
 _NOTHING = torch.empty(0, dtype=torch.float64, device="cpu")
@@ -147,7 +149,7 @@ class Kernels:
             otherwise: where a tensor is not fit as it is, the table is of what this makes of each of them.
         """
         held = list(tensors)
-        address = ctypes.byref(_table(len(held))())
+        address = _buffer(len(held))()
         rows = ctypes.c_int64()
         dim = -1 if unit_dim is None else unit_dim
         if self._fill(held, dim, address, rows):
@@ -195,8 +197,7 @@ class Kernels:
             return None
         count = len(tensors)
         norms = _NOTHING.new_empty(count)
-        answer = _table(count)()
-        address = ctypes.byref(answer)
+        address = _buffer(count)()
         pointer, norm, team = norms.data_ptr(), NORMS[norm_type], self._team()
         try:
             taken = self._norms(tensors, count, self._item, self._export, norm, address, pointer, team)
@@ -204,17 +205,14 @@ class Kernels:
             return None
         if taken != count:
             return None
-        are_few = answer.is_read != 0
-        if are_few:
-            total, failed = answer.total, answer.is_read != 1
-        else:
-            failed = self._read(address, count, norm, pointer, None, None, team) != 0
+        total, is_read, are_apart, is_wide = _ANSWER.unpack_from(address, _BYTES_OF_A_TENSOR * count)
+        are_few = is_read != 0
+        if not are_few:
+            is_read = 1 if self._read(address, count, norm, pointer, None, None, team) == 0 else -1
             total = self._total(pointer, count, norm)
-        if failed:
+        if is_read < 0:
             raise MemoryError(_NO_MEMORY)
-        table = (
-            Table(tensors, address, count, team, are_few, answer.is_wide != 0) if answer.are_apart else None
-        )
+        table = Table(tensors, address, count, team, are_few, bool(is_wide)) if are_apart else None
         return Read(norms, total, table=table)
 
     def read(self, table: Table, norm_type: float, *, units: bool = False, peaks: bool = False) -> Read:
@@ -318,16 +316,9 @@ def add(sums: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def _table(count: int) -> type[Any]:
-    """The type of a table of so many tensors, with native.c's struct answer behind it; slow to make."""
-
-    class Answered(ctypes.Structure):
-        _fields_ = (
-            ("table", ctypes.c_char * (_BYTES_OF_A_TENSOR * count)), ("total", ctypes.c_double),
-            ("is_read", ctypes.c_int32), ("are_apart", ctypes.c_int32), ("is_wide", ctypes.c_int32),
-        )  # fmt: skip
-
-    return Answered
+def _buffer(count: int) -> type[Any]:
+    """The type of a table of so many tensors, an answer behind it; making it anew costs more than the table."""
+    return ctypes.c_char * (_BYTES_OF_A_TENSOR * count + _ANSWER.size)
 
 
 def kernels() -> Kernels | None:

@@ -32,9 +32,8 @@ _chosen: dict[str, str] = {}
 class Said(str):
     """An English sentence that knows what it was made from."""
 
-    template: (
-        str | None
-    )  # with names in braces for what was filled in; None for sentences one after the other
+    # With names in braces for what was filled in; None for sentences one after the other.
+    template: str | None
     values: Mapping[str, object]  # what was filled in, by name
 
     def __new__(cls, english: str, template: str | None, values: Mapping[str, object]) -> "Said":
