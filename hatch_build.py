@@ -62,7 +62,9 @@ def build(library: Path) -> str | None:
     # Not written in place: a process may have the old one loaded.
     fresh = library.with_suffix(f".{os.getpid()}")
     try:
-        subprocess.run([*compiler, *FLAGS, "-o", fresh, SOURCE], check=True, capture_output=True, text=True)
+        subprocess.run(
+            [*compiler, *FLAGS, "-o", fresh, SOURCE, "-lm"], check=True, capture_output=True, text=True
+        )
         ctypes.CDLL(str(fresh)).gradkeel_levels()
         fresh.replace(library)
     except (OSError, AttributeError, subprocess.CalledProcessError) as error:

@@ -121,6 +121,33 @@ def from_list(values: Sequence[Any], dtype: torch.dtype = torch.float64) -> Tens
     return tensor if dtype == wide else tensor.to(dtype)
 
 
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """A formula that is followed for each of many cells, operation by operation.
+
+    Its numbers are in this order: what all cells share, what each has of its own, constants, and results of the lines.
+
+    Attributes:
+        shared: how many numbers all cells share.
+        own: how many each has of its own: its norm, what else is looked at, and what is remembered of it.
+        constants: these numbers stand in the formula.
+        operations: each line's, by name, and the places of the numbers that it is on.
+        found: the places of what comes of it: a verdict, a bound, and what is remembered from now on.
+        entry: the places of what decides whether a norm enters the cell's ring of them, of how many it has seen, and of
+            the norm; empty where there is no ring. The operation "window" is of the ring as it was.
+    """
+
+    shared: int
+    own: int
+    constants: tuple[float, ...]
+    operations: tuple[tuple[Any, ...], ...]
+    found: tuple[int, ...]
+    entry: tuple[int, ...] = ()
+
+
+compilers: list[Callable[[Lines], Callable[..., Any] | None]] = []
+"""Who makes fast functions of formulas: the kernels, of which policies know nothing, put theirs here."""
+
 _Class = TypeVar("_Class", bound=type)
 _MAKERS: dict[type, Callable[[Any], Tensor]] = {
     float: partial(torch.full, (), dtype=torch.float64, device="cpu"),

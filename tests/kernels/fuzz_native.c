@@ -43,7 +43,7 @@ static struct fake tensors[MOST];
 
 static void *item_of(void *list, intptr_t index) { return (struct fake *)list + index; }
 
-static int describe(void *object, struct dltensor *out) {
+static int export_fake(void *object, struct dltensor *out) {
     *out = ((struct fake *)object)->described;
     return 0;
 }
@@ -273,6 +273,142 @@ static void check_adding(struct tensor *table, int64_t count, const struct team 
     }
 }
 
+/* ---- formulas ------------------------------------------------------------------------------------------------------- */
+
+#define ARITHMETIC 22 /* the first codes, which are neither functions nor of windows */
+
+static double any_number(void) {
+    static const double numbers[] = {0, 1, -1, 0.5, 2, 7, 1e300, -1e-300, 3.25, INFINITY, -INFINITY, NAN};
+    return take(3) ? (double)take(1000) / 64 : numbers[take(12)];
+}
+
+static double plain_result(int32_t code, double a, double b, double c) {
+    switch ((enum code)code) {
+    case PLUS: return a + b;
+    case MINUS: return a - b;
+    case TIMES: return a * b;
+    case OVER: return a / b;
+    case BOTH: return a && b;
+    case EITHER: return a || b;
+    case LESS: return a < b;
+    case AT_MOST: return a <= b;
+    case MORE: return a > b;
+    case AT_LEAST: return a >= b;
+    case EQUAL: return a == b;
+    case UNEQUAL: return a != b;
+    case NEGATIVE: return -a;
+    case MAGNITUDE: return fabs(a);
+    case NOT: return !a;
+    case CHOSEN: return a ? b : c;
+    case MAXIMUM: return isnan(a) || isnan(b) ? NAN : fmax(a, b);
+    case MINIMUM: return isnan(a) || isnan(b) ? NAN : fmin(a, b);
+    case IS_NORM: return isfinite(a) && a > 0;
+    case IS_NUMBER: return isfinite(a);
+    case AS_REAL: return a;
+    case ROOT: return sqrt(a);
+    case LOG: return log(a);
+    case EXP: return exp(a);
+    default: return expm1(a);
+    }
+}
+
+static int alike(double one, double other) { return one == other || (isnan(one) && isnan(other)); }
+
+/* Random operations on random cells give, bit for bit, what they give one after the other. */
+static void check_following(void) {
+    int64_t shared = take(3), kept = take(4), constants = take(4), lines = take(20), cells = 1 + take(20), l = take(2);
+    int64_t own = 1 + l + kept, first = shared + own + constants, results = 2 + kept;
+    double *constant = malloc(sizeof(double) * (size_t)constants + 1), *before, *after, given[3];
+    double *norms = malloc(sizeof(double) * (size_t)cells), *looks = malloc(sizeof(double) * (size_t)(cells * l) + 1);
+    struct line *line = malloc(sizeof *line * (size_t)lines + 1);
+    int32_t *found = malloc(sizeof *found * (size_t)results);
+    before = malloc(sizeof(double) * (size_t)(cells * kept) + 1);
+    after = malloc(sizeof(double) * (size_t)(cells * results));
+    for (int64_t i = 0; i < constants; i++) constant[i] = any_number();
+    for (int64_t i = 0; i < shared; i++) given[i] = any_number();
+    for (int64_t i = 0; i < cells; i++) norms[i] = any_number();
+    for (int64_t i = 0; i < cells * l; i++) looks[i] = any_number();
+    for (int64_t i = 0; i < cells * kept; i++) before[i] = any_number();
+    for (int64_t i = 0; i < lines; i++) {
+        unsigned known = (unsigned)(first + i);
+        line[i] = (struct line){(int32_t)take(ARITHMETIC + 3), (int32_t)take(known), (int32_t)take(known), (int32_t)take(known)};
+    }
+    for (int64_t i = 0; i < results; i++) found[i] = (int32_t)take((unsigned)(first + lines));
+    struct formula f = {shared, own, constants, lines, results, constant, line, found, 0, 0, 0, 0};
+    CHECK(follow(&f, cells, given, norms, looks, l, before, after, 0) == 0);
+    for (int64_t i = 0; i < cells; i++) {
+        double number[MOST_NUMBERS];
+        for (int64_t j = 0; j < shared; j++) number[j] = given[j];
+        number[shared] = norms[i];
+        for (int64_t j = 0; j < l; j++) number[shared + 1 + j] = looks[j * cells + i];
+        for (int64_t j = 0; j < kept; j++) number[shared + 1 + l + j] = before[j * cells + i];
+        for (int64_t j = 0; j < constants; j++) number[shared + own + j] = constant[j];
+        for (int64_t j = 0; j < lines; j++) {
+            struct line *x = line + j;
+            number[first + j] = plain_result(x->code, number[x->a], number[x->b], number[x->c]);
+        }
+        for (int64_t j = 0; j < results; j++) CHECK(alike(after[j * cells + i], number[found[j]]));
+    }
+    free(constant);
+    free(norms);
+    free(looks);
+    free(line);
+    free(found);
+    free(before);
+    free(after);
+}
+
+/* A ring that numbers enter, or do not, and that starts afresh now and then, beside a plain list of what is in it. */
+static void check_windows(void) {
+    enum { STEPS = 40 };
+    int64_t size = 1 + take(9), rows = 1 + 2 * size, results = 6;
+    /* own: norm, seen. constants: a quantile, whether it enters. */
+    double constant[] = {(double)take(65) / 64, 1};
+    static const struct line line[] = {
+        {WINDOW, 0, 1, 0}, {LENGTH, 4, 0, 0}, {QUANTILE, 4, 2, 0}, {MEAN, 4, 0, 0}, {DEVIATION, 4, 7, 0},
+        {DISTANCES, 4, 6, 0}, {QUANTILE, 9, 2, 0}, {LOGS, 4, 0, 0}, {QUANTILE, 11, 2, 0},
+    };
+    static const int32_t found[] = {5, 6, 7, 8, 10, 12};
+    struct formula f = {0, 2, 2, 9, results, constant, line, found, 1, 3, 1, 0};
+    double *memory = malloc(sizeof(double) * (size_t)(1 + rows)), *after = malloc(sizeof(double) * (size_t)(results + rows));
+    double values[9] = {0}, seen = 0;
+    memset(memory, 0, sizeof(double) * (size_t)(1 + rows));
+    memory[1] = take(2) ? 0 : -1;
+    for (int step = 0; step < STEPS; step++) {
+        double norm = (double)take(50) / 16, held[9], far[9], sum = 0, squares = 0;
+        int64_t length = seen < (double)size ? (int64_t)seen : size;
+        memory[0] = seen;
+        constant[1] = take(4) > 0;
+        CHECK(follow(&f, 1, NULL, &norm, NULL, 0, memory, after, size) == 0);
+        memcpy(held, values, sizeof held);
+        qsort(held, (size_t)length, sizeof *held, compare);
+        CHECK(after[0] == (double)length);
+        double position = constant[0] * (double)(length - 1);
+        double low = length ? held[(int)position] : INFINITY, high = length ? held[(int)ceil(position)] : INFINITY;
+        CHECK(after[1] == (low == high ? low : low + (high - low) * (position - floor(position))));
+        for (int64_t i = 0; i < length; i++) sum += held[i];
+        CHECK(fabs(after[2] * (double)(length ? length : 1) - sum) <= 1e-12 * sum);
+        for (int64_t i = 0; i < length; i++) squares += (held[i] - after[2]) * (held[i] - after[2]);
+        CHECK(fabs(after[3] - sqrt(squares)) <= 1e-12 * sqrt(squares));
+        for (int64_t i = 0; i < length; i++) far[i] = fabs(held[i] - after[1]);
+        qsort(far, (size_t)length, sizeof *far, compare);
+        low = length ? far[(int)position] : INFINITY, high = length ? far[(int)ceil(position)] : INFINITY;
+        CHECK(after[4] == (low == high ? low : low + (high - low) * (position - floor(position))));
+        for (int64_t i = 0; i < length; i++) far[i] = log(held[i]);
+        low = length ? far[(int)position] : INFINITY, high = length ? far[(int)ceil(position)] : INFINITY;
+        CHECK(alike(after[5], low == high ? low : low + (high - low) * (position - floor(position))));
+        memcpy(memory + 1, after + results, sizeof(double) * (size_t)rows);
+        if (constant[1] != 0) {
+            values[(int64_t)fmod(seen, (double)size)] = norm;
+            seen++;
+        }
+        if (take(16) == 1) seen = 0;
+        for (int64_t i = 0; i < size; i++) CHECK(memory[2 + i] == values[i]);
+    }
+    free(memory);
+    free(after);
+}
+
 static int is_fit(const struct fake *t, int32_t dim) {
     int32_t dims = t->described.ndim;
     int64_t count = count_of(t, (unsigned)dims);
@@ -288,7 +424,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     struct team team = {(int32_t)take((unsigned)gradkeel_levels()) + 1, (int32_t)take(3) + 1, take(2) ? parallel : NULL};
     for (int64_t i = 0; i < count; i++) make(tensors + i);
     struct tensor *table = malloc((size_t)count * sizeof *table + 1);
-    int64_t taken = gradkeel_table(tensors, count, item_of, describe, dim, table, &rows);
+    python = (struct python){.item = item_of, .export = export_fake};
+    int64_t taken = describe(tensors, count, dim, table, &rows);
     CHECK(taken <= count);
     for (int64_t i = 0; i <= taken && i < count; i++) CHECK(is_fit(tensors + i, dim) == (i < taken));
     if (taken == count) {
@@ -298,6 +435,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     }
     free(table);
     for (int64_t i = 0; i < count; i++) free(tensors[i].described.data);
+    check_following();
+    check_windows();
     return 0;
 }
 

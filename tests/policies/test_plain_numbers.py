@@ -12,11 +12,27 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradkeel import policies as gp
+from gradkeel.kernels import native
 from gradkeel.policies import numbers
 from policy_rows import ROWS
 from streams import log_normal, measured
 
 STEPS = 100
+
+
+def afresh(policy):
+    """A copy, whose formulas are written down when it is first asked."""
+    return copy.deepcopy(policy)
+
+
+@pytest.fixture(params=["compiled", "python"], autouse=True)
+def way(request, monkeypatch):
+    """Formulas are followed by the native kernels, and where there are none by Python."""
+    if request.param == "python":
+        monkeypatch.setattr(native, "kernels", lambda: None)
+    elif native.kernels() is None:
+        pytest.skip(str(native.unavailable()))
+    return request.param
 
 
 class InTensors(TorchDispatchMode):
@@ -74,7 +90,7 @@ def same(one, other, what):
     + [(policy, cells) for policy in IMPATIENT for cells in (1, 2, 9)],
 )
 def test_decisions_and_states_are_those_of_tensors(policy, cells):
-    norm_type = policy.needs.norm_type
+    policy, norm_type = afresh(policy), policy.needs.norm_type
     plain = tensors = None
     for step, norms in enumerate(eventful(cells), 1):
         groups = [i % 2 for i in range(cells)]
@@ -98,7 +114,7 @@ def test_decisions_and_states_are_those_of_tensors(policy, cells):
 
 @pytest.mark.parametrize("policy", IMPATIENT)
 def test_a_state_in_plain_numbers_is_saved_as_tensors(policy):
-    stream = eventful(2)
+    policy, stream = afresh(policy), eventful(2)
     state = policy.init(measured(stream[0], groups=[0, 1]))
     for step, norms in enumerate(stream[:60], 1):
         _, state = policy.decide(measured(norms, step, groups=[0, 1], loss=norms[0]), state)
@@ -111,9 +127,28 @@ def test_a_state_in_plain_numbers_is_saved_as_tensors(policy):
 
 
 @pytest.mark.parametrize("policy", IMPATIENT)
+def test_the_kernels_and_python_take_up_each_others_state(policy, monkeypatch, way):
+    """And so does a run that is resumed on a machine without a compiler."""
+    if way == "python":
+        pytest.skip("the two take turns")
+    stream, states, (compiled, plain) = eventful(2), [], (afresh(policy), afresh(policy))
+    for step, norms in enumerate(stream[:60], 1):
+        now = measured(norms, step, groups=[0, 1], loss=norms[0])
+        if step == 1:
+            states = [compiled.init(now), compiled.init(now)]
+            with monkeypatch.context() as without:
+                without.setattr(native, "kernels", lambda: None)
+                plain.decide(now, states[0])  # so that its formulas are written down
+        _, states[0] = compiled.decide(now, states[0])
+        _, states[1] = (compiled if step % 7 < 3 else plain).decide(now, states[1])
+    for key, value in states[0].items():
+        same(value, states[1][key], key)
+
+
+@pytest.mark.parametrize("policy", IMPATIENT)
 def test_deciding_leaves_the_old_state_as_it_is(policy):
     """A step that is not made is decided on again from the same state."""
-    stream = eventful(2)
+    policy, stream = afresh(policy), eventful(2)
     state = policy.init(measured(stream[0], groups=[0, 1]))
     for step, norms in enumerate(stream[:60], 1):
         now = measured(norms, step, groups=[0, 1], loss=norms[0])
@@ -127,6 +162,7 @@ def test_deciding_leaves_the_old_state_as_it_is(policy):
 
 def operations(policy, cells):
     """How many operations on tensors a decision takes."""
+    policy = afresh(policy)
     now = measured(log_normal(1, cells)[0])
     _, state = policy.decide(now, policy.init(now))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -407,7 +443,7 @@ class Drops(Falling, on_numbers=True):
 )
 @pytest.mark.parametrize("scope", ["global", "tensor"])
 def test_a_formula_of_ones_own_is_followed_as_it_would_be_on_tensors(bound, scope):
-    policy = gp.Clip(scope, bound, gp.Hard())
+    policy = gp.Clip(scope, afresh(bound), gp.Hard())
     plain = tensors = None
     for step in range(1, 6 if not isinstance(bound, gp.Schedule) else 2):
         now = measured([3.0 + step, 4.0, math.nan if step == 3 else 1.0], step)

@@ -1,5 +1,6 @@
 """Scaling and clamping where the host knows the factors: on CPU, and by numbers of the host's own."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,8 @@ LEAST = torch.finfo(torch.float32).tiny
 """Below this a float32 factor loses digits, and at last becomes 0."""
 # A power of two rounds nothing that is not 0 in the end.
 _FIRST = 2.0**-100
+_MANY = 4096
+"""Numbers up to here are looked at faster one by one."""
 
 
 def scale(
@@ -67,11 +70,15 @@ def scale_units(parameters: Sequence[Tensor], coefficients: Tensor, counts: Sequ
         counts: how many units each parameter has.
         dim: the dimension that counts units.
     """
-    is_tiny = (coefficients > 0) & (coefficients < LEAST)
-    if bool(is_tiny.any()):
-        first = torch.where(is_tiny, _FIRST, 1.0).to(coefficients)
-        scale_units(parameters, first, counts, dim)
-        coefficients = coefficients / first
+    least, most = (end.item() for end in coefficients.aminmax()) if coefficients.numel() else (1.0, 1.0)
+    if least == most == 1.0:
+        return
+    if least < LEAST:
+        is_tiny = (coefficients > 0) & (coefficients < LEAST)
+        if bool(is_tiny.any()):
+            first = torch.where(is_tiny, _FIRST, 1.0).to(coefficients)
+            scale_units(parameters, first, counts, dim)
+            coefficients = coefficients / first
     split = coefficients.split(list(counts))
     parts = [(own(parameters[i]), split[i]) for i in _touched(coefficients, counts)]
     held = [(gradient, part) for gradient, part in parts if gradient is not None]
@@ -87,6 +94,10 @@ def scale_units(parameters: Sequence[Tensor], coefficients: Tensor, counts: Sequ
 
 def _touched(coefficients: Tensor, counts: Sequence[int]) -> list[int]:
     """Which parameters have a unit whose coefficient is not 1."""
+    if coefficients.numel() <= _MANY:
+        values, starts = coefficients.tolist(), itertools.accumulate(counts, initial=0)
+        each = enumerate(zip(starts, counts, strict=False))
+        return [i for i, (start, count) in each if values[start : start + count].count(1.0) != count]
     before = torch.nn.functional.pad((coefficients != 1).cumsum(0), (1, 0))  # how many before each unit
     ends = torch.nn.functional.pad(torch.tensor(counts, device="cpu").cumsum(0), (1, 0))
     touched: list[int] = before[ends].diff().nonzero().flatten().tolist()

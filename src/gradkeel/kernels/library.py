@@ -12,7 +12,7 @@ VARIABLE = "GRADKEEL_NATIVE"
 """Environment variable: ``off`` leaves the kernels alone; ``baseline``, ``avx2`` or ``avx512`` names a level."""
 
 # What gradkeel_interface() of a library that fits must return.
-_INTERFACE = 9
+_INTERFACE = 10
 LIBRARY = Path(__file__).with_name("_native.so")
 
 # What the user can do.
@@ -35,6 +35,27 @@ class _Exchange(ctypes.Structure):
     )
 
 
+class _Method(ctypes.Structure):
+    """PyMethodDef of Python's stable ABI."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("function", ctypes.c_void_p),
+        ("flags", ctypes.c_int),
+        ("doc", ctypes.c_char_p),
+    )
+
+
+_METHODS: list[_Method] = []
+"""Python's functions look into these for ever."""
+# In the order of struct python in native.c.
+_PYTHON = (
+    "PyList_GetItem", "PyList_Size", "PyLong_AsLongLong", "PyFloat_AsDouble", "PyByteArray_FromStringAndSize",
+    "PyByteArray_AsString", "PyLong_FromLongLong", "PyFloat_FromDouble", "PyList_New", "PyList_SetItem",
+    "PyErr_Occurred", "PyErr_NoMemory", "Py_IncRef", "Py_DecRef",
+)  # fmt: skip
+
+
 class UnavailableError(Exception):
     """Why the native kernels are not in use.
 
@@ -47,8 +68,8 @@ class UnavailableError(Exception):
         self.remedy = remedy
 
 
-def load(kind: type[Any]) -> Any:
-    """The library, as ctypes' ``CDLL`` or ``PyDLL``; raises `UnavailableError` where there is none that fits."""
+def load() -> ctypes.CDLL:
+    """The library; raises `UnavailableError` where there is none that fits."""
     if not LIBRARY.exists():
         if sys.platform != "linux":
             raise UnavailableError("not built: they are for Linux")
@@ -57,7 +78,7 @@ def load(kind: type[Any]) -> Any:
             f"install a C compiler such as gcc, then {_AGAIN}",
         )
     try:
-        library = kind(str(LIBRARY))
+        library = ctypes.CDLL(str(LIBRARY))
         interface = library.gradkeel_interface()
     except (OSError, AttributeError) as error:
         raise UnavailableError(f"cannot be loaded: {error}", _AGAIN) from None
@@ -80,6 +101,24 @@ def exporter() -> Any:
             f"torch {torch.__version__} has DLPack {exchange.major}.{exchange.minor}, not 1.x", _OTHER_TORCH
         )
     return exchange.tensor_from_object
+
+
+def builtin(library: Any, name: str) -> Any:
+    """A function of the library that takes Python's own objects, as one of Python's own: METH_FASTCALL."""
+    method = _Method(
+        name.encode(), ctypes.cast(getattr(library, f"gradkeel_{name}"), ctypes.c_void_p), 0x80, None
+    )
+    _METHODS.append(method)
+    make = ctypes.PYFUNCTYPE(ctypes.py_object, *(ctypes.c_void_p,) * 3)(
+        ("PyCFunction_NewEx", ctypes.pythonapi)
+    )
+    return make(ctypes.addressof(method), None, None)
+
+
+def python() -> ctypes.Array[ctypes.c_void_p]:
+    """What native.c needs of Python and torch: its struct python."""
+    functions = [ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p) for name in _PYTHON]
+    return (ctypes.c_void_p * (len(functions) + 1))(*functions, exporter())
 
 
 def openmp() -> Any:

@@ -1,14 +1,16 @@
 /* Norms, extremes, scaling, clamping and sums of many CPU tensors in one call.
  *
  * Plain C over data pointers: nothing of Python, torch or OpenMP is linked. What is needed of them comes in as a
- * function pointer: Python's PyList_GetItem, torch's DLPack exporter (DLPack 1.x, struct DLPackExchangeAPI), and the
- * GOMP_parallel of the OpenMP library that torch has loaded, so that there is one pool of threads in the process.
+ * function pointer: some of Python's stable ABI (struct python), torch's DLPack exporter (DLPack 1.x, struct
+ * DLPackExchangeAPI), and the GOMP_parallel of the OpenMP library that torch has loaded, so that there is one pool of
+ * threads in the process.
  *
  * Sums are float64, for 16-bit entries across runs of 1024: a float32 entry squared is at most 1.2e77, so they cannot
  * overflow, and a sum is NaN or inf exactly where an entry is. Work is cut into the same jobs whatever the number of threads,
  * and their results are put together in order: the same tensors give the same bits.
  */
 
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -41,8 +43,28 @@ struct dltensor {
 
 enum { DL_CPU = 1, DL_FLOAT = 2, DL_BFLOAT = 4 };
 
-typedef void *(*item_of_list)(void *list, intptr_t index);
-typedef int (*export_tensor)(void *object, struct dltensor *out);
+/* What is needed of Python's stable ABI, and of torch. */
+struct python {
+    void *(*item)(void *list, intptr_t index);        /* PyList_GetItem */
+    intptr_t (*length)(void *list);                   /* PyList_Size */
+    long long (*whole)(void *number);                 /* PyLong_AsLongLong */
+    double (*real)(void *number);                     /* PyFloat_AsDouble */
+    void *(*memory)(const char *from, intptr_t size); /* PyByteArray_FromStringAndSize */
+    char *(*content)(void *memory);                   /* PyByteArray_AsString */
+    void *(*number)(long long value);                 /* PyLong_FromLongLong */
+    void *(*float_of)(double value);                  /* PyFloat_FromDouble */
+    void *(*list)(intptr_t length);                   /* PyList_New */
+    int (*put)(void *list, intptr_t index, void *);   /* PyList_SetItem */
+    void *(*error)(void);                             /* PyErr_Occurred */
+    void *(*no_memory)(void);                         /* PyErr_NoMemory */
+    void (*hold)(void *object);                       /* Py_IncRef */
+    void (*release)(void *object);                    /* Py_DecRef */
+    int (*export)(void *tensor, struct dltensor *to); /* DLPackExchangeAPI's dltensor_from_py_object_no_sync */
+};
+
+static struct python python;
+
+EXPORT void gradkeel_python(const struct python *given) { python = *given; }
 
 static int kind_of(const struct dltensor *t) {
     if (t->lanes != 1) return -1;
@@ -73,13 +95,12 @@ static int is_dense(const struct dltensor *t) {
  * Returns how many were taken: fewer than `count` at the first that is not a dense float tensor on CPU, or whose rows
  * do not lie one after the other, or that torch cannot export (a Python exception is then set). Needs the GIL.
  */
-EXPORT int64_t gradkeel_table(void *list, int64_t count, item_of_list item, export_tensor export, int32_t dim,
-                              struct tensor *table, int64_t *all_rows) {
+static int64_t describe(void *list, int64_t count, int64_t dim, struct tensor *table, int64_t *all_rows) {
     *all_rows = 0;
     for (int64_t i = 0; i < count; i++) {
         struct dltensor t;
-        void *object = item(list, (intptr_t)i);
-        if (object == NULL || export(object, &t) != 0) return i;
+        void *object = python.item(list, (intptr_t)i);
+        if (object == NULL || python.export(object, &t) != 0) return i;
         int kind = kind_of(&t);
         if (t.device_type != DL_CPU || kind < 0) return i;
         t.data = (char *)t.data + t.byte_offset;
@@ -95,37 +116,6 @@ EXPORT int64_t gradkeel_table(void *list, int64_t count, item_of_list item, expo
         *all_rows += rows;
     }
     return count;
-}
-
-/* What tensors are, whatever they hold and wherever: for each of a Python list its dtype, device, alignment, shape and
- * strides in `words`; and its address, 0 for None. With `writes` the words are written, else compared with those there.
- *
- * Returns below zero where they do not fit into `length` words, differ, or cannot be exported (a Python exception is
- * then set), and addresses may be half new; else how many words there are, or whether any address is another than it
- * was. Needs the GIL.
- */
-EXPORT int64_t gradkeel_locate(void *list, int64_t count, item_of_list item, export_tensor export, const void *none,
-                               int32_t writes, int64_t *words, int64_t length, int64_t *addresses) {
-    int64_t next = 0, moved = 0;
-    for (int64_t i = 0; i < count; i++) {
-        struct dltensor t = {.ndim = -1};
-        void *object = item(list, (intptr_t)i);
-        if (object == NULL || (object != none && export(object, &t) != 0)) return -1;
-        int64_t address = (int64_t)(intptr_t)t.data + (int64_t)t.byte_offset, dims = t.ndim < 0 ? 0 : t.ndim;
-        int64_t head[] = {t.ndim, t.code | t.bits << 8 | (int64_t)t.lanes << 16, t.device_type, t.device_id, address & 15};
-        int64_t width = (int64_t)(sizeof head / sizeof *head);
-        if (next + width + 2 * dims > length) return -1;
-        for (int64_t d = 0; d < width + 2 * dims; d++, next++) {
-            int64_t word = d < width ? head[d] : d < width + dims ? t.shape[d - width] : t.strides[d - width - dims];
-            if (writes)
-                words[next] = word;
-            else if (words[next] != word)
-                return -1;
-        }
-        moved |= addresses[i] != address;
-        addresses[i] = address;
-    }
-    return writes ? next : moved;
 }
 
 /* ---- entries --------------------------------------------------------------------------- */
@@ -481,7 +471,7 @@ __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))) static vo
 #endif
 
 /* Raised with every change of what is exported, so that native.py never calls a library of another time. */
-EXPORT int32_t gradkeel_interface(void) { return 9; }
+EXPORT int32_t gradkeel_interface(void) { return 10; }
 
 /* How many of the levels baseline, AVX2 and AVX-512 this processor has: from 1 to 3. */
 EXPORT int32_t gradkeel_levels(void) {
@@ -638,11 +628,6 @@ EXPORT double gradkeel_total(const double *norms, int64_t count, int32_t norm) {
     return scale * (norm == SQUARES ? __builtin_sqrt(sum) : sum);
 }
 
-struct answer {
-    double total;
-    int32_t is_read, are_apart, is_wide;
-};
-
 /* Whether no two of the tensors begin at one address; also 0 without memory. */
 static int32_t are_apart(const struct tensor *table, int64_t count) {
     int bits = 4;
@@ -659,30 +644,6 @@ static int32_t are_apart(const struct tensor *table, int64_t count) {
     }
     free(seen);
     return apart;
-}
-
-/* Describes the tensors of a Python list as gradkeel_table does, and reads them at once if they are few entries, so that
- * a small model costs one call. Needs the GIL, for which more entries would keep others waiting.
- *
- * Returns how many were taken, as gradkeel_table. A struct answer is written behind the table; is_read tells whether
- * norms and total were written (or, below zero, that there was no memory).
- */
-EXPORT int64_t gradkeel_norms(void *list, int64_t count, item_of_list item, export_tensor export, int32_t norm,
-                              struct tensor *table, double *norms, const struct team *team) {
-    struct answer *answer = (struct answer *)(table + count);
-    int64_t rows, entries = 0, taken = gradkeel_table(list, count, item, export, -1, table, &rows);
-    answer->is_read = 0;
-    if (taken < count) return taken;
-    answer->are_apart = are_apart(table, count);
-    answer->is_wide = 0;
-    for (int64_t i = 0; i < count; i++) {
-        entries += table[i].entries;
-        answer->is_wide |= table[i].kind == FLOAT64;
-    }
-    if (entries >= GRAIN) return taken;
-    answer->is_read = gradkeel_read(table, count, norm, norms, NULL, NULL, team) == 0 ? 1 : -1;
-    answer->total = gradkeel_total(norms, count, norm);
-    return taken;
 }
 
 /* Multiplies everything by its factor (see enum share); where that is 1 nothing is touched. */
@@ -710,4 +671,401 @@ EXPORT int32_t gradkeel_add(const struct tensor *sums, const struct tensor *tabl
     struct job *jobs = run(&task, table, count, team);
     free(jobs);
     return jobs == NULL ? -1 : 0;
+}
+
+/* ---- formulas ---------------------------------------------------------------------------------------------------- */
+
+/* In the order of formulas.py's numbers for them. */
+enum code {
+    PLUS, MINUS, TIMES, OVER, BOTH, EITHER, LESS, AT_MOST, MORE, AT_LEAST, EQUAL, UNEQUAL, NEGATIVE, MAGNITUDE, NOT,
+    CHOSEN, MAXIMUM, MINIMUM, IS_NORM, IS_NUMBER, AS_REAL, ROOT, LOG, EXP, EXPM1,
+    WINDOW, LENGTH, QUANTILE, MEAN, DEVIATION, LOGS, DISTANCES
+};
+
+/* One operation on what stands at three places; its result is the next. */
+struct line {
+    int32_t code, a, b, c;
+};
+
+/* Its numbers are in this order: what all cells share, what each has of its own, constants, the results of the lines.
+ * What comes of a cell are the numbers at the places `found`. Where it looks at a cell's last norms, each cell has a ring
+ * of them too, which the number at `value` enters where that at `condition` is not 0. */
+struct formula {
+    int64_t shared, own, constants, lines, results;
+    const double *constant;
+    const struct line *line;
+    const int32_t *found;
+    int32_t has_ring, condition, seen, value;
+};
+
+/* So many cells go through the lines together, so that the compiler makes vectors of them. */
+enum { MOST_NUMBERS = 256, TOGETHER = 8 };
+
+#define EACH(name, value)                                                                                             \
+    case name:                                                                                                       \
+        for (int i = 0; i < TOGETHER; i++) to[i] = (value);                                                          \
+        break
+
+/* Neighbours have mostly the same number where it counts steps. */
+#define EACH_CALL(name, function)                                                                                     \
+    case name:                                                                                                       \
+        for (int i = 0; i < count; i++) to[i] = i > 0 && a[i] == a[i - 1] ? to[i - 1] : function(a[i]);              \
+        break
+
+static void operate(int32_t code, const double *a, const double *b, const double *c, double *to, int count) {
+    switch ((enum code)code) {
+        EACH(PLUS, a[i] + b[i]);
+        EACH(MINUS, a[i] - b[i]);
+        EACH(TIMES, a[i] * b[i]);
+        EACH(OVER, a[i] / b[i]);
+        EACH(BOTH, a[i] != 0 && b[i] != 0);
+        EACH(EITHER, a[i] != 0 || b[i] != 0);
+        EACH(LESS, a[i] < b[i]);
+        EACH(AT_MOST, a[i] <= b[i]);
+        EACH(MORE, a[i] > b[i]);
+        EACH(AT_LEAST, a[i] >= b[i]);
+        EACH(EQUAL, a[i] == b[i]);
+        EACH(UNEQUAL, a[i] != b[i]);
+        EACH(NEGATIVE, -a[i]);
+        EACH(MAGNITUDE, fabs(a[i]));
+        EACH(NOT, a[i] == 0);
+        EACH(CHOSEN, a[i] != 0 ? b[i] : c[i]);
+        EACH(MAXIMUM, a[i] >= b[i] || a[i] != a[i] ? a[i] : b[i]);
+        EACH(MINIMUM, a[i] <= b[i] || a[i] != a[i] ? a[i] : b[i]);
+        EACH(IS_NORM, a[i] > 0 && a[i] < INFINITY);
+        EACH(IS_NUMBER, a[i] > -INFINITY && a[i] < INFINITY);
+        EACH(AS_REAL, a[i]);
+        EACH(ROOT, sqrt(a[i]));
+        EACH_CALL(LOG, log);
+        EACH_CALL(EXP, exp);
+        EACH_CALL(EXPM1, expm1);
+    default: break;
+    }
+}
+
+/* ---- a cell's last norms ------------------------------------------------------------------------------------------- */
+
+/* In the order of the ring, and below that sorted, if the first `ordered` of the ring are, else below zero. */
+struct ring {
+    double *ordered, *values, *sorted;
+    int64_t size;
+};
+
+/* Numbers, ascending. */
+struct window {
+    double *values;
+    int64_t length;
+};
+
+static struct ring ring_at(double *memory, int64_t size) {
+    return (struct ring){memory, memory + 1, memory + 1 + size, size};
+}
+
+static int64_t length_after(double seen, int64_t size) { return !(seen >= 1) ? 0 : seen < (double)size ? (int64_t)seen : size; }
+
+/* NaN is the last. */
+static int compare(const void *one, const void *other) {
+    double a = *(const double *)one, b = *(const double *)other;
+    return a != a || b != b ? (a != a) - (b != b) : (a > b) - (a < b);
+}
+
+static struct window sorted_into(double *to, const struct ring *ring, int64_t length) {
+    memcpy(to, ring->values, (size_t)length * sizeof *to);
+    qsort(to, (size_t)length, sizeof *to, compare);
+    return (struct window){to, length};
+}
+
+/* How many of the sorted numbers are below `value`, or with `also` not above it. */
+static int64_t place_of(const double *sorted, int64_t length, double value, int also) {
+    int64_t low = 0;
+    while (low < length) {
+        int64_t middle = low + (length - low) / 2;
+        if (sorted[middle] < value || (also && sorted[middle] == value)) {
+            low = middle + 1;
+        } else {
+            length = middle;
+        }
+    }
+    return low;
+}
+
+/* One more number, after `seen` ones. */
+static void enter(struct ring *ring, double seen, double value) {
+    double *sorted = ring->sorted;
+    int64_t length = length_after(seen, ring->size), place = seen >= 1 ? (int64_t)fmod(seen, (double)ring->size) : 0;
+    if (*ring->ordered != (double)length) sorted_into(sorted, ring, length);
+    if (length == ring->size) {
+        int64_t gone = place_of(sorted, --length, ring->values[place], 0);
+        memmove(sorted + gone, sorted + gone + 1, (size_t)(length - gone) * sizeof *sorted);
+    }
+    int64_t next = place_of(sorted, length, value, 1);
+    memmove(sorted + next + 1, sorted + next, (size_t)(length - next) * sizeof *sorted);
+    sorted[next] = ring->values[place] = value;
+    *ring->ordered = value == value ? (double)(length + 1) : -1;
+}
+
+static double quantile(struct window w, double q) {
+    if (w.length == 0) return INFINITY;
+    double position = smaller(larger(q, 0), 1) * (double)(w.length - 1);
+    int64_t below = (int64_t)position;
+    double low = w.values[below], high = w.values[(int64_t)ceil(position)];
+    return low == high ? low : low + (high - low) * (position - (double)below);
+}
+
+static double mean(struct window w) {
+    double sum = 0;
+    for (int64_t i = 0; i < w.length; i++) sum += w.values[i];
+    return sum / (double)(w.length > 0 ? w.length : 1);
+}
+
+/* The root of the sum of squared distances; the largest is divided out, for its square may be out of range. */
+static double deviation(struct window w, double center) {
+    double most = 0, sum = 0;
+    for (int64_t i = 0; i < w.length; i++) most = larger(most, fabs(w.values[i] - center));
+    if (!(most > 0 && most < INFINITY)) return most;
+    for (int64_t i = 0; i < w.length; i++) {
+        double part = (w.values[i] - center) / most;
+        sum += part * part;
+    }
+    return sqrt(sum) * most;
+}
+
+static struct window logs(struct window w, double *to) {
+    for (int64_t i = 0; i < w.length; i++) to[i] = log(w.values[i]);
+    return (struct window){to, w.length};
+}
+
+/* From the center outwards on both sides, the nearer of the two first. */
+static struct window distances(struct window w, double center, double *to) {
+    int64_t above = place_of(w.values, w.length, center, 1), below = above - 1;
+    for (int64_t i = 0; i < w.length; i++) {
+        double down = below < 0 ? INFINITY : fabs(center - w.values[below]);
+        double up = above >= w.length ? INFINITY : fabs(w.values[above] - center);
+        int goes_down = above >= w.length || (below >= 0 && down <= up);
+        to[i] = goes_down ? down : up;
+        if (goes_down) {
+            below--;
+        } else {
+            above++;
+        }
+    }
+    return (struct window){to, w.length};
+}
+
+/* What a line on windows gives: a number, or a window at its own place; `scratch` has room for one. */
+static double look(const struct line *l, double (*number)[TOGETHER], struct window *window, const struct ring *ring,
+                   int64_t own, double *scratch) {
+    double b = number[l->b][0];
+    switch ((enum code)l->code) {
+    case WINDOW: {
+        int64_t length = length_after(b, ring->size);
+        int is_sorted = *ring->ordered == (double)length;
+        window[own] = is_sorted ? (struct window){ring->sorted, length} : sorted_into(scratch, ring, length);
+        return 0;
+    }
+    case LOGS: window[own] = logs(window[l->a], scratch); return 0;
+    case DISTANCES: window[own] = distances(window[l->a], b, scratch); return 0;
+    case LENGTH: return (double)window[l->a].length;
+    case QUANTILE: return quantile(window[l->a], b);
+    case MEAN: return mean(window[l->a]);
+    default: return deviation(window[l->a], b);
+    }
+}
+
+static int64_t memory_of_ring(const struct formula *f, int64_t size) { return f->has_ring ? 1 + 2 * size : 0; }
+
+/* Follows a formula for each of `cells`. What they have of their own stands in `norms` [cells], the first, in `looks`
+ * [l, cells], and in `before` [own - 1 - l, cells], the last of its rows; `after` [results, cells] is written. Rings of
+ * `size` norms stand behind both. Returns 0, or -1 without memory. */
+static int follow(const struct formula *f, int64_t cells, const double *shared, const double *norms,
+                  const double *looks, int64_t l, const double *before, double *after, int64_t size) {
+    double number[MOST_NUMBERS][TOGETHER], *scratch = NULL;
+    struct window window[MOST_NUMBERS];
+    int64_t kept = f->own - 1 - l, constants = f->shared + f->own, first = constants + f->constants;
+    int64_t in_ring = memory_of_ring(f, size), together = f->has_ring ? 1 : TOGETHER;
+    if (f->has_ring) {
+        scratch = malloc(sizeof *scratch * (size_t)(f->lines * size + 1));
+        if (scratch == NULL) return -1;
+        memcpy(after + f->results * cells, before + kept * cells, (size_t)(cells * in_ring) * sizeof *after);
+    }
+    for (int64_t j = 0; j < first; j++) {
+        double value = j < f->shared ? shared[j] : j < constants ? 1 : f->constant[j - constants];
+        for (int i = 0; i < TOGETHER; i++) number[j][i] = value;
+    }
+    for (int64_t i = 0; i < cells; i += together) {
+        int count = (int)(cells - i < together ? cells - i : together);
+        for (int64_t j = 0; j < f->own; j++) {
+            const double *from = j == 0 ? norms : j <= l ? looks + (j - 1) * cells : before + (j - 1 - l) * cells;
+            memcpy(number[f->shared + j], from + i, (size_t)count * sizeof *from);
+        }
+        struct ring ring = ring_at(after + f->results * cells + i * in_ring, size);
+        for (int64_t j = 0; j < f->lines; j++) {
+            const struct line *line = f->line + j;
+            if (line->code < WINDOW) {
+                operate(line->code, number[line->a], number[line->b], number[line->c], number[first + j], count);
+            } else {
+                number[first + j][0] = look(line, number, window, &ring, first + j, scratch + j * size);
+            }
+        }
+        for (int64_t j = 0; j < f->results; j++)
+            memcpy(after + j * cells + i, number[f->found[j]], (size_t)count * sizeof *after);
+        if (f->has_ring && number[f->condition][0] != 0) enter(&ring, number[f->seen][0], number[f->value][0]);
+    }
+    free(scratch);
+    return 0;
+}
+
+/* ---- called by Python -------------------------------------------------------------------------------------------- */
+
+/* As functions of Python's own (METH_FASTCALL), and not through ctypes, where a call takes a microsecond longer: they hold
+ * the GIL, and raise what torch raises. Addresses are numbers. */
+
+static void *pointer(void *number) { return (void *)(intptr_t)python.whole(number); }
+
+/* What stands before the table in the memory that `describe` returns; the norms [count] stand behind the table. */
+struct answer {
+    int64_t taken, rows, table;
+    double total;
+    int32_t is_read, are_apart, is_wide, unused;
+};
+
+/* describe(list, dim, norm, team): a table of the tensors of a list, see `describe` above. Where norm is not below zero
+ * and they are few entries they are read at once, so that a small model costs one call: for more the GIL would keep
+ * others waiting.
+ *
+ * Returns a bytearray: a struct answer, the table, and room for the norms. `taken` is how many tensors were fit, and the
+ * rest is there if all were; is_read tells whether norms and total were written, or, below zero, that there was no memory.
+ */
+EXPORT void *gradkeel_describe(void *self, void *const *arguments, intptr_t given) {
+    (void)self, (void)given;
+    void *list = arguments[0];
+    int64_t count = python.length(list), dim = python.whole(arguments[1]), norm = python.whole(arguments[2]);
+    const struct team *team = pointer(arguments[3]);
+    if (python.error()) return NULL;
+    size_t size = sizeof(struct answer) + (size_t)count * (sizeof(struct tensor) + sizeof(double));
+    void *memory = python.memory(NULL, (intptr_t)size);
+    if (memory == NULL) return NULL;
+    struct answer *answer = (struct answer *)python.content(memory);
+    struct tensor *table = (struct tensor *)(answer + 1);
+    *answer = (struct answer){.table = (int64_t)(intptr_t)table};
+    answer->taken = describe(list, count, dim, table, &answer->rows);
+    if (python.error()) {
+        python.release(memory);
+        return NULL;
+    }
+    if (answer->taken < count || norm < 0) return memory;
+    answer->are_apart = are_apart(table, count);
+    int64_t entries = 0;
+    for (int64_t i = 0; i < count; i++) {
+        entries += table[i].entries;
+        answer->is_wide |= table[i].kind == FLOAT64;
+    }
+    if (entries >= GRAIN) return memory;
+    double *norms = (double *)(table + count);
+    answer->is_read = gradkeel_read(table, count, (int32_t)norm, norms, NULL, NULL, team) == 0 ? 1 : -1;
+    answer->total = gradkeel_total(norms, count, (int32_t)norm);
+    return memory;
+}
+
+/* What tensors are, whatever they hold and wherever: for each of a Python list its dtype, device, alignment, shape and
+ * strides in `words`; and its address, 0 for None. With `writes` the words are written, else compared with those there.
+ *
+ * Returns below zero where they do not fit into `length` words, differ, or cannot be exported (a Python exception is
+ * then set), and addresses may be half new; else how many words there are, or whether any address is another than it
+ * was. Needs the GIL.
+ */
+static int64_t locate(void *list, int64_t writes, int64_t *words, int64_t length, int64_t *addresses, const void *none) {
+    int64_t next = 0, moved = 0;
+    for (int64_t i = 0, count = python.length(list); i < count; i++) {
+        struct dltensor t = {.ndim = -1};
+        void *object = python.item(list, (intptr_t)i);
+        if (object == NULL || (object != none && python.export(object, &t) != 0)) return -1;
+        int64_t address = (int64_t)(intptr_t)t.data + (int64_t)t.byte_offset, dims = t.ndim < 0 ? 0 : t.ndim;
+        int64_t head[] = {t.ndim, t.code | t.bits << 8 | (int64_t)t.lanes << 16, t.device_type, t.device_id, address & 15};
+        int64_t width = (int64_t)(sizeof head / sizeof *head);
+        if (next + width + 2 * dims > length) return -1;
+        for (int64_t d = 0; d < width + 2 * dims; d++, next++) {
+            int64_t word = d < width ? head[d] : d < width + dims ? t.shape[d - width] : t.strides[d - width - dims];
+            if (writes)
+                words[next] = word;
+            else if (words[next] != word)
+                return -1;
+        }
+        moved |= addresses[i] != address;
+        addresses[i] = address;
+    }
+    return writes ? next : moved;
+}
+
+/* locate(list, writes, words, length, addresses, None): the same. */
+EXPORT void *gradkeel_locate(void *self, void *const *arguments, intptr_t given) {
+    (void)self, (void)given;
+    void *list = arguments[0], *none = arguments[5];
+    int64_t *words = pointer(arguments[2]), *addresses = pointer(arguments[4]), writes = python.whole(arguments[1]);
+    int64_t found = python.error() ? -1 : locate(list, writes, words, python.whole(arguments[3]), addresses, none);
+    return python.error() ? NULL : python.number(found);
+}
+
+/* scale(table, count, factors, team): gradkeel_scale by a list of one factor, or one for each tensor, in a call that
+ * holds the GIL. Returns 0, or -1 without memory. */
+EXPORT void *gradkeel_scale_few(void *self, void *const *arguments, intptr_t given) {
+    (void)self, (void)given;
+    const struct tensor *table = pointer(arguments[0]);
+    const struct team *team = pointer(arguments[3]);
+    int64_t count = python.whole(arguments[1]), factors = python.length(arguments[2]);
+    double *factor = malloc(sizeof *factor * (size_t)(factors + 1));
+    int32_t done = -1;
+    for (int64_t i = 0; factor != NULL && i < factors; i++) factor[i] = python.real(python.item(arguments[2], i));
+    int failed = python.error() != NULL;
+    if (factor != NULL && !failed) done = gradkeel_scale(table, count, factor, factors == 1 ? OF_ALL : OF_TENSOR, team);
+    free(factor);
+    return failed ? NULL : python.number(done);
+}
+
+/* [cells] numbers as a list, neighbours that are equal as one object; NULL without memory. */
+static void *listed(const double *numbers, int64_t cells) {
+    void *list = python.list(cells), *number = NULL;
+    for (int64_t i = 0; list != NULL && i < cells; i++) {
+        if (i > 0 && numbers[i] == numbers[i - 1]) {
+            python.hold(number);
+        } else {
+            number = python.float_of(numbers[i]);
+        }
+        if (number == NULL || python.put(list, i, number) != 0) {
+            python.release(list);
+            return NULL;
+        }
+    }
+    return list;
+}
+
+/* follow(formula, cells, shared, norms, looks, l[, before, size]): see `follow` above. `shared` is a list of numbers; where
+ * `norms` is 0 the norm of the only cell is the last of them. `before` is what was returned the last time.
+ *
+ * Returns a list: the first two results, each a list of numbers, and all that `follow` writes as a bytearray. */
+EXPORT void *gradkeel_follow(void *self, void *const *arguments, intptr_t given) {
+    (void)self;
+    const struct formula *f = pointer(arguments[0]);
+    int64_t cells = python.whole(arguments[1]), l = python.whole(arguments[5]);
+    int64_t size = given > 7 ? python.whole(arguments[7]) : 0;
+    const double *norms = pointer(arguments[3]), *looks = pointer(arguments[4]), *before = NULL;
+    if (given > 6) before = (double *)python.content(arguments[6]) + cells * (f->results - (f->own - 1 - l));
+    double shared[MOST_NUMBERS + 1];
+    for (int64_t i = 0; i < f->shared + (norms == NULL); i++) shared[i] = python.real(python.item(arguments[2], i));
+    if (python.error()) return NULL;
+    void *memory = python.memory(NULL, (intptr_t)sizeof(double) * cells * (f->results + memory_of_ring(f, size)));
+    if (memory == NULL) return NULL;
+    double *after = (double *)python.content(memory);
+    if (follow(f, cells, shared, norms == NULL ? shared + f->shared : norms, looks, l, before, after, size) != 0) {
+        python.release(memory);
+        return python.no_memory();
+    }
+    void *all = python.list(3), *found[] = {listed(after, cells), listed(after + cells, cells), memory};
+    for (int i = 0; i < 3; i++) {
+        if (all != NULL && found[i] != NULL && python.put(all, i, found[i]) == 0) continue;
+        if (all == NULL && found[i] != NULL) python.release(found[i]);
+        if (all != NULL) python.release(all);
+        all = NULL;
+    }
+    return all;
 }

@@ -9,7 +9,6 @@ import functools
 import math
 import os
 import struct
-from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradkeel.kernels.library import VARIABLE, UnavailableError, exporter, load, openmp
+from gradkeel.kernels.library import VARIABLE, UnavailableError, builtin, load, openmp, python
+from gradkeel.norms import from_list
 from gradkeel.tensors import are_plain
 
 LEVELS = ("baseline", "avx2", "avx512")
@@ -25,7 +25,8 @@ _OFF, _ON = {"off", "0", "no", "false"}, {"", "on", "1", "yes", "true"}
 NORMS = {math.inf: 0, 1.0: 1, 2.0: 2}
 """The norm types that the kernels know, with the C code's numbers for them."""
 _BYTES_OF_A_TENSOR = 32
-_ANSWER = struct.Struct("d3i0d")  # struct answer of native.c: total, is_read, are_apart, is_wide
+# struct answer of native.c: taken, rows, table, total, is_read, are_apart, is_wide.
+_ANSWER, _TAKEN = struct.Struct("3qd4i"), struct.Struct("q")
 _NO_MEMORY = "gradkeel: no memory for the list of jobs"
 _OF_TENSOR, _OF_ROW, _OF_ALL = range(3)
 _NOTHING = torch.empty(0, dtype=torch.float64, device="cpu")
@@ -45,17 +46,19 @@ class Table:
 
     Attributes:
         tensors: the tensors, so that they live as long.
-        address: the table as the library reads it.
+        address: of the table, as the library reads it.
         rows: how many units the tensors have; each is one where it was not cut.
-        team: the threads that go through it.
+        team: the address of the threads that go through it.
+        memory: of the table.
         are_few: whether there are so few entries that the interpreter's lock need not be released for them.
         is_wide: whether one of them is known to be float64.
     """
 
     tensors: list[Tensor]
-    address: Any
+    address: int
     rows: int
-    team: Any
+    team: int
+    memory: Any
     are_few: bool = False
     is_wide: bool = False
 
@@ -84,10 +87,11 @@ class Kernels:
     Attributes:
         level: the processor's features in use, one of ``LEVELS``.
         shares_threads: whether the kernels run on the threads of torch's own OpenMP library; else on one thread.
+        follow: the library's ``gradkeel_follow``, for `gradkeel.kernels.formulas`.
     """
 
     def __init__(self, level: str | None = None) -> None:
-        library, held = load(ctypes.CDLL), load(ctypes.PyDLL)
+        library = load()
         available = LEVELS[: library.gradkeel_levels()]
         self.level = available[-1] if level is None else level
         if self.level not in available:
@@ -97,36 +101,19 @@ class Kernels:
         self._parallel = openmp()
         self.shares_threads = self._parallel is not None
         self._teams: dict[int, Any] = {}
-        # Filling the table needs the interpreter's lock, and raises what torch raises; the long calls release it.
-        self._describe = held.gradkeel_table
-        self._describe.restype = ctypes.c_int64
-        self._describe.argtypes = (
-            ctypes.py_object, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p,
-            ctypes.c_void_p,
-        )  # fmt: skip
-        self._item = ctypes.cast(ctypes.pythonapi.PyList_GetItem, ctypes.c_void_p)
-        self._export = exporter()
+        self._python = python()
+        library.gradkeel_python(self._python)
+        self._describe, self._locate, self._scale_few, self.follow = (
+            builtin(library, name) for name in ("describe", "locate", "scale_few", "follow")
+        )
         pointer, integer = ctypes.c_void_p, ctypes.c_int32
-        self._norms = held.gradkeel_norms
-        self._norms.restype = ctypes.c_int64
-        self._norms.argtypes = (
-            ctypes.py_object, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p,
-            ctypes.c_void_p, ctypes.c_void_p,
-        )  # fmt: skip
-        self._locate = held.gradkeel_locate
-        self._locate.restype = ctypes.c_int64
-        self._locate.argtypes = (
-            ctypes.py_object, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.py_object, ctypes.c_int32,
-            ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p,
-        )  # fmt: skip
-        self._total = held.gradkeel_total
+        self._total = library.gradkeel_total
         self._total.restype = ctypes.c_double
         self._total.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)
         self._read = library.gradkeel_read
         self._read.argtypes = (pointer, ctypes.c_int64, integer, pointer, pointer, pointer, pointer)
-        self._scale, self._scale_few = library.gradkeel_scale, held.gradkeel_scale
-        for function in (self._scale, self._scale_few):
-            function.argtypes = (pointer, ctypes.c_int64, pointer, integer, pointer)
+        self._scale = library.gradkeel_scale
+        self._scale.argtypes = (pointer, ctypes.c_int64, pointer, integer, pointer)
         self._clamp = library.gradkeel_clamp
         self._clamp.argtypes = (pointer, ctypes.c_int64, ctypes.c_double, ctypes.c_double, pointer)
         self._add = library.gradkeel_add
@@ -148,24 +135,22 @@ class Kernels:
             unit_dim: the dimension that counts units.
             otherwise: where a tensor is not fit as it is, the table is of what this makes of each of them.
         """
-        held = list(tensors)
-        address = _buffer(len(held))()
-        rows = ctypes.c_int64()
-        dim = -1 if unit_dim is None else unit_dim
-        if self._fill(held, dim, address, rows):
-            return Table(held, address, rows.value, self._team())
+        held, team = list(tensors), self._team()
+        memory = self._tabled(held, -1 if unit_dim is None else unit_dim, -1, team)
+        if memory is not None:
+            _, rows, address, *_ = _ANSWER.unpack_from(memory)
+            return Table(held, address, rows, team, memory)
         return None if otherwise is None else self.table([otherwise(tensor) for tensor in held], unit_dim)
 
-    def _fill(self, tensors: list[Tensor], dim: int, address: Any, rows: Any) -> bool:
+    def _tabled(self, tensors: list[Tensor], dim: int, norm: int, team: int) -> bytearray | None:
+        """What native.c's ``describe`` gives; None where one of them is not fit for the table."""
         if not are_plain(tensors):
-            return False
+            return None
         try:
-            taken = self._describe(
-                tensors, len(tensors), self._item, self._export, dim, address, ctypes.byref(rows)
-            )
+            memory: bytearray = self._describe(tensors, dim, norm, team)
         except _NO_ADDRESS:
-            return False
-        return bool(taken == len(tensors))
+            return None
+        return memory if _TAKEN.unpack_from(memory)[0] == len(tensors) else None
 
     def described(self, tensors: list[Tensor | None], addresses: Tensor) -> Any | None:
         """What plain tensors of any device are but for their addresses, which go into [k] int64; None if unfit."""
@@ -181,9 +166,8 @@ class Kernels:
     def _located(self, tensors: list[Tensor | None], words: Any, addresses: Tensor, *, writes: bool) -> int:
         try:
             found: int = self._locate(
-                tensors, len(tensors), self._item, self._export, None, writes, words, len(words),
-                addresses.data_ptr(),
-            )  # fmt: skip
+                tensors, writes, ctypes.addressof(words), len(words), addresses.data_ptr(), None
+            )
         except _NO_ADDRESS:
             return -1
         return found
@@ -193,26 +177,21 @@ class Kernels:
 
         Few entries are read in the same call that looks where they lie; for more the interpreter's lock is released.
         """
-        if not are_plain(tensors):
+        count, norm, team = len(tensors), NORMS[norm_type], self._team()
+        memory = self._tabled(tensors, -1, norm, team)
+        if memory is None:
             return None
-        count = len(tensors)
-        norms = _NOTHING.new_empty(count)
-        address = _buffer(count)()
-        pointer, norm, team = norms.data_ptr(), NORMS[norm_type], self._team()
-        try:
-            taken = self._norms(tensors, count, self._item, self._export, norm, address, pointer, team)
-        except _NO_ADDRESS:
-            return None
-        if taken != count:
-            return None
-        total, is_read, are_apart, is_wide = _ANSWER.unpack_from(address, _BYTES_OF_A_TENSOR * count)
+        _, _, address, total, is_read, are_apart, is_wide, _ = _ANSWER.unpack_from(memory)
+        first = _ANSWER.size + _BYTES_OF_A_TENSOR * count
+        norms = torch.frombuffer(memory, dtype=torch.float64, offset=first) if count else _NOTHING.clone()
         are_few = is_read != 0
         if not are_few:
+            pointer = norms.data_ptr()
             is_read = 1 if self._read(address, count, norm, pointer, None, None, team) == 0 else -1
             total = self._total(pointer, count, norm)
         if is_read < 0:
             raise MemoryError(_NO_MEMORY)
-        table = Table(tensors, address, count, team, are_few, bool(is_wide)) if are_apart else None
+        table = Table(tensors, address, count, team, memory, are_few, bool(is_wide)) if are_apart else None
         return Read(norms, total, table=table)
 
     def read(self, table: Table, norm_type: float, *, units: bool = False, peaks: bool = False) -> Read:
@@ -233,19 +212,20 @@ class Kernels:
 
         Where a factor is 1 nothing is touched.
         """
-        touched = table.tensors
+        count, touched, share = len(table.tensors), table.tensors, _OF_ROW
         if isinstance(factors, float):
-            held: Any = ctypes.c_double(factors)
-            pointer, share = ctypes.addressof(held), _OF_ALL
+            share, factors = _OF_ALL, [factors]
         elif isinstance(factors, list):
-            held = array("d", factors)
-            pointer, share = held.buffer_info()[0], _OF_TENSOR
+            share = _OF_TENSOR
             touched = [tensor for tensor, own in zip(touched, factors, strict=True) if own != 1.0]
+        if table.are_few and isinstance(factors, list):
+            failed = self._scale_few(table.address, count, factors, table.team)
         else:
-            held = factors.to(torch.float64).contiguous()
-            pointer, share = held.data_ptr(), _OF_ROW
-        function = self._scale_few if table.are_few else self._scale
-        if function(table.address, len(table.tensors), pointer, share, table.team):
+            numbers = (
+                from_list(factors) if isinstance(factors, list) else factors.to(torch.float64).contiguous()
+            )
+            failed = self._scale(table.address, count, numbers.data_ptr(), share, table.team)
+        if failed:
             raise MemoryError(_NO_MEMORY)
         torch.autograd.graph.increment_version(touched)
 
@@ -269,12 +249,11 @@ class Kernels:
             raise MemoryError(_NO_MEMORY)
         torch.autograd.graph.increment_version(sums.tensors)
 
-    def _team(self) -> Any:
+    def _team(self) -> int:
         threads = torch.get_num_threads()
         if threads not in self._teams:
-            team = _Team(LEVELS.index(self.level) + 1, threads, self._parallel)
-            self._teams[threads] = ctypes.pointer(team)
-        return self._teams[threads]
+            self._teams[threads] = _Team(LEVELS.index(self.level) + 1, threads, self._parallel)
+        return ctypes.addressof(self._teams[threads])
 
 
 def scale(
@@ -313,12 +292,6 @@ def add(sums: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
         return False
     own.add(to, of)
     return True
-
-
-@functools.lru_cache(maxsize=64)
-def _buffer(count: int) -> type[Any]:
-    """The type of a table of so many tensors, an answer behind it; making it anew costs more than the table."""
-    return ctypes.c_char * (_BYTES_OF_A_TENSOR * count + _ANSWER.size)
 
 
 def kernels() -> Kernels | None:

@@ -34,7 +34,7 @@ def where(condition: Number, yes: Number, no: Number) -> Number:
     if isinstance(condition, Tensor):
         return torch.where(condition, yes, no)
     if isinstance(condition, Symbol):
-        return condition.write("{} if {} else {}", yes, condition, no)
+        return condition.write("where", condition, yes, no)
     return yes if condition else no  # such as NumPy's bool
 
 
@@ -44,7 +44,7 @@ def maximum(first: Number, second: Number) -> Number:
         if isinstance(first, Tensor):
             return first.clamp_min(second)
         if isinstance(first, Symbol):
-            return first.write("{0} if {0} >= {1} or {0} != {0} else {1}", first, second)
+            return first.write("maximum", first, second)
     return first if first >= second or first != first else second
 
 
@@ -54,14 +54,14 @@ def minimum(first: Number, second: Number) -> Number:
         if isinstance(first, Tensor):
             return first.clamp_max(second)
         if isinstance(first, Symbol):
-            return first.write("{0} if {0} <= {1} or {0} != {0} else {1}", first, second)
+            return first.write("minimum", first, second)
     return first if first <= second or first != first else second
 
 
 def divide(first: Number, second: Number) -> Number:
     """``first / second``, also by zero."""
     if type(second) is not float and isinstance(second, Symbol):
-        return second.call(divide, first, second, usual="{0} / {1} if {1}")
+        return second.call(divide, first, second, operation="divide")
     if (type(second) is not float and isinstance(second, Tensor)) or second:
         return first / second
     return first * math.copysign(math.inf, second)
@@ -73,7 +73,7 @@ def log(value: Number) -> Number:
         if isinstance(value, Tensor):
             return value.log()
         if isinstance(value, Symbol):
-            return value.call(log, value, usual="log({0}) if {0} > 0")
+            return value.call(log, value, operation="log")
     if value > 0:
         return math.log(value)
     return -math.inf if value == 0 else math.nan
@@ -85,7 +85,7 @@ def exp(value: Number) -> Number:
         if isinstance(value, Tensor):
             return value.exp()
         if isinstance(value, Symbol):
-            return value.call(exp, value, usual="exp({0}) if {0} < 700")
+            return value.call(exp, value, operation="exp")
     try:
         return math.exp(value)
     except OverflowError:
@@ -98,7 +98,7 @@ def expm1(value: Number) -> Number:
         if isinstance(value, Tensor):
             return value.expm1()
         if isinstance(value, Symbol):
-            return value.call(math.expm1, value)
+            return value.call(math.expm1, value, operation="expm1")
     return math.expm1(value)
 
 
@@ -108,7 +108,7 @@ def sqrt(value: Number) -> Number:
         if isinstance(value, Tensor):
             return value.sqrt()
         if isinstance(value, Symbol):
-            return value.call(sqrt, value, usual="sqrt({0}) if {0} >= 0")
+            return value.call(sqrt, value, operation="sqrt")
     return math.sqrt(value) if value >= 0 else math.nan
 
 
@@ -118,7 +118,7 @@ def real(count: Number, like: Number) -> Number:
         if isinstance(count, Tensor):
             return count.to(like.dtype)
         if isinstance(count, Symbol):
-            return count.call(float, count)
+            return count.call(float, count, operation="real")
     return float(count)
 
 
@@ -126,7 +126,7 @@ def constant(value: Number, like: Number) -> Number:
     """[1] ``value`` beside tensors, or the plain number beside one."""
     if isinstance(like, Tensor):
         return like.new_full((1,), value)
-    return value.call(float, value) if isinstance(value, Symbol) else float(value)
+    return value.call(float, value, operation="real") if isinstance(value, Symbol) else float(value)
 
 
 def ask(function: Callable[[Any], Any], value: Number) -> Any:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -13,9 +13,6 @@ from gradkeel.policies.base import Scope
 from gradkeel.policies.numbers import Number, where
 from gradkeel.policies.symbols import Page, Symbol
 
-# Cells up to this number are decided on one after the other in plain numbers, where the host has them.
-FEW = 64
-
 
 class Cells:
     """The norms as one scope sees them.
@@ -24,13 +21,11 @@ class Cells:
         norms: [k] gradient norm of each cell.
         total: [] norm of all parameters together.
         step: number of the step, from 1.
-        all_valid: whether the host knows that every cell is valid.
     """
 
     norms: Number
     total: Number
     step: int
-    all_valid: bool
 
     def __init__(self, measured: GradientNorms, scope: Scope) -> None:
         self._measured = measured
@@ -38,7 +33,14 @@ class Cells:
         self.norms = self._gather(measured.norms, measured.units, measured.total)
         self.total = measured.total
         self.step = measured.step
-        self.all_valid = _are_valid(self.norms)
+
+    @cached_property
+    def all_valid(self) -> bool:
+        """Whether the host knows that every cell is valid."""
+        if not self.norms.numel() or not is_on_host(self.norms):
+            return False
+        least, most = self.norms.aminmax()
+        return bool(least.item() > 0 and most.item() < math.inf)
 
     @property
     def valid(self) -> Number:
@@ -97,25 +99,25 @@ class WrittenCell(Cells):
         self.all_valid = False
 
     @staticmethod
-    def plain(measured: GradientNorms, scope: Scope) -> tuple[list[float], float]:
-        """Return the cells' norms and that of all in plain numbers, where they are few and on the host."""
+    def plain(measured: GradientNorms, scope: Scope) -> tuple[Tensor | list[float], int, float]:
+        """Return the cells' norms, [k] float64 or numbers, their number, and the norm of all; 0 if not on the host."""
         norms, total = measured.norms, measured.known_total
         if isinstance(total, Tensor):  # else it was the host that read the gradients
             if not is_on_host(norms) or norms.dtype != torch.float64:
-                return [], 0.0
+                return norms, 0, 0.0
             total = total.item()
         if scope == "global":
-            return [total], total
+            return [total], 1, total
         if scope == "unit" and measured.units is not None:
             norms = measured.units
         elif scope == "group":
             norms = Cells(measured, scope).norms
-        return ([] if norms.shape[0] > FEW else norms.tolist()), total
+        return norms.contiguous(), norms.shape[0], total
 
     @property
     def valid(self) -> Number:
         """What stands for whether the cell's norm is finite and above zero."""
-        return self.page.write("0.0 < {} < inf", self.norms)
+        return self.page.write("is_norm", self.norms)
 
     @property
     def weights(self) -> Number:
@@ -135,17 +137,17 @@ class WrittenLoss(WrittenCell):
     """What stands for the loss as one cell."""
 
     @staticmethod
-    def plain(measured: GradientNorms, scope: Scope) -> tuple[list[float], float]:
+    def plain(measured: GradientNorms, scope: Scope) -> tuple[Tensor | list[float], int, float]:
         """Return the loss and the norm of all in plain numbers, where both are on the host; else no loss."""
         loss = measured.loss
         if loss is None or not loss.is_cpu or not is_on_host(measured.norms):
-            return [], 0.0
-        return [loss.item()], measured.total.item()
+            return [], 0, 0.0
+        return [loss.item()], 1, measured.total.item()
 
     @property
     def valid(self) -> Number:
         """What stands for whether it is finite."""
-        return self.page.write("-inf < {} < inf", self.norms)
+        return self.page.write("is_number", self.norms)
 
 
 class LossCells(Cells):
@@ -160,13 +162,6 @@ class LossCells(Cells):
     def valid(self) -> Number:
         """[1] bool: finite."""
         return torch.isfinite(self.norms)
-
-
-def _are_valid(norms: Tensor) -> bool:
-    if not norms.numel() or not is_on_host(norms):
-        return False
-    least, most = norms.aminmax()
-    return least.item() > 0 and most.item() < math.inf
 
 
 def _sizes(measured: GradientNorms, scope: Scope) -> tuple[int, ...]:

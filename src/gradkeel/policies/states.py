@@ -3,7 +3,9 @@
 from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
+from struct import pack
 from typing import Any
 
 import torch
@@ -36,9 +38,10 @@ class Ring:
     each round they are copied, so that an old ring that somebody keeps holds on to no more than a round of later ones.
     """
 
-    __slots__ = ("_change", "_later", "_ordered", "_values")
+    __slots__ = ("_change", "_later", "_ordered", "_values", "size")
 
     def __init__(self, values: list[float] | None, change: "tuple[Ring, int, float] | None" = None) -> None:
+        self.size: int = change[0].size if values is None and change is not None else len(values or ())
         self._values = values
         self._ordered: list[float] | None = None
         self._change = change  # the ring before, how many it has seen, and the new value
@@ -56,9 +59,10 @@ class Ring:
 
     def ordered(self, number: int) -> list[float]:
         """Return the first ``number`` values, ascending."""
-        values = self.values
+        if self._change is not None:
+            self._take_over(*self._change)
         if self._ordered is None or len(self._ordered) != number:
-            self._ordered = sorted(values[:number])
+            self._ordered = sorted(self.values[:number])
         return self._ordered
 
     def entered(self, seen: int, value: float) -> "Ring":
@@ -67,18 +71,20 @@ class Ring:
         Raises:
             TypeError: for what is no real number, such as a root of one below zero.
         """
-        _ = self.values  # so that there is never more than one change to make
+        if self._change is not None:  # so that there is never more than one change to make
+            self._take_over(*self._change)
         return Ring(None, (self, seen, float(value)))
 
     def _take_over(self, before: "Ring", seen: int, value: float) -> None:
-        values = before.values
-        place = seen % len(values)
-        was, ordered = values[place], before.ordered(min(seen, len(values)))
+        size = self.size
+        ordered, values = before.ordered(min(seen, size)), before.values
+        place = seen % size
+        was = values[place]
         if place == 0:
             values, ordered = values.copy(), ordered.copy()
         else:
             before._values, before._ordered, before._later = None, None, (self, place, was)
-        if seen >= len(values):
+        if seen >= size:
             del ordered[bisect_left(ordered, was)]
         insort(ordered, value)
         values[place] = value
@@ -97,7 +103,19 @@ class Ring:
         return values
 
 
-class PlainState(LazyState):
+class NumberState(LazyState):
+    """A state in numbers, each name's of the dtype that its tensor is to have."""
+
+    dtypes: Mapping[str, torch.dtype]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.dtypes)
+
+    def __len__(self) -> int:
+        return len(self.dtypes)
+
+
+class PlainState(NumberState):
     """The state of a few cells in plain numbers.
 
     Attributes:
@@ -130,11 +148,79 @@ class PlainState(LazyState):
         entries = list(chain.from_iterable(ring.values for ring in found))
         return from_list(entries, dtype).reshape(len(found), -1)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.dtypes)
 
-    def __len__(self) -> int:
-        return len(self.dtypes)
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What of a `CompiledState` stays as it is.
+
+    Attributes:
+        dtypes: of the tensors that stand for the numbers, by name.
+        cells: how many there are.
+        ring: which of the names is of a ring, if one is.
+        window: how many values each ring has; 0 where there is none.
+    """
+
+    dtypes: Mapping[str, torch.dtype]
+    cells: int
+    ring: int | None
+    window: int
+
+
+class CompiledState(NumberState):
+    """The state of k cells in plain numbers, as a compiled formula takes and leaves them.
+
+    Attributes:
+        layout: what stays as it is.
+        numbers: float64: verdicts [k] and bounds [k] of the last step, and [k] what each name stands for, but for the
+            ring: of that [k, 1 + 2 * window], how many of it are sorted, its values, and these sorted.
+    """
+
+    def __init__(self, layout: Layout, numbers: bytearray) -> None:
+        self.layout, self.numbers = layout, numbers
+
+    @property
+    def dtypes(self) -> Mapping[str, torch.dtype]:  # type: ignore[override]
+        """Of the tensors that stand for the numbers, by name."""
+        return self.layout.dtypes
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor], cells: int, ring: int | None) -> "CompiledState | None":
+        """Return the state as such numbers, read from tensors unless it is so already; None if these do not fit.
+
+        Args:
+            state: [k] each name, and [k, window] that of the ring.
+            cells: k.
+            ring: which of the names is of a ring.
+        """
+        if type(state) is CompiledState and state.layout.cells == cells:
+            return state
+        tensors, window = list(state.values()), 0
+        if ring is not None:
+            window = tensors[ring].shape[-1] if tensors[ring].dim() else 0
+        shapes = [(cells, window) if i == ring else (cells,) for i in range(len(tensors))]
+        if [tensor.shape for tensor in tensors] != shapes or (ring is not None and not window):
+            return None
+        columns = [tensor for i, tensor in enumerate(tensors) if i != ring]
+        if ring is not None:
+            unsorted = tensors[ring].new_full((cells, 1), -1.0)
+            columns.append(torch.cat([unsorted, tensors[ring], tensors[ring]], dim=1).flatten())
+        numbers = bytearray(16 * cells)
+        for column in columns:
+            numbers += pack(f"{column.shape[0]}d", *column.tolist())
+        dtypes = {key: tensor.dtype for key, tensor in zip(state, tensors, strict=True)}
+        return cls(Layout(dtypes, cells, ring, window), numbers)
+
+    def __getitem__(self, key: str) -> Tensor:
+        """Make [k] or [k, window] the tensor of this name anew."""
+        layout, numbers = self.layout, torch.frombuffer(self.numbers, dtype=torch.float64)
+        place, cells = list(layout.dtypes).index(key), layout.cells
+        if place == layout.ring:
+            rings = numbers[cells * (1 + len(layout.dtypes)) :].reshape(cells, -1)
+            own = rings[:, 1 : 1 + layout.window]
+        else:
+            row = 2 + place - (layout.ring is not None and place > layout.ring)
+            own = numbers.narrow(0, cells * row, cells)
+        return own.to(layout.dtypes[key], copy=True, memory_format=torch.contiguous_format)
 
 
 class JoinedState(LazyState):

@@ -1,28 +1,80 @@
-"""Formulas followed once, with symbols in place of numbers, and written down as Python."""
+"""Formulas followed once, with symbols in place of numbers, and written down: as Python, and operation by operation."""
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn
+
+from gradkeel.norms import Lines
+
+_SIGNS = {
+    "add": "+", "sub": "-", "mul": "*", "truediv": "/", "mod": "%", "pow": "**", "and": "&", "or": "|",
+    "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!=",
+}  # fmt: skip
+_CHANGES = {"neg": "-{0}", "abs": "abs({0})", "invert": "not {0}"}
+# How operations are written in Python: those that are functions' by what they mostly come to, all others by the call.
+_TEXTS = {
+    **{name: f"{{0}} {sign} {{1}}" for name, sign in _SIGNS.items()},
+    **_CHANGES,
+    "item": "{0}[{1}]",
+    "where": "{1} if {0} else {2}",
+    "maximum": "{0} if {0} >= {1} or {0} != {0} else {1}",
+    "minimum": "{0} if {0} <= {1} or {0} != {0} else {1}",
+    "is_norm": "0.0 < {0} < inf",
+    "is_number": "-inf < {0} < inf",
+    "divide": "{0} / {1} if {1} else {call}",
+    "log": "log({0}) if {0} > 0 else {call}",
+    "exp": "exp({0}) if {0} < 700 else {call}",
+    "sqrt": "sqrt({0}) if {0} >= 0 else {call}",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Formula:
+    """What is written on a page, as functions of plain numbers and as lines.
+
+    Attributes:
+        plain: takes what all cells share, then a list of each thing that cells have of their own, and one of tuples of
+            what is remembered of each; returns a list of each result.
+        shared: takes the same first arguments; returns the numbers that the lines share.
+        lines: the operations on a cell; None where one of them is on something else than numbers.
+        ring: which of what is remembered is a ring, in the lines.
+    """
+
+    plain: Callable[..., tuple[list[Any], ...]]
+    shared: Callable[..., list[float]]
+    lines: Lines | None
+    ring: int | None
 
 
 class Page:
-    """The lines of a function under way: each gives what one operation comes to a name; none is written twice."""
+    """The lines of a formula under way: each gives what one operation comes to a name; none is written twice.
 
-    def __init__(self) -> None:
+    Args:
+        shared: names of the arguments that are for all cells.
+    """
+
+    def __init__(self, shared: Sequence[str]) -> None:
         self._names: dict[str, Any] = {
             "inf": math.inf, "nan": math.nan, "exp": math.exp, "log": math.log, "sqrt": math.sqrt,
         }  # fmt: skip
+        self._shared = list(shared)  # arguments, and results of lines on nothing else
+        self._arguments = tuple(shared)
         self._of_line: dict[str, Symbol] = {}
+        self._operations: list[tuple[Symbol, str, tuple[Any, ...]]] = []
 
     def symbol(self, name: str) -> "Symbol":
         """Return one of the function's arguments."""
         return Symbol(self, name)
 
-    def write(self, template: str, *values: Any) -> "Symbol":
+    def write(self, operation: str, *values: Any, call: str = "") -> "Symbol":
         """Write an operation down, and return what stands for its result."""
-        line = template.format(*map(self.text, values))
+        line = _TEXTS.get(operation, "{call}").format(*map(self.text, values), call=call)
         if line not in self._of_line:
-            self._of_line[line] = Symbol(self, f"v{len(self._of_line)}")
+            symbol = self._of_line[line] = Symbol(self, f"v{len(self._of_line)}")
+            self._operations.append((symbol, operation, values))
+            if all(value.name in self._shared for value in values if isinstance(value, Symbol)):
+                self._shared.append(symbol.name)
         return self._of_line[line]
 
     def text(self, value: Any) -> str:
@@ -37,40 +89,101 @@ class Page:
             raise TypeError(f"a formula in plain numbers has no place for {type(value).__name__}")
         return f"({int(value) if isinstance(value, int) else float(value)!r})"
 
-    def call(self, function: Callable[..., Any], *values: Any, usual: str = "") -> "Symbol":
-        """Write a function's call down; ``usual`` is what it mostly comes to, and when: ``sqrt({0}) if {0} >= 0``."""
+    def call(self, function: Callable[..., Any], *values: Any, operation: str = "call") -> "Symbol":
+        """Write a function's call down, or the operation that it stands for."""
         name = next(
             (name for name, known in self._names.items() if known == function), f"f{len(self._names)}"
         )
         self._names[name] = function
-        arguments = ", ".join(f"{{{i}}}" for i in range(len(values)))
-        return self.write(f"{usual} else {name}({arguments})" if usual else f"{name}({arguments})", *values)
+        return self.write(operation, *values, call=f"{name}({', '.join(map(self.text, values))})")
 
-    def function(
-        self, shared: Sequence[str], each: Sequence[str | tuple[str, ...]], results: Sequence[Any]
-    ) -> Callable[..., tuple[list[Any], ...]]:
+    def formula(
+        self, own: Sequence[str], kept: Sequence[str], found: Sequence[Any], after: Sequence[Any]
+    ) -> Formula:
         """Return what these lines make of one cell after the other.
 
         Args:
-            shared: names of the arguments that are for all cells.
-            each: names of what each cell has of its own; the function is given a list of each, a tuple of names for
-                a list of tuples.
-            results: what comes of a cell; the function returns a list of each.
+            own: names of what each cell has of its own.
+            kept: names of what is remembered of each.
+            found: what comes of a cell.
+            after: what is to be remembered of it.
         """
-        lists, found = [f"of{i}" for i in range(len(each))], [f"found{i}" for i in range(len(results))]
-        cell = [one if isinstance(one, str) else f"({', '.join(one)},)" for one in each]
+        lists, cell, results = [f"of{i}" for i in range(len(own))], [*own], [*map(self.text, found)]
+        if kept:
+            lists.append("before")
+            cell.append(f"({', '.join(kept)},)")
+            results.append(self.text(tuple(after)))
+        names = [f"found{i}" for i in range(len(results))]
+        texts = {symbol.name: line for line, symbol in self._of_line.items()}
+        shared = [name for name in texts if name in self._shared]
+        lines, used, ring = self._lines(own, kept, found, after)
+        arguments = ", ".join(self._arguments)
         source = [
-            f"def formula({', '.join([*shared, *lists])}):",
-            *(f"    {name} = []" for name in found),
+            f"def shared({arguments}):",
+            *(f"    {name} = {texts[name]}" for name in shared),
+            f"    return [{', '.join(used)}]",
+            f"def plain({', '.join([arguments, *lists])}):",
+            *(f"    {name} = []" for name in names),
+            *(f"    {name} = {texts[name]}" for name in shared),
             f"    for {', '.join(cell)}, in zip({', '.join(lists)}, strict=True):",
-            *(f"        {symbol.name} = {line}" for line, symbol in self._of_line.items()),
-            *(f"        {name}.append({self.text(one)})" for name, one in zip(found, results, strict=True)),
-            f"    return {', '.join(found)}",
+            *(f"        {name} = {line}" for name, line in texts.items() if name not in shared),
+            *(f"        {name}.append({one})" for name, one in zip(names, results, strict=True)),
+            f"    return {', '.join(names)},",
         ]
         space = dict(self._names)
         exec("\n".join(source), space)  # noqa: S102  # nothing is in it but names and numbers of ours
-        formula: Callable[..., tuple[list[Any], ...]] = space["formula"]
-        return formula
+        return Formula(space["plain"], space["shared"], lines, ring)
+
+    def _lines(
+        self, own: Sequence[str], kept: Sequence[str], found: Sequence[Any], after: Sequence[Any]
+    ) -> tuple[Lines | None, list[str], int | None]:
+        """The operations on a cell by the places of their numbers, the names of shared ones in use, and the ring."""
+        each = {one[0].name: one[1:] for one in self._operations if one[0].name not in self._shared}
+        ring, entry = next(
+            ((i, entry) for i, new in enumerate(after) if (entry := _entry(each, kept[i], new)) is not None),
+            (None, ()),
+        )
+        scalars = [name for i, name in enumerate(kept) if i != ring]
+        results = [*found, *(new for i, new in enumerate(after) if i != ring), *entry]
+        operands = [
+            (operation, values[1:] if operation == "window" else values)
+            for operation, values in each.values()
+        ]
+        numbers = [*results, *(value for _, values in operands for value in values)]
+        try:
+            constants = dict.fromkeys(float(value) for value in numbers if not isinstance(value, Symbol))
+            used = {one.name: None for one in numbers if isinstance(one, Symbol) and one.name in self._shared}
+            order = [*used, *own, *scalars, *constants, *each]
+            places = {name: place for place, name in enumerate(order)}
+            found_at = [places[one.name if isinstance(one, Symbol) else float(one)] for one in results]
+            operations = tuple(
+                (operation, *(places[one.name if isinstance(one, Symbol) else float(one)] for one in values))
+                for operation, values in operands
+            )
+        except (KeyError, TypeError):  # on something else than numbers, or on the ring in another way
+            return None, [], None
+        ends = len(found_at) - len(entry)
+        lines = Lines(
+            len(used), len(own) + len(scalars), tuple(constants), operations, tuple(found_at[:ends]),
+            tuple(found_at[ends:]),
+        )  # fmt: skip
+        return lines, list(used), ring
+
+
+def _entry(each: dict[str, tuple[str, tuple[Any, ...]]], ring: str, new: Any) -> tuple[Any, ...] | None:
+    """What enters a ring of which ``new`` comes: the condition, how many it has seen, and the value; not lines now."""
+    condition: Any = True
+    operation, values = each.get(getattr(new, "name", ""), ("", ()))
+    if operation == "where" and isinstance(values[2], Symbol) and values[2].name == ring:
+        condition, entered = values[0], values[1]
+        inner, of = each.get(getattr(entered, "name", ""), ("", ()))
+        if inner == "entered":
+            del each[new.name], each[entered.name]
+            return condition, *of[1:]
+    if operation == "entered":
+        del each[new.name]
+        return condition, *values[1:]
+    return None
 
 
 class Symbol:
@@ -84,16 +197,16 @@ class Symbol:
     def __init__(self, page: Page, name: str) -> None:
         self.page, self.name = page, name
 
-    def write(self, template: str, *values: Any) -> "Symbol":
+    def write(self, operation: str, *values: Any) -> "Symbol":
         """Write an operation down."""
-        return self.page.write(template, *values)
+        return self.page.write(operation, *values)
 
-    def call(self, function: Callable[..., Any], *values: Any, usual: str = "") -> "Symbol":
-        """Write a function's call down."""
-        return self.page.call(function, *values, usual=usual)
+    def call(self, function: Callable[..., Any], *values: Any, operation: str = "call") -> "Symbol":
+        """Write a function's call down, or the operation that it stands for."""
+        return self.page.call(function, *values, operation=operation)
 
     def __getitem__(self, place: Any) -> "Symbol":
-        return self.write("{}[{}]", self, place)
+        return self.write("item", self, place)
 
     def __bool__(self) -> NoReturn:
         raise TypeError(
@@ -104,19 +217,21 @@ class Symbol:
         raise TypeError("a formula in plain numbers is followed once for all of them, which have no words")
 
 
-def _operation(template: str) -> Callable[[Symbol, Any], Symbol]:
-    return lambda self, other: self.page.write(template, self, other)
+def _operation(name: str) -> Callable[[Symbol, Any], Symbol]:
+    return lambda self, other: self.page.write(name, self, other)
 
 
-def _change(template: str) -> Callable[[Symbol], Symbol]:
-    return lambda self: self.page.write(template, self)
+def _turned(name: str) -> Callable[[Symbol, Any], Symbol]:
+    return lambda self, other: self.page.write(name, other, self)
 
 
-_SIGNS = {"add": "+", "sub": "-", "mul": "*", "truediv": "/", "mod": "%", "pow": "**", "and": "&", "or": "|"}
+def _change(name: str) -> Callable[[Symbol], Symbol]:
+    return lambda self: self.page.write(name, self)
+
+
 for _name, _sign in _SIGNS.items():
-    setattr(Symbol, f"__{_name}__", _operation(f"{{}} {_sign} {{}}"))
-    setattr(Symbol, f"__r{_name}__", _operation(f"{{1}} {_sign} {{0}}"))
-for _name, _sign in {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}.items():
-    setattr(Symbol, f"__{_name}__", _operation(f"{{}} {_sign} {{}}"))
-for _name, _form in {"neg": "-{}", "abs": "abs({})", "invert": "not {}"}.items():
-    setattr(Symbol, f"__{_name}__", _change(_form))
+    setattr(Symbol, f"__{_name}__", _operation(_name))
+    if _sign not in {"<", "<=", ">", ">=", "==", "!="}:  # Python turns these by itself
+        setattr(Symbol, f"__r{_name}__", _turned(_name))
+for _name in _CHANGES:
+    setattr(Symbol, f"__{_name}__", _change(_name))

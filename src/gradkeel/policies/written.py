@@ -1,17 +1,25 @@
-"""A verdict on one cell as one function of plain numbers, which is applied to a few cells one after the other."""
+"""A verdict on one cell as one function of plain numbers, which is applied to one cell after the other."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-from gradkeel.norms import GradientNorms, State
+from torch import Tensor
+
+from gradkeel.norms import GradientNorms, State, compilers
 from gradkeel.policies.base import Scope
 from gradkeel.policies.numbers import Memory, Number
 from gradkeel.policies.scopes import Cells, WrittenCell
-from gradkeel.policies.states import PlainState
-from gradkeel.policies.symbols import Page
+from gradkeel.policies.states import CompiledState, PlainState
+from gradkeel.policies.symbols import Formula, Page
 
 Verdict: TypeAlias = tuple[Number, Number, Memory]
 """Coefficients, or whether to skip; the bounds in force; and the state after the step."""
+
+Verdicts: TypeAlias = tuple[list[Any], list[float], State]
+"""The same of k cells, in plain numbers."""
+
+FEW, MANY = 64, 4096
+"""So many cells are decided on in plain numbers: by Python, and by a compiled formula."""
 
 
 class Written:
@@ -26,53 +34,89 @@ class Written:
         self, verdict: Callable[[Cells, Memory], Verdict], cell: type[WrittenCell] = WrittenCell
     ) -> None:
         self._verdict, self._cell = verdict, cell
-        self._functions: dict[tuple[str, ...], tuple[Callable[..., Any] | None, tuple[str, ...]]] = {}
+        self._written: dict[tuple[str, ...], WrittenVerdict | None] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles write it anew."""
         return type(self), (self._verdict, self._cell)
 
-    def on(
-        self, measured: GradientNorms, scope: Scope, state: State
-    ) -> tuple[list[Any], list[float], State] | None:
+    def on(self, measured: GradientNorms, scope: Scope, state: State) -> Verdicts | None:
         """Return the verdicts on the cells, the bounds in force, and the new state.
 
         None where cells are many or not on the host, or the formulas cannot be written down, for they are of tensors,
         or an operator of theirs has no result in plain numbers.
         """
-        norms, total = self._cell.plain(measured, scope)
-        if not norms:
+        norms, number, total = self._cell.plain(measured, scope)
+        names = tuple(state.layout.dtypes if type(state) is CompiledState else state)
+        if names not in self._written:
+            self._written[names] = self._write(names)
+        written = self._written[names]
+        if written is None or not 0 < number <= MANY:
             return None
-        names = tuple(state)
-        if names not in self._functions:
-            self._functions[names] = self._write(names)
-        function, uses = self._functions[names]
-        if function is None:
-            return None
-        columns: list[Sequence[Any]] = [norms]
-        if uses:
+        looks: Sequence[Tensor] = ()
+        if written.looks:
             cells = Cells(measured, scope)
-            columns += [getattr(cells, name).tolist() for name in uses]
-        plain = PlainState.of(state) if names else None
+            looks = [getattr(cells, name) for name in written.looks]
         try:
-            found, bounds, after = function(
-                total, measured.step, *columns, *([] if plain is None else [plain.cells])
-            )
+            found = written.compiled_on(total, measured.step, norms, number, looks, state)
+            if found is None and number <= FEW:
+                found = written.plain_on(total, measured.step, norms, looks, state)
         except (ArithmeticError, TypeError):  # Python raises where tensors are inf or NaN
             return None
-        return found, bounds, state if plain is None else PlainState(after, plain.dtypes)
+        return found
 
-    def _write(self, names: Sequence[str]) -> tuple[Callable[..., Any] | None, tuple[str, ...]]:
-        page = Page()
+    def _write(self, names: Sequence[str]) -> "WrittenVerdict | None":
+        page = Page(("total", "step"))
         cell = self._cell(page)
         kept = [f"kept{i}" for i in range(len(names))]
         before = {name: page.symbol(own) for name, own in zip(names, kept, strict=True)}
         try:
             found, bound, after = self._verdict(cell, before)
-            each: list[str | tuple[str, ...]] = ["norm", *cell.uses]
-            if kept:
-                each.append(tuple(kept))
-            results = (found, bound, tuple(after[name] for name in names))
-            return page.function(("total", "step"), each, results), tuple(cell.uses)
+            own = ["norm", *cell.uses]
+            formula = page.formula(own, kept, (found, bound), [after[name] for name in names])
         except Exception:  # noqa: BLE001  # the formulas are the user's; what is wrong with them is seen on tensors
-            return None, ()
+            return None
+        return WrittenVerdict(formula, tuple(cell.uses), remembers=bool(names))
+
+
+class WrittenVerdict:
+    """A verdict that is written down.
+
+    Attributes:
+        looks: what it looks at besides norms and state, by the names of `Cells`.
+    """
+
+    def __init__(self, formula: Formula, looks: tuple[str, ...], *, remembers: bool) -> None:
+        self.looks, self._remembers = looks, remembers
+        self._formula, lines = formula, formula.lines
+        self._compiled = (
+            None if lines is None else next(filter(None, (make(lines) for make in compilers)), None)
+        )
+
+    def compiled_on(
+        self, total: float, step: int, norms: Any, number: int, looks: Sequence[Tensor], state: State
+    ) -> Verdicts | None:
+        """Return the verdicts on so many cells by the compiled formula, where there is one that takes the state."""
+        if self._compiled is None:
+            return None
+        shared = self._formula.shared(total, step)
+        if not self._remembers:
+            found, bounds, _ = self._compiled(shared, norms, looks)
+            return found, bounds, state
+        before = CompiledState.of(state, number, self._formula.ring)
+        if before is None:
+            return None
+        found, bounds, numbers = self._compiled(shared, norms, looks, before.numbers, before.layout.window)
+        return found, bounds, CompiledState(before.layout, numbers)
+
+    def plain_on(
+        self, total: float, step: int, norms: Any, looks: Sequence[Tensor], state: State
+    ) -> Verdicts:
+        """Return the verdicts on the cells by Python."""
+        columns = [norms.tolist() if isinstance(norms, Tensor) else norms, *(look.tolist() for look in looks)]
+        if not self._remembers:
+            found, bounds = self._formula.plain(total, step, *columns)
+            return found, bounds, state
+        plain = PlainState.of(state)
+        found, bounds, cells = self._formula.plain(total, step, *columns, plain.cells)
+        return found, bounds, PlainState(cells, plain.dtypes)

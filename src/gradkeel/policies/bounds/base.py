@@ -20,11 +20,11 @@ class Bound(ABC):
     """A bound says how large a cell's norm may be. It is configuration; state tensors have the leading dimension k.
 
     A subclass whose formulas are written in the operations of `gradkeel.policies.numbers` says so by
-    ``class Mine(Bound, on_numbers=True)``. On CPU they are then followed once, with symbols, and written down as one
-    function of the plain numbers of a cell, which is many times faster where cells are few; all that they look at
-    beside cells and state must stay as it was, and none may ask what type a number has. Formulas that cannot be written
-    down, for they choose by ``if`` or call functions of other modules, always see tensors, as those of all other
-    subclasses do.
+    ``class Mine(Bound, on_numbers=True)``. On CPU they are then followed once, with symbols, and written down: as lines
+    for the native kernels, and as one function of the plain numbers of a cell, both many times faster where cells are
+    few. All that they look at beside cells and state must stay as it was, and none may ask what type a number has.
+    Formulas that cannot be written down, for they choose by ``if`` or call functions of other modules, always see
+    tensors, as those of all other subclasses do.
     """
 
     needs_weights: ClassVar[bool] = False

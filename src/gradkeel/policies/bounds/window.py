@@ -43,7 +43,7 @@ class Window(Protocol):
 def window_of(history: Number, seen: Number) -> Window:
     """Return what a ring (a tensor [k, window], or what stands for one cell's `Ring`) holds after ``seen`` values."""
     if isinstance(history, Symbol):
-        return WrittenWindow(history.call(plain_window, history, seen))
+        return WrittenWindow(history.call(plain_window, history, seen, operation="window"))
     number = seen.clamp(max=history.shape[1])
     filled = torch.arange(history.shape[1], device=number.device) < number.unsqueeze(1)
     return TensorWindow(history, filled, number)
@@ -52,7 +52,7 @@ def window_of(history: Number, seen: Number) -> Window:
 def entered(history: Number, seen: Number, value: Number) -> Number:
     """Return the ring with one more value for each cell, at the place ``seen % window``."""
     if isinstance(history, Symbol):
-        return history.call(Ring.entered, history, seen, value)
+        return history.call(Ring.entered, history, seen, value, operation="entered")
     return history.scatter(1, (seen % history.shape[1]).unsqueeze(1), value.unsqueeze(1))
 
 
@@ -91,7 +91,7 @@ class TensorWindow:
 
 def plain_window(ring: Ring, seen: int) -> "PlainWindow":
     """Return what one cell's ring holds after ``seen`` values."""
-    return PlainWindow(partial(ring.ordered, min(seen, len(ring.values))))
+    return PlainWindow(partial(ring.ordered, min(seen, ring.size)))
 
 
 class PlainWindow:
@@ -146,24 +146,26 @@ class WrittenWindow:
     @property
     def number(self) -> Symbol:
         """What stands for the number of numbers."""
-        return self._window.call(len, self._window)
+        return self._window.call(len, self._window, operation="length")
 
     def quantile(self, q: float) -> Symbol:
         """Write it down."""
-        return self._window.call(PlainWindow.quantile, self._window, q)
+        return self._window.call(PlainWindow.quantile, self._window, q, operation="quantile")
 
     def mean(self) -> Symbol:
         """Write it down."""
-        return self._window.call(PlainWindow.mean, self._window)
+        return self._window.call(PlainWindow.mean, self._window, operation="mean")
 
     def deviation(self, center: Number) -> Symbol:
         """Write it down."""
-        return self._window.call(PlainWindow.deviation, self._window, center)
+        return self._window.call(PlainWindow.deviation, self._window, center, operation="deviation")
 
     def logs(self) -> "WrittenWindow":
         """Write the window of the logarithms down."""
-        return WrittenWindow(self._window.call(PlainWindow.logs, self._window))
+        return WrittenWindow(self._window.call(PlainWindow.logs, self._window, operation="logs"))
 
     def distances(self, center: Number) -> "WrittenWindow":
         """Write the window of the distances down."""
-        return WrittenWindow(self._window.call(PlainWindow.distances, self._window, center))
+        return WrittenWindow(
+            self._window.call(PlainWindow.distances, self._window, center, operation="distances")
+        )

@@ -150,15 +150,14 @@ class Warmup(Composite):
 
     def decide(self, norms: GradientNorms, state: State) -> tuple[Decision, State]:
         """Let the policy in force decide; the second one learns in any case."""
-        is_early = norms.step <= self.steps
-        decision, states = Decision(), {"before": part(state, "before"), "after": part(state, "after")}
+        decision, before, after = Decision(), part(state, "before"), part(state, "after")
         if self.after is not None:
-            decision, states["after"] = self.after.decide(norms, states["after"])
-        if is_early:
+            decision, after = self.after.decide(norms, after)
+        if norms.step <= self.steps:
             decision = Decision()
-        if self.before is not None and is_early:
-            decision, states["before"] = self.before.decide(norms, states["before"])
-        return decision, JoinedState(states)
+            if self.before is not None:
+                decision, before = self.before.decide(norms, before)
+        return decision, JoinedState({"before": before, "after": after})
 
     def __repr__(self) -> str:
         return f"Warmup({self.steps}, {brief(self.before)}, {brief(self.after)})"

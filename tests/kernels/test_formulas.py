@@ -1,0 +1,119 @@
+"""Which formulas the native kernels follow; what comes of them is compared in tests/policies/test_plain_numbers.py."""
+
+import math
+
+import pytest
+import torch
+
+from gradkeel import policies as gp
+from gradkeel.kernels import formulas, native
+from gradkeel.norms import Lines
+from gradkeel.policies.bounds.window import entered, window_of
+from gradkeel.policies.states import CompiledState
+from streams import measured
+
+pytestmark = pytest.mark.skipif(native.kernels() is None, reason=str(native.unavailable()))
+
+
+def test_a_formula_is_followed_for_each_cell():
+    # (norm + 2) * what all share, and whether that is above 20; what is remembered goes up by 1.
+    operations = (("add", 1, 3), ("mul", 0, 5), ("gt", 6, 4), ("add", 2, 7))
+    lines = Lines(1, 2, (2.0, 20.0), operations, (6, 7, 8))
+    follow = formulas.compiled(lines)
+    norms = torch.arange(11.0, dtype=torch.float64)
+    before = bytearray(torch.zeros(3, 11, dtype=torch.float64).numpy())
+    found, bounds, after = follow([3.0], norms, (), before, 0)
+    expected = ((norms + 2) * 3).tolist()
+    assert found == expected
+    assert bounds == [float(value > 20) for value in expected]
+    assert torch.frombuffer(after, dtype=torch.float64).tolist() == found + bounds + bounds
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        Lines(1, 1, (), (("call", 0),), (2, 2)),
+        Lines(1, 1, (), (("mod", 1, 0),), (2, 2)),
+        Lines(1, 1, tuple(map(float, range(300))), (("add", 1, 2),), (2, 2)),
+    ],
+)
+def test_what_the_kernels_do_not_know_is_left_to_python(lines):
+    assert formulas.compiled(lines) is None
+
+
+def test_without_the_kernels_no_formula_is_compiled(monkeypatch):
+    monkeypatch.setattr(native, "kernels", lambda: None)
+    assert formulas.compiled(Lines(1, 1, (), (("add", 0, 1),), (2, 2))) is None
+
+
+class TwoRings(gp.Bound, on_numbers=True):
+    """The mean of the last three norms, or of their doubles."""
+
+    def init(self, cells):
+        ring = cells.norms.new_zeros(cells.norms.shape[0], 3)
+        return {"seen": torch.zeros_like(cells.norms, dtype=torch.int64), "one": ring, "other": ring}
+
+    def bound(self, cells, state):
+        means = [window_of(state[name], state["seen"]).mean() for name in ("one", "other")]
+        return 1.0 + means[0] + means[1]
+
+    def update(self, cells, state, bound):
+        return {
+            "seen": state["seen"] + 1,
+            "one": entered(state["one"], state["seen"], cells.norms),
+            "other": entered(state["other"], state["seen"], 2.0 * cells.norms),
+        }
+
+
+class Table(gp.Bound, on_numbers=True):
+    """It keeps two numbers of each cell under one name, and looks at neither."""
+
+    def init(self, cells):
+        return {"table": cells.norms.new_ones(cells.norms.shape[0], 2)}
+
+    def bound(self, cells, state):
+        return 0.5 * cells.norms
+
+
+@pytest.mark.parametrize("bound", [TwoRings(), Table()])
+def test_states_that_no_compiled_formula_takes_are_right_all_the_same(bound):
+    policy = gp.Clip("tensor", bound, gp.Hard())
+    state, seen = None, []
+    for step in range(1, 7):
+        norms = [float(step), 2.0 * step]
+        now = measured(norms, step)
+        decision, state = policy.decide(now, policy.init(now) if state is None else state)
+        assert type(state) is not CompiledState
+        last = seen[-3:]
+        means = [3 * sum(own[i] for own in last) / max(len(last), 1) for i in (0, 1)]
+        wanted = (
+            [1.0 + mean for mean in means] if isinstance(bound, TwoRings) else [0.5 * own for own in norms]
+        )
+        assert decision.bound.tolist() == pytest.approx(wanted, rel=1e-15)
+        seen.append(norms)
+
+
+@pytest.mark.parametrize("cells", [1, 7, 8, 9, 500])
+@pytest.mark.parametrize(
+    "policy",
+    [gp.ZClip(scope="tensor", warmup=3), gp.AutoClip(scope="tensor", window=4, warmup=3), gp.ClipByNorm(1.5)],
+)
+def test_cells_of_any_number_are_those_of_tensors(policy, cells):
+    """Cells go through the lines in groups of eight; Python takes no more than 64."""
+    generator = torch.Generator().manual_seed(cells)
+    ours = theirs = None
+    for step in range(1, 9):
+        norms = torch.rand(cells, generator=generator, dtype=torch.float64) + 0.5
+        norms[step % cells] = (math.nan, 0.0, math.inf, 1e3)[step % 4]
+        now = measured(norms, step)
+        if ours is None:
+            ours, theirs = policy.init(now), policy.init(now)
+        decision, ours = policy.decide(now, ours)
+        expected, theirs = (
+            policy._parts._verdict(gp.Cells(now, "tensor"), theirs)[0],
+            policy._parts._verdict(gp.Cells(now, "tensor"), theirs)[2],
+        )
+        # Exponentials and logarithms of two libraries differ in the last bit, which each step hands on.
+        assert torch.allclose(decision.coefficients, expected, rtol=1e-12, atol=0)
+        for key, value in theirs.items():
+            assert torch.allclose(ours[key].double(), value.double(), rtol=1e-12, atol=0, equal_nan=True), key
