@@ -114,6 +114,13 @@ def per_tensor(units: Tensor, norms: "GradientNorms", *, least: bool = False) ->
     return units
 
 
+def from_memory(numbers: bytearray) -> Tensor:
+    """Make [k] float64 of what the native kernels have written: a tensor of the same memory."""
+    if not numbers:  # which torch refuses
+        return torch.empty(0, dtype=torch.float64, device="cpu")
+    return torch.frombuffer(numbers, dtype=torch.float64)
+
+
 def from_list(values: Sequence[Any], dtype: torch.dtype = torch.float64) -> Tensor:
     """Make [k] a tensor of these numbers on the host; faster than ``torch.tensor``, and no copy from elsewhere."""
     wide = torch.float64 if dtype.is_floating_point else torch.int64
@@ -153,10 +160,11 @@ _MAKERS: dict[type, Callable[[Any], Tensor]] = {
     float: partial(torch.full, (), dtype=torch.float64, device="cpu"),
     bool: partial(torch.full, (), dtype=torch.bool, device="cpu"),
     list: from_list,
+    bytearray: from_memory,
 }
 
 
-def _late(*names: str) -> Callable[[_Class], _Class]:
+def late(*names: str) -> Callable[[_Class], _Class]:
     """These fields of a slotted dataclass may be given as numbers of the host's, which are a tensor once it is read.
 
     On CPU making a tensor takes longer than all that is done with it, and most are never looked at. What was given
@@ -185,7 +193,7 @@ def _reader(get: Callable[[Any], Any], put: Callable[[Any, Any], None]) -> Calla
     return read
 
 
-@_late("total")
+@late("norms", "total")
 @dataclass(slots=True, eq=False)
 class GradientNorms:
     """The norms of the TRUE gradients of one selection of parameters, at one step.
@@ -228,6 +236,10 @@ class GradientNorms:
     if TYPE_CHECKING:
 
         @property
+        def known_norms(self) -> Tensor | bytearray:
+            """The same as the norms, or the host's memory of them that they were given as."""
+
+        @property
         def known_total(self) -> Tensor | float:
             """The same, or the number of the host's that it was given as."""
 
@@ -251,7 +263,7 @@ class GradientNorms:
         return norms
 
 
-@_late("coefficients", "skip", "bound")
+@late("coefficients", "skip", "bound")
 @dataclass(slots=True, eq=False)
 class Decision:
     """What a policy wants done to the gradients of its selection; the parts that are None are not wanted.

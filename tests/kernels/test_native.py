@@ -84,7 +84,8 @@ def test_norms_and_units_are_their_float64_twins(norm_type, kinds, seed, level):
     tensors = [torch.randn(shape, generator=generator).to(dtype) for shape, dtype in kinds]
     kernels = native.Kernels(level)
     table = kernels.table(tensors, 0)
-    norms, _, units, peaks, _ = kernels.read(table, norm_type, units=True, peaks=True)
+    found = kernels.read(table, norm_type, units=True, peaks=True)
+    norms, units, peaks = found.norms, found.units, found.peaks
     cut = [unit for tensor in tensors for unit in (tensor.unbind(0) if tensor.dim() > 1 else [tensor])]
     for got, cells in ((norms, tensors), (units, cut)):
         for norm, cell in zip(got.tolist(), cells, strict=True):
@@ -98,10 +99,11 @@ def test_norms_and_units_are_their_float64_twins(norm_type, kinds, seed, level):
 @pytest.mark.parametrize("size", [5, 300_000])  # read in the call that looks for them, and in a second one
 def test_norms_and_their_total_in_one_call(kernels, size, norm_type):
     tensors = [torch.randn(size), torch.randn(3, 4).half(), torch.randn(7, dtype=torch.float64) * 1e200]
-    norms, total, _, _, table = kernels.norms(tensors, norm_type)
+    found = kernels.norms(tensors, norm_type)
+    norms, total, table = found.norms, found.total, found.table
     assert table.tensors is tensors
     assert kernels.norms([tensors[0], *tensors], norm_type).table is None
-    assert torch.equal(norms, kernels.read(kernels.table(tensors), norm_type)[0])
+    assert torch.equal(norms, kernels.read(kernels.table(tensors), norm_type).norms)
     assert total == pytest.approx(reference.norm(tensors, norm_type), rel=1e-12)
     small = [tensor * 1e-300 for tensor in tensors[2:]] * 2
     assert kernels.norms(small, norm_type).total == pytest.approx(reference.norm(small, norm_type), rel=1e-12)
@@ -142,7 +144,7 @@ def test_what_is_not_fit_is_not_touched(kernels):
 @needs_kernels
 def test_67_million_entries_are_exact_to_nine_digits(kernels):
     tensor = torch.full((2**26,), 0.1)
-    (norm,) = kernels.read(kernels.table([tensor]), 2.0)[0].tolist()
+    (norm,) = kernels.read(kernels.table([tensor]), 2.0).norms.tolist()
     assert norm == pytest.approx(2**13 * tensor[0].double().item(), rel=1e-9)
 
 
@@ -164,7 +166,8 @@ def test_finite_entries_have_a_finite_norm(kernels, entry):
     tensor = torch.zeros(3, 5, dtype=dtype)
     tensor[1, 2:4] = torch.tensor([1.0, -1.0]) * entry
     for norm_type in (2.0, math.inf) if entry == 1.7e308 else NORM_TYPES:
-        norms, _, units, _, _ = kernels.read(kernels.table([tensor], 0), norm_type, units=True)
+        found = kernels.read(kernels.table([tensor], 0), norm_type, units=True)
+        norms, units = found.norms, found.units
         wanted = tensor[1, 2].item() * {1.0: 2.0, 2.0: 1.0 if entry == 1.7e308 else math.sqrt(2)}.get(
             norm_type, 1.0
         )
@@ -186,7 +189,8 @@ def test_what_is_not_finite_shows(kernels, dtype, size, bad):
         if math.isnan(bad) and math.copysign(1, bad) < 0:
             tensor[place] = -tensor[place]
         for norm_type in NORM_TYPES:
-            norms, _, _, peaks, _ = kernels.read(kernels.table([tensor]), norm_type, peaks=True)
+            found = kernels.read(kernels.table([tensor]), norm_type, peaks=True)
+            norms, peaks = found.norms, found.peaks
             assert str(norms.item()) == str(abs(bad))
             low, high = peaks[0].tolist()
             assert (math.isnan(low) and math.isnan(high)) if math.isnan(bad) else bad in (low, high)
@@ -266,7 +270,7 @@ def test_threads_change_no_bit(kernels):
     try:
         for threads in (1, 2, 3, 2):
             torch.set_num_threads(threads)
-            results.append(kernels.read(kernels.table(tensors), 2.0)[0])
+            results.append(kernels.read(kernels.table(tensors), 2.0).norms)
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(result, results[0]) for result in results)
@@ -275,11 +279,11 @@ def test_threads_change_no_bit(kernels):
 @needs_kernels
 def test_several_python_threads_may_read_at_once(kernels):
     tensors = [torch.randn(size) for size in (100_000, 33)]
-    wanted = kernels.read(kernels.table(tensors), 2.0)[0]
+    wanted = kernels.read(kernels.table(tensors), 2.0).norms
     results = []
 
     def read():
-        results.extend(kernels.read(kernels.table(tensors), 2.0)[0] for _ in range(20))
+        results.extend(kernels.read(kernels.table(tensors), 2.0).norms for _ in range(20))
 
     threads = [threading.Thread(target=read) for _ in range(4)]
     for thread in threads:
@@ -333,7 +337,7 @@ def test_other_tensors_are_refused(kernels, tensor):
     assert kernels.table([torch.ones(2), tensor]) is None
     otherwise = kernels.table([torch.ones(2), tensor], otherwise=lambda _: torch.ones(4))
     assert otherwise.rows == 2
-    assert kernels.read(otherwise, 1.0)[0].tolist() == [4.0, 4.0]
+    assert kernels.read(otherwise, 1.0).norms.tolist() == [4.0, 4.0]
 
 
 @needs_kernels

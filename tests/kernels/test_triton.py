@@ -234,7 +234,8 @@ def test_norms_of_units(dtype, norm_type, is_long):
     tensors += [torch.randn(2, 3, 4, 5).to(dtype).contiguous(memory_format=torch.channels_last)]
     if is_long:
         tensors += [torch.randn(2, triton_layout.PIECE + 1).to(dtype), torch.randn(70_000).to(dtype)]
-    norms, total, found, *_ = triton_host.read(tensors, norm_type, 0)
+    own = triton_host.read(tensors, norm_type, 0)
+    norms, total, found = own.norms, own.total, own.units
     wanted = [reference.norm([unit], norm_type) for tensor in tensors for unit in units_of(tensor)]
     assert found.tolist() == pytest.approx(wanted, rel=1e-11)  # float64 additions in another order
     assert norms.tolist() == pytest.approx(
@@ -269,7 +270,8 @@ def test_extremes(dtype):
     tensors += [torch.full((70_000,), -2.0).to(dtype), torch.ones(2049).to(dtype)]
     tensors[6][2048] = math.nan
     with_nothing = [*tensors, None]
-    norms, _, units, peaks, _ = triton_host.read(with_nothing, 2.0, peaks=True)
+    own = triton_host.read(with_nothing, 2.0, peaks=True)
+    norms, units, peaks = own.norms, own.units, own.peaks
     wanted = [list(map(float, torch.aminmax(t))) if t.numel() else [0.0, 0.0] for t in tensors]
     assert units is None
     assert str(peaks.tolist()) == str([*wanted, [0.0, 0.0]])
@@ -347,7 +349,7 @@ def checked(monkeypatch):
 
 
 def test_a_kernel_is_checked_before_its_first_use(checked):
-    assert triton_host.read([torch.full((4,), 3.0)], 2.0)[0].tolist() == pytest.approx([6.0], rel=1e-12)
+    assert triton_host.read([torch.full((4,), 3.0)], 2.0).norms.tolist() == pytest.approx([6.0], rel=1e-12)
     assert checked.fault is None
 
 

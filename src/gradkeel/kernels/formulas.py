@@ -58,7 +58,7 @@ class Followed:
     def __call__(
         self,
         shared: list[float],
-        norms: Tensor | list[float],
+        norms: Tensor | bytearray | list[float],
         looks: Sequence[Tensor],
         *before: bytearray | int,
     ) -> tuple[list[float], list[float], bytearray]:
@@ -66,19 +66,22 @@ class Followed:
 
         Args:
             shared: numbers that all cells share.
-            norms: [k] float64 on CPU; or the one cell's, as a number.
+            norms: [k] float64 on CPU, or memory of them; or the one cell's, as a number.
             looks: [k] of whatever else the formula looks at.
             before: what was handed on, if something is remembered, and how many norms are in each cell's ring.
         """
-        cells, address = 1, 0
-        if isinstance(norms, Tensor):
-            cells, address = norms.shape[0], norms.data_ptr()
-        else:
+        cells: int = 1
+        at: int | bytearray = 0
+        if isinstance(norms, bytearray):
+            cells, at = len(norms) // 8, norms
+        elif isinstance(norms, list):
             shared += norms
+        else:
+            cells, at = norms.shape[0], norms.data_ptr()
         look = torch.cat(list(looks)).to(torch.float64) if looks else None
         places = 0 if look is None else look.data_ptr()
         found: tuple[list[float], list[float], bytearray] = self._follow(
-            self._address, cells, shared, address, places, len(looks), *before
+            self._address, cells, shared, at, places, len(looks), *before
         )
         return found
 

@@ -51,8 +51,8 @@ _METHODS: list[_Method] = []
 # In the order of struct python in native.c.
 _PYTHON = (
     "PyList_GetItem", "PyList_Size", "PyLong_AsLongLong", "PyFloat_AsDouble", "PyByteArray_FromStringAndSize",
-    "PyByteArray_AsString", "PyLong_FromLongLong", "PyFloat_FromDouble", "PyList_New", "PyList_SetItem",
-    "PyErr_Occurred", "PyErr_NoMemory", "Py_IncRef", "Py_DecRef",
+    "PyByteArray_AsString", "PyObject_IsInstance", "PyLong_FromLongLong", "PyFloat_FromDouble", "PyList_New",
+    "PyList_SetItem", "PyErr_Occurred", "PyErr_NoMemory", "Py_IncRef", "Py_DecRef",
 )  # fmt: skip
 
 
@@ -118,7 +118,7 @@ def builtin(library: Any, name: str) -> Any:
 def python() -> ctypes.Array[ctypes.c_void_p]:
     """What native.c needs of Python and torch: its struct python."""
     functions = [ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p) for name in _PYTHON]
-    return (ctypes.c_void_p * (len(functions) + 1))(*functions, exporter())
+    return (ctypes.c_void_p * (len(functions) + 2))(*functions, id(bytearray), exporter())
 
 
 def openmp() -> Any:

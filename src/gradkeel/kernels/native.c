@@ -51,6 +51,7 @@ struct python {
     double (*real)(void *number);                     /* PyFloat_AsDouble */
     void *(*memory)(const char *from, intptr_t size); /* PyByteArray_FromStringAndSize */
     char *(*content)(void *memory);                   /* PyByteArray_AsString */
+    int (*is_of)(void *object, void *type);           /* PyObject_IsInstance */
     void *(*number)(long long value);                 /* PyLong_FromLongLong */
     void *(*float_of)(double value);                  /* PyFloat_FromDouble */
     void *(*list)(intptr_t length);                   /* PyList_New */
@@ -59,6 +60,7 @@ struct python {
     void *(*no_memory)(void);                         /* PyErr_NoMemory */
     void (*hold)(void *object);                       /* Py_IncRef */
     void (*release)(void *object);                    /* Py_DecRef */
+    void *type_of_memory;                             /* bytearray */
     int (*export)(void *tensor, struct dltensor *to); /* DLPackExchangeAPI's dltensor_from_py_object_no_sync */
 };
 
@@ -922,18 +924,18 @@ static int follow(const struct formula *f, int64_t cells, const double *shared, 
 
 static void *pointer(void *number) { return (void *)(intptr_t)python.whole(number); }
 
-/* What stands before the table in the memory that `describe` returns; the norms [count] stand behind the table. */
+/* What stands before the table in the memory that `describe` returns. */
 struct answer {
     int64_t taken, rows, table;
     double total;
     int32_t is_read, are_apart, is_wide, unused;
 };
 
-/* describe(list, dim, norm, team): a table of the tensors of a list, see `describe` above. Where norm is not below zero
- * and they are few entries they are read at once, so that a small model costs one call: for more the GIL would keep
- * others waiting.
+/* describe(list, dim, norm, team, norms): a table of the tensors of a list, see `describe` above. Where norm is not below
+ * zero and they are few entries they are read at once, into a bytearray of [count] norms, so that a small model costs one
+ * call: for more the GIL would keep others waiting.
  *
- * Returns a bytearray: a struct answer, the table, and room for the norms. `taken` is how many tensors were fit, and the
+ * Returns a bytearray: a struct answer and the table. `taken` is how many tensors were fit, and the
  * rest is there if all were; is_read tells whether norms and total were written, or, below zero, that there was no memory.
  */
 EXPORT void *gradkeel_describe(void *self, void *const *arguments, intptr_t given) {
@@ -942,7 +944,7 @@ EXPORT void *gradkeel_describe(void *self, void *const *arguments, intptr_t give
     int64_t count = python.length(list), dim = python.whole(arguments[1]), norm = python.whole(arguments[2]);
     const struct team *team = pointer(arguments[3]);
     if (python.error()) return NULL;
-    size_t size = sizeof(struct answer) + (size_t)count * (sizeof(struct tensor) + sizeof(double));
+    size_t size = sizeof(struct answer) + (size_t)count * sizeof(struct tensor);
     void *memory = python.memory(NULL, (intptr_t)size);
     if (memory == NULL) return NULL;
     struct answer *answer = (struct answer *)python.content(memory);
@@ -961,7 +963,7 @@ EXPORT void *gradkeel_describe(void *self, void *const *arguments, intptr_t give
         answer->is_wide |= table[i].kind == FLOAT64;
     }
     if (entries >= GRAIN) return memory;
-    double *norms = (double *)(table + count);
+    double *norms = (double *)python.content(arguments[4]);
     answer->is_read = gradkeel_read(table, count, (int32_t)norm, norms, NULL, NULL, team) == 0 ? 1 : -1;
     answer->total = gradkeel_total(norms, count, (int32_t)norm);
     return memory;
@@ -1040,7 +1042,8 @@ static void *listed(const double *numbers, int64_t cells) {
 }
 
 /* follow(formula, cells, shared, norms, looks, l[, before, size]): see `follow` above. `shared` is a list of numbers; where
- * `norms` is 0 the norm of the only cell is the last of them. `before` is what was returned the last time.
+ * there is one more than the formula takes, that is the norm of the only cell; else `norms` is an address, or a bytearray
+ * of them. `before` is what was returned the last time.
  *
  * Returns a list: the first two results, each a list of numbers, and all that `follow` writes as a bytearray. */
 EXPORT void *gradkeel_follow(void *self, void *const *arguments, intptr_t given) {
@@ -1048,7 +1051,11 @@ EXPORT void *gradkeel_follow(void *self, void *const *arguments, intptr_t given)
     const struct formula *f = pointer(arguments[0]);
     int64_t cells = python.whole(arguments[1]), l = python.whole(arguments[5]);
     int64_t size = given > 7 ? python.whole(arguments[7]) : 0;
-    const double *norms = pointer(arguments[3]), *looks = pointer(arguments[4]), *before = NULL;
+    const double *norms = NULL, *looks = pointer(arguments[4]), *before = NULL;
+    if (python.length(arguments[2]) == f->shared) {
+        int is_memory = python.is_of(arguments[3], python.type_of_memory) == 1;
+        norms = is_memory ? (double *)python.content(arguments[3]) : pointer(arguments[3]);
+    }
     if (given > 6) before = (double *)python.content(arguments[6]) + cells * (f->results - (f->own - 1 - l));
     double shared[MOST_NUMBERS + 1];
     for (int64_t i = 0; i < f->shared + (norms == NULL); i++) shared[i] = python.real(python.item(arguments[2], i));

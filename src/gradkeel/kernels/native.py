@@ -11,25 +11,23 @@ import os
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from gradkeel.kernels.library import VARIABLE, UnavailableError, builtin, load, openmp, python
-from gradkeel.norms import from_list
+from gradkeel.norms import from_list, late
 from gradkeel.tensors import are_plain
 
 LEVELS = ("baseline", "avx2", "avx512")
 _OFF, _ON = {"off", "0", "no", "false"}, {"", "on", "1", "yes", "true"}
 NORMS = {math.inf: 0, 1.0: 1, 2.0: 2}
 """The norm types that the kernels know, with the C code's numbers for them."""
-_BYTES_OF_A_TENSOR = 32
 # struct answer of native.c: taken, rows, table, total, is_read, are_apart, is_wide.
 _ANSWER, _TAKEN = struct.Struct("3qd4i"), struct.Struct("q")
 _NO_MEMORY = "gradkeel: no memory for the list of jobs"
 _OF_TENSOR, _OF_ROW, _OF_ALL = range(3)
-_NOTHING = torch.empty(0, dtype=torch.float64, device="cpu")
 # What torch raises for a tensor without memory of its own: sparse, meta, wrapped.
 _NO_ADDRESS = (RuntimeError, BufferError, TypeError, ValueError)
 
@@ -63,7 +61,9 @@ class Table:
     is_wide: bool = False
 
 
-class Read(NamedTuple):
+@late("norms")
+@dataclass(slots=True, eq=False)
+class Read:
     """What one read of k tensors gave, in float64 (float32 on devices without it).
 
     Attributes:
@@ -79,6 +79,12 @@ class Read(NamedTuple):
     units: Tensor | None = None
     peaks: Tensor | None = None
     table: Table | None = None
+
+    if TYPE_CHECKING:
+
+        @property
+        def known_norms(self) -> Any:
+            """The same as the norms, or the host's memory of them that they were given as."""
 
 
 class Kernels:
@@ -136,18 +142,20 @@ class Kernels:
             otherwise: where a tensor is not fit as it is, the table is of what this makes of each of them.
         """
         held, team = list(tensors), self._team()
-        memory = self._tabled(held, -1 if unit_dim is None else unit_dim, -1, team)
+        memory = self._tabled(held, -1 if unit_dim is None else unit_dim, -1, team, None)
         if memory is not None:
             _, rows, address, *_ = _ANSWER.unpack_from(memory)
             return Table(held, address, rows, team, memory)
         return None if otherwise is None else self.table([otherwise(tensor) for tensor in held], unit_dim)
 
-    def _tabled(self, tensors: list[Tensor], dim: int, norm: int, team: int) -> bytearray | None:
+    def _tabled(
+        self, tensors: list[Tensor], dim: int, norm: int, team: int, norms: bytearray | None
+    ) -> bytearray | None:
         """What native.c's ``describe`` gives; None where one of them is not fit for the table."""
         if not are_plain(tensors):
             return None
         try:
-            memory: bytearray = self._describe(tensors, dim, norm, team)
+            memory: bytearray = self._describe(tensors, dim, norm, team, norms)
         except _NO_ADDRESS:
             return None
         return memory if _TAKEN.unpack_from(memory)[0] == len(tensors) else None
@@ -178,15 +186,14 @@ class Kernels:
         Few entries are read in the same call that looks where they lie; for more the interpreter's lock is released.
         """
         count, norm, team = len(tensors), NORMS[norm_type], self._team()
-        memory = self._tabled(tensors, -1, norm, team)
+        norms: Any = bytearray(8 * count)
+        memory = self._tabled(tensors, -1, norm, team, norms)
         if memory is None:
             return None
         _, _, address, total, is_read, are_apart, is_wide, _ = _ANSWER.unpack_from(memory)
-        first = _ANSWER.size + _BYTES_OF_A_TENSOR * count
-        norms = torch.frombuffer(memory, dtype=torch.float64, offset=first) if count else _NOTHING.clone()
         are_few = is_read != 0
         if not are_few:
-            pointer = norms.data_ptr()
+            pointer = ctypes.addressof(ctypes.c_char.from_buffer(norms))
             is_read = 1 if self._read(address, count, norm, pointer, None, None, team) == 0 else -1
             total = self._total(pointer, count, norm)
         if is_read < 0:

@@ -1,6 +1,7 @@
 """This module reads tensors on one accelerator, in float64 and without a sync of the host."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ def read(
         found = Read(foreach.norms(tensors, norm_type, wide), peaks=extremes)
     if found.units is None and unit_dim is not None:
         miss()
-        found = found._replace(units=_units(tensors, norm_type, found.norms, unit_dim))
+        found = replace(found, units=_units(tensors, norm_type, found.norms, unit_dim))
     return found
 
 

@@ -5,6 +5,7 @@ On CPU the native kernels read where they are in use, torch's own operations els
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -87,7 +88,7 @@ def _reading(
             read_here = partial(accelerator.read, wide=wide_dtype(kind))
         own = read_here(chosen, norm_type, unit_dim=unit_dim if placed is entries else None, peaks=with_peaks)
         if placed is not entries:
-            own = own._replace(units=read_here(cut, norm_type, unit_dim=unit_dim, peaks=False).units)
+            own = replace(own, units=read_here(cut, norm_type, unit_dim=unit_dim, peaks=False).units)
         total = own.total if len(places) == 1 else None
         held = (own.norms, own.units, own.peaks)
         found.append([one.to(device, wide, non_blocking=True) for one in held if one is not None])
@@ -144,7 +145,7 @@ def _native_reading(
         if (found := kernels.norms(list(tensors), norm_type)) is not None:
             return found
         found = kernels.norms([entries_to_read(tensor) for tensor in tensors], norm_type)
-        return None if found is None else found._replace(table=None)
+        return None if found is None else Read(found.norms, found.total)
     # What sparse, complex and sharded tensors hold is dense, but not cut into units as they are.
     table = kernels.table(tensors, unit_dim, otherwise=entries_to_read if unit_dim is None else None)
     if table is None or (with_peaks and any(map(Tensor.is_neg, table.tensors))):

@@ -2,18 +2,19 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from gradkeel.kernels.native import Read, Table
 from gradkeel.measure.powers import read, unit_count, wide_dtype
-from gradkeel.norms import GradientNorms, Needs, combine
+from gradkeel.norms import GradientNorms, Needs, combine, late
 from gradkeel.selection import Selection
 from gradkeel.tensors import local_parts, without_codes
 
 
+@late("norms")
 @dataclass(slots=True, eq=False)
 class Readings:
     """Norms of a selection's stored gradients, without prescale: one rank's, or all ranks' together.
@@ -34,6 +35,12 @@ class Readings:
     unit_weights: Tensor | None = None
     total: Tensor | float | None = None
     table: Table | None = None
+
+    if TYPE_CHECKING:
+
+        @property
+        def known_norms(self) -> Any:
+            """The same as the norms, or the host's memory of them that they were given as."""
 
 
 class Members(Protocol):
@@ -119,7 +126,7 @@ def readings(selection: Selection, needs: Needs, device: torch.device) -> Readin
         if not needs.weights:
             return Readings(
                 present,
-                reading.norms,
+                reading.known_norms,
                 reading.units,
                 reading.peaks,
                 total=reading.total,
@@ -154,17 +161,17 @@ def true_norms(
     """Return ``blank`` with the norms of a step's true gradients: those of the stored ones times ``prescale``."""
     if not blank.names:
         return blank
-    norms, units, peaks = found.norms, found.units, found.peaks
+    norms, units, peaks = found.known_norms, found.units, found.peaks
     total: Any = found.total
     if not (isinstance(prescale, float) and prescale == 1.0):
-        norms = norms * prescale
+        norms = found.norms * prescale
         units = None if units is None else units * prescale
         peaks = None if peaks is None else peaks * prescale
         # What the host knows stays a number of the host's.
         is_known = isinstance(total, Tensor) or isinstance(prescale, float)
         total = total * prescale if total is not None and is_known else None
     if total is None:
-        total = combine(norms, blank.norm_type)
+        total = combine(found.norms if isinstance(norms, bytearray) else norms, blank.norm_type)
     return GradientNorms(
         names=blank.names,
         norms=norms,

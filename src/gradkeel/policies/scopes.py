@@ -99,19 +99,22 @@ class WrittenCell(Cells):
         self.all_valid = False
 
     @staticmethod
-    def plain(measured: GradientNorms, scope: Scope) -> tuple[Tensor | list[float], int, float]:
+    def plain(measured: GradientNorms, scope: Scope) -> tuple[Tensor | bytearray | list[float], int, float]:
         """Return the cells' norms, [k] float64 or numbers, their number, and the norm of all; 0 if not on the host."""
-        norms, total = measured.norms, measured.known_total
+        total = measured.known_total
         if isinstance(total, Tensor):  # else it was the host that read the gradients
-            if not is_on_host(norms) or norms.dtype != torch.float64:
-                return norms, 0, 0.0
+            if not is_on_host(measured.norms) or measured.norms.dtype != torch.float64:
+                return [], 0, 0.0
             total = total.item()
         if scope == "global":
             return [total], 1, total
+        norms = measured.known_norms
         if scope == "unit" and measured.units is not None:
             norms = measured.units
         elif scope == "group":
             norms = Cells(measured, scope).norms
+        if isinstance(norms, bytearray):
+            return norms, len(norms) // 8, total
         return norms.contiguous(), norms.shape[0], total
 
     @property
@@ -137,7 +140,7 @@ class WrittenLoss(WrittenCell):
     """What stands for the loss as one cell."""
 
     @staticmethod
-    def plain(measured: GradientNorms, scope: Scope) -> tuple[Tensor | list[float], int, float]:
+    def plain(measured: GradientNorms, scope: Scope) -> tuple[Tensor | bytearray | list[float], int, float]:
         """Return the loss and the norm of all in plain numbers, where both are on the host; else no loss."""
         loss = measured.loss
         if loss is None or not loss.is_cpu or not is_on_host(measured.norms):

@@ -5,7 +5,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from gradkeel.norms import GradientNorms, State, compilers
+from gradkeel.norms import GradientNorms, State, compilers, from_memory
 from gradkeel.policies.base import Scope
 from gradkeel.policies.numbers import Memory, Number
 from gradkeel.policies.scopes import Cells, WrittenCell
@@ -113,6 +113,8 @@ class WrittenVerdict:
         self, total: float, step: int, norms: Any, looks: Sequence[Tensor], state: State
     ) -> Verdicts:
         """Return the verdicts on the cells by Python."""
+        if isinstance(norms, bytearray):
+            norms = from_memory(norms)
         columns = [norms.tolist() if isinstance(norms, Tensor) else norms, *(look.tolist() for look in looks)]
         if not self._remembers:
             found, bounds = self._formula.plain(total, step, *columns)
