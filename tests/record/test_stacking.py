@@ -79,4 +79,4 @@ def test_steps_of_an_accelerator_are_stacked_there(kinds):
         assert (name, values.device.type, values.shape) == (name, "meta", wide.get(name, (rows,)))
         assert values.dtype == torch.float64
     assert ("outcome_total" in series) == (outcomes > 0)
-    assert [own.stacked_present().tolist() for own in kept.columns] == [[[1, 1, 0], [1, 1, 1]], [[1], [1]]]
+    assert [own.present().tolist() for own in kept.columns] == [[[1, 1, 0], [1, 1, 1]], [[1], [1]]]

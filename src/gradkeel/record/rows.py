@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradkeel.guard.report import SelectionReport, SkipReason, StepReport, nonfinite_words
 from gradkeel.kernels.arrival import Arrival, to_host
-from gradkeel.norms import combine, from_list
+from gradkeel.norms import combine, from_list, from_memory
 from gradkeel.outcome import Outcome
 from gradkeel.record.lag import SERIES, Lag
 from gradkeel.record.schema import CLIPPED, NONFINITE, SCALAR_PREFIX, STEPPED
@@ -60,58 +60,64 @@ class Sample:
         return Sample(self.names, to_host(self.weights), to_host(self.updates), lag)
 
 
-@dataclass(slots=True, eq=False)
 class Columns:
-    """What one selection's steps have measured and decided: an entry a step, or by the step's place.
+    """What one selection's steps have measured and decided.
 
-    Attributes:
-        norms, coefficients: of each step.
-        weights, peaks: where they were measured.
-        present: where it is not what it was the step before.
-        last: the last step's ``present``.
+    Args:
+        like: [n] norms of one of its steps.
     """
 
-    norms: list[Tensor] = field(default_factory=list)
-    coefficients: list[Tensor | list[float] | float | Outcome | None] = field(default_factory=list)
-    weights: dict[int, Tensor] = field(default_factory=dict)
-    peaks: dict[int, Tensor] = field(default_factory=dict)
-    present: dict[int, tuple[bool, ...]] = field(default_factory=dict)
-    last: tuple[bool, ...] | None = None
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        # Of each step: its norms, coefficients, norms of weights, peaks, and which parameters have a gradient.
+        self._steps: list[tuple[Any, ...]] = []
 
-    def add(self, place: int, selection: SelectionReport) -> None:
+    def add(self, selection: SelectionReport) -> None:
         """Take a step's."""
-        measured, decision, present = selection.measured, selection.decision, selection.present
-        self.norms.append(measured.norms)
-        self.coefficients.append(
+        measured, decision = selection.measured, selection.decision
+        factors: Any = (
             decision.known_coefficients if decision.unit_coefficients is None else selection.outcome
         )
-        if measured.weights is not None:
-            self.weights[place] = measured.weights
-        if measured.peaks is not None:
-            self.peaks[place] = measured.peaks
-        if present != self.last:
-            self.last = self.present[place] = present
+        self._steps.append(
+            (
+                measured.known_norms,
+                tuple(factors) if type(factors) is list else factors,
+                measured.weights,
+                measured.peaks,
+                selection.present,
+            )
+        )
 
-    def stacked_coefficients(self) -> Tensor:
+    def norms(self) -> Tensor:
         """[k, n] of all steps."""
-        values = [own.coefficients() if isinstance(own, Outcome) else own for own in self.coefficients]
-        return _coefficients(values, self.norms[0])
+        norms = [step[0] for step in self._steps]
+        if all(type(own) is bytearray for own in norms):
+            return from_memory(bytearray().join(norms)).reshape(len(norms), self._like.numel())
+        return torch.stack([from_memory(own) if isinstance(own, bytearray) else own for own in norms])
 
-    def stacked(self, known: Mapping[int, Tensor], unknown: Tensor, shape: Sequence[int]) -> Tensor:
+    def coefficients(self) -> Tensor:
+        """[k, n] of all steps."""
+        values = [own.coefficients() if isinstance(own, Outcome) else own for _, own, *_ in self._steps]
+        return _coefficients(values, self._like)
+
+    def known(self, place: int) -> list[Tensor | None]:
+        """Of each step the norms of weights (2) or the peaks (3), where they were measured."""
+        return [step[place] for step in self._steps]
+
+    def stacked(self, known: Sequence[Tensor | None], unknown: Tensor, shape: Sequence[int]) -> Tensor:
         """[k, n, ...] of what is known of some steps; ``unknown`` elsewhere."""
-        rows = enumerate(self.norms)
-        return torch.stack([known.get(i, unknown).expand(*norms.shape, *shape) for i, norms in rows])
+        blank = unknown.expand(*self._like.shape, *shape)
+        return torch.stack([blank if own is None else own for own in known])
 
-    def stacked_present(self) -> Tensor:
+    def present(self) -> Tensor:
         """[k, n] of all steps, on the host."""
-        starts = [*self.present, len(self.norms)]
-        flags = torch.tensor(list(self.present.values()), dtype=torch.uint8)
-        lasting = torch.tensor([end - start for start, end in itertools.pairwise(starts)])
-        return flags.repeat_interleave(lasting, dim=0)
+        runs = [(flags, len(list(run))) for flags, run in itertools.groupby(step[4] for step in self._steps)]
+        flags = torch.tensor([own for own, _ in runs], dtype=torch.uint8)
+        return flags.repeat_interleave(torch.tensor([steps for _, steps in runs]), dim=0)
 
 
 class Kept:
-    """Steps of one layout as the training thread leaves them: in columns, and nothing computed that can wait.
+    """Steps of one layout as the training thread leaves them, and nothing computed that can wait.
 
     Of a step that was made, multiplied by factors of parameters at most, only numbers and tensors are kept: whatever
     else is alive for long, the interpreter's garbage collection goes through again and again, with all that there is.
@@ -119,11 +125,12 @@ class Kept:
 
     def __init__(self, first: StepReport) -> None:
         self.selections = first.selections
-        places = [i for i, selection in enumerate(self.selections) if selection.measured.names]
-        self._places = places or [0]
-        self.columns = [Columns() for _ in self._places]
+        self.like = self.selections[0].measured.norms
+        places = [i for i, selection in enumerate(self.selections) if selection.measured.names] or [0]
+        self.columns = [Columns(self.selections[i].measured.norms) for i in places]
+        self._placed = list(zip(places, self.columns, strict=True))
         # Of each step: its number, when it ended, the main selection's norm and bound, and whether it was made.
-        self.steps: list[tuple[int, float, Tensor | float, Tensor | float, bool | Tensor]] = []
+        self.steps: list[tuple[int, float, Tensor | float, Any, bool | Tensor]] = []
         self.scalars: list[dict[str, Tensor | float]] = []
         self.samples: list[tuple[int, Sample]] = []
         # By place: of steps that do more than multiply each parameter by a factor, also the norm that was measured.
@@ -138,40 +145,44 @@ class Kept:
         self, report: StepReport, time: float, scalars: dict[str, Tensor | float], sample: Sample | None
     ) -> None:
         """Take a step, and at once what reads its gradients, and tensors that are the user's."""
-        selections, place = report.selections, len(self.steps)
+        selections = report.selections
         main = selections[0]
-        decision, norms, bound = main.decision, main.measured.norms, _bound(main)
+        decision = main.decision
+        bound: Any = decision.known_bound
         for name, value in scalars.items():
             if type(value) is not float:
-                scalars[name] = _own(value, norms)
+                scalars[name] = _own(value, self.like)
         if decision.clamp is not None or decision.unit_coefficients is not None:
             total = None if decision.clamp is None else main.clipped_total()
-            self.outcomes[place] = main.outcome, total
+            self.outcomes[len(self.steps)] = main.outcome, total
+            bound = main.outcome.bound()
         # From here on nothing fails, which would leave a part of the step.
-        for i, columns in zip(self._places, self.columns, strict=True):
-            columns.add(place, selections[i])
+        for i, columns in self._placed:
+            columns.add(selections[i])
         made = report.stepped_or_pending
+        if made is not True:
+            self.maybe_skipped[len(self.steps)] = report
+        if type(bound) is list:
+            bound = tuple(bound)
         self.steps.append((report.step, time, main.measured.known_total, bound, made))
         self.scalars.append(scalars)
-        if made is not True:
-            self.maybe_skipped[place] = report
         if sample is not None:
             self.samples.append((report.step, sample))
 
     def stacked(self) -> dict[str, Tensor]:
         """The steps' tensors where they are, stacked: [k] and [k, n]."""
-        unknown = self.columns[0].norms[0].new_full((), math.nan)
+        unknown = self.like.new_full((), math.nan)
         _, _, totals, bounds, made = zip(*self.steps, strict=True)
         series = {
             "total": _scalars(totals, unknown),
-            "bound": _scalars(bounds, unknown),
+            "bound": _scalars([_least(bound) for bound in bounds], unknown),
             "stepped": _scalars(made, unknown),
-            "norms": torch.cat([torch.stack(own.norms) for own in self.columns], dim=1),
-            "coefficients": torch.cat([own.stacked_coefficients() for own in self.columns], dim=1),
+            "norms": torch.cat([own.norms() for own in self.columns], dim=1),
+            "coefficients": torch.cat([own.coefficients() for own in self.columns], dim=1),
         }
-        for name in ("weights", "peaks"):
-            known: list[dict[int, Tensor]] = [getattr(own, name) for own in self.columns]
-            one = next((value for own in known for value in own.values()), None)
+        for name, place in (("weights", 2), ("peaks", 3)):
+            known = [own.known(place) for own in self.columns]
+            one = next((value for own in known for value in own if value is not None), None)
             if one is not None:
                 parts = zip(self.columns, known, strict=True)
                 series[name] = torch.cat(
@@ -260,12 +271,11 @@ class Batch:
 
     def __init__(self, kept: Kept, subject: Subject) -> None:
         self._kept, self._subject = kept, subject
-        norms = kept.columns[0].norms[0]
         self._series: dict[str, Tensor] | None = None
-        if not norms.is_cpu:
+        if not kept.like.is_cpu:
             self._series = {name: to_host(value) for name, value in kept.stacked().items()}
         self._samples = [(step, sample.on_host()) for step, sample in kept.samples]
-        self._arrival = Arrival(norms.device)
+        self._arrival = Arrival(kept.like.device)
 
     def __len__(self) -> int:
         """How many steps they are."""
@@ -281,7 +291,7 @@ class Batch:
         steps = [step[0] for step in kept.steps]
         series["step"] = from_list(steps, torch.int64)
         series["time"] = from_list([step[1] for step in kept.steps])
-        series["present"] = torch.cat([columns.stacked_present() for columns in kept.columns], dim=1)
+        series["present"] = torch.cat([columns.present() for columns in kept.columns], dim=1)
         self._add_lags(series, steps)
         stepped = (series["verdict"] & STEPPED).tolist()
         return Rows(
@@ -301,12 +311,13 @@ class Batch:
             series[name] = from_list([lags.get(step, own) for step, own in zip(steps, logged, strict=True)])
 
 
-def _bound(selection: SelectionReport) -> Tensor | float:
-    known = selection.decision.known_bound
-    if isinstance(known, float):
-        return known
-    bound = selection.outcome.bound()
-    return math.nan if bound is None else bound
+def _least(bound: Any) -> Tensor | float:
+    """The smallest bound of a step; NaN where there is none."""
+    if isinstance(bound, Tensor):
+        return bound.min() if bound.numel() else math.nan
+    if isinstance(bound, tuple):
+        return min(bound, default=math.nan)
+    return math.nan if bound is None else float(bound)
 
 
 def _scalars(values: Sequence[Tensor | float], like: Tensor) -> Tensor:
@@ -319,11 +330,11 @@ def _scalars(values: Sequence[Tensor | float], like: Tensor) -> Tensor:
     )
 
 
-def _coefficients(values: Sequence[Tensor | list[float] | float | None], norms: Tensor) -> Tensor:
+def _coefficients(values: Sequence[Tensor | tuple[float, ...] | float | None], norms: Tensor) -> Tensor:
     """[k, n] from one coefficient a step, or one a parameter and step; None is 1."""
     filled: list[Any] = [1.0 if value is None else value for value in values]
     if set(map(type, filled)) != {float}:
-        filled = [from_list(value) if isinstance(value, list) else value for value in filled]
+        filled = [from_list(value) if isinstance(value, tuple) else value for value in filled]
         if any(isinstance(value, Tensor) and value.dim() for value in filled):
             return torch.stack(
                 [v.expand_as(norms) if isinstance(v, Tensor) else torch.full_like(norms, v) for v in filled]
