@@ -7,7 +7,7 @@ from operator import mul, or_
 from typing import Any, ClassVar
 
 from gradkeel.norms import Decision, GradientNorms, Needs, State
-from gradkeel.policies.base import Policy, count
+from gradkeel.policies.base import Policy, ask, count
 from gradkeel.policies.clip import Clip
 from gradkeel.policies.states import JoinedState
 
@@ -83,7 +83,7 @@ class Chain(Composite):
         total, decision, states = Decision(), Decision(), {}
         for i, stage in enumerate(self.stages):
             norms = norms.after(decision)
-            decision, states[str(i)] = stage.decide(norms, part(state, str(i)))
+            decision, states[str(i)] = ask(stage, norms, part(state, str(i)))
             total = _product(total, decision)
         return total, JoinedState(states)
 
@@ -153,11 +153,11 @@ class Warmup(Composite):
         is_early = norms.step <= self.steps
         decision, states = Decision(), {"before": part(state, "before"), "after": part(state, "after")}
         if self.after is not None:
-            decision, states["after"] = self.after.decide(norms, states["after"])
+            decision, states["after"] = ask(self.after, norms, states["after"])
         if is_early:
             decision = Decision()
         if self.before is not None and is_early:
-            decision, states["before"] = self.before.decide(norms, states["before"])
+            decision, states["before"] = ask(self.before, norms, states["before"])
         return decision, JoinedState(states)
 
     def __repr__(self) -> str:
