@@ -421,6 +421,24 @@ def test_a_copied_optimizer_warns_and_can_be_guarded(optimizer, copied):
     assert guard.report.clipped
 
 
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, copy.copy, pickle.dumps, lambda it: torch.save(it, io.BytesIO())]
+)
+@pytest.mark.parametrize("holder", ["guard", "accumulator", "trainer"])
+def test_a_guard_is_saved_by_its_state(net, optimizer, tmp_path, copied, holder):
+    guard = gk.attach(optimizer, gk.ClipByNorm(0.1), model=net, record=tmp_path / "run.keel")
+    net(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    what = {"guard": guard, "accumulator": gk.Accumulator(guard, steps=2), "trainer": [guard]}[holder]
+    if copied is not copy.copy or holder == "guard":
+        with pytest.raises(
+            TypeError, match=r"a Guard cannot be copied or pickled.*save guard.state_dict\(\)"
+        ):
+            copied(what)
+    copied(guard.state_dict())
+    guard.detach()
+
+
 def test_a_models_copies_are_clean(net, optimizer):
     """The guard watches one parameter; a copy of the model for an average of weights must not be watched too."""
     gk.attach(optimizer, gk.ClipByNorm(0.1), model=net)

@@ -1,7 +1,7 @@
 """The guard: what outlives a step, and what a user asks of it."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -138,6 +138,14 @@ class Guard(Pipeline):
         kinds = " + ".join(type(optimizer).__name__ for optimizer in self.optimizers)
         head = f"Guard({kinds}, step {self._step}, nonfinite={self.nonfinite!r})"
         return "\n".join([head, *self._roster.lines()])
+
+    def __getstate__(self) -> NoReturn:
+        """Refuse to be copied or pickled, alone or as part of something: a guard lives in its optimizers' steps."""
+        raise TypeError(
+            "a Guard cannot be copied or pickled, for it belongs to the steps of its optimizer; save "
+            "guard.state_dict() instead, then attach() to the other optimizer and call load_state_dict() on the new "
+            "guard. An object that is copied or saved as a whole must not hold the guard"
+        )
 
     def log(self, **scalars: Tensor | float) -> None:
         """Note numbers of the coming step, such as ``loss=...`` and ``lr=...``; call it before ``optimizer.step()``.
