@@ -516,7 +516,7 @@ def test_the_repr_of_a_guard_of_many_parameters_is_short():
     parameters = [(f"layer{i}", torch.nn.Parameter(torch.ones(1))) for i in range(1000)]
     guard = gk.attach(torch.optim.SGD(parameters, lr=0.1), "norm:1.0")
     words = repr(guard)
-    assert "1000 parameters" in words
+    assert "1,000 parameters" in words
     assert "layer9" in words
     assert "... and 990 more" in words
     assert len(words.splitlines()) < 20

@@ -104,7 +104,7 @@ def test_a_length_spares_a_look_ahead(model):
 
 def test_a_loader_that_is_shorter_than_its_length_is_an_error(model):
     optimizer, accumulate = make(model, steps=4)
-    with pytest.raises(gk.WindowError, match=r"ended after 2 of 4.*shorter than its length"):
+    with pytest.raises(gk.WindowError, match=r"ended after micro-batch 2 of 4.*shorter than its length"):
         run(model, optimizer, accumulate, Iterated(MICROS, 3))
     with pytest.raises(gk.WindowError, match=r"have not been exchanged between ranks.*drop\(\)"):
         accumulate.finish()
