@@ -17,6 +17,7 @@ from gradkeel.guard.closure import AbandonedStepError, Closure
 from gradkeel.guard.prescale import LossScale, put_back, set_attribute, take_loss_scale
 from gradkeel.guard.report import Recorder, StepReport
 from gradkeel.ranks.group import is_running
+from gradkeel.selection import learning_rate
 from gradkeel.tensors import entries_to_read
 
 MARK = "_gradkeel_guard"
@@ -234,8 +235,8 @@ def only_creates_state(optimizer: Optimizer, parameters: Sequence[Tensor], *, al
     if any(optimizer.state.values()):
         return False
     for group in optimizer.param_groups:
-        rate = group.get("lr")
-        if rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu") or float(rate) != 0.0:
+        rate = learning_rate(group)
+        if not isinstance(rate, float) or rate != 0.0:
             return False
     if any(p.grad is not None and bool(entries_to_read(p.grad).any()) for p in parameters):
         return False
