@@ -73,6 +73,9 @@ def test_the_arguments_and_their_defaults():
         ({"max_consecutive_skips": 0}, ValueError, "must be at least 1"),
         ({"max_consecutive_skips": True}, TypeError, "must be an int"),
         ({"max_consecutive_skips": 1.5}, TypeError, "must be an int"),
+        ({"model": "net"}, TypeError, r"attach\(model=...\): model must be a torch.nn.Module, not str"),
+        ({"model": []}, TypeError, "model must be a torch.nn.Module, not list"),
+        ({"exclude": 3}, TypeError, r"attach\(exclude=...\): exclude must be a name pattern.*, not int"),
     ],
 )
 def test_wrong_arguments_are_named(optimizer, arguments, kind, words):

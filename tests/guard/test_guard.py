@@ -524,6 +524,11 @@ def test_what_is_no_number_is_not_logged(value):
     guard = gk.attach(sgd(parameters_of([3.0, 4.0])), "skip-step")
     with pytest.raises(ValueError, match=r"guard\.log\(loss=\.\.\.\): wants one real number.*mean"):
         guard.log(loss=value)
+    for other in ("low", None, [1.0]):
+        with pytest.raises(
+            TypeError, match=r"guard\.log\(loss=.*\): wants one real number, not (str|NoneType|list)"
+        ):
+            guard.log(loss=other)
     guard.log(loss=torch.ones(1, 1))
     guard.optimizer.step()
     assert guard.report.stepped

@@ -155,6 +155,7 @@ class Guard(Pipeline):
 
         Raises:
             ValueError: for a tensor that is not one real number.
+            TypeError: for what is no number.
         """
         for name, value in scalars.items():
             if isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex()):
@@ -162,7 +163,12 @@ class Guard(Pipeline):
                     f"guard.log({name}=...): wants one real number, not a tensor of shape {tuple(value.shape)} and "
                     f"{value.dtype}; log its mean"
                 )
-            self._scalars[name] = value.detach().clone() if isinstance(value, Tensor) else float(value)
+            try:
+                self._scalars[name] = value.detach().clone() if isinstance(value, Tensor) else float(value)
+            except (TypeError, ValueError):
+                raise TypeError(
+                    f"guard.log({name}={value!r}): wants one real number, not {type(value).__name__}"
+                ) from None
 
     @property
     def logged(self) -> dict[str, Tensor | float]:
