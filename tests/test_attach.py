@@ -73,6 +73,9 @@ def test_the_arguments_and_their_defaults():
         ({"max_consecutive_skips": 0}, ValueError, "must be at least 1"),
         ({"max_consecutive_skips": True}, TypeError, "must be an int"),
         ({"max_consecutive_skips": 1.5}, TypeError, "must be an int"),
+        ({"model": "net"}, TypeError, r"attach\(model=...\): model must be a torch.nn.Module, not str"),
+        ({"model": []}, TypeError, "model must be a torch.nn.Module, not list"),
+        ({"exclude": 3}, TypeError, r"attach\(exclude=...\): exclude must be a name pattern.*, not int"),
     ],
 )
 def test_wrong_arguments_are_named(optimizer, arguments, kind, words):
@@ -421,6 +424,24 @@ def test_a_copied_optimizer_warns_and_can_be_guarded(optimizer, copied):
     assert guard.report.clipped
 
 
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, copy.copy, pickle.dumps, lambda it: torch.save(it, io.BytesIO())]
+)
+@pytest.mark.parametrize("holder", ["guard", "accumulator", "trainer"])
+def test_a_guard_is_saved_by_its_state(net, optimizer, tmp_path, copied, holder):
+    guard = gk.attach(optimizer, gk.ClipByNorm(0.1), model=net, record=tmp_path / "run.keel")
+    net(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    what = {"guard": guard, "accumulator": gk.Accumulator(guard, steps=2), "trainer": [guard]}[holder]
+    if copied is not copy.copy or holder == "guard":
+        with pytest.raises(
+            TypeError, match=r"a Guard cannot be copied or pickled.*save guard.state_dict\(\)"
+        ):
+            copied(what)
+    copied(guard.state_dict())
+    guard.detach()
+
+
 def test_a_models_copies_are_clean(net, optimizer):
     """The guard watches one parameter; a copy of the model for an average of weights must not be watched too."""
     gk.attach(optimizer, gk.ClipByNorm(0.1), model=net)
@@ -498,7 +519,7 @@ def test_the_repr_of_a_guard_of_many_parameters_is_short():
     parameters = [(f"layer{i}", torch.nn.Parameter(torch.ones(1))) for i in range(1000)]
     guard = gk.attach(torch.optim.SGD(parameters, lr=0.1), "norm:1.0")
     words = repr(guard)
-    assert "1000 parameters" in words
+    assert "1,000 parameters" in words
     assert "layer9" in words
     assert "... and 990 more" in words
     assert len(words.splitlines()) < 20

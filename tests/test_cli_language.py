@@ -104,6 +104,16 @@ def test_help(gradkeel, command):
     assert all(width(line) <= 80 for line in result.stdout.splitlines())
 
 
+@pytest.mark.parametrize("lang", ["en", "zh"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_arguments_without_their_python_types(gradkeel, command, lang):
+    words = gradkeel(command, "--help", lang=lang).stdout
+    assert not re.search(r"<\w|\{", words)
+    if command == "report":
+        assert "RUN..." in words
+        assert re.search(r"^  RUN  +\S", words, re.MULTILINE)
+
+
 def test_no_arguments_at_all(gradkeel):
     result = gradkeel()
     assert "用法：gradkeel [选项] 命令 [参数]..." in result.output.replace("root", "gradkeel")

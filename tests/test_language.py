@@ -25,10 +25,10 @@ def chinese():
     choose(None)
 
 
-def said(path):
+def said(path, makers):
     """The sentences of a file, and what it says that is put together before it can be looked up."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    made = {"say", "count"} & {
+    made = makers & {
         alias.name
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and node.module == "gradkeel.language"
@@ -55,8 +55,9 @@ def sentences(node, where):
         )
 
 
-def of_sources():
-    return {sentence: where for path in sorted(PACKAGE.rglob("*.py")) for sentence, where in said(path)}
+def of_sources(*makers):
+    paths = sorted(PACKAGE.rglob("*.py"))
+    return {sentence: where for path in paths for sentence, where in said(path, frozenset(makers))}
 
 
 def of_help():
@@ -97,7 +98,9 @@ def in_table():
 
 def test_every_sentence_of_the_sources_is_in_the_table():
     table = in_table()
-    assert {sentence: where for sentence, where in of_sources().items() if sentence not in table} == {}
+    assert {
+        sentence: where for sentence, where in of_sources("say", "count").items() if sentence not in table
+    } == {}
 
 
 def test_every_sentence_of_help_and_of_the_policies_is_in_the_table():
@@ -107,7 +110,7 @@ def test_every_sentence_of_help_and_of_the_policies_is_in_the_table():
 
 
 def test_no_entry_of_the_table_is_unused():
-    used = {*of_sources(), *of_help(), *of_policies()}
+    used = {*of_sources("say", "count"), *of_help(), *of_policies()}
     own = {english for section, entries in TABLE.items() if section != OTHERS for english in entries}
     assert own - used == set()
 
@@ -226,3 +229,29 @@ def test_verdicts_can_be_told_by_compare():
 
     for verdict in Verdict:
         assert CHINESE.search(shown(heard(verdict.replace("_", " ")))), verdict
+
+
+COUNTED = "steps|parameters|runs|records|seeds|policies|measurements|tensors|entries|threads|weights|batches"
+# These are said of two or more; see the condition beside each.
+OF_SEVERAL = {
+    "highest of {width} steps from {step} on",
+    "Each point stands for {width} steps: the line is their median, the shade their range.",
+    "Each cell is the highest norm of {width} steps.",
+    ", each on {n} accumulated batches",
+    "{n} records; a click on a name in a legend hides the run, a double click shows it alone.",
+    "Norm of the update over the norm of the weights it changed, at the {n:,} steps where it was measured. Above 1 an "
+    "update overwrites what was there.",
+    "The level of the gradient norm (its median over {stretch} steps) rose from {before} to {after}, {times} times, "
+    "without a jump.",
+}
+
+
+def test_what_may_be_one_is_counted():
+    """``count`` knows the sentence for one; "1 steps" comes of saying it otherwise."""
+    several = {one for one in of_sources("say") if re.search(rf"\}} (?:[a-z]+ )?(?:{COUNTED})\b", one)}
+    assert several == OF_SEVERAL
+
+
+def test_a_count_may_stand_among_other_values():
+    told = [count(n, "{n} of {k} was", "{n} of {k} were", k=3) for n in (0, 1, 2)]
+    assert told == ["0 of 3 were", "1 of 3 was", "2 of 3 were"]

@@ -103,6 +103,7 @@ def attach(
     optimizers = [unwrap(one) for one in (optimizer if isinstance(optimizer, list | tuple) else [optimizer])]
     sharing = Sharing(process_group, shard_over, nonfinite)
     try:
+        _check_kinds(model, exclude)
         _check(optimizers, nonfinite, max_consecutive_skips)
         policy, exclude = _read(policy, exclude)
         record = _checked_record(_from_environment(RECORD_VARIABLE) or record)
@@ -201,6 +202,16 @@ def _record(guard: Guard, record: Recorder | str | os.PathLike[str]) -> None:
     if bind is not None:
         bind(guard)
     guard.recorders.append(record)
+
+
+def _check_kinds(model: object, exclude: object) -> None:
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"attach(model=...): model must be a torch.nn.Module, not {type(model).__name__}")
+    if exclude is not None and not isinstance(exclude, Iterable) and not callable(exclude):
+        raise TypeError(
+            "attach(exclude=...): exclude must be a name pattern, a module, a parameter or a predicate, or a list of "
+            f"them, not {type(exclude).__name__}"
+        )
 
 
 def _check(optimizers: Sequence[Optimizer], nonfinite: str, max_consecutive_skips: int) -> None:

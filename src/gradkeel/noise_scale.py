@@ -94,11 +94,11 @@ class NoiseScale:
 def _check(method: str, weights: Sequence[float], norms: Sequence[float]) -> None:
     if len(weights) < 2:
         raise ValueError(
-            f"NoiseScale.{method}: {len(weights)} micro-batches; noise shows only in the difference of two or more"
+            f"NoiseScale.{method}: needs two micro-batches or more, not {len(weights)}; noise is their difference"
         )
     if len(norms) != len(weights):
         raise ValueError(
-            f"NoiseScale.{method}: {len(weights)} weights, but {len(norms)} norms; give one for each"
+            f"NoiseScale.{method}: weights and norms must be as many, not {len(weights)} and {len(norms)}"
         )
     for i, weight in enumerate(weights):
         if not (weight > 0 and math.isfinite(weight)):

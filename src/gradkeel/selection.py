@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -223,6 +224,16 @@ def group_policy(group: dict[str, Any], index: int) -> Policy | None:
         f"parameter group {index}: 'clip' must be a policy, a spec string such as 'norm:1.0', or None, "
         f"not {type(clip).__name__}"
     )
+
+
+def learning_rate(group: Mapping[str, Any]) -> float | Tensor | None:
+    """A parameter group's learning rate, [] where an accelerator has it; None where it is not one number."""
+    rate = group.get("lr")
+    if isinstance(rate, Tensor):
+        if rate.numel() != 1:
+            return None
+        return float(rate) if rate.is_cpu else rate
+    return float(rate) if isinstance(rate, Real) else None
 
 
 def restore_clips(groups: Groups, before: Iterable[tuple[int, Any]]) -> None:

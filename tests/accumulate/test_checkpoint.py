@@ -91,7 +91,7 @@ def test_a_resumed_window_goes_on_in_one_loop_only():
     killed.leave_open(MICROS)
     loop = resumed(killed.accumulate.state_dict(), steps=4)
     loop.leave_open(MICROS[:1])
-    with pytest.raises(gk.WindowError, match="a window is open after 3 of 4"):
+    with pytest.raises(gk.WindowError, match="a window is open after micro-batch 3 of 4"):
         loop.accumulate(MICROS)
 
 

@@ -183,9 +183,9 @@ def test_the_quotient_is_given_only_where_both_parts_are_positive(
 @pytest.mark.parametrize(
     ("weights", "norms", "words"),
     [
-        ([1], [1.0], "1 micro-batches; noise shows only in the difference of two or more"),
-        ([1, 2], [1.0], "2 weights, but 1 norms"),
-        ([1, 2], [1.0] * 3, "2 weights, but 3 norms"),
+        ([1], [1.0], "needs two micro-batches or more, not 1; noise is their difference"),
+        ([1, 2], [1.0], "weights and norms must be as many, not 2 and 1"),
+        ([1, 2], [1.0] * 3, "weights and norms must be as many, not 2 and 3"),
         ([1, 0], [1.0] * 2, r"weights\[1\]=0\).*must be a positive number"),
         ([-1, 2], [1.0] * 2, r"weights\[0\]=-1\)"),
         ([1, math.inf], [1.0] * 2, r"weights\[1\]=inf\)"),

@@ -104,7 +104,7 @@ def test_a_length_spares_a_look_ahead(model):
 
 def test_a_loader_that_is_shorter_than_its_length_is_an_error(model):
     optimizer, accumulate = make(model, steps=4)
-    with pytest.raises(gk.WindowError, match=r"ended after 2 of 4.*shorter than its length"):
+    with pytest.raises(gk.WindowError, match=r"ended after micro-batch 2 of 4.*shorter than its length"):
         run(model, optimizer, accumulate, Iterated(MICROS, 3))
     with pytest.raises(gk.WindowError, match=r"have not been exchanged between ranks.*drop\(\)"):
         accumulate.finish()
@@ -168,3 +168,31 @@ def test_wide_sums_are_rounded_for_the_exchange_only(model):
             micro.backward(model(torch.full((2,), micro.batch, dtype=torch.bfloat16)), weight=0.25)
     optimizer.step()
     assert moved(model) == [258.0] * 2
+
+
+@pytest.mark.parametrize("closure", ["loss", "backward", "window"])
+def test_an_optimizer_that_computes_gradients_in_its_step_is_told_what_to_do(closure):
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1)
+    guard = gk.attach(optimizer, gk.ClipByGlobalNorm(0.1), model=model)
+    accumulate = gk.Accumulator(guard, steps=2)
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def window():
+        for micro in accumulate([torch.ones(1, 2)] * 2):
+            with micro:
+                loss = model(micro.batch).pow(2).sum()
+                micro.backward(loss, weight=1)
+        return loss
+
+    def backward():
+        optimizer.zero_grad()
+        loss = model(torch.ones(1, 2)).pow(2).sum()
+        loss.backward()
+        return loss
+
+    loss = None if closure == "window" else window()
+    evaluated = {"loss": lambda: loss, "backward": backward, "window": window}[closure]
+    with pytest.raises(gk.WindowError, match=r"LBFGS.step\(closure\): .*without an Accumulator"):
+        optimizer.step(evaluated)
+    assert all(map(torch.equal, before, model.parameters()))

@@ -230,7 +230,7 @@ def test_a_loss_that_draws_new_batches_is_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"step": lambda model: moved(model)[:1]}, "step has 1 tensors, but 2 parameters"),
+        ({"step": lambda model: moved(model)[:1]}, "step must have one tensor for each .*: 2, not 1"),
         (
             {"step": lambda model: [p.mT if p.dim() == 2 else p for p in moved(model)]},
             r"step\[0\] has shape \[3, 1\]",

@@ -136,7 +136,7 @@ def test_the_same_pairs_give_the_same_fit_and_leave_the_generator_alone():
 @pytest.mark.parametrize(
     ("norms", "smoothness", "message"),
     [
-        ([1.0, 2.0], [1.0], "2 norms, but 1 values of smoothness"),
+        ([1.0, 2.0], [1.0], "norms and smoothness must have as many values, not 2 and 1"),
         ([1.0, 0.0], [1.0, 1.0], r"norms\[1\]=0.0\): must be a positive number"),
         ([1.0, 1.0], [math.nan, 1.0], r"smoothness\[0\]=nan\)"),
         ([math.inf, 1.0], [1.0, 1.0], r"norms\[0\]=inf\)"),

@@ -270,7 +270,7 @@ def test_too_many_skips_in_a_row_raise_with_their_history():
     give([parameter], [math.nan, 0.0])
     with pytest.raises(gk.TooManySkipsError) as error:
         guard.optimizer.step()
-    assert "more than max_consecutive_skips=2 steps in a row" in str(error.value)
+    assert "more steps in a row than max_consecutive_skips=2" in str(error.value)
     for line in ("step 4: the gradient of '0' is not finite (NaN)", "step 5: the", "(inf)", "step 6: the"):
         assert line in str(error.value)
     assert "step 2" not in str(error.value)
@@ -524,6 +524,11 @@ def test_what_is_no_number_is_not_logged(value):
     guard = gk.attach(sgd(parameters_of([3.0, 4.0])), "skip-step")
     with pytest.raises(ValueError, match=r"guard\.log\(loss=\.\.\.\): wants one real number.*mean"):
         guard.log(loss=value)
+    for other in ("low", None, [1.0]):
+        with pytest.raises(
+            TypeError, match=r"guard\.log\(loss=.*\): wants one real number, not (str|NoneType|list)"
+        ):
+            guard.log(loss=other)
     guard.log(loss=torch.ones(1, 1))
     guard.optimizer.step()
     assert guard.report.stepped

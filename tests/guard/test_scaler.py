@@ -93,7 +93,7 @@ def test_nan_for_ever_is_counted_warned_of_and_raised(unscale):
         pytest.warns(
             gk.SkippedStepWarning, match=r"'weight' is not finite \(NaN\).*overflowed 11 times in a row"
         ),
-        pytest.raises(gk.TooManySkipsError, match="more than max_consecutive_skips=4"),
+        pytest.raises(gk.TooManySkipsError, match="more steps in a row than max_consecutive_skips=4"),
     ):
         run(300)
     # From 1024 to 1 it may be the scale; below 1 it is not.

@@ -90,3 +90,32 @@ def test_goes_on_after_a_step_that_raised():
     norm = true_norm(model)
     optimizer.step()
     assert guard.report.norm == pytest.approx(norm, rel=1e-6)
+
+
+def test_is_told_by_no_name_of_its_first_parameter():
+    class Terse(torch.optim.SGD):
+        def step(s, closure=None):  # noqa: N805
+            return super().step(closure)
+
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+    model = nn.Linear(2, 1)
+    optimizer = Terse(model.parameters(), lr=0.1)
+    guard = gk.attach(optimizer, gk.policies.SmoothClip(1.0), model=model)
+    for step in (1, 2):
+        model(torch.full((1, 2), 10.0)).pow(2).sum().backward()
+        norm = true_norm(model)
+        optimizer.step()
+        assert guard.step == step
+        assert true_norm(model) == pytest.approx(norm / (1 + norm), rel=1e-6)  # float32 entries
+        optimizer.zero_grad()
+
+
+def test_a_guarded_parent_class_is_asked_once():
+    """Both classes have a gate then, and a step of the subclass goes through both."""
+    model, optimizer, guard = guarded(gk.policies.SmoothClip(1.0))
+    gk.attach(torch.optim.Adam([nn.Parameter(torch.zeros(1))]), None)
+    model(torch.ones(1, 2)).sum().backward()
+    norm = true_norm(model)
+    optimizer.step()
+    assert guard.step == 1
+    assert true_norm(model) == pytest.approx(norm / (1 + norm), rel=1e-6)  # float32 entries

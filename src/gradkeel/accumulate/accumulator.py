@@ -124,7 +124,7 @@ class Accumulator:
         """
         if self._open.count and not self._resumed:  # a checkpoint may have been taken inside of a window
             raise WindowError(
-                f"a window is open after {self._open.count} of {self.steps} micro-batches (the loop was left early, or "
+                f"a window is open after micro-batch {self._open.count} of {self.steps} (the loop was left early, or "
                 "not followed by optimizer.step()); call accumulate.finish() and step, or accumulate.drop(), first"
             )
         self._resumed = False
@@ -153,7 +153,7 @@ class Accumulator:
                 )
         if self._open.count and not self._open.is_complete:
             raise WindowError(
-                f"the data ended after {self._open.count} of {self.steps} micro-batches of a window that nothing has "
+                f"the data ended after micro-batch {self._open.count} of {self.steps} of a window that nothing has "
                 "closed (its last micro-batch raised, or the loader is shorter than its length says); call "
                 "accumulate.finish() and step, or accumulate.drop()"
             )

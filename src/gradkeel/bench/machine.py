@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from gradkeel.doctor import accelerator_route, cpu_route
-from gradkeel.language import say
+from gradkeel.language import count, say
 
 
 def machine(device: torch.device) -> str:
@@ -19,7 +19,7 @@ def machine(device: torch.device) -> str:
     return say(
         "{name}{threads}, gradkeel's {path}, Python {python}, torch {torch}",
         name=name,
-        threads=say(", {n} threads", n=route.threads) if route.threads else "",
+        threads=count(route.threads, ", {n} thread", ", {n} threads") if route.threads else "",
         path=path,
         python=platform.python_version(),
         torch=torch.__version__,

@@ -54,9 +54,9 @@ def command(
     if not as_json:
         tensors = count(len(gradients.true), "{n:,} tensor", "{n:,} tensors")
         heading = say(
-            "{model}: {entries:,} entries in {tensors}, {dtype}",
+            "{model}: {entries} in {tensors}, {dtype}",
             model=model,
-            entries=gradients.entries,
+            entries=count(gradients.entries, "{n:,} entry", "{n:,} entries"),
             tensors=tensors,
             dtype=dtype,
         )

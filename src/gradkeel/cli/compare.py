@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 from gradkeel.cli.common import TASK, AsJson, complain, reported
-from gradkeel.language import heard, say, shown
+from gradkeel.language import count, heard, say, shown
 
 if TYPE_CHECKING:
     from gradkeel.compare.plan import Comparison
@@ -185,11 +185,10 @@ def _deliver(result: "Comparison", out: Path, *, as_json: bool) -> None:
         print_result(result)
         print(shown(say("Written: {paths}", paths=", ".join(map(str, written)))))
     if result.interrupted:
-        planned = len(result.plan.trials)
         told = say(
-            "Interrupted: {done} of {planned} runs had finished, and are kept.",
+            "Interrupted: {done} of {runs} had finished, and are kept.",
             done=len(result.runs),
-            planned=planned,
+            runs=count(len(result.plan.trials), "{n} run", "{n} runs"),
         )
         print(shown(told), file=sys.stderr)
         raise typer.Exit(INTERRUPTED)

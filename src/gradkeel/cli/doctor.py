@@ -115,9 +115,13 @@ def _faults(check: "Check") -> "Iterator[str]":
             check=check,
         )
     if check.wrong_entries:
-        yield say("{n} entries were scaled wrongly", n=check.wrong_entries)
+        yield count(check.wrong_entries, "{n} entry was scaled wrongly", "{n} entries were scaled wrongly")
     if check.unseen:
-        yield say("{n} of 3 tensors with NaN or inf have a finite norm", n=check.unseen)
+        yield count(
+            check.unseen,
+            "{n} of 3 tensors with NaN or inf has a finite norm",
+            "{n} of 3 tensors with NaN or inf have a finite norm",
+        )
 
 
 def _extras(missing: dict[str, tuple[str, ...]]) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from gradkeel.cli.common import Run, note_damage, reported
-from gradkeel.language import say, shown
+from gradkeel.language import count, say, shown
 
 
 @reported
@@ -32,4 +32,5 @@ def command(
     with Reader(run) as reader:
         rows = export(reader, out, parameters=parameters, long=long)
         note_damage(reader.damage)
-    print(shown(say("Wrote {n} steps to {path}", n=rows, path=out)))
+    steps = count(rows, "{n:,} step", "{n:,} steps")
+    print(shown(say("Wrote {steps} to {path}", steps=steps, path=out)))

@@ -31,12 +31,12 @@ class Commands(TyperGroup):
         if chosen is not None and chosen not in LANGUAGES:
             raise typer.BadParameter(f"{chosen!r} is not one of 'en', 'zh'", ctx, param_hint=OPTION)
         choose(chosen)
-        if language() != "en":
-            ctx.formatter_class = _formatter(ctx.formatter_class)
+        formatter = ctx.formatter_class
+        ctx.formatter_class = _plain(formatter if language() == "en" else _formatter(formatter))
+        for command in self.commands.values():
             own = {"formatter_class": ctx.formatter_class}
-            for command in self.commands.values():
-                command.context_class = type("Context", (command.context_class,), own)
-                command.short_help = shown(heard(_line(command.help)))
+            command.context_class = type("Context", (type(command).context_class,), own)
+            command.short_help = shown(heard(_line(command.help)))
         return super().parse_args(ctx, args)
 
 
@@ -74,6 +74,19 @@ def _of_option(text: str) -> str:
     """An option's help, and what Typer writes after it in brackets."""
     found = re.fullmatch(r"(.*?) \\?\[((?:default|required).*)", text)
     return f"{shown(heard(found[1]))}  [{shown(heard(found[2]))}" if found else shown(heard(text))
+
+
+def _plain(formatter: type[Any]) -> type[Any]:
+    """A formatter of help that names an argument and leaves out its Python type, which some Typers write behind it."""
+
+    class Plain(formatter):  # type: ignore[misc]
+        def write_usage(self, prog: str, args: str = "", prefix: str | None = None) -> None:
+            super().write_usage(prog, re.sub(r"\{(\w+)\}", r"\1", args), prefix)
+
+        def write_dl(self, rows: Any, *args: Any, **kwargs: Any) -> None:
+            super().write_dl([(re.sub(r" <.*>$", "", name), text) for name, text in rows], *args, **kwargs)
+
+    return Plain
 
 
 def _formatter(formatter: type[Any]) -> type[Any]:

@@ -23,7 +23,7 @@ from gradkeel.compare.findings import findings
 from gradkeel.compare.page import table
 from gradkeel.compare.plan import Comparison, Plan
 from gradkeel.compare.summary import summarize
-from gradkeel.language import padded, say, shown, width
+from gradkeel.language import count, padded, say, shown, width
 
 # Seconds until the first provisional table, and between the others, where they cannot be drawn over each other.
 FIRST, EVERY = 8.0, 20.0
@@ -48,7 +48,7 @@ def progress(plan: Plan) -> Iterator[Callable[[Comparison], None]]:
 
             yield draw
         return
-    here.print(what + shown(say("{n} runs ...", n=total)))
+    here.print(what + shown(count(total, "{n} run ...", "{n} runs ...")))
     due = time.monotonic() + FIRST
 
     def tell(comparison: Comparison) -> None:
@@ -56,7 +56,7 @@ def progress(plan: Plan) -> Iterator[Callable[[Comparison], None]]:
         done = len(comparison.runs)
         if time.monotonic() > due and done < total:
             due = time.monotonic() + EVERY
-            title = say("so far: {done} of {planned} runs", done=done, planned=total)
+            title = say("so far: {done} of {runs}", done=done, runs=count(total, "{n} run", "{n} runs"))
             here.print(_tables(comparison, title, here.width))
 
     yield tell

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from gradkeel.cli.common import Run, json_option, note_damage, reported
-from gradkeel.language import readable, say
+from gradkeel.language import count, readable, say
 
 
 @reported
@@ -27,10 +27,10 @@ def command(
         replays = [replay(reader, spec) for spec in policy]
         about = say(
             "Open-loop: what each policy would have done to the norms of {run}, recorded under {policy}, over "
-            "{steps:,} steps.",
+            "{steps}.",
             run=run,
             policy=reader.policy,
-            steps=len(reader),
+            steps=count(len(reader), "{n:,} step", "{n:,} steps"),
         )
         note_damage(reader.damage)
     if as_json:
@@ -65,7 +65,7 @@ def command(
             f"{result.clip_rate:.1%}",
             f"{result.skip_rate:.1%}",
             readable(result.mean_coefficient),
-            say("{n:,} steps", n=int(result.differs.sum())),
+            count(int(result.differs.sum()), "{n:,} step", "{n:,} steps"),
         ]
         for result in replays
     ]

@@ -80,11 +80,10 @@ def _lengths(contest: Contest) -> str:
 def _interrupted(contest: Contest) -> str:
     if not contest.comparison.interrupted:
         return ""
-    done, planned = len(contest.runs), len(contest.comparison.plan.trials)
     return say(
-        "Interrupted: {done} of {planned} runs finished, and the table may change.",
-        done=done,
-        planned=planned,
+        "Interrupted: {done} of {runs} finished, and the table may change.",
+        done=len(contest.runs),
+        runs=count(len(contest.comparison.plan.trials), "{n} run", "{n} runs"),
     )
 
 

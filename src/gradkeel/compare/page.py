@@ -99,14 +99,14 @@ def _subtitle(comparison: Comparison) -> str:
         policies=count(len(plan.policies), "{n} policy", "{n} policies"),
         rates=count(rates, ", {n} learning rate", ", {n} learning rates") if rates else "",
         seeds=count(len(plan.seeds), ", {n} seed", ", {n} seeds"),
-        steps=count(plan.steps, ", {n} step", ", {n} steps") if plan.steps else "",
+        steps=count(plan.steps, ", {n:,} step", ", {n:,} steps") if plan.steps else "",
         batches=say(", each on {n} accumulated batches", n=batches) if batches > 1 else "",
         starts=starts,
     )
     if not comparison.interrupted:
         return text
-    done, planned = len(comparison.runs), len(plan.trials)
-    return join([text, say("Interrupted after {done} of {planned} runs.", done=done, planned=planned)])
+    runs = count(len(plan.trials), "{n} run", "{n} runs")
+    return join([text, say("Interrupted after {done} of {runs}.", done=len(comparison.runs), runs=runs)])
 
 
 def _ranking(comparison: Comparison, rows: Sequence[Row]) -> Section:

@@ -121,7 +121,7 @@ def smoothness_page(run: ProbedRun) -> str:
     subtitle = say(
         "{run.policy} at lr {run.lr:g}, seed {run.seed}: {steps}, {measurements}",
         run=run,
-        steps=count(len(run.losses), "{n} step", "{n} steps"),
+        steps=count(len(run.losses), "{n:,} step", "{n:,} steps"),
         measurements=count(len(run.measurements), "{n} measurement", "{n} measurements"),
     )
     text = say(

@@ -21,6 +21,7 @@ from gradkeel.explain.undisturbed import randomness, undisturbed
 from gradkeel.guard import Guard, SkipReason, StepReport
 from gradkeel.norms import Window
 from gradkeel.record.notes import write_note
+from gradkeel.selection import learning_rate
 
 Batch = TypeVar("Batch")
 _FEWEST_NORMS = 8
@@ -140,7 +141,8 @@ class Autopsy(Generic[Batch]):
         if report.why in (SkipReason.LOSS_SCALE, SkipReason.NO_GRADIENT, SkipReason.EMPTY_WINDOW):
             return
         step = _weighed(now, guard.window)
-        self._rates.append(float(guard.optimizer.param_groups[0].get("lr", 0.0)))
+        rate = learning_rate(guard.optimizer.param_groups[0])
+        self._rates.append(math.nan if rate is None else float(rate))
         given = report.scalars.get("loss", told) if guard.ranks is None else None
         norm, loss = report.norm, math.nan if given is None else float(given)
         usual = statistics.median(self._norms) if len(self._norms) >= _FEWEST_NORMS else None

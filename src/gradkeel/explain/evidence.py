@@ -113,10 +113,11 @@ def _order(course: Course, reached: list[Reached], step: int) -> str:
     if not reached:
         return ""
     at_once = sum(r.step <= step for r in reached)
-    return say(
-        "{n} of {parameters} parameters were reached at step {step}{later}.",
-        n=at_once,
-        parameters=len(course.reader.names),
+    return count(
+        at_once,
+        "{n} of {parameters} was reached at step {step}{later}.",
+        "{n} of {parameters} were reached at step {step}{later}.",
+        parameters=count(len(course.reader.names), "{n:,} parameter", "{n:,} parameters"),
         step=step,
         later=say(", and {n} within the event", n=len(reached)) if len(reached) > at_once else "",
     )

@@ -7,7 +7,7 @@ import torch
 
 from gradkeel.errors import RecordError
 from gradkeel.explain.run_figures import BLUE, GREEN, ORANGE, Trace, heat_map, traces
-from gradkeel.language import say, shown
+from gradkeel.language import count, say, shown
 from gradkeel.page.figures import _plotly
 from gradkeel.page.page import CONFIG
 from gradkeel.record import Reader, bucket, bucket_norms
@@ -68,7 +68,8 @@ def plot(run: str | os.PathLike[str] | Reader) -> Any:
     domain = whole.layout[f"yaxis{len(parts)}"].domain
     whole.data[-1].colorbar.update(len=domain[1] - domain[0], y=sum(domain) / 2)
     whole.update_xaxes(title=shown(say("step")), row=len(parts), col=1)
-    told = say("{name}: {steps:,} steps, {policy}", name=run.path.name, steps=len(run), policy=run.policy)
+    length = count(len(run), "{n:,} step", "{n:,} steps")
+    told = say("{name}: {steps}, {policy}", name=run.path.name, steps=length, policy=run.policy)
     return whole.update_layout(
         height=260 * len(parts), title=shown(told), legend={"orientation": "h", "y": -0.08}
     )

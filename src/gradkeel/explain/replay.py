@@ -17,6 +17,7 @@ from gradkeel.guard import SkipReason
 from gradkeel.norms import Decision, GradientNorms, Needs, combine
 from gradkeel.outcome import Outcome
 from gradkeel.policies import Policy, parse
+from gradkeel.policies.base import decide
 from gradkeel.record import Reader
 
 # Nothing was decided on gradients of a real step, and no new state kept.
@@ -169,7 +170,7 @@ def _rows(
     for norms, commit in zip(steps, committed.tolist(), strict=True):
         decision = Decision()
         if policy is not None:
-            decision, after = policy.decide(norms, policy.init(norms) if state is None else state)
+            decision, after = decide(policy, norms, policy.init(norms) if state is None else state)
             state = after if commit else state
         outcome = Outcome(norms, decision)
         clipped, bound, left = bool(outcome.is_clipped()), outcome.bound(), outcome.total()

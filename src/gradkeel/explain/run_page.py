@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradkeel.explain import Explanation, explain, run_figures, words
 from gradkeel.explain.run_figures import BLUE, FEW, GREEN, GREY, ORANGE, RED, VIOLET, Mark, Trace, width_of
-from gradkeel.language import heard, join, readable, say
+from gradkeel.language import count, heard, join, readable, say
 from gradkeel.page.page import Line, Section, Table, page
 from gradkeel.record import Reader, bucket, bucket_norms
 
@@ -47,10 +47,12 @@ def run_page(reader: Reader, *, script: str | None = None) -> str:
 def _subtitle(reader: Reader, explanation: Explanation) -> str:
     session = reader.session
     return say(
-        "{run.steps:,} steps ({run.first_step} to {run.last_step}) of {run.parameters} parameters{under}, policy "
-        "{run.policy}; {run.clipped:.1%} of the steps clipped, {run.skipped} skipped. Recorded from {started} with "
+        "{steps} ({run.first_step} to {run.last_step}) of {parameters}{under}, policy {run.policy}; "
+        "{run.clipped:.1%} of the steps clipped, {run.skipped} skipped. Recorded from {started} with "
         "gradkeel {session.gradkeel} and torch {session.torch}.",
         run=explanation,
+        steps=count(explanation.steps, "{n:,} step", "{n:,} steps"),
+        parameters=count(explanation.parameters, "{n:,} parameter", "{n:,} parameters"),
         session=session,
         under=say(" under {optimizer}", optimizer=session.optimizer) if session.optimizer else "",
         started=reader.sessions[0].started,

@@ -11,7 +11,7 @@ from torch import Tensor
 from gradkeel.explain.losses import FLAT, TAIL, loss_course, not_finite
 from gradkeel.explain.weights import LARGE
 from gradkeel.guard import SkipReason
-from gradkeel.language import readable, say
+from gradkeel.language import count, readable, say
 
 EARLY = 20
 """Steps within which a run diverges from its start."""
@@ -300,9 +300,11 @@ class _Judge:
             return None
         onset = min(early, since)
         where = [name for name, step, _ in s.larger if step <= onset + 3]
-        self.reasons.append(say(
-            "{n} of {weights} weights hardly learn since about step {step}.",
-            n=len(s.hardly), weights=s.weights, step=since,
+        self.reasons.append(count(
+            len(s.hardly),
+            "{n} of {weights} hardly learns since about step {step}.",
+            "{n} of {weights} hardly learn since about step {step}.",
+            weights=count(s.weights, "{n} weight", "{n} weights"), step=since,
         ))  # fmt: skip
         if warmup and first < onset <= warmup + EARLY:
             return self._diverged(Verdict.DIVERGED_IN_WARMUP, onset, where)

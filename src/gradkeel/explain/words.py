@@ -8,7 +8,7 @@ from gradkeel.explain.fading import Fading
 from gradkeel.explain.findings import AutopsyResult
 from gradkeel.explain.threshold import Estimate, ThresholdAdvice
 from gradkeel.explain.verdict import Diagnosis, Verdict
-from gradkeel.language import aligned, heard, join, readable, say, shown
+from gradkeel.language import aligned, count, heard, join, readable, say, shown
 
 if TYPE_CHECKING:
     from gradkeel.explain.explanation import Explanation
@@ -196,9 +196,9 @@ def distribution(advice: ThresholdAdvice) -> list[str]:
     what = "" if advice.scope == "global" else say(" (of single parameters' gradients)")
     median, high, highest = (readable(advice.quantiles[at].value) for at in (0.5, 0.9, 0.99))
     level = say(
-        "Over {steps:,} steps the median norm{what} was {median}; 90% below {high} and 99% below {highest}, before "
+        "Over {steps} the median norm{what} was {median}; 90% below {high} and 99% below {highest}, before "
         "clipping.",
-        steps=advice.steps,
+        steps=count(advice.steps, "{n:,} step", "{n:,} steps"),
         what=what,
         median=median,
         high=high,
@@ -246,8 +246,10 @@ def as_text(explanation: "Explanation") -> str:
 
 def _run(explanation: "Explanation") -> str:
     return say(
-        "{run.path}: {run.steps:,} steps ({run.first_step} to {run.last_step}), {run.parameters:,} parameters, "
-        "{optimizer}policy {run.policy}; {run.clipped:.1%} of the steps clipped, {run.skipped} skipped.",
+        "{run.path}: {steps} ({run.first_step} to {run.last_step}), {parameters}, {optimizer}policy {run.policy}; "
+        "{run.clipped:.1%} of the steps clipped, {run.skipped} skipped.",
         run=explanation,
+        steps=count(explanation.steps, "{n:,} step", "{n:,} steps"),
+        parameters=count(explanation.parameters, "{n:,} parameter", "{n:,} parameters"),
         optimizer=say("{optimizer}, ", optimizer=explanation.optimizer) if explanation.optimizer else "",
     )

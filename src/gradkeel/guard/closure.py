@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradkeel.apply.skip import Snapshot
-from gradkeel.errors import AttachError, NonFiniteGradientError
+from gradkeel.errors import AttachError, NonFiniteGradientError, WindowError
 
 
 class AbandonedStepError(BaseException):
@@ -67,7 +67,21 @@ class Closure:
         Raises:
             AttachError: a gradient is expected, and there is none beside the loss: the optimizer is one that calls
                 ``backward()`` itself, after its closure.
+            WindowError: the gradients are an accumulation window's, and the closure has computed others, or again.
         """
+        try:
+            return self._evaluated()
+        except WindowError as error:
+            self._is_refused |= self._copies  # what was moved before this evaluation is put back
+            kind = type(self._optimizer).__name__
+            raise WindowError(
+                f"{kind}.step(closure): {error}. The gradients of an Accumulator's window are all there before the "
+                "step, once, so the closure may only return the loss; for an optimizer that "
+                "computes them anew in its step, as LBFGS does, have the closure call zero_grad() and backward() for "
+                "every micro-batch, divided by their number, without an Accumulator"
+            ) from error
+
+    def _evaluated(self) -> Any:
         if not self.has_moved:
             self.has_moved = self._snapshot.has_moved() if self._copies else self._seen() != self._versions
         loss = self._closure()

@@ -1,7 +1,7 @@
 """The guard: what outlives a step, and what a user asks of it."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -139,6 +139,14 @@ class Guard(Pipeline):
         head = f"Guard({kinds}, step {self._step}, nonfinite={self.nonfinite!r})"
         return "\n".join([head, *self._roster.lines()])
 
+    def __getstate__(self) -> NoReturn:
+        """Refuse to be copied or pickled, alone or as part of something: a guard lives in its optimizers' steps."""
+        raise TypeError(
+            "a Guard cannot be copied or pickled, for it belongs to the steps of its optimizer; save "
+            "guard.state_dict() instead, then attach() to the other optimizer and call load_state_dict() on the new "
+            "guard. An object that is copied or saved as a whole must not hold the guard"
+        )
+
     def log(self, **scalars: Tensor | float) -> None:
         """Note numbers of the coming step, such as ``loss=...`` and ``lr=...``; call it before ``optimizer.step()``.
 
@@ -147,6 +155,7 @@ class Guard(Pipeline):
 
         Raises:
             ValueError: for a tensor that is not one real number.
+            TypeError: for what is no number.
         """
         for name, value in scalars.items():
             if isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex()):
@@ -154,7 +163,12 @@ class Guard(Pipeline):
                     f"guard.log({name}=...): wants one real number, not a tensor of shape {tuple(value.shape)} and "
                     f"{value.dtype}; log its mean"
                 )
-            self._scalars[name] = value.detach().clone() if isinstance(value, Tensor) else float(value)
+            try:
+                self._scalars[name] = value.detach().clone() if isinstance(value, Tensor) else float(value)
+            except (TypeError, ValueError):
+                raise TypeError(
+                    f"guard.log({name}={value!r}): wants one real number, not {type(value).__name__}"
+                ) from None
 
     @property
     def logged(self) -> dict[str, Tensor | float]:

@@ -17,6 +17,7 @@ from gradkeel.guard.closure import AbandonedStepError, Closure
 from gradkeel.guard.prescale import LossScale, put_back, set_attribute, take_loss_scale
 from gradkeel.guard.report import Recorder, StepReport
 from gradkeel.ranks.group import is_running
+from gradkeel.selection import learning_rate
 from gradkeel.tensors import entries_to_read
 
 MARK = "_gradkeel_guard"
@@ -70,8 +71,8 @@ class Hooks:
         self._evaluate = evaluate
         self._fail = fail
         self._finish = finish
-        self._is_inside = False  # of a step; stays True after one that raised
-        self._has_nested = False
+        # Of the optimizer's own step: a subclass's may call its parent's, and torch runs the hooks for each of the two.
+        self._is_inside = False
         self._is_made = True
         self.loss_scale = LossScale()
         self.own: dict[str, Tensor] = {}
@@ -115,10 +116,9 @@ class Hooks:
                 "optimizer.step() was called inside backward(): accumulation, global norms and skipping need the "
                 "whole gradient first; step after backward(), or detach() the guard"
             )
-        self._has_nested = self._is_inside and _is_called_by_own_step(optimizer)
-        if self._has_nested:
+        if self._is_inside:
             return None
-        self._is_inside = self._is_made = True
+        self._is_made = True
         self._begin()
         self.loss_scale, self.own = take_loss_scale(optimizer, self.own), {}
         # What some optimizers take in this place is no closure: a Hessian's diagonal, a learning rate, options.
@@ -149,9 +149,10 @@ class Hooks:
         """Run the optimizer's own step, between the hooks, unless it is to be skipped."""
         if not self._is_made:
             return None
-        if self._has_nested:
+        if self._is_inside:
             return own(*args, **kwargs)
         closure = self._closure
+        self._is_inside = True
         try:
             result = own(*args, **kwargs)
             if closure is not None and closure.moves_last():
@@ -160,11 +161,11 @@ class Hooks:
             assert closure is not None
             result = closure.loss
         except BaseException:
-            self._is_inside = False
             if closure is None:
                 self._fail()
             raise
         finally:
+            self._is_inside = False
             if closure is not None:
                 self._closure, self._expects_gradient = None, closure.expects_gradient
                 if closure.has_moved:
@@ -173,9 +174,8 @@ class Hooks:
         return result
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._has_nested and _is_called_by_own_step(optimizer):
+        if self._is_inside:
             return
-        self._is_inside = self._has_nested = False
         if self.loss_scale.present or self.own:
             put_back(optimizer, self.loss_scale)
             self.own = {}
@@ -207,14 +207,6 @@ class Hooks:
         return type(self.optimizer).__getstate__(self.optimizer)
 
 
-def _is_called_by_own_step(optimizer: Optimizer) -> bool:
-    """Whether the optimizer's ``step`` is on the call stack: a subclass's, which calls its parent's.
-
-    torch runs the hooks for each of the two.
-    """
-    return any(stack.is_method_of(optimizer, frame, "step") for frame in stack.frames())
-
-
 def tell(recorders: list[Recorder], event: str, report: StepReport) -> None:
     """Call each recorder's method of this name; one that raises is dropped with a warning, for training goes on.
 
@@ -243,8 +235,8 @@ def only_creates_state(optimizer: Optimizer, parameters: Sequence[Tensor], *, al
     if any(optimizer.state.values()):
         return False
     for group in optimizer.param_groups:
-        rate = group.get("lr")
-        if rate is None or (isinstance(rate, Tensor) and rate.device.type != "cpu") or float(rate) != 0.0:
+        rate = learning_rate(group)
+        if not isinstance(rate, float) or rate != 0.0:
             return False
     if any(p.grad is not None and bool(entries_to_read(p.grad).any()) for p in parameters):
         return False

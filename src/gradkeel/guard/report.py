@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from gradkeel.language import count
 from gradkeel.norms import Decision, GradientNorms
 from gradkeel.outcome import Outcome
 
@@ -174,7 +175,7 @@ class SelectionReport:
         """One line."""
         return (
             f"{self.label}: {self.policy}: norm {self.norm:.6g}, coefficient {self.coefficient:.6g}, "
-            f"{len(self.measured.names)} parameters"
+            f"{count(len(self.measured.names), '{n:,} parameter', '{n:,} parameters')}"
         )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradkeel.guard.report import SelectionReport
+from gradkeel.language import count
 from gradkeel.measure import Readings, blank_norms, readings
 from gradkeel.measure.readings import Members
 from gradkeel.norms import Decision, GradientNorms, Needs, State, Window
@@ -128,11 +129,11 @@ class Roster:
             self._held
         ):
             return False
-        for group, (count, clip), held in zip(groups, self._signature, self._held, strict=True):
+        for group, (length, clip), held in zip(groups, self._signature, self._held, strict=True):
             parameters = group["params"]
             # None was put in another's place, as Accelerate puts sharded parameters in that of whole ones?
             if (
-                len(parameters) != count
+                len(parameters) != length
                 or group.get("clip", MAIN) != clip
                 or not all(map(is_, parameters, held))
             ):
@@ -222,14 +223,14 @@ class Roster:
     def lines(self) -> Iterator[str]:
         """What is under which policy, in words."""
         for part in self.parts:
-            selection, count = part.selection, len(part.selection.names)
-            if selection.label != MAIN and not count:
+            selection, n = part.selection, len(part.selection.names)
+            if selection.label != MAIN and not n:
                 continue
             what = "measured, not clipped" if part.policy is None else repr(part.policy)
-            yield f"  {selection.label}: {what}; {count} parameter{'' if count == 1 else 's'}"
+            yield f"  {selection.label}: {what}; {count(n, '{n:,} parameter', '{n:,} parameters')}"
             yield from (f"    {name}" for name in selection.names[:_NAMED])
-            if count > _NAMED:
-                yield f"    ... and {count - _NAMED} more"
+            if n > _NAMED:
+                yield f"    ... and {n - _NAMED} more"
 
     def pieces(self) -> dict[str, tuple[int, ...]]:
         """Which piece of each parameter lies on this rank; those that count for another rank are left out."""

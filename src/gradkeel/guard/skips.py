@@ -94,7 +94,7 @@ class SkipWatch:
             history = "\n  ".join(self._history)
             self._history.clear()
             raise TooManySkipsError(
-                f"more than max_consecutive_skips={self._limit} steps in a row had a non-finite gradient; the "
+                f"more steps in a row than max_consecutive_skips={self._limit} had a non-finite gradient; the "
                 f"parameters may be non-finite already:\n  {history}\nrestart from a checkpoint, with a lower learning "
                 "rate or bound"
             )

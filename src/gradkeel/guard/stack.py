@@ -39,10 +39,3 @@ def callers(*packages: str) -> Iterator[Any]:
     ]
     for frame in reversed(found):
         yield frame.f_locals.get("self")
-
-
-def is_method_of(owner: object, frame: FrameType, name: str) -> bool:
-    """Whether a frame runs a method of ``owner`` whose name contains ``name``."""
-    # The rest of a compiled function has another name, which contains the function's.
-    code = frame.f_code
-    return name in code.co_name and "self" in code.co_varnames and frame.f_locals.get("self") is owner

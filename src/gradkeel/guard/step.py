@@ -17,6 +17,7 @@ from gradkeel.guard.roster import Part, Roster
 from gradkeel.kernels.native import Table
 from gradkeel.measure import Readings, true_norms
 from gradkeel.norms import Decision, GradientNorms, State, Window
+from gradkeel.policies.base import decide
 from gradkeel.ranks.exchange import Agreed, Told
 from gradkeel.ranks.total import measure_total
 from gradkeel.tensors import Seen
@@ -100,7 +101,9 @@ def decide_all(
             continue
         if part.policy is not None:
             before = states.get(part.label)
-            decision, state = part.policy.decide(norms, part.policy.init(norms) if before is None else before)
+            decision, state = decide(
+                part.policy, norms, part.policy.init(norms) if before is None else before
+            )
         place_of = None if measured.agreed is None else partial(_place_of, roster, measured.agreed, i)
         reports.append(
             SelectionReport(

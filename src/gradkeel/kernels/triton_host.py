@@ -190,7 +190,7 @@ def _fault(kernels: TritonKernels, operation: str, dtype: torch.dtype) -> str | 
         results = [(cell.to(wide) * f.to(wide)).to(dtype) for cell, f in zip(cells, factors, strict=True)]
     after = [unit for tensor in tensors for unit in (tensor.cpu().unbind() if by_unit else [tensor.cpu()])]
     wrong = sum(int((a != b).sum()) for a, b in zip(after, results, strict=True))
-    return None if wrong == 0 else f"is wrong: {wrong} entries are not what they should be"
+    return None if wrong == 0 else f"is wrong: entries that are not what they should be: {wrong}"
 
 
 # -- what the rest of the package asks ----------------------------------------------------------------------------

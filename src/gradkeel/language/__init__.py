@@ -52,9 +52,9 @@ def say(template: str, /, **values: object) -> str:
     return Said(template.format(**values) if values else template, template, values)
 
 
-def count(n: int, one: str, many: str) -> str:
+def count(n: int, one: str, many: str, **values: object) -> str:
     """The sentence for one, or for any other number; ``{n}`` in it is the number."""
-    return say(one if n == 1 else many, n=n)
+    return say(one if n == 1 else many, n=n, **values)
 
 
 def join(sentences: Iterable[str]) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Any, Literal, NoReturn
 
+from torch import Tensor
+
 from gradkeel.norms import Decision, GradientNorms, Needs, State
 
 Scope = Literal["value", "unit", "tensor", "group", "global"]
@@ -45,6 +47,42 @@ class Policy(ABC):
     @abstractmethod
     def decide(self, norms: GradientNorms, state: State) -> tuple[Decision, State]:
         """Decide on one step; does not sync the host."""
+
+
+def decide(policy: Policy, norms: GradientNorms, state: State) -> tuple[Decision, State]:
+    """Return a policy's decision on one step, and its new state; does not sync the host.
+
+    Raises:
+        ValueError: for a decision that does not fit the norms, as a policy of one's own may give.
+    """
+    decision, after = policy.decide(norms, state)
+    coefficients, units, skip = decision.known_coefficients, decision.unit_coefficients, decision.known_skip
+    if type(coefficients) is not float and coefficients is not None:
+        n = len(norms.names)
+        if _shape(coefficients) not in ((), (n,)):
+            rule = f"a float, a list of {n} floats or a tensor of shape [] or [{n}]: one for all, or one for each"
+            _misfit(policy, "coefficients", coefficients, rule)
+    if units is not None and (norms.units is None or _shape(units) != norms.units.shape):
+        rule = "None, for its needs have no unit_dim"
+        if norms.units is not None:
+            rule = f"a tensor of shape [{len(norms.units)}]: one for each unit"
+        _misfit(policy, "unit_coefficients", units, rule)
+    if type(skip) is not bool and skip is not None and _shape(skip) != ():
+        _misfit(policy, "skip", skip, "a bool or a tensor of shape []: whether the whole step is skipped")
+    return decision, after
+
+
+def _shape(value: object) -> tuple[int, ...] | None:
+    """The shape of what a decision may hold; None of anything else."""
+    if isinstance(value, Tensor):
+        return value.shape
+    return (len(value),) if isinstance(value, list) else None
+
+
+def _misfit(policy: Policy, field: str, value: object, rule: str) -> NoReturn:
+    shape = _shape(value)
+    given = f"{value!r}" if shape is None else f"{type(value).__name__} of shape {list(shape)}"
+    raise ValueError(f"{policy!r}: decide() returned Decision({field}=...) of {given}; it must be {rule}")
 
 
 def spec_value(value: object) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradkeel.errors import RecordError
 from gradkeel.guard import SkipReason
+from gradkeel.language import count
 from gradkeel.norms import combine
 from gradkeel.record.described import Rollback, Session
 from gradkeel.record.schema import CLIPPED, NONFINITE, SCALAR_PREFIX, STEPPED, rank_path
@@ -116,9 +117,11 @@ class Reader:
     def __repr__(self) -> str:
         """Which record, how long, under which policy."""
         policy = f", {self.policy}" if self.sessions else ""
+        steps = count(len(self), "{n:,} step", "{n:,} steps")
+        parameters = count(len(self.names), "{n:,} parameter", "{n:,} parameters")
         return (
-            f"Reader({os.fspath(self.path)!r}: {len(self):,} steps ({self.first_step} to {self.last_step}), "
-            f"{len(self.names):,} parameters{policy})"
+            f"Reader({os.fspath(self.path)!r}: {steps} ({self.first_step} to {self.last_step}), "
+            f"{parameters}{policy})"
         )
 
     def _repr_html_(self) -> str:

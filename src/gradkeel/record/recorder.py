@@ -21,6 +21,7 @@ from gradkeel.record.rows import Subject, layout
 from gradkeel.record.sampling import BeforeUpdate, Sampling
 from gradkeel.record.schema import rank_path
 from gradkeel.record.writer import RecordFile
+from gradkeel.selection import learning_rate
 
 TAKEN_OVER = "another guard of this process records to"
 """In the warning of a recorder whose path another one has taken."""
@@ -139,10 +140,10 @@ class Recorder:
         if not on_host and is_capturing(measured.norms.device):
             return  # nothing is run now, and what a replay does is not seen
         self._before_step, self._before = step, None
-        rate = guard.optimizers[0].param_groups[0].get("lr")
-        if rate is not None and type(rate) is not float:
-            rate = None if isinstance(rate, Tensor) and not rate.is_cpu else float(rate)
-        weights, updates = self._sampling.next(step, float(measured.known_total) if on_host else None, rate)
+        rate, norm = learning_rate(guard.optimizers[0].param_groups[0]), measured.known_total
+        weights, updates = self._sampling.next(
+            step, float(norm) if on_host else None, None if isinstance(rate, Tensor) else rate
+        )
         # Where parameters are sharded, this rank's weights are not the whole.
         if weights and (self._per_rank or not guard.is_sharded):
             lag = None
@@ -189,8 +190,10 @@ class Recorder:
     def _scalars(self, report: StepReport) -> dict[str, Tensor | float]:
         """What the user logged, and what is worth knowing beside it."""
         scalars, prescale = dict(report.scalars), report.prescale
-        if self._guard is not None and "lr" in (group := self._guard.optimizers[0].param_groups[0]):
-            scalars.setdefault("lr", group["lr"])
+        if self._guard is not None:
+            rate = learning_rate(self._guard.optimizers[0].param_groups[0])
+            if rate is not None:
+                scalars.setdefault("lr", rate)
         if isinstance(prescale, Tensor) or prescale != 1.0:
             scalars["prescale"] = prescale
         return scalars

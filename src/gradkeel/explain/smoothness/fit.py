@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradkeel.language import say
+from gradkeel.language import count, say
 from gradkeel.policies import ClipByGlobalNorm
 from gradkeel.policies.base import positive
 
@@ -116,7 +116,9 @@ def fit_smoothness(norms: Sequence[float], smoothness: Sequence[float]) -> Smoot
     """
     n, smooth = _checked("norms", norms), _checked("smoothness", smoothness)
     if n.numel() != smooth.numel():
-        raise ValueError(f"fit_smoothness: {n.numel()} norms, but {smooth.numel()} values of smoothness")
+        raise ValueError(
+            f"fit_smoothness: norms and smoothness must have as many values, not {n.numel()} and {smooth.numel()}"
+        )
     if n.numel() < 3:
         return SmoothnessFit(n.numel(), reason=_too_few(n.numel()))
     drawn = _resample(n.numel())
@@ -178,10 +180,14 @@ def _checked(name: str, values: Sequence[float]) -> Tensor:
     return result
 
 
-def _too_few(count: int, seen: str = "") -> str:
+def _measurements(n: int) -> str:
+    return count(n, "{n} measurement", "{n} measurements")
+
+
+def _too_few(n: int, seen: str = "") -> str:
     return say(
-        "no (L0, L1) relation can be seen in {count} measurements; at least {fewest} are needed{seen}",
-        count=count,
+        "no (L0, L1) relation can be seen in {measurements}; at least {fewest} are needed{seen}",
+        measurements=_measurements(n),
         fewest=FEWEST,
         seen=seen,
     )
@@ -229,23 +235,23 @@ def _interval(values: Tensor) -> Interval:
     return low, high
 
 
-def _verdict(count: int, r: float, r_interval: Interval, slope: float) -> tuple[bool, str]:
+def _verdict(n: int, r: float, r_interval: Interval, slope: float) -> tuple[bool, str]:
     """Whether there is a relation, and why."""
     low, high = r_interval
     seen = say(
-        " (r = {r:.2f}, {low:.2f} to {high:.2f}; slope {slope:.2f}; {count} measurements)",
+        " (r = {r:.2f}, {low:.2f} to {high:.2f}; slope {slope:.2f}; {measurements})",
         r=r,
         low=low,
         high=high,
         slope=slope,
-        count=count,
+        measurements=_measurements(n),
     )
-    if count < FEWEST:
-        return False, _too_few(count, seen)
+    if n < FEWEST:
+        return False, _too_few(n, seen)
     if not math.isfinite(r):
         return False, say(
-            "no (L0, L1) relation: the gradient norm or the smoothness did not vary ({count} measurements)",
-            count=count,
+            "no (L0, L1) relation: the gradient norm or the smoothness did not vary ({measurements})",
+            measurements=_measurements(n),
         )
     if high < 0:
         return False, say(

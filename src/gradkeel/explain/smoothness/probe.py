@@ -288,8 +288,8 @@ def _check_step(parameters: Sequence[Tensor], step: Sequence[Tensor]) -> None:
     given = [list(d.shape) for d in step]
     if len(given) != len(shapes):
         raise ValueError(
-            f"local_smoothness: step has {len(given)} tensors, but {len(shapes)} parameters require a gradient; "
-            "give one tensor for each, in the model's order"
+            "local_smoothness: step must have one tensor for each parameter that requires a gradient, in the model's "
+            f"order: {len(shapes)}, not {len(given)}"
         )
     for i, (shape, size) in enumerate(zip(shapes, given, strict=True)):
         if shape != size:

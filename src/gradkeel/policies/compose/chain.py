@@ -7,7 +7,7 @@ from operator import mul, or_
 from typing import Any, ClassVar
 
 from gradkeel.norms import Decision, GradientNorms, Needs, State
-from gradkeel.policies.base import Policy, count
+from gradkeel.policies.base import Policy, count, decide
 from gradkeel.policies.clip import Clip
 from gradkeel.policies.states import JoinedState
 
@@ -83,7 +83,7 @@ class Chain(Composite):
         total, decision, states = Decision(), Decision(), {}
         for i, stage in enumerate(self.stages):
             norms = norms.after(decision)
-            decision, states[str(i)] = stage.decide(norms, part(state, str(i)))
+            decision, states[str(i)] = decide(stage, norms, part(state, str(i)))
             total = _product(total, decision)
         return total, JoinedState(states)
 

@@ -20,7 +20,7 @@ from gradkeel.norms import (
     per_tensor,
     take,
 )
-from gradkeel.policies.base import Policy
+from gradkeel.policies.base import Policy, decide
 from gradkeel.policies.compose.chain import Composite, both, brief, check_policies, nested, part, union
 from gradkeel.policies.scopes import group_members
 from gradkeel.policies.states import JoinedState
@@ -95,7 +95,7 @@ class PerGroup(Composite):
         """Let each policy decide on its group."""
         decisions, states, members = [], {}, []
         for g, policy, rows in self._members(norms):
-            decision, states[str(g)] = policy.decide(subset(norms, rows), part(state, str(g)))
+            decision, states[str(g)] = decide(policy, subset(norms, rows), part(state, str(g)))
             decisions.append(decision)
             members.append(rows)
         return _assembled(norms, members, decisions), JoinedState(states)

@@ -1,0 +1,110 @@
+"""A policy of one's own: what its decisions must look like, and that nothing is modified where they do not."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import gradkeel as gk
+from gradkeel.kernels import native
+from gradkeel.norms import Decision, Needs
+from gradkeel.policies import Chain, ClipByGlobalNorm, PerGroup, Policy, Warmup
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Own(Policy):
+    given: dict
+    unit_dim: int | None = None
+
+    @property
+    def needs(self):
+        return Needs(unit_dim=self.unit_dim)
+
+    @property
+    def spec(self):
+        raise TypeError
+
+    def init(self, norms):
+        return {}
+
+    def decide(self, norms, state):
+        return Decision(**self.given), state
+
+
+def prepared(policy):
+    """A guarded optimizer of a weight of 4 rows and a bias, 5 units, with gradients."""
+    model = torch.nn.Linear(3, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = gk.attach(optimizer, policy)
+    model(torch.ones(2, 3)).sum().backward()
+    return optimizer, guard
+
+
+def tensors(guard):
+    return [tensor.detach().clone() for p in guard.parameters for tensor in (p, p.grad)]
+
+
+@pytest.fixture(params=["native", "torch"], autouse=True)
+def _kernels(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(native, "kernels", lambda: None)
+    elif native.kernels() is None:
+        pytest.skip(native.unavailable())
+
+
+MISFITS = [
+    ({"coefficients": [0.5] * 3}, r"Own\(.*\(coefficients=...\) of list of shape \[3\]; .* a list of 2"),
+    ({"coefficients": [0.5]}, r"coefficients=...\) of list of shape \[1\]"),
+    ({"coefficients": torch.ones(1)}, r"coefficients=...\) of Tensor .*\[1\].*shape \[\] or \[2\]"),
+    ({"coefficients": torch.ones(3)}, r"coefficients=...\) of Tensor of shape \[3\]"),
+    ({"coefficients": torch.ones(2, 1)}, r"coefficients=...\) of Tensor of shape \[2, 1\]"),
+    ({"coefficients": 1}, r"coefficients=...\) of 1; it must be a float"),
+    ({"unit_coefficients": torch.ones(4)}, r"unit_coefficients=...\).*\[4\]; it must be .* \[5\]"),
+    ({"unit_coefficients": torch.ones(())}, r"unit_coefficients=...\).*\[\]; it must be .* \[5\]"),
+    ({"skip": torch.tensor([True, False])}, r"skip=...\) of Tensor of shape \[2\]; .* shape \[\]"),
+    ({"skip": [True]}, r"skip=...\) of list of shape \[1\]; it must be a bool"),
+]
+
+
+@pytest.mark.parametrize(("given", "words"), MISFITS)
+@pytest.mark.parametrize("within", ["alone", "Chain", "Warmup", "PerGroup"])
+def test_a_decision_of_another_shape_is_named_before_anything_is_modified(given, words, within):
+    own = Own(given, unit_dim=0)
+    policies = {
+        "alone": lambda: own,
+        "Chain": lambda: Chain(ClipByGlobalNorm(0.1), own),
+        "Warmup": lambda: Warmup(3, own, ClipByGlobalNorm(0.1)),
+        "PerGroup": lambda: PerGroup(own),
+    }
+    optimizer, guard = prepared(policies[within]())
+    before = tensors(guard)
+    with pytest.raises(ValueError, match=words):
+        optimizer.step()
+    assert guard.step == 0
+    assert all(map(torch.equal, before, tensors(guard)))
+
+
+def test_coefficients_of_units_need_units():
+    optimizer, _ = prepared(Own({"unit_coefficients": torch.ones(5)}))
+    with pytest.raises(ValueError, match="it must be None, for its needs have no unit_dim"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"coefficients": 0.5},
+        {"coefficients": [0.5, 0.5]},
+        {"coefficients": torch.tensor(0.5)},
+        {"coefficients": torch.tensor([0.5, 0.5])},
+        {"unit_coefficients": torch.full((5,), 0.5)},
+        {"coefficients": 0.5, "skip": False},
+        {"coefficients": 0.5, "skip": torch.tensor(False)},
+    ],
+)
+def test_every_shape_that_fits_is_applied(given):
+    optimizer, guard = prepared(Own(given, unit_dim=0))
+    before = [p.grad.clone() for p in guard.parameters]
+    optimizer.step()
+    assert guard.report.coefficient == 0.5
+    assert all(torch.equal(p.grad, 0.5 * own) for p, own in zip(guard.parameters, before, strict=True))
