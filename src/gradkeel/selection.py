@@ -229,6 +229,8 @@ def group_policy(group: dict[str, Any], index: int) -> Policy | None:
 def learning_rate(group: Mapping[str, Any]) -> float | Tensor | None:
     """A parameter group's learning rate, [] where an accelerator has it; None where it is not one number."""
     rate = group.get("lr")
+    if type(rate) is float:
+        return rate
     if isinstance(rate, Tensor):
         if rate.numel() != 1:
             return None

@@ -22,6 +22,10 @@ MOST_KEPT = 512
 """Steps that wait to be sent together: a batch has its price, which fast steps share."""
 
 
+MOST_NOTED = 16
+"""Steps that wait to be taken together: more would be kept alive for long enough to be in garbage collection's way."""
+
+
 class Sink(Protocol):
     """Where rows are written: a file, a tracker. Called on the recorder's own thread, so it may take its time.
 
@@ -48,9 +52,10 @@ class Outbox:
     def __init__(self, sinks: Sequence[Sink], flush_seconds: float, problems: list[str]) -> None:
         self.subject = Subject()
         self.problems = problems
+        self._noted: list[tuple[StepReport, float, Tensor | float | None, Sample | None]] = []
         self._kept: Kept | None = None
         self._flush_seconds = flush_seconds
-        self._sent_at = time.monotonic()
+        self._sent_at = time.time()
         self._sinks = list(sinks)
         self._batches: queue.Queue[Batch | None] = queue.Queue()
         self._sent = self._taken = 0  # steps; each is counted by one thread
@@ -64,19 +69,48 @@ class Outbox:
         """Whether anybody still writes; never in a forked process, which has no such thread."""
         return self._is_working and bool(self._sinks)
 
-    def add(self, report: StepReport, scalars: dict[str, Tensor | float], sample: Sample | None) -> None:
-        """Take a step, of the layout of those that wait; send what has waited for long enough."""
-        if self._kept is not None and report.step <= self._kept.steps[-1][0]:
-            self.send()
-        kept = self._kept or Kept(report)
-        kept.add(report, time.time(), scalars, sample)
-        self._kept = kept  # never without a step, should the first one fail
-        if len(kept) >= MOST_KEPT or time.monotonic() - self._sent_at >= self._flush_seconds:
-            self.send()
+    def add(self, report: StepReport, rate: Tensor | float | None, sample: Sample | None) -> None:
+        """Note a step, of the layout of those that wait, with its learning rate; send what has waited for long enough.
+
+        Some steps wait as they are and are taken together, which takes a third of the time; but not where something
+        would change by then: gradients that are to be measured again, or what lies on an accelerator.
+        """
+        now, main = time.time(), report.selections[0]
+        self._noted.append((report, now, _own(rate), sample))
+        is_here = isinstance(main.measured.known_total, float) and main.decision.clamp is None
+        if (
+            not is_here
+            or len(self._noted) >= MOST_NOTED
+            or not 0 <= now - self._sent_at < self._flush_seconds
+        ):
+            self._take(now)
+
+    def _take(self, now: float) -> None:
+        noted, self._noted = self._noted, []
+        for report, ended, rate, sample in noted:
+            kept = self._kept
+            if kept is not None and report.step <= kept.steps[-1][0]:
+                self._send()
+                kept = None
+            if kept is None:
+                kept = Kept(report)
+            kept.add(report, ended, _scalars(report, rate), sample)
+            self._kept = kept  # never without a step, should the first one fail
+        waited = now - self._sent_at
+        if (
+            (self._kept is not None
+            and len(self._kept.steps) >= MOST_KEPT)
+            or not 0 <= waited < self._flush_seconds
+        ):
+            self._send()
 
     def send(self) -> None:
         """Stack what waits and hand it to the thread."""
-        self._sent_at = time.monotonic()
+        self._take(self._sent_at)
+        self._send()
+
+    def _send(self) -> None:
+        self._sent_at = time.time()
         kept, self._kept = self._kept, None
         if kept is None:
             return
@@ -128,6 +162,20 @@ class Outbox:
 
     def _stopped(self, why: str) -> None:
         self.problems.append(f"recording stopped: {why}; training goes on")
+
+
+def _own(rate: Tensor | float | None) -> Tensor | float | None:
+    return rate.clone() if isinstance(rate, Tensor) else rate  # whoever schedules it may write to it
+
+
+def _scalars(report: StepReport, rate: Tensor | float | None) -> dict[str, Tensor | float]:
+    """What the user logged, and what is worth knowing beside it."""
+    scalars, prescale = dict(report.scalars), report.prescale
+    if rate is not None:
+        scalars.setdefault("lr", rate)
+    if isinstance(prescale, Tensor) or prescale != 1.0:
+        scalars["prescale"] = prescale
+    return scalars
 
 
 _outboxes: weakref.WeakSet[Outbox] = weakref.WeakSet()

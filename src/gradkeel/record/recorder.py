@@ -83,6 +83,7 @@ class Recorder:
             self.rank, self._ranks = distributed.get_rank(), distributed.get_world_size()
         self._guard: Guard | None = None
         self._layout: object = None  # of the steps that wait
+        self._names: tuple[str, ...] = ()
         self._sampling = Sampling()
         self._before: BeforeUpdate | None = None
         self._before_step = 0
@@ -128,22 +129,21 @@ class Recorder:
         """Learn from the guard what is recorded: names, shapes, policy, optimizer; opens what was closed."""
         if self._is_closed:
             self._open()
-        self._guard, self._layout = guard, None
+        self._guard, self._layout, self._names = guard, None, ()
 
     def before_step(self, report: StepReport) -> None:
         """Look at the weights, at steps at which they are measured, and copy them where the update is to be."""
         guard, step = self._guard, report.step
         if guard is None or self._outbox is None or step == self._before_step:
             return  # a closure may be evaluated several times within a step
-        measured = report.selections[0].measured
-        on_host = measured.norms.is_cpu
-        if not on_host and is_capturing(measured.norms.device):
-            return  # nothing is run now, and what a replay does is not seen
+        norm: Tensor | float | None = report.selections[0].measured.known_total
+        if isinstance(norm, Tensor):
+            if not norm.is_cpu and is_capturing(norm.device):
+                return  # nothing is run now, and what a replay does is not seen
+            norm = float(norm) if norm.is_cpu else None
         self._before_step, self._before = step, None
-        rate, norm = learning_rate(guard.optimizers[0].param_groups[0]), measured.known_total
-        weights, updates = self._sampling.next(
-            step, float(norm) if on_host else None, None if isinstance(rate, Tensor) else rate
-        )
+        rate = learning_rate(guard.optimizers[0].param_groups[0])
+        weights, updates = self._sampling.next(step, norm, None if isinstance(rate, Tensor) else rate)
         # Where parameters are sharded, this rank's weights are not the whole.
         if weights and (self._per_rank or not guard.is_sharded):
             lag = None
@@ -151,26 +151,31 @@ class Recorder:
                 # An optimizer may keep anything under these names, and the record does without a figure.
                 with contextlib.suppress(Exception):
                     lag = second_moment_lag(guard.optimizers, report, guard.parameters)
-            device = measured.norms.device
+            device = report.selections[0].measured.norms.device
             self._before = BeforeUpdate(guard.names, guard.parameters, device, lag, updates=updates)
 
     def record(self, report: StepReport) -> None:
         """Take note of a step; does not sync the host."""
         if self._problems:
             self._warn_of_problems()
-        before, self._before, self._before_step = self._before, None, 0
-        sample = None if before is None else before.sample()
-        outbox = self._outbox
+        sample, guard, outbox = None, self._guard, self._outbox
+        if self._before is not None:
+            sample, self._before = self._before.sample(), None
+        self._before_step = 0
         if outbox is None or not outbox.is_open:
             return
-        norms = report.selections[0].measured.norms
-        if not norms.is_cpu and is_capturing(norms.device):
+        selections = report.selections
+        measured = selections[0].measured
+        norm, names = measured.known_total, measured.names
+        if isinstance(norm, Tensor) and not norm.is_cpu and is_capturing(norm.device):
             return
-        own = layout(report.selections)
-        if own != self._layout:
-            outbox.send()
-            self._layout, outbox.subject = own, self._subject()
-        outbox.add(report, self._scalars(report), sample)
+        if names is not self._names or not names:  # whatever changes makes new ones
+            self._names, own = names, layout(selections)
+            if own != self._layout:
+                outbox.send()
+                self._layout, outbox.subject = own, self._subject()
+        rate = None if guard is None else learning_rate(guard.optimizers[0].param_groups[0])
+        outbox.add(report, rate, sample)
 
     def flush(self) -> None:
         """Wait until every step so far is written."""
@@ -186,17 +191,6 @@ class Recorder:
             self._warn_of_problems()
         self._file = self._outbox = None
         self._is_closed = True
-
-    def _scalars(self, report: StepReport) -> dict[str, Tensor | float]:
-        """What the user logged, and what is worth knowing beside it."""
-        scalars, prescale = dict(report.scalars), report.prescale
-        if self._guard is not None:
-            rate = learning_rate(self._guard.optimizers[0].param_groups[0])
-            if rate is not None:
-                scalars.setdefault("lr", rate)
-        if isinstance(prescale, Tensor) or prescale != 1.0:
-            scalars["prescale"] = prescale
-        return scalars
 
     def _subject(self) -> Subject:
         guard = self._guard
