@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, TypeAlias
 
 from gradkeel.norms import Lines
 
@@ -139,51 +139,64 @@ class Page:
     ) -> tuple[Lines | None, list[str], int | None]:
         """The operations on a cell by the places of their numbers, the names of shared ones in use, and the ring."""
         each = {one[0].name: one[1:] for one in self._operations if one[0].name not in self._shared}
-        ring, entry = next(
-            ((i, entry) for i, new in enumerate(after) if (entry := _entry(each, kept[i], new)) is not None),
-            (None, ()),
-        )
-        scalars = [name for i, name in enumerate(kept) if i != ring]
-        results = [*found, *(new for i, new in enumerate(after) if i != ring), *entry]
-        operands = [
-            (operation, values[1:] if operation == "window" else values)
-            for operation, values in each.values()
-        ]
-        numbers = [*results, *(value for _, values in operands for value in values)]
+        ring, entry = _entry(each, kept, after)
+        scalars = [(name, new) for name, new in zip(kept, after, strict=True) if name != ring]
+        results = [*found, *(new for _, new in scalars), *entry]
         try:
-            constants = dict.fromkeys(float(value) for value in numbers if not isinstance(value, Symbol))
-            used = {one.name: None for one in numbers if isinstance(one, Symbol) and one.name in self._shared}
-            order = [*used, *own, *scalars, *constants, *each]
-            places = {name: place for place, name in enumerate(order)}
-            found_at = [places[one.name if isinstance(one, Symbol) else float(one)] for one in results]
+            operands = [_of_numbers(operation, values, ring) for operation, values in each.values()]
+            numbers = [*map(_key, results), *(_key(value) for values in operands for value in values)]
+            constants = dict.fromkeys(number for number in numbers if not isinstance(number, str))
+            used = dict.fromkeys(name for name in numbers if name in self._shared)
+            order = [*used, *own, *(name for name, _ in scalars), *constants, *each]
+            places = {number: place for place, number in enumerate(order)}
             operations = tuple(
-                (operation, *(places[one.name if isinstance(one, Symbol) else float(one)] for one in values))
-                for operation, values in operands
+                (operation, *(places[_key(value)] for value in values))
+                for (operation, _), values in zip(each.values(), operands, strict=True)
             )
+            found_at = tuple(places[_key(value)] for value in results)
         except (KeyError, TypeError):  # on something else than numbers, or on the ring in another way
             return None, [], None
-        ends = len(found_at) - len(entry)
-        lines = Lines(
-            len(used), len(own) + len(scalars), tuple(constants), operations, tuple(found_at[:ends]),
-            tuple(found_at[ends:]),
-        )  # fmt: skip
-        return lines, list(used), ring
+        ends, cells_own = len(results) - len(entry), len(own) + len(scalars)
+        lines = Lines(len(used), cells_own, tuple(constants), operations, found_at[:ends], found_at[ends:])
+        return lines, list(used), None if ring is None else list(kept).index(ring)
 
 
-def _entry(each: dict[str, tuple[str, tuple[Any, ...]]], ring: str, new: Any) -> tuple[Any, ...] | None:
-    """What enters a ring of which ``new`` comes: the condition, how many it has seen, and the value; not lines now."""
-    condition: Any = True
-    operation, values = each.get(getattr(new, "name", ""), ("", ()))
-    if operation == "where" and isinstance(values[2], Symbol) and values[2].name == ring:
-        condition, entered = values[0], values[1]
-        inner, of = each.get(getattr(entered, "name", ""), ("", ()))
-        if inner == "entered":
-            del each[new.name], each[entered.name]
-            return condition, *of[1:]
-    if operation == "entered":
-        del each[new.name]
-        return condition, *values[1:]
-    return None
+def _key(value: Any) -> str | float:
+    """By what a number is found: its name, or itself."""
+    return value.name if isinstance(value, Symbol) else float(value)
+
+
+def _of_numbers(operation: str, values: tuple[Any, ...], ring: str | None) -> tuple[Any, ...]:
+    """The numbers that an operation is on; a window is of the ring, which is one for all lines."""
+    if operation != "window":
+        return values
+    if values[0].name != ring:
+        raise TypeError("a window of another ring")
+    return values[1:]
+
+
+_Operation: TypeAlias = tuple[str, tuple[Any, ...]]
+
+
+def _entry(
+    each: dict[str, _Operation], kept: Sequence[str], after: Sequence[Any]
+) -> tuple[str | None, tuple[Any, ...]]:
+    """The first ring that a norm enters; the condition, how many it has seen and the norm, which are no lines then."""
+    for name, new in zip(kept, after, strict=True):
+        condition, entered = True, new
+        operation, values = _made_by(each, new)
+        if operation == "where" and isinstance(values[2], Symbol) and values[2].name == name:
+            condition, entered = values[:2]
+            operation, values = _made_by(each, entered)
+        if operation == "entered" and values[0].name == name:
+            for symbol in {new.name, entered.name}:
+                del each[symbol]
+            return name, (condition, *values[1:])
+    return None, ()
+
+
+def _made_by(each: dict[str, _Operation], value: Any) -> _Operation:
+    return each.get(value.name, ("", ())) if isinstance(value, Symbol) else ("", ())
 
 
 class Symbol:

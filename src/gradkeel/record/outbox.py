@@ -98,10 +98,8 @@ class Outbox:
             self._kept = kept  # never without a step, should the first one fail
         waited = now - self._sent_at
         if (
-            (self._kept is not None
-            and len(self._kept.steps) >= MOST_KEPT)
-            or not 0 <= waited < self._flush_seconds
-        ):
+            self._kept is not None and len(self._kept.steps) >= MOST_KEPT
+        ) or not 0 <= waited < self._flush_seconds:
             self._send()
 
     def send(self) -> None:
