@@ -61,22 +61,33 @@ RECORDING = dict(zip(SMALL, (1.05, 1.05, 1.03), strict=True))
 """What a recorded step is to take at most, as a multiple of one that is not."""
 FIRST = 100
 """Steps at each of which a record looks at weights and updates too."""
+TAKEN = 16
+"""Steps in a row, for a record takes so many together."""
 TIMES = 30
 """As many rounds for one: they are short."""
 TURNS = dict(zip(SMALL, (1000, 1000, 250), strict=True))
 """Training steps at a time, so that what the thread of a record does is counted where it belongs."""
 
 
-def recorded(gradients: Gradients, limit: float, path: Path) -> Contender:
-    """The guarded step that is recorded as well: what the training thread does for it."""
-    optimizer = NoStep(gradients.parameters)
-    gk.attach(optimizer, ClipByGlobalNorm(limit), record=path)
-    for _ in range(FIRST):
-        optimizer.step()
-    return Contender(RECORDED, optimizer.step, gradients.refill)
+def recorded(gradients: Gradients, limit: float, path: Path, rounds: int) -> Race:
+    """Guarded steps that are recorded as well: what the training thread does for it."""
+
+    def steps(words: str, record: Path | None) -> Contender:
+        optimizer = NoStep(gradients.parameters)
+        gk.attach(optimizer, ClipByGlobalNorm(limit), record=record)
+        for _ in range(FIRST):
+            optimizer.step()
+
+        def turn() -> None:
+            for _ in range(TAKEN):
+                optimizer.step()
+
+        return Contender(words, turn, gradients.refill)
+
+    return race([steps(GUARDED, None), steps(RECORDED, path)], rounds=rounds * TIMES)
 
 
-def clipped(gradients: Gradients, folder: Path, *, active: bool, rounds: int) -> Race:
+def clipped(gradients: Gradients, *, active: bool, rounds: int) -> Race:
     """The functions, and a step that does nothing, guarded and not."""
     limit = bound(gradients, active=active)
     policies: dict[str, Policy] = {GUARDED: ClipByGlobalNorm(limit)}
@@ -86,8 +97,6 @@ def clipped(gradients: Gradients, folder: Path, *, active: bool, rounds: int) ->
         guard_alone(gradients, policy, lambda: gradients.error(limit), name)
         for name, policy in policies.items()
     ]
-    if not active:
-        guards.append(recorded(gradients, limit, folder / f"{len(gradients.parameters)}.keel"))
     plain = Contender(PLAIN, NoStep(gradients.parameters).step, gradients.refill)
     return race(
         [torch_clip(gradients, limit), own_clip(gradients, limit), *guards, plain], rounds=rounds * TIMES
@@ -163,7 +172,7 @@ def _asked(rounds: int, folder: Path) -> Answer:
         for name, shapes in SMALL.items():
             gradients = Gradients(shapes)
             for active in (False, True):
-                found = clipped(gradients, folder, active=active, rounds=rounds)
+                found = clipped(gradients, active=active, rounds=rounds)
                 words = f"{name}, norm {'above' if active else 'below'} the bound"
                 tables.append(Table(words, found))
                 targets.append(target(f"{words}, {FUNCTION}, to torch", 0.8, found, FUNCTION))
@@ -172,8 +181,11 @@ def _asked(rounds: int, folder: Path) -> Answer:
                 )
                 if not active:
                     targets += adaptive(words, found)
-                    record = found.ratio(RECORDED, GUARDED)
-                    targets.append(Target(f"{words}, recorded to not recorded", RECORDING[name], record))
+            limit, words = bound(gradients, active=False), f"{name}, {TAKEN} steps in a row"
+            found = recorded(gradients, limit, folder / f"{len(shapes)}.keel", rounds)
+            tables.append(Table(words, found))
+            ratio = found.ratio(RECORDED, GUARDED)
+            targets.append(Target(f"{words}, recorded to not recorded", RECORDING[name], ratio))
             found = trained(name, folder, rounds)
             words = f"{name}, whole training steps"
             tables.append(Table(f"{words}, {TURNS[name]} a turn", found))

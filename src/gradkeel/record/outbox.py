@@ -78,12 +78,11 @@ class Outbox:
         now, main = time.time(), report.selections[0]
         self._noted.append((report, now, _own(rate), sample))
         is_here = isinstance(main.measured.known_total, float) and main.decision.clamp is None
-        if (
-            not is_here
-            or len(self._noted) >= MOST_NOTED
-            or not 0 <= now - self._sent_at < self._flush_seconds
-        ):
+        if not is_here or len(self._noted) >= MOST_NOTED or self._is_due(now):
             self._take(now)
+
+    def _is_due(self, now: float) -> bool:
+        return not 0 <= now - self._sent_at < self._flush_seconds  # also where the clock was set back
 
     def _take(self, now: float) -> None:
         noted, self._noted = self._noted, []
@@ -96,10 +95,7 @@ class Outbox:
                 kept = Kept(report)
             kept.add(report, ended, _scalars(report, rate), sample)
             self._kept = kept  # never without a step, should the first one fail
-        waited = now - self._sent_at
-        if (
-            self._kept is not None and len(self._kept.steps) >= MOST_KEPT
-        ) or not 0 <= waited < self._flush_seconds:
+        if self._is_due(now) or (self._kept is not None and len(self._kept) >= MOST_KEPT):
             self._send()
 
     def send(self) -> None:
