@@ -31,36 +31,15 @@ class LazyState(Mapping[str, Tensor]):
 
 
 class Ring:
-    """One cell's last norms on the host: in the order of the ring, and sorted. As every state it never changes.
+    """One cell's last norms on the host: in the order of the ring, and sorted. As every state it never changes."""
 
-    To copy them all for each new one would take longer than all else. So a ring with one more value, once it is asked
-    for its values, takes the lists of the one before over, which makes its own anew should it be asked again. Once in
-    each round they are copied, so that an old ring that somebody keeps holds on to no more than a round of later ones.
-    """
+    __slots__ = ("_ordered", "values")
 
-    __slots__ = ("_change", "_later", "_ordered", "_values", "size")
-
-    def __init__(self, values: list[float] | None, change: "tuple[Ring, int, float] | None" = None) -> None:
-        self.size: int = change[0].size if values is None and change is not None else len(values or ())
-        self._values = values
-        self._ordered: list[float] | None = None
-        self._change = change  # the ring before, how many it has seen, and the new value
-        # Who took the lists, and what it has put over which value.
-        self._later: tuple[Ring, int, float] | None = None
-
-    @property
-    def values(self) -> list[float]:
-        """The values in the order of the ring."""
-        if self._change is not None:
-            self._take_over(*self._change)
-        if self._values is None:
-            self._values = self._made_anew()
-        return self._values
+    def __init__(self, values: list[float], ordered: list[float] | None = None) -> None:
+        self.values, self._ordered = values, ordered
 
     def ordered(self, number: int) -> list[float]:
         """Return the first ``number`` values, ascending."""
-        if self._change is not None:
-            self._take_over(*self._change)
         if self._ordered is None or len(self._ordered) != number:
             self._ordered = sorted(self.values[:number])
         return self._ordered
@@ -71,36 +50,13 @@ class Ring:
         Raises:
             TypeError: for what is no real number, such as a root of one below zero.
         """
-        if self._change is not None:  # so that there is never more than one change to make
-            self._take_over(*self._change)
-        return Ring(None, (self, seen, float(value)))
-
-    def _take_over(self, before: "Ring", seen: int, value: float) -> None:
-        size = self.size
-        ordered, values = before.ordered(min(seen, size)), before.values
-        place = seen % size
-        was = values[place]
-        if place == 0:
-            values, ordered = values.copy(), ordered.copy()
-        else:
-            before._values, before._ordered, before._later = None, None, (self, place, was)
+        place, size, value = seen % len(self.values), len(self.values), float(value)
+        values, ordered = self.values.copy(), self.ordered(min(seen, size)).copy()
         if seen >= size:
-            del ordered[bisect_left(ordered, was)]
+            del ordered[bisect_left(ordered, values[place])]
         insort(ordered, value)
         values[place] = value
-        self._values, self._ordered, self._change = values, ordered, None
-
-    def _made_anew(self) -> list[float]:
-        changes, ring = [], self
-        while ring._later is not None:
-            ring, place, was = ring._later
-            changes.append((place, was))
-        assert ring._values is not None, "the last of them has the lists"
-        values = ring._values.copy()
-        for place, was in reversed(changes):
-            values[place] = was
-        self._later = None
-        return values
+        return Ring(values, ordered)
 
 
 class NumberState(LazyState):

@@ -1,8 +1,6 @@
 """This module shows a cell's last norms to statistics: those of all cells in tensors, or of one in plain numbers."""
 
 import math
-from collections.abc import Callable
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -91,50 +89,44 @@ class TensorWindow:
 
 def plain_window(ring: Ring, seen: int) -> "PlainWindow":
     """Return what one cell's ring holds after ``seen`` values."""
-    return PlainWindow(partial(ring.ordered, min(seen, ring.size)))
+    return PlainWindow(ring.ordered(min(seen, len(ring.values))))
 
 
 class PlainWindow:
-    """The window of one cell: plain numbers, ascending, asked for each time, for a later ring takes a list over."""
+    """The window of one cell: plain numbers, ascending."""
 
-    def __init__(self, ordered: Callable[[], list[float]]) -> None:
+    def __init__(self, ordered: list[float]) -> None:
         self.ordered = ordered
 
     def __len__(self) -> int:
         """Return the number of numbers."""
-        return len(self.ordered())
+        return len(self.ordered)
 
     def quantile(self, q: float) -> float:
         """Return it from the two places next to it."""
-        ordered = self.ordered()
-        if not ordered:
+        if not self.ordered:
             return math.inf
-        position = q * (len(ordered) - 1)
+        position = q * (len(self.ordered) - 1)
         below = int(position)
-        low, high = ordered[below], ordered[math.ceil(position)]
+        low, high = self.ordered[below], self.ordered[math.ceil(position)]
         return low if low == high else low + (high - low) * (position - below)
 
     def mean(self) -> float:
         """Return the mean of all."""
-        ordered = self.ordered()
-        return sum(ordered) / max(len(ordered), 1)
+        return sum(self.ordered) / max(len(self.ordered), 1)
 
     def deviation(self, center: float) -> float:
         """Return it by ``math.dist``, which divides the largest out."""
-        ordered = self.ordered()
-        return math.dist(ordered, [center] * len(ordered))
+        return math.dist(self.ordered, [center] * len(self.ordered))
 
     def logs(self) -> "PlainWindow":
         """Return the logarithms, which ascend too."""
-        ordered = self.ordered()
-        has_zeros = ordered and not ordered[0] > 0
-        logs = list(map(log if has_zeros else math.log, ordered))
-        return PlainWindow(lambda: logs)
+        has_zeros = self.ordered and not self.ordered[0] > 0
+        return PlainWindow(list(map(log if has_zeros else math.log, self.ordered)))
 
     def distances(self, center: float) -> "PlainWindow":
         """Return the distances, sorted anew, which takes little time: they fall and then rise."""
-        distances = sorted([abs(value - center) for value in self.ordered()])
-        return PlainWindow(lambda: distances)
+        return PlainWindow(sorted([abs(value - center) for value in self.ordered]))
 
 
 class WrittenWindow:
