@@ -11,7 +11,10 @@ _SIGNS = {
     "add": "+", "sub": "-", "mul": "*", "truediv": "/", "mod": "%", "pow": "**", "and": "&", "or": "|",
     "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!=",
 }  # fmt: skip
-_CHANGES = {"neg": "-{0}", "abs": "abs({0})", "invert": "not {0}"}
+_CHANGES = {"neg": "-{0}", "abs": "abs({0})", "invert": "not {0} if type({0}) is bool else ~{0}"}
+_LOGICAL = {"and", "or", "invert"}
+_TRUTHS = _LOGICAL | {"lt", "le", "gt", "ge", "eq", "ne", "is_norm", "is_number"}
+"""What lines do with truths alone, for of whole numbers these are of their bits; and what is a truth for certain."""
 # How operations are written in Python: those that are functions' by what they mostly come to, all others by the call.
 _TEXTS = {
     **{name: f"{{0}} {sign} {{1}}" for name, sign in _SIGNS.items()},
@@ -138,11 +141,18 @@ class Page:
         self, own: Sequence[str], kept: Sequence[str], found: Sequence[Any], after: Sequence[Any]
     ) -> tuple[Lines | None, list[str], int | None]:
         """The operations on a cell by the places of their numbers, the names of shared ones in use, and the ring."""
+        if not self._fits_lines():
+            return None, [], None
         each = {one[0].name: one[1:] for one in self._operations if one[0].name not in self._shared}
         ring, entry = next(
             ((i, entry) for i, new in enumerate(after) if (entry := _entry(each, kept[i], new)) is not None),
             (None, ()),
         )
+        windows = [values[0].name for operation, values in each.values() if operation == "window"]
+        if any(
+            ring is None or name != kept[ring] for name in windows
+        ):  # of a ring that this step has changed
+            return None, [], None
         scalars = [name for i, name in enumerate(kept) if i != ring]
         results = [*found, *(new for i, new in enumerate(after) if i != ring), *entry]
         operands = [
@@ -168,6 +178,16 @@ class Page:
             tuple(found_at[ends:]),
         )  # fmt: skip
         return lines, list(used), ring
+
+    def _fits_lines(self) -> bool:
+        """Whether every logical operation on a cell is on truths."""
+        truths = {symbol.name for symbol, operation, _ in self._operations if operation in _TRUTHS}
+        return all(
+            isinstance(value, bool) or (isinstance(value, Symbol) and value.name in truths)
+            for symbol, operation, values in self._operations
+            if operation in _LOGICAL and symbol.name not in self._shared
+            for value in values
+        )
 
 
 def _entry(each: dict[str, tuple[str, tuple[Any, ...]]], ring: str, new: Any) -> tuple[Any, ...] | None:
