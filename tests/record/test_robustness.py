@@ -386,6 +386,29 @@ def test_an_interrupted_step_costs_no_other(make_report, monkeypatch):
     assert kept.steps == [step for step in steps if step != 5]
 
 
+def test_another_thread_may_flush_while_steps_are_taken(make_report, monkeypatch):
+    """It waits, and no step is written twice or out of order."""
+    kept, add, flushes = Gate(), Kept.add, []
+
+    def slow(own, report, *rest):
+        if report.step == 5:
+            flushes.append(threading.Thread(target=recorder.flush))
+            flushes[0].start()
+            flushes[0].join(0.2)
+        add(own, report, *rest)
+
+    monkeypatch.setattr(Kept, "add", slow)
+    kept.go.set()
+    recorder = Recorder(None, sinks=[kept])
+    for step in range(1, 31):
+        report = make_report(step)
+        report.selections[0].measured.total = float(step)  # as the native kernels give it
+        recorder.record(report)
+    flushes[0].join()
+    recorder.close()
+    assert kept.steps == list(range(1, 31))
+
+
 class Bounded(gp.Policy):
     """A policy of one's own, with a bound that it makes or writes to as it likes."""
 

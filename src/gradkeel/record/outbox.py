@@ -55,6 +55,7 @@ class Outbox:
         self.problems = problems
         self._noted: deque[tuple[StepReport, float, Tensor | float | None, Sample | None, Any]] = deque()
         self._kept: Kept | None = None
+        self._lock = threading.RLock()  # of these two, for anybody may flush
         self._flush_seconds = flush_seconds
         self._sent_at = time.time()
         self._sinks = list(sinks)
@@ -77,14 +78,15 @@ class Outbox:
         would change by then: gradients that are to be measured again, or what lies on an accelerator.
         """
         now, main = time.time(), report.selections[0]
-        self._noted.append((report, now, _own(rate), sample, settled(main.decision.known_bound)))
-        is_here = isinstance(main.measured.known_total, float) and main.decision.clamp is None
-        if (
-            not is_here
-            or len(self._noted) >= MOST_NOTED
-            or not 0 <= now - self._sent_at < self._flush_seconds
-        ):
-            self._take(now)
+        with self._lock:
+            self._noted.append((report, now, _own(rate), sample, settled(main.decision.known_bound)))
+            is_here = isinstance(main.measured.known_total, float) and main.decision.clamp is None
+            if (
+                not is_here
+                or len(self._noted) >= MOST_NOTED
+                or not 0 <= now - self._sent_at < self._flush_seconds
+            ):
+                self._take(now)
 
     def _take(self, now: float) -> None:
         while self._noted:  # one by one, so that an error or Ctrl-C costs no more than one
@@ -105,8 +107,9 @@ class Outbox:
 
     def send(self) -> None:
         """Stack what waits and hand it to the thread."""
-        self._take(self._sent_at)
-        self._send()
+        with self._lock:
+            self._take(self._sent_at)
+            self._send()
 
     def _send(self) -> None:
         self._sent_at = time.time()
