@@ -81,7 +81,7 @@ def test_norms_of_every_dtype_without_overflow(norm_type):
         channels_last(torch.float64),
     ]
     tensors += [torch.tensor([3.0, -4.0], dtype=torch.float64) * scale for scale in (1e300, 1e-300)]
-    norms, *_ = read(tensors, norm_type, wide=torch.float64, unit_dim=None, peaks=False)
+    norms = read(tensors, norm_type, wide=torch.float64, unit_dim=None, peaks=False).norms
     # float64 additions in another order
     assert norms.tolist() == pytest.approx([reference.norm([t], norm_type) for t in tensors], rel=1e-12)
 
@@ -89,7 +89,7 @@ def test_norms_of_every_dtype_without_overflow(norm_type):
 def test_float64_that_is_not_finite_shows():
     tensors = [torch.tensor([1.0, bad], dtype=torch.float64) for bad in (math.inf, math.nan, -math.inf)]
     assert (
-        str(read(tensors, 2.0, wide=torch.float64, unit_dim=None, peaks=False)[0].tolist())
+        str(read(tensors, 2.0, wide=torch.float64, unit_dim=None, peaks=False).norms.tolist())
         == "[inf, nan, inf]"
     )
 
