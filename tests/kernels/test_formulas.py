@@ -108,6 +108,41 @@ def test_states_that_no_compiled_formula_takes_are_right_all_the_same(bound):
         seen.append(norms)
 
 
+class OneRing(gp.Bound, on_numbers=True):
+    """The mean of the last three norms."""
+
+    def init(self, cells):
+        ring = cells.norms.new_zeros(cells.norms.shape[0], 3)
+        return {"seen": torch.zeros_like(cells.norms, dtype=torch.int64), "history": ring}
+
+    def bound(self, cells, state):
+        return window_of(state["history"], state["seen"]).mean()
+
+    def update(self, cells, state, bound):
+        history = entered(state["history"], state["seen"], cells.norms)
+        return {"seen": state["seen"] + 1, "history": history}
+
+
+class Finished(OneRing, on_numbers=True):
+    """It takes such a state over and leaves it as it is."""
+
+    def bound(self, cells, state):
+        return 0.5 * cells.norms
+
+    def update(self, cells, state, bound):
+        return {name: 1 * value if name == "seen" else value for name, value in state.items()}
+
+
+def test_a_formula_without_a_ring_takes_over_a_state_with_one():
+    learning, finished = (gp.Clip("tensor", bound, gp.Hard()) for bound in (OneRing(), Finished()))
+    now = measured([1.0, 2.0])
+    _, state = learning.decide(now, learning.init(now))
+    assert type(state) is CompiledState
+    decision, after = finished.decide(measured([3.0, 4.0], 2), state)
+    assert decision.bound.tolist() == [1.5, 2.0]
+    assert all(torch.equal(after[name], state[name]) for name in state)
+
+
 @pytest.mark.parametrize("cells", [1, 7, 8, 9, 500])
 @pytest.mark.parametrize(
     "policy",

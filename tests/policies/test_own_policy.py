@@ -8,7 +8,7 @@ import torch
 import gradkeel as gk
 from gradkeel.kernels import native
 from gradkeel.norms import Decision, Needs
-from gradkeel.policies import Chain, ClipByGlobalNorm, PerGroup, Policy, Warmup
+from gradkeel.policies import Chain, ClipByGlobalNorm, ClipByNorm, PerGroup, Policy, Warmup
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,3 +108,27 @@ def test_every_shape_that_fits_is_applied(given):
     optimizer.step()
     assert guard.report.coefficient == 0.5
     assert all(torch.equal(p.grad, 0.5 * own) for p, own in zip(guard.parameters, before, strict=True))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Between(Own):
+    """It hands norms of its own making to another policy."""
+
+    @property
+    def needs(self):
+        return Needs()
+
+    def decide(self, norms, state):
+        for field, value in self.given.items():
+            setattr(norms, field, value)
+        assert isinstance(norms.known_total, float) == (native.kernels() is not None)
+        return ClipByNorm(0.5).decide(norms, {})[0], state
+
+
+@pytest.mark.parametrize("given", [torch.tensor([1.0, 2.0]), [1.0, 2.0]])
+def test_norms_of_another_kind_are_read_as_what_they_are(given):
+    optimizer, guard = prepared(Between({"norms": given}))
+    before = [p.grad.clone() for p in guard.parameters]
+    optimizer.step()
+    for p, own, factor in zip(guard.parameters, before, (0.5, 0.25), strict=True):
+        assert torch.equal(p.grad, factor * own)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gradkeel import policies as gp
 from gradkeel.kernels import native
 from gradkeel.policies import numbers
+from gradkeel.policies.bounds.window import entered, window_of
 from policy_rows import ROWS
 from streams import log_normal, measured
 
@@ -426,10 +427,60 @@ class Drops(Falling, on_numbers=True):
         return {"first": cells.norms * 0.0 + 3.0}
 
 
+class Counting(gp.Bound, on_numbers=True):
+    """It looks at the bits of a whole number: those of 1, 2, 3, ... and what is left of them."""
+
+    def init(self, cells):
+        return {"count": torch.ones_like(cells.norms, dtype=torch.int64)}
+
+    def bound(self, cells, state):
+        count = state["count"]
+        is_odd, is_second, is_late = (count & 1) == 1, (count | 1) == 3, ~count < -4
+        even = numbers.where(is_second, 0.25, numbers.where(is_late, 0.125, 2.0))
+        return numbers.where(is_odd, 0.5, even) * cells.norms
+
+    def update(self, cells, state, bound):
+        return {"count": state["count"] + 1}
+
+
+class Flagged(gp.Bound, on_numbers=True):
+    """It remembers a truth, and turns it."""
+
+    def init(self, cells):
+        return {"is_even": torch.zeros_like(cells.norms, dtype=torch.bool)}
+
+    def bound(self, cells, state):
+        return numbers.where(~state["is_even"] & (cells.norms > 0), 0.5 * cells.norms, math.inf)
+
+    def update(self, cells, state, bound):
+        return {"is_even": ~state["is_even"]}
+
+
+class OfThisToo(gp.Bound, on_numbers=True):
+    """The mean of the last three norms, with this step's."""
+
+    def init(self, cells):
+        ring = cells.norms.new_zeros(cells.norms.shape[0], 3)
+        return {"seen": torch.zeros_like(cells.norms, dtype=torch.int64), "history": ring}
+
+    def bound(self, cells, state):
+        history = entered(state["history"], state["seen"], cells.norms)
+        return window_of(history, state["seen"] + 1).mean()
+
+    def update(self, cells, state, bound):
+        return {
+            "seen": state["seen"] + 1,
+            "history": entered(state["history"], state["seen"], cells.norms),
+        }
+
+
 @pytest.mark.parametrize(
     "bound",
     [
         Falling(),
+        Counting(),
+        Flagged(),
+        OfThisToo(),
         ByIf(),
         ByTable(),
         InTorch(),

@@ -15,7 +15,9 @@ from torch import nn
 import gradkeel as gk
 from gradkeel import policies as gp
 from gradkeel.errors import RecordError, RecordWarning
+from gradkeel.norms import Decision, Needs
 from gradkeel.record import Reader, Recorder, bucket_norms
+from gradkeel.record.rows import Kept
 from gradkeel.record.schema import SCHEMA_VERSION
 
 from tests.record.processes import kill, run_script
@@ -358,6 +360,101 @@ def test_a_full_disk_stops_the_record_and_not_the_training(tmp_path):
         assert 64 <= len(run) < 3000
         assert run.steps().tolist() == list(range(1, len(run) + 1))
         assert run.norms().isfinite().all()
+
+
+def test_an_interrupted_step_costs_no_other(make_report, monkeypatch):
+    """Steps are taken sixteen at a time; Ctrl-C may come while they are."""
+    kept, steps, add = Gate(), range(1, 31), Kept.add
+
+    def interrupted(own, report, *rest):
+        if report.step == 5:
+            raise KeyboardInterrupt
+        add(own, report, *rest)
+
+    monkeypatch.setattr(Kept, "add", interrupted)
+    kept.go.set()
+    recorder, interrupts = Recorder(None, sinks=[kept]), 0
+    for step in steps:
+        report = make_report(step)
+        report.selections[0].measured.total = float(step)  # as the native kernels give it
+        try:
+            recorder.record(report)
+        except KeyboardInterrupt:
+            interrupts += 1
+    recorder.close()
+    assert interrupts == 1
+    assert kept.steps == [step for step in steps if step != 5]
+
+
+def test_another_thread_may_flush_while_steps_are_taken(make_report, monkeypatch):
+    """It waits, and no step is written twice or out of order."""
+    kept, add, flushes = Gate(), Kept.add, []
+
+    def slow(own, report, *rest):
+        if report.step == 5:
+            flushes.append(threading.Thread(target=recorder.flush))
+            flushes[0].start()
+            flushes[0].join(0.2)
+        add(own, report, *rest)
+
+    monkeypatch.setattr(Kept, "add", slow)
+    kept.go.set()
+    recorder = Recorder(None, sinks=[kept])
+    for step in range(1, 31):
+        report = make_report(step)
+        report.selections[0].measured.total = float(step)  # as the native kernels give it
+        recorder.record(report)
+    flushes[0].join()
+    recorder.close()
+    assert kept.steps == list(range(1, 31))
+
+
+class Bounded(gp.Policy):
+    """A policy of one's own, with a bound that it makes or writes to as it likes."""
+
+    needs, spec = Needs(), "bounded"
+
+    def __init__(self, bound):
+        self.bound = bound
+
+    def init(self, norms):
+        return {}
+
+    def decide(self, norms, state):
+        return Decision(bound=self.bound(norms.step)), state
+
+
+def bounded_run(path, bound, steps):
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight])
+    guard = gk.attach(optimizer, Bounded(bound), record=path)
+    for _ in range(steps):
+        weight.grad = torch.ones(3)
+        optimizer.step()
+    guard.detach()
+
+
+@pytest.mark.parametrize("given", [[0.0], torch.zeros(()), torch.zeros(1, dtype=torch.float64)])
+def test_a_bound_that_is_written_to_later_is_recorded_as_it_was(tmp_path, given):
+    def bound(step):
+        if isinstance(given, list):
+            given[0] = float(step)
+        else:
+            given.fill_(step)
+        return given
+
+    bounded_run(tmp_path / "run.keel", bound, 40)
+    with Reader(tmp_path / "run.keel") as run:
+        assert run.bounds().tolist() == list(range(1, 41))
+
+
+@pytest.mark.parametrize("given", ["high", [1.0, None]])
+def test_a_bound_that_is_no_number_stops_the_record_and_not_the_training(tmp_path, given):
+    with pytest.warns(RecordWarning, match="cannot be put together: .*; training goes on"):
+        bounded_run(tmp_path / "run.keel", lambda step: given, 40)
+    bounded_run(tmp_path / "run.keel", float, 3)  # the file is free
+    with Reader(tmp_path / "run.keel") as run:
+        assert len(run) == 3
 
 
 def test_a_sink_that_fails_ends_alone(tmp_path, make_report):

@@ -794,7 +794,8 @@ static int64_t place_of(const double *sorted, int64_t length, double value, int 
 /* One more number, after `seen` ones. */
 static void enter(struct ring *ring, double seen, double value) {
     double *sorted = ring->sorted;
-    int64_t length = length_after(seen, ring->size), place = seen >= 1 ? (int64_t)fmod(seen, (double)ring->size) : 0;
+    int64_t length = length_after(seen, ring->size);
+    int64_t place = seen >= 1 && seen < INFINITY ? (int64_t)fmod(seen, (double)ring->size) : 0;
     if (*ring->ordered != (double)length) sorted_into(sorted, ring, length);
     if (length == ring->size) {
         int64_t gone = place_of(sorted, --length, ring->values[place], 0);
@@ -808,7 +809,7 @@ static void enter(struct ring *ring, double seen, double value) {
 
 static double quantile(struct window w, double q) {
     if (w.length == 0) return INFINITY;
-    double position = smaller(larger(q, 0), 1) * (double)(w.length - 1);
+    double position = (q > 0 ? smaller(q, 1) : 0) * (double)(w.length - 1);
     int64_t below = (int64_t)position;
     double low = w.values[below], high = w.values[(int64_t)ceil(position)];
     return low == high ? low : low + (high - low) * (position - (double)below);

@@ -108,13 +108,17 @@ class WrittenCell(Cells):
             total = total.item()
         if scope == "global":
             return [total], 1, total
-        norms = measured.known_norms
+        norms: Any = measured.known_norms
         if scope == "unit" and measured.units is not None:
             norms = measured.units
         elif scope == "group":
             norms = Cells(measured, scope).norms
+        elif not isinstance(norms, bytearray):
+            norms = measured.norms
         if isinstance(norms, bytearray):
             return norms, len(norms) // 8, total
+        if norms.dtype != torch.float64 or not norms.is_cpu:  # a policy may have put others in their place
+            return [], 0, 0.0
         return norms.contiguous(), norms.shape[0], total
 
     @property

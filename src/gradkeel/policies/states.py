@@ -148,7 +148,7 @@ class CompiledState(NumberState):
             cells: k.
             ring: which of the names is of a ring.
         """
-        if type(state) is CompiledState and state.layout.cells == cells:
+        if type(state) is CompiledState and (state.layout.cells, state.layout.ring) == (cells, ring):
             return state
         tensors, window = list(state.values()), 0
         if ring is not None:

@@ -11,7 +11,10 @@ _SIGNS = {
     "add": "+", "sub": "-", "mul": "*", "truediv": "/", "mod": "%", "pow": "**", "and": "&", "or": "|",
     "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!=",
 }  # fmt: skip
-_CHANGES = {"neg": "-{0}", "abs": "abs({0})", "invert": "not {0}"}
+_CHANGES = {"neg": "-{0}", "abs": "abs({0})", "invert": "not {0} if type({0}) is bool else ~{0}"}
+_LOGICAL = {"and", "or", "invert"}
+_TRUTHS = _LOGICAL | {"lt", "le", "gt", "ge", "eq", "ne", "is_norm", "is_number"}
+"""What lines do with truths alone, for of whole numbers these are of their bits; and what is a truth for certain."""
 # How operations are written in Python: those that are functions' by what they mostly come to, all others by the call.
 _TEXTS = {
     **{name: f"{{0}} {sign} {{1}}" for name, sign in _SIGNS.items()},
@@ -138,6 +141,8 @@ class Page:
         self, own: Sequence[str], kept: Sequence[str], found: Sequence[Any], after: Sequence[Any]
     ) -> tuple[Lines | None, list[str], int | None]:
         """The operations on a cell by the places of their numbers, the names of shared ones in use, and the ring."""
+        if not self._fits_lines():
+            return None, [], None
         each = {one[0].name: one[1:] for one in self._operations if one[0].name not in self._shared}
         ring, entry = _entry(each, kept, after)
         scalars = [(name, new) for name, new in zip(kept, after, strict=True) if name != ring]
@@ -159,6 +164,16 @@ class Page:
         ends, cells_own = len(results) - len(entry), len(own) + len(scalars)
         lines = Lines(len(used), cells_own, tuple(constants), operations, found_at[:ends], found_at[ends:])
         return lines, list(used), None if ring is None else list(kept).index(ring)
+
+    def _fits_lines(self) -> bool:
+        """Whether every logical operation on a cell is on truths."""
+        truths = {symbol.name for symbol, operation, _ in self._operations if operation in _TRUTHS}
+        return all(
+            isinstance(value, bool) or (isinstance(value, Symbol) and value.name in truths)
+            for symbol, operation, values in self._operations
+            if operation in _LOGICAL and symbol.name not in self._shared
+            for value in values
+        )
 
 
 def _key(value: Any) -> str | float:

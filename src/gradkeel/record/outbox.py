@@ -5,13 +5,14 @@ import queue
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from gradkeel.guard.report import StepReport
-from gradkeel.record.rows import Batch, Kept, Rows, Sample, Subject
+from gradkeel.record.rows import Batch, Kept, Rows, Sample, Subject, settled
 
 MOST_WAITING = 2**18
 """Steps that may wait for a slow disk: each is some kilobytes of memory."""
@@ -52,8 +53,9 @@ class Outbox:
     def __init__(self, sinks: Sequence[Sink], flush_seconds: float, problems: list[str]) -> None:
         self.subject = Subject()
         self.problems = problems
-        self._noted: list[tuple[StepReport, float, Tensor | float | None, Sample | None]] = []
+        self._noted: deque[tuple[StepReport, float, Tensor | float | None, Sample | None, Any]] = deque()
         self._kept: Kept | None = None
+        self._lock = threading.RLock()  # of these two, for anybody may flush
         self._flush_seconds = flush_seconds
         self._sent_at = time.time()
         self._sinks = list(sinks)
@@ -76,32 +78,34 @@ class Outbox:
         would change by then: gradients that are to be measured again, or what lies on an accelerator.
         """
         now, main = time.time(), report.selections[0]
-        self._noted.append((report, now, _own(rate), sample))
-        is_here = isinstance(main.measured.known_total, float) and main.decision.clamp is None
-        if not is_here or len(self._noted) >= MOST_NOTED or self._is_due(now):
-            self._take(now)
+        with self._lock:
+            self._noted.append((report, now, _own(rate), sample, settled(main.decision.known_bound)))
+            is_here = isinstance(main.measured.known_total, float) and main.decision.clamp is None
+            if not is_here or len(self._noted) >= MOST_NOTED or self._is_due(now):
+                self._take(now)
 
     def _is_due(self, now: float) -> bool:
         return not 0 <= now - self._sent_at < self._flush_seconds  # also where the clock was set back
 
     def _take(self, now: float) -> None:
-        noted, self._noted = self._noted, []
-        for report, ended, rate, sample in noted:
+        while self._noted:  # one by one, so that an error or Ctrl-C costs no more than one
+            report, ended, rate, sample, bound = self._noted.popleft()
             kept = self._kept
             if kept is not None and report.step <= kept.steps[-1][0]:
                 self._send()
                 kept = None
             if kept is None:
                 kept = Kept(report)
-            kept.add(report, ended, _scalars(report, rate), sample)
+            kept.add(report, ended, _scalars(report, rate), sample, bound)
             self._kept = kept  # never without a step, should the first one fail
         if self._is_due(now) or (self._kept is not None and len(self._kept) >= MOST_KEPT):
             self._send()
 
     def send(self) -> None:
         """Stack what waits and hand it to the thread."""
-        self._take(self._sent_at)
-        self._send()
+        with self._lock:
+            self._take(self._sent_at)
+            self._send()
 
     def _send(self) -> None:
         self._sent_at = time.time()
@@ -136,16 +140,28 @@ class Outbox:
             while (batch := self._batches.get()) is not None:
                 self._taken += len(batch)
                 try:
-                    rows = batch.rows()
-                    for sink in list(self._sinks):
-                        self._call(sink, sink.write, rows)
+                    self._write(batch)
                 finally:
                     self._batches.task_done()
-            for sink in list(self._sinks):
-                self._call(sink, sink.close)
+            self._close_sinks()
             self._batches.task_done()
         finally:
             self._is_working = False
+
+    def _write(self, batch: Batch) -> None:
+        try:
+            rows = batch.rows()
+        except Exception as error:  # noqa: BLE001 - a policy of one's own may have decided on anything
+            self._stopped(f"its steps cannot be put together: {error!r}")
+            self._close_sinks()
+            self._sinks.clear()
+            return
+        for sink in list(self._sinks):
+            self._call(sink, sink.write, rows)
+
+    def _close_sinks(self) -> None:
+        for sink in list(self._sinks):
+            self._call(sink, sink.close)
 
     def _call(self, sink: Sink, action: Callable[..., None], *arguments: Rows) -> None:
         try:

@@ -142,13 +142,17 @@ class Kept:
         return len(self.steps)
 
     def add(
-        self, report: StepReport, time: float, scalars: dict[str, Tensor | float], sample: Sample | None
+        self,
+        report: StepReport,
+        time: float,
+        scalars: dict[str, Tensor | float],
+        sample: Sample | None,
+        bound: Any,
     ) -> None:
-        """Take a step, and at once what reads its gradients, and tensors that are the user's."""
+        """Take a step, its bound `settled`, and at once what reads its gradients, and tensors that are the user's."""
         selections = report.selections
         main = selections[0]
         decision = main.decision
-        bound: Any = decision.known_bound
         for name, value in scalars.items():
             if type(value) is not float:
                 scalars[name] = _own(value, self.like)
@@ -162,8 +166,6 @@ class Kept:
         made = report.stepped_or_pending
         if made is not True:
             self.maybe_skipped[len(self.steps)] = report
-        if type(bound) is list:
-            bound = tuple(bound)
         self.steps.append((report.step, time, main.measured.known_total, bound, made))
         self.scalars.append(scalars)
         if sample is not None:
@@ -309,6 +311,13 @@ class Batch:
             name = SCALAR_PREFIX + SERIES
             logged = series[name].tolist() if name in series else [math.nan] * len(steps)
             series[name] = from_list([lags.get(step, own) for step, own in zip(steps, logged, strict=True)])
+
+
+def settled(bound: Any) -> Any:
+    """A policy's bound where the policy cannot write to it any more; of those on the host's tensors the smallest."""
+    if type(bound) is list:
+        return tuple(bound)
+    return _least(bound) if isinstance(bound, Tensor) and bound.is_cpu else bound
 
 
 def _least(bound: Any) -> Tensor | float:
