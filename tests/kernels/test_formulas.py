@@ -104,6 +104,7 @@ def test_states_that_no_compiled_formula_takes_are_right_all_the_same(bound):
         last = seen[-3:]
         means = [3 * sum(own[i] for own in last) / max(len(last), 1) for i in (0, 1)]
         wanted = {TwoRings: [1.0 + mean for mean in means], Table: [0.5 * own for own in norms]}
+        # A sum of three numbers and a division, in another order: a rounding or two of float64.
         assert decision.bound.tolist() == pytest.approx(wanted.get(type(bound), [1.0, 1.0]), rel=1e-15)
         seen.append(norms)
 

@@ -16,7 +16,7 @@ _CODES = {
     "is_number": 19, "real": 20, "sqrt": 21, "log": 22, "exp": 23, "expm1": 24, "window": 25, "length": 26,
     "quantile": 27, "mean": 28, "deviation": 29, "logs": 30, "distances": 31,
 }  # fmt: skip
-_MOST_NUMBERS = 256
+_MOST_NUMBERS = 256  # MOST_NUMBERS of native.c
 
 
 class _Line(ctypes.Structure):

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from gradkeel.norms import from_list
 
-HOST = torch.device("cpu")
-
 
 class LazyState(Mapping[str, Tensor]):
     """A state whose tensors are made when somebody asks for them."""
@@ -106,7 +104,7 @@ class PlainState(NumberState):
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class CellLayout:
     """What of a `CompiledState` stays as it is.
 
     Attributes:
@@ -131,7 +129,7 @@ class CompiledState(NumberState):
             ring: of that [k, 1 + 2 * window], how many of it are sorted, its values, and these sorted.
     """
 
-    def __init__(self, layout: Layout, numbers: bytearray) -> None:
+    def __init__(self, layout: CellLayout, numbers: bytearray) -> None:
         self.layout, self.numbers = layout, numbers
 
     @property
@@ -164,7 +162,7 @@ class CompiledState(NumberState):
         for column in columns:
             numbers += pack(f"{column.shape[0]}d", *column.tolist())
         dtypes = {key: tensor.dtype for key, tensor in zip(state, tensors, strict=True)}
-        return cls(Layout(dtypes, cells, ring, window), numbers)
+        return cls(CellLayout(dtypes, cells, ring, window), numbers)
 
     def __getitem__(self, key: str) -> Tensor:
         """Make [k] or [k, window] the tensor of this name anew."""

@@ -1,4 +1,4 @@
-"""A verdict on one cell as one function of plain numbers, which is applied to one cell after the other."""
+"""A verdict on one cell, written down once and followed for each: by a compiled formula, or by Python on numbers."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias

@@ -79,9 +79,14 @@ class Outbox:
         """
         now, main = time.time(), report.selections[0]
         with self._lock:
-            self._noted.append((report, now, _own(rate), sample, settled(main.decision.known_bound)))
-            is_here = isinstance(main.measured.known_total, float) and main.decision.clamp is None
-            if not is_here or len(self._noted) >= MOST_NOTED or self._is_due(now):
+            self._noted.append((report, now, rate, sample, settled(main.decision.known_bound)))
+            is_here = isinstance(main.measured.known_total, float) and not isinstance(rate, Tensor)
+            if (
+                not is_here
+                or main.decision.clamp is not None
+                or len(self._noted) >= MOST_NOTED
+                or self._is_due(now)
+            ):
                 self._take(now)
 
     def _is_due(self, now: float) -> bool:
@@ -172,10 +177,6 @@ class Outbox:
 
     def _stopped(self, why: str) -> None:
         self.problems.append(f"recording stopped: {why}; training goes on")
-
-
-def _own(rate: Tensor | float | None) -> Tensor | float | None:
-    return rate.clone() if isinstance(rate, Tensor) else rate  # whoever schedules it may write to it
 
 
 def _scalars(report: StepReport, rate: Tensor | float | None) -> dict[str, Tensor | float]:

@@ -40,14 +40,7 @@ class Sampling:
         The gradients' norm and the learning rate are None where the host would have to wait for them.
         """
         self._seen += 1
-        recent = self._recent
-        if total is None:
-            jump = 0.0
-        elif recent and total <= SUSPICION * recent[-1]:  # as almost always
-            recent.append(total)
-            jump = 0.0
-        else:
-            jump = self._jump(total)
+        jump = 0.0 if total is None else self._jump(total)
         if rate != self._rate:
             if rate is not None and self._rate is not None and rate > RATE_ALARM * self._rate:
                 self._alarmed_until = step + AFTER_ALARM
