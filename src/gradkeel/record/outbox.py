@@ -77,14 +77,15 @@ class Outbox:
         Some steps wait as they are and are taken together, which takes a third of the time; but not where something
         would change by then: gradients that are to be measured again, or what lies on an accelerator.
         """
-        now, main = time.time(), report.selections[0]
+        now, main, noted = time.time(), report.selections[0], self._noted
+        decision = main.decision
         with self._lock:
-            self._noted.append((report, now, rate, sample, settled(main.decision.known_bound)))
+            noted.append((report, now, rate, sample, settled(decision.known_bound)))
             is_here = isinstance(main.measured.known_total, float) and not isinstance(rate, Tensor)
             if (
                 not is_here
-                or main.decision.clamp is not None
-                or len(self._noted) >= MOST_NOTED
+                or decision.clamp is not None
+                or len(noted) >= MOST_NOTED
                 or self._is_due(now)
             ):
                 self._take(now)

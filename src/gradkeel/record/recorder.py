@@ -85,6 +85,7 @@ class Recorder:
         self._layout: object = None  # of the steps that wait
         self._names: tuple[str, ...] = ()
         self._sampling = Sampling()
+        self._rate: Tensor | float | None = None  # of the step under way
         self._before: BeforeUpdate | None = None
         self._before_step = 0
         self._problems: list[str] = []
@@ -142,7 +143,7 @@ class Recorder:
                 return  # nothing is run now, and what a replay does is not seen
             norm = float(norm) if norm.is_cpu else None
         self._before_step, self._before = step, None
-        rate = learning_rate(guard.optimizers[0].param_groups[0])
+        self._rate = rate = learning_rate(guard.optimizers[0].param_groups[0])
         weights, updates = self._sampling.next(step, norm, None if isinstance(rate, Tensor) else rate)
         # Where parameters are sharded, this rank's weights are not the whole.
         if weights and (self._per_rank or not guard.is_sharded):
@@ -158,7 +159,7 @@ class Recorder:
         """Take note of a step; does not sync the host."""
         if self._problems:
             self._warn_of_problems()
-        sample, guard, outbox = None, self._guard, self._outbox
+        sample, outbox = None, self._outbox
         if self._before is not None:
             sample, self._before = self._before.sample(), None
         self._before_step = 0
@@ -174,8 +175,7 @@ class Recorder:
             if own != self._layout:
                 outbox.send()
                 self._layout, outbox.subject = own, self._subject()
-        rate = None if guard is None else learning_rate(guard.optimizers[0].param_groups[0])
-        outbox.add(report, rate, sample)
+        outbox.add(report, self._rate, sample)
 
     def flush(self) -> None:
         """Wait until every step so far is written."""

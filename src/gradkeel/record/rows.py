@@ -11,10 +11,10 @@ from torch import Tensor
 
 from gradkeel.guard.report import SelectionReport, SkipReason, StepReport, nonfinite_words
 from gradkeel.kernels.arrival import Arrival, to_host
-from gradkeel.norms import combine, from_list, from_memory
+from gradkeel.norms import combine, from_list
 from gradkeel.outcome import Outcome
 from gradkeel.record.lag import SERIES, Lag
-from gradkeel.record.schema import CLIPPED, NONFINITE, SCALAR_PREFIX, STEPPED
+from gradkeel.record.schema import CLIPPED, NONFINITE, SCALAR_PREFIX, STEPPED, from_blobs, to_blob
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +91,16 @@ class Columns:
     def norms(self) -> Tensor:
         """[k, n] of all steps."""
         norms = [step[0] for step in self._steps]
-        if all(type(own) is bytearray for own in norms):
-            return from_memory(bytearray().join(norms)).reshape(len(norms), self._like.numel())
-        return torch.stack([from_memory(own) if isinstance(own, bytearray) else own for own in norms])
+        if bytearray in set(map(type, norms)):  # the host's, whose tensors are made where somebody looks
+            blobs = [own if type(own) is bytearray else to_blob(own.to(torch.float64)) for own in norms]
+            return from_blobs(blobs, torch.float64).reshape(len(norms), self._like.numel())
+        return torch.stack(norms)
 
     def coefficients(self) -> Tensor:
         """[k, n] of all steps."""
-        values = [own.coefficients() if isinstance(own, Outcome) else own for _, own, *_ in self._steps]
+        values = [step[1] for step in self._steps]
+        if Outcome in set(map(type, values)):
+            values = [own.coefficients() if isinstance(own, Outcome) else own for own in values]
         return _coefficients(values, self._like)
 
     def known(self, place: int) -> list[Tensor | None]:
@@ -111,9 +114,10 @@ class Columns:
 
     def present(self) -> Tensor:
         """[k, n] of all steps, on the host."""
-        runs = [(flags, len(list(run))) for flags, run in itertools.groupby(step[4] for step in self._steps)]
-        flags = torch.tensor([own for own, _ in runs], dtype=torch.uint8)
-        return flags.repeat_interleave(torch.tensor([steps for _, steps in runs]), dim=0)
+        flags = [step[4] for step in self._steps]
+        runs = [(own, len(list(run))) for own, run in itertools.groupby(flags)]
+        rows = torch.tensor([own for own, _ in runs], dtype=torch.uint8)
+        return rows.repeat_interleave(torch.tensor([steps for _, steps in runs]), dim=0)
 
 
 class Kept:
@@ -177,7 +181,7 @@ class Kept:
         _, _, totals, bounds, made = zip(*self.steps, strict=True)
         series = {
             "total": _scalars(totals, unknown),
-            "bound": _scalars([_least(bound) for bound in bounds], unknown),
+            "bound": _scalars(bounds if _are_floats(bounds) else [_least(own) for own in bounds], unknown),
             "stepped": _scalars(made, unknown),
             "norms": torch.cat([own.norms() for own in self.columns], dim=1),
             "coefficients": torch.cat([own.coefficients() for own in self.columns], dim=1),
@@ -197,7 +201,7 @@ class Kept:
             series["outcome_clipped"] = torch.stack([own.is_clipped() for own, _ in outcomes]).to(
                 unknown.dtype
             )
-        for name in dict.fromkeys(name for row in self.scalars for name in row):
+        for name in dict.fromkeys(itertools.chain.from_iterable(self.scalars)):
             series[SCALAR_PREFIX + name] = _scalars(
                 [row.get(name, math.nan) for row in self.scalars], unknown
             )
@@ -329,9 +333,13 @@ def _least(bound: Any) -> Tensor | float:
     return math.nan if bound is None else float(bound)
 
 
+def _are_floats(values: Sequence[Any]) -> bool:
+    return set(map(type, values)) == {float}
+
+
 def _scalars(values: Sequence[Tensor | float], like: Tensor) -> Tensor:
     if like.is_cpu:
-        return from_list(list(values))
+        return from_list(values)
     # Filled on the device: a number that travelled there would make the host wait.
     number = like.new_empty(())
     return torch.stack(
@@ -341,8 +349,9 @@ def _scalars(values: Sequence[Tensor | float], like: Tensor) -> Tensor:
 
 def _coefficients(values: Sequence[Tensor | tuple[float, ...] | float | None], norms: Tensor) -> Tensor:
     """[k, n] from one coefficient a step, or one a parameter and step; None is 1."""
-    filled: list[Any] = [1.0 if value is None else value for value in values]
-    if set(map(type, filled)) != {float}:
+    filled: Sequence[Any] = values
+    if not _are_floats(values):
+        filled = [1.0 if value is None else value for value in filled]
         filled = [from_list(value) if isinstance(value, tuple) else value for value in filled]
         if any(isinstance(value, Tensor) and value.dim() for value in filled):
             return torch.stack(

@@ -40,7 +40,12 @@ class Sampling:
         The gradients' norm and the learning rate are None where the host would have to wait for them.
         """
         self._seen += 1
-        jump = 0.0 if total is None else self._jump(total)
+        recent, jump = self._recent, 0.0
+        if total is not None:
+            if recent and total <= SUSPICION * recent[-1]:  # as almost always
+                recent.append(total)
+            else:
+                jump = self._jump(total)
         if rate != self._rate:
             if rate is not None and self._rate is not None and rate > RATE_ALARM * self._rate:
                 self._alarmed_until = step + AFTER_ALARM
@@ -51,13 +56,11 @@ class Sampling:
         return updates or not jump <= SUSPICION, updates
 
     def _jump(self, total: float) -> float:
-        """The norm relative to the highest of the last steps, or to the last; NaN where it is not finite."""
+        """A norm that is suspiciously above the last, relative to the highest of the last; NaN where not finite."""
         recent = self._recent
         if not math.isfinite(total):
             return math.nan
-        highest = recent[-1] if recent else math.inf
-        if total > SUSPICION * highest:  # the last alone says too little
-            highest = max(recent)
+        highest = max(recent, default=math.inf)  # the last alone says too little
         recent.append(total)
         return total / highest if highest > 0 else 0.0
 
