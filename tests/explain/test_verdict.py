@@ -116,6 +116,42 @@ def test_what_the_signals_come_to(given, verdict, onset):
     assert (found.verdict, found.onset) == (verdict, onset)
 
 
+# An agent's: it never fell, and swings. And a game's between two networks: it fell, and slowly came back.
+AGENT = [-0.5] * 30 + [-0.4, 5.0] * 30 + [1.0] * 40
+GAME = [1.3 - 0.02 * i for i in range(35)] + [0.6 + 0.01 * i for i in range(80)]
+
+
+@pytest.mark.parametrize("losses", [AGENT, GAME])
+def test_an_objective_that_moves_by_itself_is_no_divergence(losses):
+    found = judge(signals(losses))
+    assert found.verdict is Verdict.HEALTHY
+    assert found.confidence == 0.5
+    assert "its objective moves" in found.reasons[-1]
+
+
+@pytest.mark.parametrize("losses", [AGENT, [*GAME, *[2.0] * 30]])
+@pytest.mark.parametrize(
+    "evidence",
+    [
+        {"shares": [(1, 0.01), (50, 0.2)]},
+        {"totals": "grown"},
+        {"signs": [Sign("explosion", 60, ("a",), False)]},
+        {"shares": []},
+    ],
+    ids=["large steps", "gradients that grew", "an explosion that lasts", "nothing recorded"],
+)
+def test_a_loss_that_rises_with_steps_or_gradients_has_diverged(losses, evidence):
+    if evidence.get("totals") == "grown":
+        totals = torch.ones(len(losses), dtype=torch.float64)
+        totals[-30:] = 20.0
+        evidence = {"totals": totals}
+    assert judge(signals(losses, **evidence)).verdict in {Verdict.DIVERGED, Verdict.DIVERGED_FROM_START}
+
+
+def test_a_game_that_ends_far_above_its_beginning_has_diverged():
+    assert judge(signals([*GAME, *[2.0] * 30])).verdict is Verdict.DIVERGED
+
+
 @pytest.mark.parametrize("steps", [300, 3_000, 300_000])
 def test_a_long_flat_run_is_healthy(steps):
     """The lowest of very many short stretches of noise is no best that was lost."""

@@ -18,6 +18,7 @@ TAIL = 10
 FLAT = 0.02  # of the first loss
 _NOISE = 4.0  # times the usual change from step to step
 _SIGNIFICANT = 5.0  # standard errors between two levels of the loss
+_WANDERED = 0.2  # of the first loss
 _RETURNED = 0.3  # of what training had gained: more than this lost again is not recovered
 
 
@@ -59,6 +60,7 @@ class LossCourse:
     first: float
     best: float
     last: float
+    highest: float  # level
     noise: float  # its usual change from step to step
     error: float  # up to here two levels differ by noise
     left: int | None  # the step from which on it was above its best for good
@@ -78,6 +80,21 @@ class LossCourse:
             lost > max(self.error, FLAT * abs(self.first))
             and lost > _RETURNED * max(self.first - self.best, 0)
         )
+
+    @property
+    def is_back(self) -> bool:
+        """Whether it ended at most a little above where it began."""
+        return self.last - self.first <= _RETURNED * (self.first - self.best)
+
+    @property
+    def has_fallen(self) -> bool:
+        """Whether it ever was below its beginning, if only by a little."""
+        return self.best < self.first - FLAT * abs(self.first)
+
+    @property
+    def has_wandered(self) -> bool:
+        """Whether it was far above its beginning, by more than noise."""
+        return self.highest > self.first + max(_NOISE * self.noise, _WANDERED * abs(self.first))
 
     @property
     def has_learned(self) -> bool:
@@ -110,7 +127,7 @@ def loss_course(all_steps: Tensor, losses: Tensor) -> LossCourse | None:
     tail = width if len(values) < 3 * TAIL else max(TAIL, len(values) // 10)
     last = float(values[-tail:].median())
     is_finite = not bool(bad[-1])
-    lowest, best = float(levels[best]), best * hop
+    lowest, highest, best = float(levels[best]), float(levels.max()), best * hop
     # What is usual is what was so until the best: a sick run must not hide itself.
     changes = values[: max(best + width, 2 * TAIL)].diff().abs()
     noise = float(changes.median()) if len(changes) else 0.0
@@ -119,11 +136,11 @@ def loss_course(all_steps: Tensor, losses: Tensor) -> LossCourse | None:
     left = _left(values, best, lowest, last) if last - lowest > error else None
     if left is None:
         onset = None if is_finite else int(all_steps[bad][0])
-        return LossCourse(first, lowest, last, noise, error, onset, is_finite)
+        return LossCourse(first, lowest, last, highest, noise, error, onset, is_finite)
     before, after = values[max(0, left - TAIL) : left], values[left : left + TAIL]
     jump = float(after.median() - before.median()) if len(before) else math.inf
     return LossCourse(
-        first, lowest, last, noise, error, int(steps[left]), is_finite, jump > 0.5 * (last - lowest)
+        first, lowest, last, highest, noise, error, int(steps[left]), is_finite, jump > 0.5 * (last - lowest)
     )
 
 

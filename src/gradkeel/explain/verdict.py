@@ -17,6 +17,8 @@ EARLY = 20
 """Steps within which a run diverges from its start."""
 HIDDEN = 0.01
 """Clipping that multiplies by less than this hides what the gradients do."""
+_STEPS, _GREW = 0.04, 10.0
+"""Steps of less than this share of all weights, while gradients grow by less than that, do not make a loss rise."""
 _WORSE = 0.15  # of what training had gained: so much more after an event is not recovered
 _NOTHING = 1e-9  # of the first gradient
 
@@ -101,6 +103,7 @@ class _Judge:
         self.loss = loss_course(signals.steps, signals.losses)
         self.reasons: list[str] = []
         self._first_bad = _first_bad(signals)
+        self._is_moved = self._objective_moves()
 
     def verdict(self) -> Diagnosis:
         """The first of these that holds."""
@@ -128,6 +131,25 @@ class _Judge:
                 say("updates relative to the weights: record='run.keel' without sharding, or per_rank=True")
             )
         return tuple(missing)
+
+    def _objective_moves(self) -> bool:
+        """Whether the loss rose by itself, and not by what training did to the weights.
+
+        A step that raises its own loss is a large part of the weights, or the gradients grow with the loss. Where
+        neither is so, a loss that rises and never fell, or that slowly comes back, is one whose objective moves: an
+        agent that meets more, two networks that play against each other. One that had fallen and jumps met other data.
+        """
+        s, loss = self.signals, self.loss
+        if loss is None or not loss.is_finite or not s.shares:
+            return False
+        if loss.has_fallen and (loss.is_sudden or not loss.is_back or self._nearest(loss.left)):
+            return False
+        has_signs = any(not sign.is_over for sign in s.signs)
+        if has_signs or any(not share <= _STEPS for _, share in s.shares):
+            return False
+        row = len(s.steps) if loss.left is None else int(torch.searchsorted(s.steps, loss.left))
+        before, after = (_level(part) for part in (s.totals[: max(1, row)], s.totals[-2 * TAIL :]))
+        return not after > _GREW * before
 
     # ---- not a number ----------------------------------------------------------------------------------------------
 
@@ -172,6 +194,8 @@ class _Judge:
     def _from_start(self) -> Diagnosis | None:
         """A run that never trained, or stopped to in its warm-up, because its steps were too large."""
         s, loss = self.signals, self.loss
+        if self._is_moved:
+            return None
         large = self._overwrites()
         warmup = self._warmup_end()
         early = max(EARLY, warmup or 0)
@@ -239,12 +263,12 @@ class _Judge:
     def _lost(self) -> Diagnosis | None:
         """The loss ended above its beginning, or far above its best."""
         loss = self.loss
-        if loss is None or not (loss.is_clearly_above or loss.is_lost):
+        if loss is None or self._is_moved or not (loss.is_clearly_above or loss.is_lost):
             return None
         sign = self._nearest(loss.left)
         onset = sign.step if sign else loss.left
         if onset is None or not (sign or loss.is_sudden or loss.is_clearly_above):
-            return None  # a slow rise within what it had gained: games between networks do that
+            return None  # a slow rise within what it had gained
         where = sign.where if sign else ()
         if sign and sign.kind == "drift":
             return self._say(Verdict.DRIFT, onset, where, 0.8)
@@ -258,7 +282,7 @@ class _Judge:
 
     def _spiked(self) -> Diagnosis | None:
         """What the norms and weights showed, in a run whose loss is sound, or not known."""
-        signs = self.signals.signs
+        signs = [sign for sign in self.signals.signs if not (self._is_moved and sign.kind == "loss")]
         if not signs:
             return None
         faults = [sign for sign in signs if sign.kind != "overflow"]
@@ -278,7 +302,7 @@ class _Judge:
     def _is_worse_since(self, step: int) -> bool:
         """Whether the loss, after an event, ended higher than before it."""
         s, loss = self.signals, self.loss
-        if loss is None:
+        if loss is None or (self._is_moved and not loss.has_fallen):
             return False
         past = s.losses[: int(torch.searchsorted(s.steps, step))]
         past = past[torch.isfinite(past)][-2 * TAIL :]
@@ -322,11 +346,23 @@ class _Judge:
             return None
         tiny = bool(self.signals.shares) and max(share for _, share in self.signals.shares) < 1e-5
         above = not loss.is_finite or loss.last > loss.first
+        first, last = readable(loss.first), readable(loss.last)
+        if above and self._is_moved and (loss.has_fallen or loss.has_wandered):
+            words = say(
+                "The loss began at {first} and ended at {last}, but steps were small and gradients did not grow with it: its "
+                "objective moves, as in games between networks and in reinforcement learning, or the data did.",
+                first=first, last=last,
+            )  # fmt: skip
+            return self._say(Verdict.HEALTHY, None, (), 0.5, words)
         if above or (tiny and not loss.has_learned):
-            first, last = readable(loss.first), readable(loss.last)
             words = say("The loss began at {first} and ended at {last}.", first=first, last=last)
             return self._say(Verdict.STALLED, int(self.signals.steps[0]), (), 0.6, words)
         return None
+
+
+def _level(values: Tensor) -> float:
+    finite = values[torch.isfinite(values)]
+    return float(finite.median()) if len(finite) else math.nan
 
 
 def _first_bad(signals: Signals) -> int | None:

@@ -176,7 +176,7 @@ def placed(values: Tensor, columns: Sequence[int], width: int, fill: float) -> T
     return result
 
 
-def from_blobs(blobs: Sequence[bytes], dtype: torch.dtype) -> Tensor:
+def from_blobs(blobs: Sequence[bytes | bytearray], dtype: torch.dtype) -> Tensor:
     """[m] the numbers of these blobs, one after the other."""
     data = bytearray().join(blobs)  # torch wants a buffer that it may write to
     return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
