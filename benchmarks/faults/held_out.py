@@ -7,9 +7,18 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-from benchmarks.faults.programs import BATCH, Batch, Program, class_losses, images, letters, token_losses
+from benchmarks.faults.programs import (
+    BATCH,
+    Batch,
+    Program,
+    Turn,
+    class_losses,
+    images,
+    letters,
+    token_losses,
+)
 
 _OTHERS = ("SGD", "AdamW", "RMSprop", "NAdam", "Adamax")
 
@@ -68,53 +77,6 @@ def unet() -> Program:
         return torch.cat([mixed, level.expand_as(mixed)], dim=1), noise
 
     return Program(model, batch, lambda b: (model(b[0]) - b[1]).square().mean(dim=(1, 2, 3)), "middle")
-
-
-class _Actor(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh())
-        self.act, self.value = nn.Linear(32, 2), nn.Linear(32, 1)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        h = self.body(x)
-        return self.act(h), self.value(h).squeeze(-1)
-
-
-def ppo() -> Program:
-    """A pole on a cart, kept upright: the clipped surrogate, a critic and an entropy bonus."""
-    model = _Actor()
-    state = torch.randn(BATCH, 4) * 0.05
-
-    def batch() -> Batch:
-        nonlocal state
-        with torch.no_grad():
-            logits, value = model(state)
-            logits = logits.nan_to_num(0.0, 0.0, 0.0)
-            action = torch.distributions.Categorical(logits=logits).sample()
-            old = F.log_softmax(logits, dim=1).gather(1, action[:, None]).squeeze(1)
-            x, dx, angle, turn = state.unbind(dim=1)
-            push = 20.0 * action - 10.0
-            acceleration = (9.8 * angle - push) / 0.6
-            after = torch.stack(
-                [x + 0.02 * dx, dx + 0.02 * push, angle + 0.02 * turn, turn + 0.02 * acceleration], 1
-            )
-            fell = (after[:, 2].abs() > 0.2) | (after[:, 0].abs() > 2.4)
-            returns = torch.where(
-                fell, -1.0, 1.0 + 0.9 * model(after)[1].nan_to_num(0.0, 0.0, 0.0).clamp(-20, 20)
-            )
-            before, state = state, torch.where(fell[:, None], torch.randn(BATCH, 4) * 0.05, after)
-        return before, returns, action, old, (returns - value.nan_to_num(0.0, 0.0, 0.0))
-
-    def losses(b: Batch) -> Tensor:
-        seen, returns, action, old, advantage = b
-        logits, value = model(seen)
-        logs = F.log_softmax(logits, dim=1)
-        ratio = (logs.gather(1, action[:, None]).squeeze(1) - old).exp()
-        surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
-        return -surrogate + 0.5 * (value - returns).square() + 0.01 * (logs.exp() * logs).sum(dim=1)
-
-    return Program(model, batch, losses, "body.2")
 
 
 class _Patches(nn.Module):
@@ -316,7 +278,99 @@ def field() -> Program:
     )
 
 
-HELD_OUT: dict[str, Callable[[], Program]] = {
-    make.__name__: make
-    for make in (seq2seq, unet, ppo, vit, graph, vae, contrastive, recommender, forecaster, experts, field)
-}
+class _Play:
+    """Sixteen walkers on a grid of five by five, who start in one corner; in the other is what they look for."""
+
+    def __init__(self) -> None:
+        self.at = torch.zeros(BATCH, 2, dtype=torch.long)
+
+    def seen(self) -> Tensor:
+        return torch.cat([F.one_hot(self.at[:, i], 5) for i in (0, 1)], dim=1).float()
+
+    def move(self, action: Tensor) -> tuple[Tensor, Tensor]:
+        """[B] what this step gave, and [B] bool whether it was the last: who arrives starts anew."""
+        ways = torch.tensor([[0, 1], [0, -1], [1, 0], [-1, 0]])
+        self.at = (self.at + ways[action]).clamp(0, 4)
+        arrived = (self.at == 4).all(dim=1)
+        self.at = torch.where(arrived[:, None], 0, self.at)
+        return arrived.float(), arrived
+
+
+def reinforce() -> Program:
+    """The way across a grid, by the gradient of the policy: sixteen walks of ten steps, less what is usual."""
+    model = nn.Sequential(nn.Linear(10, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 4))
+
+    def batch() -> Batch:
+        play, seen, actions, gains = _Play(), [], [], []
+        for _ in range(10):
+            seen.append(play.seen())
+            with torch.no_grad():
+                logits = model(seen[-1]).nan_to_num(0.0, 0.0, 0.0)
+            actions.append(torch.distributions.Categorical(logits=logits).sample())
+            gains.append(play.move(actions[-1])[0] - 0.01 * seen[-1][:, 0])
+        later = torch.stack(gains, 1).flip(1).cumsum(1).flip(1)
+        return torch.stack(seen, 1), later - later.mean(dim=0), torch.stack(actions, 1)
+
+    def losses(b: Batch) -> Tensor:
+        seen, advantage, action = b
+        logs = F.log_softmax(model(seen), dim=2).gather(2, action[:, :, None]).squeeze(2)
+        return -(logs * advantage).sum(dim=1)
+
+    return Program(model, batch, losses, "2", rate=3e-3, optimizers=_OTHERS, margin=10.0)
+
+
+def dqn() -> Program:
+    """The same grid by learning what a move is worth, from what was met before, beside a copy that lags behind."""
+    model = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+    play, met, lagging = _Play(), list[Batch](), [p.detach().clone() for p in model.parameters()]
+
+    def batch() -> Batch:
+        nonlocal lagging
+        for _ in range(4):
+            seen = play.seen()
+            with torch.no_grad():
+                best = model(seen).nan_to_num(0.0, 0.0, 0.0).argmax(dim=1)
+            action = torch.where(torch.rand(BATCH) < 0.3, torch.randint(4, (BATCH,)), best)
+            gain, ended = play.move(action)
+            met.append((seen, gain, action, play.seen(), ended))
+        if len(met) % 100 == 0:
+            lagging = [p.detach().clone() for p in model.parameters()]
+        chosen = [met[i] for i in torch.randint(len(met), (BATCH,)).tolist()]
+        return tuple(
+            torch.stack([own[i] for i, own in enumerate(column)]) for column in zip(*chosen, strict=True)
+        )
+
+    def losses(b: Batch) -> Tensor:
+        seen, gain, action, after, ended = b
+        names = [name for name, _ in model.named_parameters()]
+        with torch.no_grad():
+            next_best = torch.func.functional_call(model, dict(zip(names, lagging, strict=True)), after).amax(
+                1
+            )
+        worth = model(seen).gather(1, action[:, None]).squeeze(1)
+        return F.smooth_l1_loss(worth, gain + 0.95 * ~ended * next_best, reduction="none")
+
+    return Program(model, batch, losses, "2", rate=2e-3, optimizers=_OTHERS, margin=10.0)
+
+
+def hinge() -> Program:
+    """Digits, made and judged by another rule than `gan`: hinges, and weights of the judge of norm 1."""
+    make = nn.Sequential(nn.Linear(8, 48), nn.SiLU(), nn.Linear(48, 64), nn.Sigmoid())
+    judge = nn.Sequential(spectral_norm(nn.Linear(64, 48)), nn.LeakyReLU(0.2), nn.Linear(48, 48),
+                          nn.LeakyReLU(0.2), spectral_norm(nn.Linear(48, 1)))  # fmt: skip
+
+    def batch() -> Batch:
+        return torch.randn(BATCH, 8), images()[0].flatten(1)
+
+    def losses(b: Batch) -> Tensor:
+        real, made = judge(b[1]), judge(Turn.apply(make(b[0])))
+        return (F.relu(1 - real) + F.relu(1 + made)).squeeze(1)
+
+    model = nn.ModuleDict({"make": make, "judge": judge})
+    return Program(model, batch, losses, "judge.2", rate=2e-3, optimizers=_OTHERS, margin=0.5)
+
+
+_MAKERS = (
+    seq2seq, unet, vit, graph, vae, contrastive, recommender, forecaster, experts, field, reinforce, dqn, hinge,
+)  # fmt: skip
+HELD_OUT: dict[str, Callable[[], Program]] = {make.__name__: make for make in _MAKERS}

@@ -251,12 +251,10 @@ class Run:
         tail, before = _level(self.losses[-20:]), _level(self.losses[max(0, begin - 20) : begin])
         start = _level(self.losses[:3])
         finite = all(map(math.isfinite, self.losses))
-        # A GAN's loss need not fall, and PPO's rises with its returns: only far out of its range it blew up.
-        margin = {"gan": 0.5, "ppo": 10.0}.get(self.family, 0.02) * abs(start)
         step = None if self.fault.startswith("healthy") else self.onset(begin)
         return Truth(
             self.family, self.fault, self.kind, step, place, self.sample if self.fault == "bad_sample" else None,
-            not finite or tail > start + margin, finite and tail < start - 0.1 * abs(start),
+            not finite or tail > start + self.program.margin * abs(start), finite and tail < start - 0.1 * abs(start),
             finite and tail < before + max(0.15 * (start - before), 0.1 * abs(before)),
             tuple(self.losses), tuple(self.norms),
         )  # fmt: skip

@@ -26,6 +26,8 @@ class Program:
         attention: names of the weights that make queries, where there are some.
         rate: learning rate under AdamW at which it trains well.
         optimizers: names of those of torch's that may train it; twice for twice as often.
+        margin: by how much of what it began with the loss may end above that before it blew up: one that need not fall,
+            such as a game's or an agent's, has to end far out of its range.
     """
 
     model: nn.Module
@@ -35,6 +37,7 @@ class Program:
     attention: tuple[str, ...] = ()
     rate: float = 1e-3
     optimizers: tuple[str, ...] = ("SGD", "AdamW", "AdamW", "Muon")
+    margin: float = 0.02
 
 
 @cache
@@ -206,6 +209,20 @@ def embedding() -> Program:
     return Program(model, _counted, partial(class_losses, model), "hidden", rate=3e-3)
 
 
+class Turn(torch.autograd.Function):
+    """Turns the gradient round."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        """[...] the same."""
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, g: Tensor) -> Tensor:
+        """[...] the other way."""
+        return -g
+
+
 def gan() -> Program:
     """Digits, made and judged: one loss, the judge's gradient turned round on its way to the maker."""
     model = nn.ModuleDict(
@@ -215,15 +232,6 @@ def gan() -> Program:
         }
     )
 
-    class Turn(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: object, x: Tensor) -> Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: object, g: Tensor) -> Tensor:
-            return -g
-
     def batch() -> Batch:
         return images()[0].flatten(1), torch.randn(BATCH, 8)
 
@@ -231,7 +239,7 @@ def gan() -> Program:
         real, made = model["judge"](b[0]), model["judge"](Turn.apply(model["maker"](b[1])))
         return (F.softplus(-real) + F.softplus(made)).squeeze(1)
 
-    return Program(model, batch, losses, "judge.0")
+    return Program(model, batch, losses, "judge.0", margin=0.5)
 
 
 class _Residual(nn.Module):
@@ -253,7 +261,54 @@ def resnet() -> Program:
     return Program(model, images, partial(class_losses, model), "3.conv1", rate=3e-3)
 
 
+class _Actor(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh())
+        self.act, self.value = nn.Linear(32, 2), nn.Linear(32, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.body(x)
+        return self.act(h), self.value(h).squeeze(-1)
+
+
+def ppo() -> Program:
+    """A pole on a cart, kept upright: the clipped surrogate, a critic and an entropy bonus."""
+    model = _Actor()
+    state = torch.randn(BATCH, 4) * 0.05
+
+    def batch() -> Batch:
+        nonlocal state
+        with torch.no_grad():
+            logits, value = model(state)
+            logits = logits.nan_to_num(0.0, 0.0, 0.0)
+            action = torch.distributions.Categorical(logits=logits).sample()
+            old = F.log_softmax(logits, dim=1).gather(1, action[:, None]).squeeze(1)
+            x, dx, angle, turn = state.unbind(dim=1)
+            push = 20.0 * action - 10.0
+            acceleration = (9.8 * angle - push) / 0.6
+            after = torch.stack(
+                [x + 0.02 * dx, dx + 0.02 * push, angle + 0.02 * turn, turn + 0.02 * acceleration], 1
+            )
+            fell = (after[:, 2].abs() > 0.2) | (after[:, 0].abs() > 2.4)
+            returns = torch.where(
+                fell, -1.0, 1.0 + 0.9 * model(after)[1].nan_to_num(0.0, 0.0, 0.0).clamp(-20, 20)
+            )
+            before, state = state, torch.where(fell[:, None], torch.randn(BATCH, 4) * 0.05, after)
+        return before, returns, action, old, (returns - value.nan_to_num(0.0, 0.0, 0.0))
+
+    def losses(b: Batch) -> Tensor:
+        seen, returns, action, old, advantage = b
+        logits, value = model(seen)
+        logs = F.log_softmax(logits, dim=1)
+        ratio = (logs.gather(1, action[:, None]).squeeze(1) - old).exp()
+        surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+        return -surrogate + 0.5 * (value - returns).square() + 0.01 * (logs.exp() * logs).sum(dim=1)
+
+    return Program(model, batch, losses, "body.2", margin=10.0)
+
+
 DEVELOPMENT: dict[str, Callable[[], Program]] = {
     make.__name__: make
-    for make in (mlp, conv, convbn, lstm, gpt, autoencoder, embedding, gan, resnet, encoder)
+    for make in (mlp, conv, convbn, lstm, gpt, autoencoder, embedding, gan, resnet, encoder, ppo)
 }

@@ -349,8 +349,9 @@ class _Judge:
         first, last = readable(loss.first), readable(loss.last)
         if above and self._is_moved and (loss.has_fallen or loss.has_wandered):
             words = say(
-                "The loss began at {first} and ended at {last}, but steps were small and gradients did not grow with it: its "
-                "objective moves, as in games between networks and in reinforcement learning, or the data did.",
+                "The loss began at {first} and ended at {last}, but steps were small and gradients did not grow "
+                "with it: its objective moves, as in games between networks and in reinforcement learning, or the "
+                "data did.",
                 first=first, last=last,
             )  # fmt: skip
             return self._say(Verdict.HEALTHY, None, (), 0.5, words)
