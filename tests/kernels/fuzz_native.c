@@ -335,7 +335,7 @@ static void check_following(void) {
     }
     for (int64_t i = 0; i < results; i++) found[i] = (int32_t)take((unsigned)(first + lines));
     struct formula f = {shared, own, constants, lines, results, constant, line, found, 0, 0, 0, 0};
-    CHECK(follow(&f, cells, given, norms, looks, l, before, after, 0) == 0);
+    CHECK(follow(&f, cells, given, norms, looks, l, before, after, NULL, 0) == 0);
     for (int64_t i = 0; i < cells; i++) {
         double number[MOST_NUMBERS];
         for (int64_t j = 0; j < shared; j++) number[j] = given[j];
@@ -370,16 +370,16 @@ static void check_windows(void) {
     };
     static const int32_t found[] = {5, 6, 7, 8, 10, 12};
     struct formula f = {0, 2, 2, 9, results, constant, line, found, 1, 3, 1, 0};
-    double *memory = malloc(sizeof(double) * (size_t)(1 + rows)), *after = malloc(sizeof(double) * (size_t)(results + rows));
-    double values[9] = {0}, seen = 0;
-    memset(memory, 0, sizeof(double) * (size_t)(1 + rows));
-    memory[1] = take(2) ? 0 : -1;
+    double *rings = malloc(sizeof(double) * (size_t)rows), *old = malloc(sizeof(double) * (size_t)rows);
+    double *after = malloc(sizeof(double) * (size_t)(results + 2)), values[9] = {0}, seen = 0;
+    memset(rings, 0, sizeof(double) * (size_t)rows);
+    rings[0] = take(2) ? 0 : -1;
     for (int step = 0; step < STEPS; step++) {
         double norm = (double)take(50) / 16, held[9], far[9], sum = 0, squares = 0;
         int64_t length = seen < (double)size ? (int64_t)seen : size;
-        memory[0] = seen;
         constant[1] = take(4) > 0;
-        CHECK(follow(&f, 1, NULL, &norm, NULL, 0, memory, after, size) == 0);
+        memcpy(old, rings, sizeof(double) * (size_t)rows);
+        CHECK(follow(&f, 1, NULL, &norm, NULL, 0, &seen, after, rings, size) == 0);
         memcpy(held, values, sizeof held);
         qsort(held, (size_t)length, sizeof *held, compare);
         CHECK(after[0] == (double)length);
@@ -397,15 +397,18 @@ static void check_windows(void) {
         for (int64_t i = 0; i < length; i++) far[i] = log(held[i]);
         low = length ? far[(int)position] : INFINITY, high = length ? far[(int)ceil(position)] : INFINITY;
         CHECK(alike(after[5], low == high ? low : low + (high - low) * (position - floor(position))));
-        memcpy(memory + 1, after + results, sizeof(double) * (size_t)rows);
+        int64_t place = (int64_t)after[results];
+        CHECK(place == (constant[1] != 0 ? (int64_t)fmod(seen, (double)size) + 1 : 0));
+        for (int64_t i = 1; i <= size; i++) CHECK(old[i] == (i == place ? after[results + 1] : rings[i]));
         if (constant[1] != 0) {
             values[(int64_t)fmod(seen, (double)size)] = norm;
             seen++;
         }
         if (take(16) == 1) seen = 0;
-        for (int64_t i = 0; i < size; i++) CHECK(memory[2 + i] == values[i]);
+        for (int64_t i = 0; i < size; i++) CHECK(rings[1 + i] == values[i]);
     }
-    free(memory);
+    free(rings);
+    free(old);
     free(after);
 }
 

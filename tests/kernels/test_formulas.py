@@ -1,6 +1,7 @@
 """Which formulas the native kernels follow; what comes of them is compared in tests/policies/test_plain_numbers.py."""
 
 import math
+import random
 
 import pytest
 import torch
@@ -21,8 +22,8 @@ def test_a_formula_is_followed_for_each_cell():
     lines = Lines(1, 2, (2.0, 20.0), operations, (6, 7, 8))
     follow = formulas.compiled(lines)
     norms = torch.arange(11.0, dtype=torch.float64)
-    before = bytearray(torch.zeros(3, 11, dtype=torch.float64).numpy())
-    found, bounds, after = follow([3.0], norms, (), before, 0)
+    before, after = bytearray(8 * 3 * 11), bytearray(8 * 3 * 11)
+    found, bounds = follow([3.0], norms, (), after, before)
     expected = ((norms + 2) * 3).tolist()
     assert found == expected
     assert bounds == [float(value > 20) for value in expected]
@@ -142,6 +143,55 @@ def test_a_formula_without_a_ring_takes_over_a_state_with_one():
     decision, after = finished.decide(measured([3.0, 4.0], 2), state)
     assert decision.bound.tolist() == [1.5, 2.0]
     assert all(torch.equal(after[name], state[name]) for name in state)
+
+
+def test_states_whose_rings_later_states_share_stay_as_they_were():
+    """Whichever is read or followed, in whatever order: each is as it was when it was made."""
+    policy = gp.AutoClip(scope="tensor", window=5, warmup=2)
+    choose = random.Random(3)
+    now = measured([1.0, 2.0, 3.0])
+    held = [policy.init(now)]
+    copies = [{key: value.clone() for key, value in held[0].items()}]
+    for step in range(1, 120):
+        # Mostly the last, as in training; or one from before, as after a skipped step or a closure.
+        place = len(held) - 1 if choose.random() < 0.6 else choose.randrange(len(held))
+        norms = [choose.choice([choose.random(), 7.0, math.nan, math.inf, 0.0]) for _ in range(3)]
+        now = measured(norms, step)
+        decision, after = policy.decide(now, held[place])
+        expected, fresh = policy.decide(now, copies[place])
+        assert type(after) is CompiledState
+        assert decision.bound.tolist() == expected.bound.tolist()
+        copies.append({key: value.clone() for key, value in fresh.items()})
+        held.append(after)
+        for state, copy in choose.sample(list(zip(held, copies, strict=True)), min(4, len(held))):
+            assert all(torch.equal(state[key], copy[key]) for key in copy)
+    assert all(
+        torch.equal(one[key], copy[key]) for one, copy in zip(held, copies, strict=True) for key in copy
+    )
+
+
+def test_an_interrupt_leaves_a_ring_as_it_was(monkeypatch):
+    policy = gp.AutoClip(window=4, warmup=2)
+    state = policy.init(measured([1.0]))
+    for step in range(1, 9):
+        _, state = policy.decide(measured([float(step)], step), state)
+    before = {key: value.clone() for key, value in state.items()}
+    own = formulas.Followed.__call__
+    for enters in (False, True):  # Ctrl-C before the kernels' call, and after it
+
+        def interrupted(self, *given, enters=enters):
+            if enters:
+                own(self, *given)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(formulas.Followed, "__call__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            policy.decide(measured([99.0], 9), state)
+        monkeypatch.undo()
+        assert all(torch.equal(state[key], before[key]) for key in before)
+    decision, _ = policy.decide(measured([9.0], 9), state)
+    expected, _ = policy.decide(measured([9.0], 9), before)
+    assert torch.equal(decision.bound, expected.bound)
 
 
 @pytest.mark.parametrize("cells", [1, 7, 8, 9, 500])

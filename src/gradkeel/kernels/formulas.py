@@ -60,15 +60,19 @@ class Followed:
         shared: list[float],
         norms: Tensor | bytearray | list[float],
         looks: Sequence[Tensor],
+        after: bytearray,
         *before: bytearray | int,
-    ) -> tuple[list[float], list[float], bytearray]:
-        """Return the first two results, [k] each, and what to hand on.
+    ) -> tuple[list[float], list[float]]:
+        """Return the first two results, [k] each.
 
         Args:
             shared: numbers that all cells share.
             norms: [k] float64 on CPU, or memory of them; or the one cell's, as a number.
             looks: [k] of whatever else the formula looks at.
-            before: what was handed on, if something is remembered, and how many norms are in each cell's ring.
+            after: all results are written there, [results, k] float64, and where there are rings, [k, 2] which place of
+                each a norm has entered, from 1, or 0, and what was there.
+            before: what was written the last time, if something is remembered; and the rings, [k, 1 + 2 * window], how
+                many of it are sorted, its values, and these sorted, which norms enter; and how long they are.
         """
         cells: int = 1
         at: int | bytearray = 0
@@ -80,8 +84,8 @@ class Followed:
             cells, at = norms.shape[0], norms.data_ptr()
         look = torch.cat(list(looks)).to(torch.float64) if looks else None
         places = 0 if look is None else look.data_ptr()
-        found: tuple[list[float], list[float], bytearray] = self._follow(
-            self._address, cells, shared, at, places, len(looks), *before
+        found: tuple[list[float], list[float]] = self._follow(
+            self._address, cells, shared, at, places, len(looks), after, *before
         )
         return found
 

@@ -473,7 +473,7 @@ __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))) static vo
 #endif
 
 /* Raised with every change of what is exported, so that native.py never calls a library of another time. */
-EXPORT int32_t gradkeel_interface(void) { return 10; }
+EXPORT int32_t gradkeel_interface(void) { return 11; }
 
 /* How many of the levels baseline, AVX2 and AVX-512 this processor has: from 1 to 3. */
 EXPORT int32_t gradkeel_levels(void) {
@@ -791,11 +791,13 @@ static int64_t place_of(const double *sorted, int64_t length, double value, int 
     return low;
 }
 
-/* One more number, after `seen` ones. */
-static void enter(struct ring *ring, double seen, double value) {
+/* One more number, after `seen` ones; says in `went` where it went, counted from 1, and what was there. */
+static void enter(struct ring *ring, double seen, double value, double went[2]) {
     double *sorted = ring->sorted;
     int64_t length = length_after(seen, ring->size);
     int64_t place = seen >= 1 && seen < INFINITY ? (int64_t)fmod(seen, (double)ring->size) : 0;
+    went[0] = (double)(place + 1);
+    went[1] = ring->values[place];
     if (*ring->ordered != (double)length) sorted_into(sorted, ring, length);
     if (length == ring->size) {
         int64_t gone = place_of(sorted, --length, ring->values[place], 0);
@@ -875,21 +877,19 @@ static double look(const struct line *l, double (*number)[TOGETHER], struct wind
     }
 }
 
-static int64_t memory_of_ring(const struct formula *f, int64_t size) { return f->has_ring ? 1 + 2 * size : 0; }
-
 /* Follows a formula for each of `cells`. What they have of their own stands in `norms` [cells], the first, in `looks`
- * [l, cells], and in `before` [own - 1 - l, cells], the last of its rows; `after` [results, cells] is written. Rings of
- * `size` norms stand behind both. Returns 0, or -1 without memory. */
+ * [l, cells], and in `before` [own - 1 - l, cells]; `after` [results, cells] is written. Where there are `rings`
+ * [cells, 1 + 2 * size], norms enter them, and [cells, 2] behind the results say where, if they do, and what was there
+ * before. Returns 0, or -1 without memory, and nothing has changed. */
 static int follow(const struct formula *f, int64_t cells, const double *shared, const double *norms,
-                  const double *looks, int64_t l, const double *before, double *after, int64_t size) {
+                  const double *looks, int64_t l, const double *before, double *after, double *rings, int64_t size) {
     double number[MOST_NUMBERS][TOGETHER], *scratch = NULL;
     struct window window[MOST_NUMBERS];
-    int64_t kept = f->own - 1 - l, constants = f->shared + f->own, first = constants + f->constants;
-    int64_t in_ring = memory_of_ring(f, size), together = f->has_ring ? 1 : TOGETHER;
+    int64_t constants = f->shared + f->own, first = constants + f->constants;
+    int64_t together = f->has_ring ? 1 : TOGETHER;
     if (f->has_ring) {
         scratch = malloc(sizeof *scratch * (size_t)(f->lines * size + 1));
         if (scratch == NULL) return -1;
-        memcpy(after + f->results * cells, before + kept * cells, (size_t)(cells * in_ring) * sizeof *after);
     }
     for (int64_t j = 0; j < first; j++) {
         double value = j < f->shared ? shared[j] : j < constants ? 1 : f->constant[j - constants];
@@ -901,7 +901,8 @@ static int follow(const struct formula *f, int64_t cells, const double *shared, 
             const double *from = j == 0 ? norms : j <= l ? looks + (j - 1) * cells : before + (j - 1 - l) * cells;
             memcpy(number[f->shared + j], from + i, (size_t)count * sizeof *from);
         }
-        struct ring ring = ring_at(after + f->results * cells + i * in_ring, size);
+        struct ring ring = {NULL, NULL, NULL, 0};
+        if (f->has_ring) ring = ring_at(rings + i * (1 + 2 * size), size);
         for (int64_t j = 0; j < f->lines; j++) {
             const struct line *line = f->line + j;
             if (line->code < WINDOW) {
@@ -912,7 +913,10 @@ static int follow(const struct formula *f, int64_t cells, const double *shared, 
         }
         for (int64_t j = 0; j < f->results; j++)
             memcpy(after + j * cells + i, number[f->found[j]], (size_t)count * sizeof *after);
-        if (f->has_ring && number[f->condition][0] != 0) enter(&ring, number[f->seen][0], number[f->value][0]);
+        if (!f->has_ring) continue;
+        double *went = after + f->results * cells + 2 * i;
+        went[0] = went[1] = 0;
+        if (number[f->condition][0] != 0) enter(&ring, number[f->seen][0], number[f->value][0], went);
     }
     free(scratch);
     return 0;
@@ -1042,38 +1046,35 @@ static void *listed(const double *numbers, int64_t cells) {
     return list;
 }
 
-/* follow(formula, cells, shared, norms, looks, l[, before, size]): see `follow` above. `shared` is a list of numbers; where
- * there is one more than the formula takes, that is the norm of the only cell; else `norms` is an address, or a bytearray
- * of them. `before` is what was returned the last time.
+/* follow(formula, cells, shared, norms, looks, l, after[, before[, rings, size]]): see `follow` above. `shared` is a list of
+ * numbers; where there is one more than the formula takes, that is the norm of the only cell; else `norms` is an address,
+ * or a bytearray of them. `after`, `before` (what was written the last time) and `rings` are bytearrays.
  *
- * Returns a list: the first two results, each a list of numbers, and all that `follow` writes as a bytearray. */
+ * Returns a list: the first two results, each a list of numbers. */
 EXPORT void *gradkeel_follow(void *self, void *const *arguments, intptr_t given) {
     (void)self;
     const struct formula *f = pointer(arguments[0]);
     int64_t cells = python.whole(arguments[1]), l = python.whole(arguments[5]);
-    int64_t size = given > 7 ? python.whole(arguments[7]) : 0;
+    int64_t size = given > 9 ? python.whole(arguments[9]) : 0;
     const double *norms = NULL, *looks = pointer(arguments[4]), *before = NULL;
+    double *after = (double *)python.content(arguments[6]), *rings = NULL;
     if (python.length(arguments[2]) == f->shared) {
         int is_memory = python.is_of(arguments[3], python.type_of_memory) == 1;
         norms = is_memory ? (double *)python.content(arguments[3]) : pointer(arguments[3]);
     }
-    if (given > 6) before = (double *)python.content(arguments[6]) + cells * (f->results - (f->own - 1 - l));
+    if (given > 7) before = (double *)python.content(arguments[7]) + cells * (f->results - (f->own - 1 - l));
+    if (given > 8) rings = (double *)python.content(arguments[8]);
     double shared[MOST_NUMBERS + 1];
     for (int64_t i = 0; i < f->shared + (norms == NULL); i++) shared[i] = python.real(python.item(arguments[2], i));
     if (python.error()) return NULL;
-    void *memory = python.memory(NULL, (intptr_t)sizeof(double) * cells * (f->results + memory_of_ring(f, size)));
-    if (memory == NULL) return NULL;
-    double *after = (double *)python.content(memory);
-    if (follow(f, cells, shared, norms == NULL ? shared + f->shared : norms, looks, l, before, after, size) != 0) {
-        python.release(memory);
-        return python.no_memory();
+    if (norms == NULL) norms = shared + f->shared;
+    if (follow(f, cells, shared, norms, looks, l, before, after, rings, size) != 0) return python.no_memory();
+    void *both = python.list(2), *found[] = {listed(after, cells), listed(after + cells, cells)};
+    for (int i = 0; i < 2; i++) {
+        if (both != NULL && found[i] != NULL && python.put(both, i, found[i]) == 0) continue;
+        if (both == NULL && found[i] != NULL) python.release(found[i]);
+        if (both != NULL) python.release(both);
+        both = NULL;
     }
-    void *all = python.list(3), *found[] = {listed(after, cells), listed(after + cells, cells), memory};
-    for (int i = 0; i < 3; i++) {
-        if (all != NULL && found[i] != NULL && python.put(all, i, found[i]) == 0) continue;
-        if (all == NULL && found[i] != NULL) python.release(found[i]);
-        if (all != NULL) python.release(all);
-        all = NULL;
-    }
-    return all;
+    return both;
 }

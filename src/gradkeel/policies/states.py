@@ -123,14 +123,20 @@ class CellLayout:
 class CompiledState(NumberState):
     """The state of k cells in plain numbers, as a compiled formula takes and leaves them.
 
+    As every state it never changes, but its rings are in memory that the states of all steps share, for to copy them
+    would take longer than the rest of a step: what later states have entered is taken back where somebody looks.
+
     Attributes:
         layout: what stays as it is.
         numbers: float64: verdicts [k] and bounds [k] of the last step, and [k] what each name stands for, but for the
-            ring: of that [k, 1 + 2 * window], how many of it are sorted, its values, and these sorted.
+            ring; where there is one, [k, 2] which of its places was written in this step, from 1, and what was there.
+        rings: float64 [k, 1 + 2 * window], how many of each ring are sorted, its values, and these sorted; as the last
+            of the states has them.
     """
 
-    def __init__(self, layout: CellLayout, numbers: bytearray) -> None:
-        self.layout, self.numbers = layout, numbers
+    def __init__(self, layout: CellLayout, numbers: bytearray, rings: bytearray) -> None:
+        self.layout, self.numbers, self.rings = layout, numbers, rings
+        self._later: CompiledState | None = None  # the state of the next step, if it has these rings
 
     @property
     def dtypes(self) -> Mapping[str, torch.dtype]:  # type: ignore[override]
@@ -154,27 +160,60 @@ class CompiledState(NumberState):
         shapes = [(cells, window) if i == ring else (cells,) for i in range(len(tensors))]
         if [tensor.shape for tensor in tensors] != shapes or (ring is not None and not window):
             return None
-        columns = [tensor for i, tensor in enumerate(tensors) if i != ring]
+        numbers, rings = bytearray(16 * cells), bytearray()
+        for i, tensor in enumerate(tensors):
+            if i != ring:
+                numbers += _packed(tensor)
         if ring is not None:
-            unsorted = tensors[ring].new_full((cells, 1), -1.0)
-            columns.append(torch.cat([unsorted, tensors[ring], tensors[ring]], dim=1).flatten())
-        numbers = bytearray(16 * cells)
-        for column in columns:
-            numbers += pack(f"{column.shape[0]}d", *column.tolist())
+            numbers += bytearray(16 * cells)
+            own = tensors[ring]
+            rings += _packed(torch.cat([own.new_full((cells, 1), -1.0), own, own], dim=1).flatten())
         dtypes = {key: tensor.dtype for key, tensor in zip(state, tensors, strict=True)}
-        return cls(CellLayout(dtypes, cells, ring, window), numbers)
+        return cls(CellLayout(dtypes, cells, ring, window), numbers, rings)
+
+    def following(self) -> "CompiledState":
+        """Return the state of the next step, whose numbers are still to be written, and norms to enter its rings."""
+        layout = self.layout
+        if layout.window and self._later is not None:
+            self.rings, self._later = self._own_rings(), None
+        after = CompiledState(layout, bytearray(len(self.numbers)), self.rings)
+        if layout.window:
+            self._later = after  # before anything enters, so that an interrupt in between does no harm
+        return after
+
+    def _own_rings(self) -> bytearray:
+        """The rings as they were in this state."""
+        later, last = list[CompiledState](), self
+        while last._later is not None:
+            last = last._later
+            later.append(last)
+        if not later:
+            return self.rings
+        rings = bytearray(last.rings)
+        cells, row = self.layout.cells, 1 + 2 * self.layout.window
+        values = torch.frombuffer(rings, dtype=torch.float64).view(cells, row)
+        for state in reversed(later):
+            written = torch.frombuffer(state.numbers, dtype=torch.float64)[-2 * cells :].view(cells, 2)
+            own = written[:, 0].nonzero().flatten()
+            values[own, written[own, 0].long()] = written[own, 1]
+            values[own, 0] = -1.0  # what is sorted no longer is what is there
+        return rings
 
     def __getitem__(self, key: str) -> Tensor:
         """Make [k] or [k, window] the tensor of this name anew."""
-        layout, numbers = self.layout, torch.frombuffer(self.numbers, dtype=torch.float64)
+        layout = self.layout
         place, cells = list(layout.dtypes).index(key), layout.cells
         if place == layout.ring:
-            rings = numbers[cells * (1 + len(layout.dtypes)) :].reshape(cells, -1)
+            rings = torch.frombuffer(self._own_rings(), dtype=torch.float64).view(cells, -1)
             own = rings[:, 1 : 1 + layout.window]
         else:
             row = 2 + place - (layout.ring is not None and place > layout.ring)
-            own = numbers.narrow(0, cells * row, cells)
+            own = torch.frombuffer(self.numbers, dtype=torch.float64).narrow(0, cells * row, cells)
         return own.to(layout.dtypes[key], copy=True, memory_format=torch.contiguous_format)
+
+
+def _packed(numbers: Tensor) -> bytes:
+    return pack(f"{numbers.shape[0]}d", *numbers.tolist())
 
 
 class JoinedState(LazyState):

@@ -18,6 +18,7 @@ Verdict: TypeAlias = tuple[Number, Number, Memory]
 Verdicts: TypeAlias = tuple[list[Any], list[float], State]
 """The same of k cells, in plain numbers."""
 
+_BYTES = 8  # of a number
 FEW, MANY = 64, 4096
 """So many cells are decided on in plain numbers: by Python, and by a compiled formula."""
 
@@ -101,13 +102,16 @@ class WrittenVerdict:
             return None
         shared = self._formula.shared(total, step)
         if not self._remembers:
-            found, bounds, _ = self._compiled(shared, norms, looks)
+            found, bounds = self._compiled(shared, norms, looks, bytearray(_BYTES * 2 * number))
             return found, bounds, state
         before = CompiledState.of(state, number, self._formula.ring)
         if before is None:
             return None
-        found, bounds, numbers = self._compiled(shared, norms, looks, before.numbers, before.layout.window)
-        return found, bounds, CompiledState(before.layout, numbers)
+        after = before.following()
+        found, bounds = self._compiled(
+            shared, norms, looks, after.numbers, before.numbers, after.rings, before.layout.window
+        )
+        return found, bounds, after
 
     def plain_on(
         self, total: float, step: int, norms: Any, looks: Sequence[Tensor], state: State
