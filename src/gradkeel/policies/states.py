@@ -17,6 +17,8 @@ from gradkeel.norms import from_list
 class LazyState(Mapping[str, Tensor]):
     """A state whose tensors are made when somebody asks for them."""
 
+    __slots__ = ()
+
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
@@ -59,6 +61,8 @@ class Ring:
 
 class NumberState(LazyState):
     """A state in numbers, each name's of the dtype that its tensor is to have."""
+
+    __slots__ = ()
 
     dtypes: Mapping[str, torch.dtype]
 
@@ -134,6 +138,8 @@ class CompiledState(NumberState):
             of the states has them.
     """
 
+    __slots__ = ("_later", "layout", "numbers", "rings")
+
     def __init__(self, layout: CellLayout, numbers: bytearray, rings: bytearray) -> None:
         self.layout, self.numbers, self.rings = layout, numbers, rings
         self._later: CompiledState | None = None  # the state of the next step, if it has these rings
@@ -173,11 +179,10 @@ class CompiledState(NumberState):
 
     def following(self) -> "CompiledState":
         """Return the state of the next step, whose numbers are still to be written, and norms to enter its rings."""
-        layout = self.layout
-        if layout.window and self._later is not None:
+        if self._later is not None:
             self.rings, self._later = self._own_rings(), None
-        after = CompiledState(layout, bytearray(len(self.numbers)), self.rings)
-        if layout.window:
+        after = CompiledState(self.layout, bytearray(len(self.numbers)), self.rings)
+        if self.rings:
             self._later = after  # before anything enters, so that an interrupt in between does no harm
         return after
 
