@@ -1,6 +1,7 @@
 """A policy of one's own: what its decisions must look like, and that nothing is modified where they do not."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -63,6 +64,14 @@ MISFITS = [
     ({"unit_coefficients": torch.ones(())}, r"unit_coefficients=...\).*\[\]; it must be .* \[5\]"),
     ({"skip": torch.tensor([True, False])}, r"skip=...\) of Tensor of shape \[2\]; .* shape \[\]"),
     ({"skip": [True]}, r"skip=...\) of list of shape \[1\]; it must be a bool"),
+    ({"clamp": 0.5}, r"clamp=...\) of 0.5; it must be \(lowest, highest\): two numbers"),
+    ({"clamp": (-1.0, 0.0, 1.0)}, r"clamp=...\) of \(-1.0, 0.0, 1.0\); it must be"),
+    ({"clamp": [1.0, -1.0]}, r"clamp=...\) of \(1.0, -1.0\); .* lowest not above highest"),
+    ({"clamp": (-1.0, math.nan)}, r"clamp=...\) of \(-1.0, nan\); .* two numbers"),
+    ({"clamp": (math.inf, math.inf)}, r"clamp=...\) of \(inf, inf\); .* two numbers"),
+    ({"clamp": (None, 1.0)}, r"clamp=...\) of \(None, 1.0\); .* two numbers"),
+    ({"clamp": ("-1", "1")}, r"clamp=...\) of \('-1', '1'\); .* two numbers"),
+    ({"clamp": torch.tensor([-1.0, 1.0])}, r"clamp=...\) of Tensor of shape \[2\]; .* two numbers"),
 ]
 
 

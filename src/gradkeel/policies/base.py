@@ -57,6 +57,7 @@ def decide(policy: Policy, norms: GradientNorms, state: State) -> tuple[Decision
     """
     decision, after = policy.decide(norms, state)
     coefficients, units, skip = decision.known_coefficients, decision.unit_coefficients, decision.known_skip
+    clamp = decision.clamp
     if type(coefficients) is not float and coefficients is not None:
         n = len(norms.names)
         if _shape(coefficients) not in ((), (n,)):
@@ -69,7 +70,19 @@ def decide(policy: Policy, norms: GradientNorms, state: State) -> tuple[Decision
         _misfit(policy, "unit_coefficients", units, rule)
     if type(skip) is not bool and skip is not None and _shape(skip) != ():
         _misfit(policy, "skip", skip, "a bool or a tensor of shape []: whether the whole step is skipped")
+    if clamp is not None and not _are_limits(clamp):
+        given = tuple(clamp) if isinstance(clamp, list) else clamp
+        _misfit(policy, "clamp", given, "(lowest, highest): two numbers, lowest not above highest")
     return decision, after
+
+
+def _are_limits(clamp: object) -> bool:
+    if not isinstance(clamp, tuple | list) or len(clamp) != 2:
+        return False
+    low, high = clamp
+    if any(isinstance(limit, bool) or not isinstance(limit, Real) for limit in (low, high)):
+        return False
+    return bool(low <= high and low < math.inf and high > -math.inf)  # of NaN none is true
 
 
 def _shape(value: object) -> tuple[int, ...] | None:
