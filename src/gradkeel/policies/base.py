@@ -70,9 +70,13 @@ def decide(policy: Policy, norms: GradientNorms, state: State) -> tuple[Decision
         _misfit(policy, "unit_coefficients", units, rule)
     if type(skip) is not bool and skip is not None and _shape(skip) != ():
         _misfit(policy, "skip", skip, "a bool or a tensor of shape []: whether the whole step is skipped")
-    if clamp is not None and not _are_limits(clamp):
+    if clamp is not None:
         given = tuple(clamp) if isinstance(clamp, list) else clamp
-        _misfit(policy, "clamp", given, "(lowest, highest): two numbers, lowest not above highest")
+        if not _are_limits(clamp):
+            _misfit(policy, "clamp", given, "(lowest, highest): two numbers, lowest not above highest")
+        # Compositions, which can clamp only last and all groups alike, know by the needs that a policy does.
+        if not policy.needs.peaks:
+            _misfit(policy, "clamp", given, "None, for its needs have no peaks: return Needs(peaks=True)")
     return decision, after
 
 
