@@ -54,7 +54,10 @@ def _kernels(request, monkeypatch):
 
 
 MISFITS = [
-    ({"coefficients": [0.5] * 3}, r"Own\(.*\(coefficients=...\) of list of shape \[3\]; .* a list of 2"),
+    (
+        {"coefficients": [0.5] * 3},
+        r"Own\(.*\(coefficients=...\) of list of shape \[3\]; .* a list of length 2",
+    ),
     ({"coefficients": [0.5]}, r"coefficients=...\) of list of shape \[1\]"),
     ({"coefficients": torch.ones(1)}, r"coefficients=...\) of Tensor .*\[1\].*shape \[\] or \[2\]"),
     ({"coefficients": torch.ones(3)}, r"coefficients=...\) of Tensor of shape \[3\]"),

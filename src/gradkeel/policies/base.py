@@ -61,7 +61,7 @@ def decide(policy: Policy, norms: GradientNorms, state: State) -> tuple[Decision
     if type(coefficients) is not float and coefficients is not None:
         n = len(norms.names)
         if _shape(coefficients) not in ((), (n,)):
-            rule = f"a float, a list of {n} floats or a tensor of shape [] or [{n}]: one for all, or one for each"
+            rule = f"a float, a list of length {n} or a tensor of shape [] or [{n}]: one for all, or one for each"
             _misfit(policy, "coefficients", coefficients, rule)
     if units is not None and (norms.units is None or _shape(units) != norms.units.shape):
         rule = "None, for its needs have no unit_dim"
