@@ -17,7 +17,8 @@ def check_state(
 ) -> None:
     """Raise `CheckpointError` unless a guard's saved state belongs to these policies, parameters and groups.
 
-    A policy that remembers nothing may be another one than before: with a lower bound, for instance.
+    A policy that remembers nothing may be another one than before: with a lower bound, for instance. ``states`` are
+    those that the policies start with: what is finite there stays finite.
     """
     if state.get("version") != version:
         raise CheckpointError(f"state has version {state.get('version')!r}; this gradkeel reads {version}")
@@ -42,4 +43,10 @@ def check_state(
                     f"state of {label!r} holds {key!r} of the shape {list(saved[key].shape)}, and this guard's has "
                     f"{list(own[key].shape)}; attach to the same parameter groups, or do not load it, so that "
                     "statistics begin anew"
+                )
+            # Coefficients that follow from it would not be numbers, and gradients neither.
+            if bool(own[key].isfinite().all()) and not bool(saved[key].isfinite().all()):
+                raise CheckpointError(
+                    f"state of {label!r} holds {key!r} with a NaN or inf, which no norm has left there; load another "
+                    "checkpoint, or do not load it, so that statistics begin anew"
                 )
