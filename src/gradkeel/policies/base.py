@@ -80,6 +80,20 @@ def decide(policy: Policy, norms: GradientNorms, state: State) -> tuple[Decision
     return decision, after
 
 
+def is_own(value: object) -> bool:
+    """Whether a policy is made of gradkeel's own parts, which decide by tensors alone, each time by new ones."""
+    if value is None or isinstance(value, int | float | str):
+        return True
+    if isinstance(value, tuple | list):
+        return all(map(is_own, value))
+    if isinstance(value, Mapping):
+        return all(map(is_own, value.values()))
+    parts = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+    return type(value).__module__.startswith("gradkeel.") and all(
+        is_own(getattr(value, part.name)) for part in parts
+    )
+
+
 def _are_limits(clamp: object) -> bool:
     if not isinstance(clamp, tuple | list) or len(clamp) != 2:
         return False
