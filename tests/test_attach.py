@@ -424,6 +424,56 @@ def test_a_copied_optimizer_warns_and_can_be_guarded(optimizer, copied):
     assert guard.report.clipped
 
 
+class ByDict(torch.optim.SGD):
+    """Its state is all of its attributes, as that of plain Python objects is."""
+
+    def __getstate__(self):
+        return self.__dict__
+
+
+class ByDeepCopy(torch.optim.SGD):
+    def __getstate__(self):
+        return {"all": copy.deepcopy(self.__dict__)}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state["all"])
+
+
+def noted(optimizer, args, kwargs):
+    optimizer.noted = True
+
+
+@pytest.mark.parametrize("kind", [ByDict, ByDeepCopy])
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, copy.copy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))],
+    ids=["deepcopy", "copy", "pickle"],
+)
+def test_a_copy_of_all_attributes_carries_no_guard(net, kind, copied):
+    optimizer = kind(net.parameters(), lr=0.1)
+    optimizer.register_step_pre_hook(noted)
+    attributes = set(vars(optimizer))
+    guard = gk.attach(optimizer, gk.ClipByNorm(0.1))
+    held = dict(vars(optimizer))
+    with pytest.warns(gk.errors.UnguardedCopyWarning):
+        other = copied(optimizer)
+    assert vars(optimizer) == held
+    assert set(vars(other)) == attributes
+    for parameter in other.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    other.step()
+    assert other.noted
+    assert guard.step == 0
+    assert other.param_groups[0]["params"][0].grad.max() == 1.0
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert guard.report.clipped
+    again = gk.attach(other, None)
+    other.step()
+    assert again.step == 1
+
+
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, copy.copy, pickle.dumps, lambda it: torch.save(it, io.BytesIO())]
 )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from gradkeel.errors import AttachError, GradkeelWarning, PolicySpecError
+from gradkeel.errors import AttachError, GradkeelWarning, PolicySpecError, check_kind
 from gradkeel.guard.guard import Guard
 from gradkeel.guard.hooks import MARK
 from gradkeel.guard.pipeline import NonFinite
@@ -205,8 +205,7 @@ def _record(guard: Guard, record: Recorder | str | os.PathLike[str]) -> None:
 
 
 def _check_kinds(model: object, exclude: object) -> None:
-    if model is not None and not isinstance(model, nn.Module):
-        raise TypeError(f"attach(model=...): model must be a torch.nn.Module, not {type(model).__name__}")
+    check_kind(model, nn.Module | None, "attach(model=...)", "model must be a torch.nn.Module")
     if exclude is not None and not isinstance(exclude, Iterable) and not callable(exclude):
         raise TypeError(
             "attach(exclude=...): exclude must be a name pattern, a module, a parameter or a predicate, or a list of "

@@ -19,6 +19,21 @@ GradkeelWarning (UserWarning)
 └── RecordWarning            recording stopped, or its file was moved or deleted; training goes on
 """
 
+import typing
+
+
+def check_kind(value: object, kind: typing.Any, argument: str, rule: str) -> None:
+    """Raise `TypeError` unless a value is of this kind.
+
+    Args:
+        value: what was given.
+        kind: what it must be, as ``isinstance`` takes it.
+        argument: where, such as ``"attach(model=...)"``.
+        rule: what it must be, in words, with the fix.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{argument}: {rule}, not {type(value).__name__}")
+
 
 class GradkeelError(Exception):
     """Base of every error that gradkeel raises on purpose."""

@@ -5,12 +5,13 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
 from gradkeel.apply import clamp, scale, separate
-from gradkeel.errors import NonFiniteGradientError
+from gradkeel.errors import NonFiniteGradientError, check_kind
 from gradkeel.kernels.graph import Entry, Graph, Graphs, can_capture, tell_autograd
 from gradkeel.kernels.native import Table
 from gradkeel.ranks.powers import WIDE
@@ -60,12 +61,13 @@ def clip_grad_norm_(
     """
     checked = _parameters("clip_grad_norm_", parameters)
     bound = _bound("clip_grad_norm_", "max_norm", max_norm)
-    entry = None if error_if_nonfinite else _entry(checked, float(norm_type))
+    order = _order("clip_grad_norm_", norm_type)
+    entry = None if error_if_nonfinite else _entry(checked, order)
     if entry is None:
-        return _clipped(checked, bound, float(norm_type), error_if_nonfinite)
-    if entry.captured is None and not (entry.is_rehearsed and _capture(entry, checked, float(norm_type))):
+        return _clipped(checked, bound, order, error_if_nonfinite)
+    if entry.captured is None and not (entry.is_rehearsed and _capture(entry, checked, order)):
         with entry.slots.active():
-            total = _clipped(checked, bound, float(norm_type), error_if_nonfinite)
+            total = _clipped(checked, bound, order, error_if_nonfinite)
         entry.is_rehearsed = not entry.slots.missed
         return total
     assert entry.captured is not None, "it was captured now, or before"
@@ -143,9 +145,15 @@ def clip_grads_with_norm_(
     """
     checked = _parameters("clip_grads_with_norm_", parameters)
     bound = _bound("clip_grads_with_norm_", "max_norm", max_norm)
+    rule = "total_norm must be one number, as get_total_norm() returns it"
+    check_kind(total_norm, Tensor | Real, "clip_grads_with_norm_(total_norm=...)", rule)
     # Without a device of its own a default device would take the tensor away from where it is.
     given = total_norm if isinstance(total_norm, Tensor) else torch.tensor(total_norm, device="cpu")
-    _scale(checked, bound, whole(given).detach().double())
+    if given.numel() != 1:
+        raise ValueError(
+            f"clip_grads_with_norm_(total_norm=...): {rule}, not a tensor of shape {list(given.shape)}"
+        )
+    _scale(checked, bound, whole(given).detach().double().reshape(()))
 
 
 @torch.no_grad()
@@ -194,14 +202,14 @@ def get_total_norm(
 
     Does not sync the host on an accelerator, except for ``error_if_nonfinite``.
     """
-    given = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    given = [tensors] if isinstance(tensors, Tensor) else list(_each("get_total_norm", "tensors", tensors))
     _check_tensors("get_total_norm", "tensors", given)
     if any(isinstance(tensor, nn.Parameter) for tensor in given):
         raise TypeError(
             "get_total_norm(tensors=...): parameters were given, whose norm is that of the weights; pass the gradients "
             "[p.grad for p in parameters if p.grad is not None], or [p.detach() for p in parameters] for the weights"
         )
-    total, table = _total(settled(given), float(norm_type), error_if_nonfinite)
+    total, table = _total(settled(given), _order("get_total_norm", norm_type), error_if_nonfinite)
     return _narrowed(total, given, table)
 
 
@@ -210,7 +218,7 @@ def _parameters(function: str, parameters: Tensor | Iterable[Tensor]) -> list[Te
     if isinstance(parameters, Tensor):
         given = [parameters]
     else:
-        given = list(parameters)
+        given = list(_each(function, "parameters", parameters))
         if not given and isinstance(parameters, Iterator):
             warnings.warn(
                 "`parameters` is an empty generator, no gradient clipping will occur.",  # torch's words
@@ -225,6 +233,25 @@ def _parameters(function: str, parameters: Tensor | Iterable[Tensor]) -> list[Te
     if len(set(map(id, given))) == len(given):
         return given
     return list({id(tensor): tensor for tensor in given}.values())
+
+
+def _each(function: str, argument: str, given: Iterable[Tensor]) -> Iterator[Tensor]:
+    try:
+        return iter(given)
+    except TypeError:
+        raise TypeError(
+            f"{function}({argument}=...): {argument} must be tensors, such as model.parameters(), not "
+            f"{type(given).__name__}"
+        ) from None
+
+
+def _order(function: str, norm_type: float) -> float:
+    try:
+        return float(norm_type)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"{function}(norm_type=...): norm_type must be a number or 'inf', not {type(norm_type).__name__}"
+        ) from None
 
 
 def _check_tensors(function: str, argument: str, given: list[Tensor]) -> None:

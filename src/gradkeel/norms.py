@@ -274,7 +274,7 @@ class Decision:
     Attributes:
         coefficients: [] one for all parameters, or [n] one for each; finite, above 0.
         unit_coefficients: [u] one for each unit.
-        clamp: lowest and highest value that an entry may have.
+        clamp: lowest and highest value that an entry may have; of a policy whose needs have peaks.
         skip: [] bool: True asks for the step to be skipped.
         bound: [] or [n] or [u] the bound that was in force (inf where there was none), for reports and records.
     """
@@ -284,6 +284,16 @@ class Decision:
     clamp: tuple[float, float] | None = None
     skip: Tensor | None = None
     bound: Tensor | None = None
+
+    def apart(self) -> "Decision":
+        """The same decision, which stays as it is when whoever made it writes to its tensors and lists again."""
+        return Decision(
+            coefficients=_copied(self.known_coefficients),
+            unit_coefficients=_copied(self.unit_coefficients),
+            clamp=_copied(self.clamp),
+            skip=_copied(self.known_skip),
+            bound=_copied(self.known_bound),
+        )
 
     if TYPE_CHECKING:
 
@@ -298,6 +308,12 @@ class Decision:
         @property
         def known_bound(self) -> Tensor | float | list[float] | None:
             """The same, or the numbers of the host's that it was given as."""
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    return value.copy() if isinstance(value, list) else value
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradkeel.errors import check_kind
 from gradkeel.language import aligned, say, shown
 from gradkeel.ranks.total import measure_total
 from gradkeel.tensors import is_quantized
@@ -95,6 +96,12 @@ def gradients(model: nn.Module) -> GradientTable:
     Example:
         >>> print(gk.gradients(torch.nn.Linear(1, 1)))
     """
+    check_kind(
+        model,
+        nn.Module,
+        "gradients(model=...)",
+        "model must be a torch.nn.Module, whose parameters are listed",
+    )
 
     def norm(tensor: Tensor) -> float:
         return math.nan if is_quantized(tensor) else float(measure_total([tensor], 2.0, tensor.device))

@@ -129,7 +129,7 @@ def test_a_micro_batch_without_a_backward_counts_nothing():
 
 
 def test_the_guard_must_be_one():
-    with pytest.raises(TypeError, match=r"guard=SGD.*what attach\(\) returns"):
+    with pytest.raises(TypeError, match=r"what attach\(\) returns"):
         gk.Accumulator(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), 2)
 
 

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import gradkeel as gk
+from gradkeel import language
 from gradkeel.explain import explain
+from gradkeel.explain.words import rolled_back
 
 
 def train(path, steps, checkpoint=None, spike=None):
@@ -59,6 +61,22 @@ def test_a_spike_that_was_kept_is_not_told_twice(tmp_path):
     assert explanation.rolled_back[0].events == ()
     assert str(explanation).count("The gradients spiked at step 60") == 1
     assert "No explosion was found in them." in str(explanation)
+
+
+def test_one_step_that_was_recorded_again_is_one_step(tmp_path):
+    path = tmp_path / "run.keel"
+    checkpoint = train(path, range(1, 101))
+    train(path, range(101, 102), checkpoint)
+    train(path, range(101, 131), checkpoint)
+    explanation = explain(path)
+    assert [(old.step, old.last_step) for old in explanation.rolled_back] == [(101, 101)]
+    (words,) = rolled_back(explanation)
+    assert words.startswith("Step 101 was recorded again (session 3), and does not count above.")
+    language.choose("zh")
+    try:
+        assert language.shown(words).startswith("第 101 步后来重新记录过（会话 3），上面不计入。")
+    finally:
+        language.choose(None)
 
 
 def test_only_the_last_of_many_rollbacks_are_explained(tmp_path):

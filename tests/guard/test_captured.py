@@ -11,12 +11,12 @@ import gradkeel as gk
 from fake_cuda import fake_mode, without_device
 from gradkeel.guard.captured import Captured, RowState
 from gradkeel.guard.given import Given, Route
-from gradkeel.guard.replay import _is_own
+from gradkeel.policies.base import is_own
 from policy_rows import ROWS
 
 POLICIES = [
     pytest.param(None, id="none"),
-    *(pytest.param(row.policy, id=row.id) for row in ROWS if _is_own(row.policy)),
+    *(pytest.param(row.policy, id=row.id) for row in ROWS if is_own(row.policy)),
 ]
 
 

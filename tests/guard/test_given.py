@@ -4,8 +4,8 @@ import pytest
 
 import gradkeel as gk
 from gradkeel.guard.given import Given, Route, Watched
-from gradkeel.guard.replay import _is_own
 from gradkeel.kernels.graph import UnfitError
+from gradkeel.policies.base import is_own
 
 
 def test_a_captured_step_holds_as_long_as_comparisons_come_out_alike():
@@ -58,9 +58,9 @@ def test_policies_of_the_users_are_told_from_our_own():
     class OwnBound(gk.policies.Constant):
         pass
 
-    assert _is_own(gk.policies.ZClip())
-    assert _is_own(gk.policies.parse("global-norm:1+value:0.1").policy)
-    assert _is_own(gk.policies.parse("per-group:none/agc").policy)
-    assert not _is_own(Own(1.0))
-    assert not _is_own(gk.policies.Clip("global", OwnBound(1.0), gk.policies.Hard()))
-    assert not _is_own(gk.policies.Clip("global", gk.policies.Schedule(lambda step: 1.0), gk.policies.Hard()))
+    assert is_own(gk.policies.ZClip())
+    assert is_own(gk.policies.parse("global-norm:1+value:0.1").policy)
+    assert is_own(gk.policies.parse("per-group:none/agc").policy)
+    assert not is_own(Own(1.0))
+    assert not is_own(gk.policies.Clip("global", OwnBound(1.0), gk.policies.Hard()))
+    assert not is_own(gk.policies.Clip("global", gk.policies.Schedule(lambda step: 1.0), gk.policies.Hard()))

@@ -465,6 +465,26 @@ def test_a_state_of_other_parameters_is_refused():
         guard.load_state_dict(state.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("policy", "key"), [("autoclip:window=4,warmup=2", "history"), ("zclip", "log_mean")]
+)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_state_that_is_not_finite_where_it_must_be_is_refused(policy, key, bad):
+    """Coefficients that followed from it were NaN, and then the parameters."""
+    guard = gk.attach(sgd(parameters_of([3.0, 4.0])), policy)
+    guard.optimizer.step()
+    saved = guard.state_dict()
+    assert saved["states"]["main"]["held"].isinf().all()  # no bound yet, which is as it should be
+    fresh = gk.attach(sgd(parameters_of([3.0, 4.0])), policy)
+    before = fresh.state_dict()
+    saved["states"]["main"][key].view(-1)[0] = bad
+    with pytest.raises(gk.CheckpointError, match=f"'main' holds '{key}' with a NaN or inf.*begin anew"):
+        fresh.load_state_dict(saved)
+    assert is_same(fresh.state_dict(), before)
+    saved["states"]["main"][key].view(-1)[0] = 1.0
+    fresh.load_state_dict(saved)
+
+
 @pytest.mark.parametrize("groups", [1, 3])
 def test_a_state_of_other_groups_is_refused_and_nothing_is_changed(groups):
     policy = gk.policies.QuantileClip(scope="group")

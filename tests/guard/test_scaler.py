@@ -10,6 +10,7 @@ from torch.optim import SGD
 
 import gradkeel as gk
 from gradkeel.guard import SkipReason
+from gradkeel.guard.skips import SkipWatch
 from optimizers import is_same
 
 SKIPPED = pytest.mark.filterwarnings("ignore::gradkeel.errors.SkippedStepWarning")
@@ -99,6 +100,12 @@ def test_nan_for_ever_is_counted_warned_of_and_raised(unscale):
     # From 1024 to 1 it may be the scale; below 1 it is not.
     reasons = [report.why for report in reports]
     assert reasons == [SkipReason.LOSS_SCALE] * 11 + [SkipReason.NONFINITE] * 4
+
+
+def test_one_overflow_is_not_called_several():
+    watch = SkipWatch(3)
+    watch.overflowed()
+    assert "overflowed once, is not to blame" in watch.explained("step 2")
 
 
 @pytest.mark.parametrize("unscale", [False, True])

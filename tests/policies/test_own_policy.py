@@ -1,6 +1,7 @@
 """A policy of one's own: what its decisions must look like, and that nothing is modified where they do not."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 import gradkeel as gk
 from gradkeel.kernels import native
 from gradkeel.norms import Decision, Needs
-from gradkeel.policies import Chain, ClipByGlobalNorm, ClipByNorm, PerGroup, Policy, Warmup
+from gradkeel.policies import Chain, ClipByGlobalNorm, ClipByNorm, ClipByValue, PerGroup, Policy, Warmup
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,7 +54,10 @@ def _kernels(request, monkeypatch):
 
 
 MISFITS = [
-    ({"coefficients": [0.5] * 3}, r"Own\(.*\(coefficients=...\) of list of shape \[3\]; .* a list of 2"),
+    (
+        {"coefficients": [0.5] * 3},
+        r"Own\(.*\(coefficients=...\) of list of shape \[3\]; .* a list of length 2",
+    ),
     ({"coefficients": [0.5]}, r"coefficients=...\) of list of shape \[1\]"),
     ({"coefficients": torch.ones(1)}, r"coefficients=...\) of Tensor .*\[1\].*shape \[\] or \[2\]"),
     ({"coefficients": torch.ones(3)}, r"coefficients=...\) of Tensor of shape \[3\]"),
@@ -63,6 +67,14 @@ MISFITS = [
     ({"unit_coefficients": torch.ones(())}, r"unit_coefficients=...\).*\[\]; it must be .* \[5\]"),
     ({"skip": torch.tensor([True, False])}, r"skip=...\) of Tensor of shape \[2\]; .* shape \[\]"),
     ({"skip": [True]}, r"skip=...\) of list of shape \[1\]; it must be a bool"),
+    ({"clamp": 0.5}, r"clamp=...\) of 0.5; it must be \(lowest, highest\): two numbers"),
+    ({"clamp": (-1.0, 0.0, 1.0)}, r"clamp=...\) of \(-1.0, 0.0, 1.0\); it must be"),
+    ({"clamp": [1.0, -1.0]}, r"clamp=...\) of \(1.0, -1.0\); .* lowest not above highest"),
+    ({"clamp": (-1.0, math.nan)}, r"clamp=...\) of \(-1.0, nan\); .* two numbers"),
+    ({"clamp": (math.inf, math.inf)}, r"clamp=...\) of \(inf, inf\); .* two numbers"),
+    ({"clamp": (None, 1.0)}, r"clamp=...\) of \(None, 1.0\); .* two numbers"),
+    ({"clamp": ("-1", "1")}, r"clamp=...\) of \('-1', '1'\); .* two numbers"),
+    ({"clamp": torch.tensor([-1.0, 1.0])}, r"clamp=...\) of Tensor of shape \[2\]; .* two numbers"),
 ]
 
 
@@ -88,6 +100,31 @@ def test_coefficients_of_units_need_units():
     optimizer, _ = prepared(Own({"unit_coefficients": torch.ones(5)}))
     with pytest.raises(ValueError, match="it must be None, for its needs have no unit_dim"):
         optimizer.step()
+
+
+CLAMP = Own({"clamp": (-0.5, 0.5)})
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        CLAMP,
+        Chain(CLAMP, ClipByGlobalNorm(0.1)),
+        Chain(ClipByGlobalNorm(0.1), CLAMP),
+        Chain(CLAMP, ClipByValue(0.1)),
+        Warmup(3, CLAMP, ClipByGlobalNorm(0.1)),
+        PerGroup(CLAMP),
+    ],
+    ids=["alone", "first", "last", "before another", "Warmup", "PerGroup"],
+)
+def test_a_clamp_that_the_needs_do_not_tell_is_refused(policy):
+    """A chain would drop it before another stage and PerGroup anywhere, and a report would call it no clipping."""
+    optimizer, guard = prepared(policy)
+    before = tensors(guard)
+    with pytest.raises(ValueError, match=r"clamp=...\) of \(-0.5, 0.5\); .* return Needs\(peaks=True\)"):
+        optimizer.step()
+    assert guard.step == 0
+    assert all(map(torch.equal, before, tensors(guard)))
 
 
 @pytest.mark.parametrize(
@@ -132,3 +169,31 @@ def test_norms_of_another_kind_are_read_as_what_they_are(given):
     optimizer.step()
     for p, own, factor in zip(guard.parameters, before, (0.5, 0.25), strict=True):
         assert torch.equal(p.grad, factor * own)
+
+
+class Clamps(Own):
+    """It clamps entries, and its needs tell so."""
+
+    @property
+    def needs(self):
+        return Needs(peaks=True)
+
+
+@pytest.mark.parametrize("clamp", [(-0.5, 0.5), [-0.5, 0.5], (-math.inf, 0.5)])
+@pytest.mark.parametrize("within", ["alone", "Chain", "Warmup"])
+def test_a_clamp_that_the_needs_tell_is_applied_and_reported(clamp, within):
+    own = Clamps({"clamp": clamp})
+    policies = {"alone": own, "Chain": Chain(ClipByGlobalNorm(1e9), own), "Warmup": Warmup(3, own, None)}
+    optimizer, guard = prepared(policies[within])
+    optimizer.step()
+    assert all(bool((p.grad == 0.5).all()) for p in guard.parameters)
+    assert guard.report.clipped
+    assert guard.report.clipped_norm < guard.report.norm
+
+
+def test_what_clamps_has_no_place_where_groups_differ_or_before_another_stage():
+    own = Clamps({"clamp": (-0.5, 0.5)})
+    with pytest.raises(ValueError, match="'clip' key"):
+        PerGroup(own, None)
+    with pytest.raises(ValueError, match="put it last"):
+        Chain(own, ClipByNorm(1.0))

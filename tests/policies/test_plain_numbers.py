@@ -113,6 +113,36 @@ def test_decisions_and_states_are_those_of_tensors(policy, cells):
             plain, tensors = tensors, plain
 
 
+@pytest.mark.parametrize("bad", [[math.nan], [math.nan, 0.0, math.nan], [0.0]])
+@pytest.mark.parametrize("seen", [6, 9, 15])
+@pytest.mark.parametrize(
+    "bound",
+    [
+        gp.Quantile(0.6, window=6, warmup=2),
+        gp.RobustZScore(2.0, window=6, warmup=2),
+        gp.ZScore(2.0, window=6, warmup=2),
+        gp.ZScore(2.0, window=6, warmup=2, limited=False),
+    ],
+)
+def test_a_ring_that_holds_what_is_no_norm_is_that_of_tensors(bound, seen, bad):
+    """NaN is sorted last, and once it has left the ring nothing is left of it."""
+    policy = gp.Clip("tensor", bound, gp.Hard())
+    norms = log_normal(20, 2, spread=0.5, seed=seen)
+    plain = {**policy.init(measured(norms[0])), "seen": torch.tensor([seen, seen])}
+    plain["history"] = norms[-6:].T.clone()
+    plain["history"][0, 1 : 1 + len(bad)] = torch.tensor(bad, dtype=torch.float64)
+    tensors = plain
+    for step, own in enumerate(norms, 1):
+        now = measured(own, step)
+        ours, plain = policy.decide(now, plain)
+        with InTensors():
+            theirs, tensors = policy.decide(now, tensors)
+        for name in ("coefficients", "bound"):
+            same(getattr(ours, name), getattr(theirs, name), f"{name} of step {step}")
+        for key, value in tensors.items():
+            same(plain[key], value, f"{key} after step {step}")
+
+
 @pytest.mark.parametrize("policy", IMPATIENT)
 def test_a_state_in_plain_numbers_is_saved_as_tensors(policy):
     policy, stream = afresh(policy), eventful(2)

@@ -17,6 +17,10 @@ WINDOW = 5
 NORMS = st.sampled_from([0.5, 1.0, 2.0, 3.0, math.inf, math.nan])
 
 
+def in_order(values):
+    return torch.tensor(values).sort().values.tolist()
+
+
 @given(st.lists(st.tuples(st.integers(0, 30), NORMS, st.booleans()), max_size=60))
 def test_no_ring_ever_changes_whichever_of_them_is_asked_and_followed(choices):
     """Each choice takes some ring of all that there are, old ones too, enters a norm, and perhaps looks."""
@@ -25,16 +29,13 @@ def test_no_ring_ever_changes_whichever_of_them_is_asked_and_followed(choices):
         ring, seen, values = rings[which % len(rings)]
         number = min(seen, WINDOW)
         if looks:
-            assert ring.values == values
-            assert ring.ordered(number) == sorted(values[:number])
+            assert repr(ring.values) == repr(values)
+            assert repr(ring.ordered(number)) == repr(in_order(values[:number]))
         after = ring.entered(seen, norm)
-        if not math.isfinite(norm):  # what no bound keeps
-            assert repr(after.values) == repr([*values[: seen % WINDOW], norm, *values[seen % WINDOW + 1 :]])
-            continue
         rings.append((after, seen + 1, [*values[: seen % WINDOW], norm, *values[seen % WINDOW + 1 :]]))
     for ring, seen, values in rings:
-        assert ring.ordered(min(seen, WINDOW)) == sorted(values[: min(seen, WINDOW)])
-        assert ring.values == values
+        assert repr(ring.ordered(min(seen, WINDOW))) == repr(in_order(values[: min(seen, WINDOW)]))
+        assert repr(ring.values) == repr(values)
 
 
 def test_statistics_that_start_afresh_leave_old_rings_as_they_were():
@@ -91,7 +92,9 @@ class Rooted(Windowed, on_numbers=True):
         return {"history": entered(state["history"], state["seen"], (cells.norms - 0.5) ** 0.5)}
 
 
-@pytest.mark.parametrize("bound", [Backwards(window=5, warmup=2), Rooted(window=32, warmup=2)])
+@pytest.mark.parametrize(
+    "bound", [Backwards(window=5, warmup=2), Rooted(window=32, warmup=2), Rooted(window=3, warmup=2)]
+)
 def test_bounds_of_ones_own_give_on_numbers_what_they_give_on_tensors(bound):
     policy, plain, tensors = Clip("tensor", bound, Hard()), None, None
     torch.manual_seed(0)

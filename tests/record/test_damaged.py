@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import gradkeel as gk
 from gradkeel.cli.app import app
 from gradkeel.errors import RecordError, RecordWarning
-from gradkeel.record import Reader
+from gradkeel.record import Reader, store
 
 from tests.record.damage import KINDS, damage
 
@@ -124,7 +124,7 @@ def test_what_can_still_be_read_is_read_and_said(whole, tmp_path):
         damaged = run.norms()
         assert damaged[:64].isnan().all()
         torch.testing.assert_close(damaged[64:], norms[64:], rtol=0, atol=0, equal_nan=True)
-        assert "1 of its" in run.damage
+        assert "(1 of " in run.damage
     result = CliRunner().invoke(app, ["explain", str(path)])
     assert "Not all could be read" in result.stdout
     result = CliRunner().invoke(app, ["export", str(path), "-o", str(tmp_path / "run.csv")])
@@ -146,6 +146,25 @@ def test_a_crafted_number_of_rows_is_not_allocated(whole, tmp_path):
         assert len(run.norms()) == len(run)
         assert run.damage
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 100 * 2**20
+
+
+def test_what_is_said_of_one_block_and_one_parameter_counts_them(tmp_path, monkeypatch):
+    path = tmp_path / "run.keel"
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    guard = gk.attach(optimizer, None, record=path)
+    weight.sum().backward()
+    optimizer.step()
+    guard.detach()
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_ALWAYS_ALLOWED", -(2**40))
+        with pytest.raises(RecordError, match=r"a file can hold \(steps: 1, parameters: 1\)"):
+            Reader(path)
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("UPDATE blocks SET rows = 0")
+        connection.commit()
+    with pytest.raises(RecordError, match="none of its blocks of steps can be read"):
+        Reader(path)
 
 
 def test_a_value_larger_than_its_file_is_not_made(whole, tmp_path):

@@ -1,5 +1,6 @@
 """Resuming, readers during training, and everything that can go wrong with a disk."""
 
+import copy
 import os
 import shutil
 import sqlite3
@@ -446,6 +447,61 @@ def test_a_bound_that_is_written_to_later_is_recorded_as_it_was(tmp_path, given)
     bounded_run(tmp_path / "run.keel", bound, 40)
     with Reader(tmp_path / "run.keel") as run:
         assert run.bounds().tolist() == list(range(1, 41))
+
+
+class Reusing(gp.Policy):
+    """A policy of one's own, which writes all of its decisions into the same places."""
+
+    needs, spec = Needs(), "reusing"
+
+    def __init__(self, given, field):
+        self.given, self.field = given, field
+        self.needs = Needs(unit_dim=0 if field == "unit_coefficients" else None)
+
+    def init(self, norms):
+        return {}
+
+    def decide(self, norms, state):
+        if isinstance(self.given, list):
+            self.given[:] = [1.0 / norms.step] * len(self.given)
+        else:
+            self.given.fill_(1.0 / norms.step)
+        return Decision(**{self.field: self.given}), state
+
+
+@pytest.mark.parametrize("within", ["alone", "Chain", "Warmup", "PerGroup"])
+@pytest.mark.parametrize(
+    ("field", "given"),
+    [
+        ("coefficients", [1.0, 1.0]),
+        ("coefficients", torch.ones(())),
+        ("coefficients", torch.ones(2, dtype=torch.float64)),
+        ("unit_coefficients", torch.ones(4, dtype=torch.float64)),
+    ],
+)
+def test_coefficients_that_are_written_to_later_are_recorded_and_reported_as_they_were(
+    tmp_path, field, given, within
+):
+    own = Reusing(copy.copy(given), field)
+    policies = {
+        "alone": lambda: own,
+        "Chain": lambda: gp.Chain(own, gp.ClipByNorm(1e9)),
+        "Warmup": lambda: gp.Warmup(100, own, None),
+        "PerGroup": lambda: gp.PerGroup(own),
+    }
+    weights = [nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3))]
+    guard = gk.attach(torch.optim.SGD(weights), policies[within](), record=tmp_path / "run.keel")
+    reports = []
+    for _ in range(40):
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        guard.optimizer.step()
+        reports.append(guard.report)
+    guard.detach()
+    wanted = pytest.approx([1.0 / step for step in range(1, 41)], rel=1e-6)  # of float32
+    assert [report.coefficient for report in reports] == wanted
+    with Reader(tmp_path / "run.keel") as run:
+        assert run.coefficients().tolist() == wanted
 
 
 @pytest.mark.parametrize("given", ["high", [1.0, None]])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradkeel.accumulate.arguments import ITEM, Reduction, check_arguments
+from gradkeel.accumulate.arguments import ITEM, Reduction, check_arguments, check_loader
 from gradkeel.accumulate.loader import Batch, Lookahead, Together
 from gradkeel.accumulate.micro import MicroBatch
 from gradkeel.accumulate.noise import NoiseMeter
@@ -76,7 +76,7 @@ class Accumulator:
         accumulate_dtype: torch.dtype | None = None,
         noise_scale: bool = False,
     ) -> None:
-        check_arguments(guard, steps, reduction, per, accumulate_dtype, noise_scale=noise_scale)
+        check_arguments(guard, steps, model, reduction, per, accumulate_dtype, noise_scale=noise_scale)
         if guard.window is not None:
             raise WindowError("Accumulator(guard=...): this guard has an accumulator already; use that one")
         self.guard = guard
@@ -121,7 +121,9 @@ class Accumulator:
 
         Raises:
             WindowError: if a window is open still, after an early ``break``: call `finish` or `drop` first.
+            TypeError: for what cannot be gone through.
         """
+        check_loader(loader)
         if self._open.count and not self._resumed:  # a checkpoint may have been taken inside of a window
             raise WindowError(
                 f"a window is open after micro-batch {self._open.count} of {self.steps} (the loop was left early, or "
@@ -374,9 +376,8 @@ class Accumulator:
         Raises:
             CheckpointError: for another window size, reduction, version, or other parameters.
         """
-        state = {"per": [ITEM], "apart": {}, **state}
         mine = {"version": _VERSION, "steps": self.steps, "reduction": self.reduction, "per": list(self.per)}
-        check_saved(state, mine, names=self.guard.names, has_wide_sums=bool(self._sums))
+        state = check_saved(state, mine, names=self.guard.names, has_wide_sums=bool(self._sums))
         by_name = dict(zip(self.guard.names, self.guard.parameters, strict=True))
         self.drop()
         self._open = OpenWindow.loaded(state, self.per)

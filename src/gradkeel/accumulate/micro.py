@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gradkeel.accumulate.loader import Batch, Lookahead
-from gradkeel.errors import WindowError
+from gradkeel.errors import WindowError, check_kind
 from gradkeel.measure import wide_dtype
 
 if TYPE_CHECKING:
@@ -79,7 +79,8 @@ class MicroBatch(Generic[Batch]):
         Raises:
             WindowError: outside of the context, if weights and None are mixed in one window, or for another weight
                 than that of the micro-batch's terms before.
-            ValueError: for a negative or non-finite weight, or an unknown ``per``.
+            ValueError: for a loss that is not one real number, a negative or non-finite weight, or an unknown ``per``.
+            TypeError: for a loss that is no tensor.
 
         Under DistributedDataParallel the terms of a window's last micro-batch run in one backward when the block
         ends, for only the first backward after a forward is exchanged. Does not sync the host on an accelerator,
@@ -87,10 +88,16 @@ class MicroBatch(Generic[Batch]):
         """
         owner = self._owner
         name, amount = self._share(weight, per)
+        _check_loss(loss, owner.reduction)
         if self.is_filler:
             loss = loss * 0.0
         elif owner.reduction == "mean" and amount is not None:
             loss = loss * amount
+        if scaler is not None and not callable(getattr(scaler, "scale", None)):
+            raise TypeError(
+                "micro.backward(scaler=...): scaler must be a torch.amp.GradScaler, or None, not "
+                f"{type(scaler).__name__}"
+            )
         if scaler is not None and owner._noise is not None:
             raise ValueError(
                 "micro.backward(scaler=...): the noise scale cannot be measured under a loss scale"
@@ -286,3 +293,14 @@ def _checked(weight: Tensor | float | None) -> Tensor | float | None:
     if not (weight >= 0 and math.isfinite(weight)):
         raise ValueError(f"weight={weight!r}: weight must be a finite number, at least 0")
     return float(weight)
+
+
+def _check_loss(loss: object, reduction: str) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
+        rule = f"loss must be a tensor of one real number, the {reduction} over the micro-batch's items"
+        check_kind(loss, Tensor, "micro.backward(loss=...)", rule)
+        assert isinstance(loss, Tensor), "as check_kind has seen"
+        raise ValueError(
+            f"micro.backward(loss=...): {rule}, not one of shape {list(loss.shape)} and {loss.dtype}; call "
+            f"loss.{reduction}() first"
+        )

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gradkeel.errors import check_kind
 from gradkeel.ranks.flat import data_parallel, is_fsdp1
 from gradkeel.ranks.group import Group, Ranks, ranks_of
 
@@ -60,8 +62,10 @@ class GradientSync:
         found = [ranks_of(group, "Accumulator(process_group=...)") for group in groups]
         ranks = max(found, key=lambda one: len(one.members)) if found else None
         self.ranks: Ranks | None = None if ranks is None or len(ranks.members) == 1 else ranks
+        rule = "divides must be a number above 0"
+        check_kind(divides, Real | None, "Accumulator(divides=...)", rule)
         if divides is not None and not divides > 0:
-            raise ValueError(f"Accumulator(divides={divides!r}): divides must be a number above 0")
+            raise ValueError(f"Accumulator(divides={divides!r}): {rule}")
         self._divides = divides
         self.divisor = self._read_divisor()
         self._hooks = self._count_hooks()

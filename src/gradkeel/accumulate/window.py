@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradkeel.accumulate.arguments import ITEM
 from gradkeel.errors import CheckpointError, WindowError
+from gradkeel.guard.checkpoint import check_mapping, check_parts
 from gradkeel.guard.guard import Guard
 from gradkeel.measure import wide_dtype
 from gradkeel.tensors import Seen
@@ -76,11 +78,11 @@ class OpenWindow:
     @classmethod
     def loaded(cls, state: Mapping[str, Any], names: Iterable[str]) -> "OpenWindow":
         """Return the window that ``saved`` gave."""
-        told = state.get("denominators") or [(state["weight"], state["loss"], state["weighs"])]
+        told = state["denominators"] or [(state["weight"], state["loss"], state["weighs"])]
         window = cls.empty(list(names)[: len(told)])
         for one, (weight, loss, weighs) in zip(window.per.values(), told, strict=True):
             one.weight, one.loss, one.weighs = weight, loss, weighs
-        window.count, window.is_complete = int(state["count"]), bool(state["is_complete"])
+        window.count, window.is_complete = state["count"], state["is_complete"]
         return window
 
     def saved(self) -> dict[str, Any]:
@@ -210,19 +212,33 @@ def saved_sums(guard: Guard, sums: Mapping[str, Mapping[Tensor, Tensor]]) -> dic
     return {"sums": next(iter(named.values()), {}), "apart": {}}
 
 
+_OLDER = {"per": [ITEM], "apart": {}, "denominators": []}  # before there could be several
+_PARTS = {
+    "count": int, "is_complete": bool, "weight": float | int | Tensor, "denominators": list | tuple,
+    "gradients": Mapping, "sums": Mapping, "apart": Mapping,
+}  # fmt: skip
+
+
 def check_saved(
     state: Mapping[str, Any], mine: Mapping[str, Any], *, names: Sequence[str], has_wide_sums: bool
-) -> None:
-    """Raise `CheckpointError` unless a saved window fits this accumulator."""
+) -> dict[str, Any]:
+    """Return a saved window with all of its parts; raise `CheckpointError` unless it fits this accumulator."""
+    check_mapping("accumulate", state)
+    state = {**_OLDER, **state}
     for key, value in mine.items():
         if state.get(key) != value:
             raise CheckpointError(
                 f"accumulator state has {key}={state.get(key)!r}, but this Accumulator {key}={value!r}; resume with "
                 "the same, or start at a window's beginning without loading it"
             )
+    check_parts("accumulate", state, _PARTS)
+    check_parts("accumulate", state["apart"], dict.fromkeys(state["apart"], Mapping))
     parts = [state["gradients"], state["sums"], *state["apart"].values()]
+    for part in parts:
+        check_parts("accumulate", part, dict.fromkeys(part, Tensor))
     unknown = [name for part in parts for name in part if name not in set(names)]
     if unknown:
         raise CheckpointError(f"accumulator state knows parameters that are not here: {', '.join(unknown)}")
     if state["sums"] and not has_wide_sums:
         raise CheckpointError("accumulator state holds wide sums; make the Accumulator with accumulate_dtype")
+    return state

@@ -13,7 +13,7 @@ from typing import Generic, Self, TypeVar
 import torch
 from torch import Tensor
 
-from gradkeel.errors import GradkeelWarning
+from gradkeel.errors import GradkeelWarning, check_kind
 from gradkeel.explain.findings import NOTE, AutopsyResult
 from gradkeel.explain.losses import FEWEST, PAST, loss_rises
 from gradkeel.explain.trials import Micro, Trials, examine
@@ -76,6 +76,10 @@ class Autopsy(Generic[Batch]):
         max_autopsies: int = 1,
         ratio: float = 10.0,
     ) -> None:
+        check_kind(guard, Guard, "Autopsy(guard=...)", "guard must be what attach() returns")
+        check_kind(
+            loss, Callable, "Autopsy(loss=...)", "loss must be a function of a batch that returns its loss"
+        )
         if max_reruns < 1 or max_autopsies < 1 or not ratio > 1:
             raise ValueError(
                 f"Autopsy(max_reruns={max_reruns}, max_autopsies={max_autopsies}, ratio={ratio}): the first two must "

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gradkeel.errors import check_kind
 from gradkeel.explain import words
 from gradkeel.explain.course import Course
 from gradkeel.explain.explosion import Explosion, find_explosions, worst
@@ -99,6 +100,8 @@ def explain(run: str | os.PathLike[str] | Reader, *, bounds: Sequence[float] = (
     Raises:
         RecordError: there is no such record, or it holds no steps yet.
     """
+    rule = "run must be the path of a record, such as 'run.keel', or an open Reader"
+    check_kind(run, str | os.PathLike | Reader, "explain(run=...)", rule)
     if not isinstance(run, Reader):
         with Reader(run) as reader:
             return explain(reader, bounds=bounds)

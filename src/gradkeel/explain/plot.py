@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from gradkeel.errors import RecordError
+from gradkeel.errors import RecordError, check_kind
 from gradkeel.explain.run_figures import BLUE, GREEN, ORANGE, Trace, heat_map, traces
 from gradkeel.language import count, say, shown
 from gradkeel.page.figures import _plotly
@@ -30,6 +30,8 @@ def plot(run: str | os.PathLike[str] | Reader) -> Any:
     Example:
         >>> gk.plot("run.keel")                                                        # doctest: +SKIP
     """
+    rule = "run must be the path of a record, such as 'run.keel', or an open Reader"
+    check_kind(run, str | os.PathLike | Reader, "plot(run=...)", rule)
     if not isinstance(run, Reader):
         with Reader(run) as reader:
             return plot(reader)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradkeel.errors import RecordError
+from gradkeel.errors import RecordError, check_kind
 from gradkeel.guard import SkipReason
 from gradkeel.norms import Decision, GradientNorms, Needs, combine
 from gradkeel.outcome import Outcome
@@ -84,6 +84,11 @@ def replay(reader: Reader, policy: Policy | str, *, exclude: Sequence[str] = ())
         PolicySpecError: the spec cannot be read.
         RecordError: the policy looks at something that the record does not hold, with the reason.
     """
+    check_kind(
+        reader, Reader, "replay(reader=...)", "reader must be an open Reader, such as Reader('run.keel')"
+    )
+    rule = "policy must be a policy such as ClipByGlobalNorm(1.0), or a spec string such as 'zclip' or 'none'"
+    check_kind(policy, Policy | str, "replay(policy=...)", rule)
     if isinstance(policy, str):
         spec = parse(policy)
         chosen, exclude = spec.policy, (*spec.exclude, *exclude)

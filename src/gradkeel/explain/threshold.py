@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gradkeel.errors import check_kind
 from gradkeel.explain.explosion import Explosion
 from gradkeel.language import readable, say
 from gradkeel.record import Reader
@@ -112,6 +113,9 @@ def advise(
     Raises:
         ValueError: a bound is not a positive finite number.
     """
+    check_kind(
+        reader, Reader, "advise(reader=...)", "reader must be an open Reader, such as Reader('run.keel')"
+    )
     for bound in bounds:
         if not 0 < bound < math.inf:
             raise ValueError(f"bounds={bound!r}: a bound must be a positive finite number")

@@ -155,8 +155,10 @@ def rolled_back(explanation: "Explanation") -> list[str]:
     sentences = []
     for old in explanation.rolled_back:
         again = say(
-            "Steps {old.step} to {old.last_step} were recorded again from step {old.step} on (session {old.session}), "
-            "and do not count above.",
+            "Step {old.step} was recorded again (session {old.session}), and does not count above."
+            if old.step == old.last_step
+            else "Steps {old.step} to {old.last_step} were recorded again from step {old.step} on (session "
+            "{old.session}), and do not count above.",
             old=old,
         )
         found = [headline(event) for event in old.events] or [say("No explosion was found in them.")]

@@ -3,8 +3,37 @@
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from gradkeel.errors import CheckpointError
 from gradkeel.norms import State
+
+_PARTS = {
+    "step": int,
+    "consecutive_skips": int,
+    "policies": Mapping,
+    "parameters": Mapping,
+    "states": Mapping,
+}
+
+
+def check_mapping(owner: str, state: object) -> None:
+    """Raise `CheckpointError` unless what ``owner.load_state_dict`` was given may be a state."""
+    if not isinstance(state, Mapping):
+        raise CheckpointError(
+            f"{owner}.load_state_dict(state=...): state must be what {owner}.state_dict() gave, not "
+            f"{type(state).__name__}"
+        )
+
+
+def check_parts(owner: str, state: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` unless a state has these parts, each of its kind."""
+    for key, kind in parts.items():
+        if not isinstance(state.get(key), kind):
+            raise CheckpointError(
+                f"{owner}.load_state_dict(state=...): {key!r} in it must be as {owner}.state_dict() gives it, not "
+                f"{type(state[key]).__name__ if key in state else 'missing'}"
+            )
 
 
 def check_state(
@@ -17,10 +46,16 @@ def check_state(
 ) -> None:
     """Raise `CheckpointError` unless a guard's saved state belongs to these policies, parameters and groups.
 
-    A policy that remembers nothing may be another one than before: with a lower bound, for instance.
+    A policy that remembers nothing may be another one than before: with a lower bound, for instance. ``states`` are
+    those that the policies start with: what is finite there stays finite.
     """
+    check_mapping("guard", state)
     if state.get("version") != version:
         raise CheckpointError(f"state has version {state.get('version')!r}; this gradkeel reads {version}")
+    check_parts("guard", state, _PARTS)
+    check_parts("guard", state["states"], dict.fromkeys(state["states"], Mapping))
+    for values in state["states"].values():
+        check_parts("guard", values, dict.fromkeys(values, Tensor))
     remembering = [
         label for label in {**state["states"], **states} if state["states"].get(label) or states.get(label)
     ]
@@ -42,4 +77,10 @@ def check_state(
                     f"state of {label!r} holds {key!r} of the shape {list(saved[key].shape)}, and this guard's has "
                     f"{list(own[key].shape)}; attach to the same parameter groups, or do not load it, so that "
                     "statistics begin anew"
+                )
+            # Coefficients that follow from it would not be numbers, and gradients neither.
+            if bool(own[key].isfinite().all()) and not bool(saved[key].isfinite().all()):
+                raise CheckpointError(
+                    f"state of {label!r} holds {key!r} with a NaN or inf, which no norm has left there; load another "
+                    "checkpoint, or do not load it, so that statistics begin anew"
                 )

@@ -13,7 +13,7 @@ from weakref import WeakSet
 
 from torch.optim import Optimizer
 
-_ATTRIBUTE = "_gradkeel_gate"
+ATTRIBUTE = "_gradkeel_gate"
 _HOOKED = Optimizer.profile_hook_step(lambda _: None).__code__
 
 
@@ -36,12 +36,12 @@ def close(optimizer: Optimizer, keeper: Keeper) -> None:
     if "guarded" not in vars(cell.cell_contents):
         cell.cell_contents = _gated(cell.cell_contents)
     vars(cell.cell_contents)["guarded"].add(optimizer)
-    setattr(optimizer, _ATTRIBUTE, keeper)
+    setattr(optimizer, ATTRIBUTE, keeper)
 
 
 def remove(optimizer: Optimizer) -> None:
     """Take the gate away; the class gets its own step back with the last of its guarded instances."""
-    vars(optimizer).pop(_ATTRIBUTE, None)
+    vars(optimizer).pop(ATTRIBUTE, None)
     cell = _cell(optimizer)
     guarded = None if cell is None else vars(cell.cell_contents).get("guarded")
     if cell is not None and guarded is not None:
@@ -61,7 +61,7 @@ def _cell(optimizer: Optimizer) -> CellType | None:
 def _gated(own: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(own)
     def gate(*args: Any, **kwargs: Any) -> Any:
-        keeper = getattr(args[0], _ATTRIBUTE, None)
+        keeper = getattr(args[0], ATTRIBUTE, None)
         return own(*args, **kwargs) if keeper is None else keeper.run(own, args, kwargs)
 
     vars(gate)["guarded"] = WeakSet[Optimizer]()

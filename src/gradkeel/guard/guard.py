@@ -224,13 +224,12 @@ class Guard(Pipeline):
 
         Raises:
             CheckpointError: for a state of other policies (unless neither remembers anything), of other numbers of
-                parameters or groups, or of another version.
+                parameters or groups, of another version, or with a NaN or inf where none can be.
         """
-        own = self._roster.filled(self._states)
-        check_state(state, version=_VERSION, states=own, **self._roster.fingerprint())
+        check_state(state, version=_VERSION, states=self._roster.filled({}), **self._roster.fingerprint())
         self._states = {
             label: {key: value.to(self.device) for key, value in values.items()}
             for label, values in state["states"].items()
         }
-        self._step = int(state["step"])
-        self._skips.resume(int(state["consecutive_skips"]))
+        self._step = state["step"]
+        self._skips.resume(state["consecutive_skips"])

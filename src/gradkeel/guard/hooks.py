@@ -1,10 +1,12 @@
 """The optimizer's side of a guard: step hooks, closures, marks that must leave no trace, and who listens."""
 
+import contextlib
 import functools
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -204,7 +206,25 @@ class Hooks:
             UnguardedCopyWarning,
             stacklevel=3,
         )
-        return type(self.optimizer).__getstate__(self.optimizer)
+        with self._hidden():
+            state = type(self.optimizer).__getstate__(self.optimizer)
+            return dict(state) if state is vars(self.optimizer) else state
+
+    @contextlib.contextmanager
+    def _hidden(self) -> Iterator[None]:
+        """Meanwhile the optimizer's attributes are as without a guard: some classes copy all of them."""
+        own = vars(self.optimizer)
+        marks = (MARK, gate.ATTRIBUTE, _AMP_FLAG, "__getstate__", *self._refusing)
+        hooks = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+        kept = {name: own.pop(name) for name in (*marks, *hooks) if name in own}
+        if self._kept_flag is not None:
+            own[_AMP_FLAG] = self._kept_flag
+        for name, handle in zip(hooks, self._handles, strict=True):
+            own[name] = OrderedDict((i, hook) for i, hook in kept[name].items() if i != handle.id)
+        try:
+            yield
+        finally:
+            own.update(kept)
 
 
 def tell(recorders: list[Recorder], event: str, report: StepReport) -> None:

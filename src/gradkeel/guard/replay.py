@@ -5,7 +5,6 @@ are plain, Triton's kernels read them, no ranks exchange anything, and the polic
 nothing that only the host knows, such as the number of the step. Everything else is launched one by one.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -73,20 +72,4 @@ def can_replay(roster: Roster) -> bool:
     if roster.exchange is not None or not can_capture(roster.device):
         return False
     needs = [part.needs for part in roster.parts if part.selection.parameters]
-    return all(need.norm_type in (1.0, 2.0) for need in needs) and all(
-        part.policy is None or _is_own(part.policy) for part in roster.parts
-    )
-
-
-def _is_own(value: object) -> bool:
-    """Whether a policy is made of gradkeel's own parts, which decide by tensors alone."""
-    if value is None or isinstance(value, int | float | str):
-        return True
-    if isinstance(value, tuple | list):
-        return all(map(_is_own, value))
-    if isinstance(value, Mapping):
-        return all(map(_is_own, value.values()))
-    parts = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
-    return type(value).__module__.startswith("gradkeel.") and all(
-        _is_own(getattr(value, part.name)) for part in parts
-    )
+    return all(need.norm_type in (1.0, 2.0) for need in needs) and all(part.is_own for part in roster.parts)

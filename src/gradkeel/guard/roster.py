@@ -16,6 +16,7 @@ from gradkeel.measure import Readings, blank_norms, readings
 from gradkeel.measure.readings import Members
 from gradkeel.norms import Decision, GradientNorms, Needs, State, Window
 from gradkeel.policies import Policy
+from gradkeel.policies.base import is_own
 from gradkeel.ranks.declared import Sharing
 from gradkeel.ranks.exchange import Exchange
 from gradkeel.ranks.flat import is_flat
@@ -54,6 +55,7 @@ class Part:
         nothing: what is read where there are no parameters here; None where there are.
         report: what is said of it where there are none on any rank, or before the first step.
         shown: the policy's repr.
+        is_own: whether the policy is made of gradkeel's own parts.
     """
 
     label: str
@@ -65,6 +67,7 @@ class Part:
     nothing: Readings | None
     report: SelectionReport
     shown: str
+    is_own: bool
 
 
 class Roster:
@@ -181,7 +184,9 @@ class Roster:
         order = tuple(self._order.get(name, len(self._order) + i) for i, name in enumerate(blank.names))
         absent = (False,) * len(blank.names)
         report = SelectionReport(selection.label, shown, blank, Decision(), absent, order=order)
-        return Part(selection.label, selection, policy, needs, blank, order, nothing, report, shown)
+        return Part(
+            selection.label, selection, policy, needs, blank, order, nothing, report, shown, is_own(policy)
+        )
 
     def _selections(self) -> tuple[tuple[Selection, ...], list[Policy | None]]:
         groups = self._groups()

@@ -122,7 +122,8 @@ class SkipWatch:
         """The reason, and why it is not taken for the loss scale's fault, where it has been."""
         if not self._overflows:
             return reason
-        return f"{reason}, and the loss scale, which has overflowed {self._overflows} times in a row, is not to blame"
+        times = "once" if self._overflows == 1 else f"{self._overflows} times in a row"
+        return f"{reason}, and the loss scale, which has overflowed {times}, is not to blame"
 
     def watch(
         self,

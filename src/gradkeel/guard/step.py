@@ -104,6 +104,8 @@ def decide_all(
             decision, state = decide(
                 part.policy, norms, part.policy.init(norms) if before is None else before
             )
+            if not part.is_own:
+                decision = decision.apart()
         place_of = None if measured.agreed is None else partial(_place_of, roster, measured.agreed, i)
         reports.append(
             SelectionReport(

@@ -777,9 +777,9 @@ static struct window sorted_into(double *to, const struct ring *ring, int64_t le
     return (struct window){to, length};
 }
 
-/* How many of the sorted numbers are below `value`, or with `also` not above it. */
+/* How many of the sorted numbers are below `value`, or with `also` not above it; all of them, for NaN is the last. */
 static int64_t place_of(const double *sorted, int64_t length, double value, int also) {
-    int64_t low = 0;
+    int64_t low = value == value ? 0 : length;
     while (low < length) {
         int64_t middle = low + (length - low) / 2;
         if (sorted[middle] < value || (also && sorted[middle] == value)) {
@@ -806,7 +806,7 @@ static void enter(struct ring *ring, double seen, double value, double went[2]) 
     int64_t next = place_of(sorted, length, value, 1);
     memmove(sorted + next + 1, sorted + next, (size_t)(length - next) * sizeof *sorted);
     sorted[next] = ring->values[place] = value;
-    *ring->ordered = value == value ? (double)(length + 1) : -1;
+    *ring->ordered = (double)(length + 1);
 }
 
 static double quantile(struct window w, double q) {
@@ -846,7 +846,7 @@ static struct window distances(struct window w, double center, double *to) {
     for (int64_t i = 0; i < w.length; i++) {
         double down = below < 0 ? INFINITY : fabs(center - w.values[below]);
         double up = above >= w.length ? INFINITY : fabs(w.values[above] - center);
-        int goes_down = above >= w.length || (below >= 0 && down <= up);
+        int goes_down = above >= w.length || (below >= 0 && !(up < down)); /* NaN, which is above, comes last */
         to[i] = goes_down ? down : up;
         if (goes_down) {
             below--;

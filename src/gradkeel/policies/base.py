@@ -57,10 +57,11 @@ def decide(policy: Policy, norms: GradientNorms, state: State) -> tuple[Decision
     """
     decision, after = policy.decide(norms, state)
     coefficients, units, skip = decision.known_coefficients, decision.unit_coefficients, decision.known_skip
+    clamp = decision.clamp
     if type(coefficients) is not float and coefficients is not None:
         n = len(norms.names)
         if _shape(coefficients) not in ((), (n,)):
-            rule = f"a float, a list of {n} floats or a tensor of shape [] or [{n}]: one for all, or one for each"
+            rule = f"a float, a list of length {n} or a tensor of shape [] or [{n}]: one for all, or one for each"
             _misfit(policy, "coefficients", coefficients, rule)
     if units is not None and (norms.units is None or _shape(units) != norms.units.shape):
         rule = "None, for its needs have no unit_dim"
@@ -69,7 +70,37 @@ def decide(policy: Policy, norms: GradientNorms, state: State) -> tuple[Decision
         _misfit(policy, "unit_coefficients", units, rule)
     if type(skip) is not bool and skip is not None and _shape(skip) != ():
         _misfit(policy, "skip", skip, "a bool or a tensor of shape []: whether the whole step is skipped")
+    if clamp is not None:
+        given = tuple(clamp) if isinstance(clamp, list) else clamp
+        if not _are_limits(clamp):
+            _misfit(policy, "clamp", given, "(lowest, highest): two numbers, lowest not above highest")
+        # Compositions, which can clamp only last and all groups alike, know by the needs that a policy does.
+        if not policy.needs.peaks:
+            _misfit(policy, "clamp", given, "None, for its needs have no peaks: return Needs(peaks=True)")
     return decision, after
+
+
+def is_own(value: object) -> bool:
+    """Whether a policy is made of gradkeel's own parts, which decide by tensors alone, each time by new ones."""
+    if value is None or isinstance(value, int | float | str):
+        return True
+    if isinstance(value, tuple | list):
+        return all(map(is_own, value))
+    if isinstance(value, Mapping):
+        return all(map(is_own, value.values()))
+    parts = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+    return type(value).__module__.startswith("gradkeel.") and all(
+        is_own(getattr(value, part.name)) for part in parts
+    )
+
+
+def _are_limits(clamp: object) -> bool:
+    if not isinstance(clamp, tuple | list) or len(clamp) != 2:
+        return False
+    low, high = clamp
+    if any(isinstance(limit, bool) or not isinstance(limit, Real) for limit in (low, high)):
+        return False
+    return bool(low <= high and low < math.inf and high > -math.inf)  # of NaN none is true
 
 
 def _shape(value: object) -> tuple[int, ...] | None:

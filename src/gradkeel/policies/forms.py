@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import ClassVar
 
 import torch
@@ -25,7 +26,7 @@ class Hard(Form, on_numbers=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.eps != 0.0:
+        if not isinstance(self.eps, Real) or self.eps != 0.0:
             positive("Hard", "eps", self.eps)
 
     def coefficient(self, norms: Number, bound: Number) -> Number:

@@ -1,6 +1,7 @@
 """States that the host keeps in plain numbers, and states of several parts; both are read as mappings of tensors."""
 
-from bisect import bisect_left, insort
+import math
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,14 @@ class LazyState(Mapping[str, Tensor]):
         return repr(dict(self))
 
 
+def ascending(values: list[float]) -> list[float]:
+    """Return the values in order, NaN after all others, as torch sorts them."""
+    ordered = sorted(values)
+    if math.isnan(sum(ordered)):
+        ordered = sorted(values, key=lambda value: (value != value, value))
+    return ordered
+
+
 class Ring:
     """One cell's last norms on the host: in the order of the ring, and sorted. As every state it never changes."""
 
@@ -41,7 +50,7 @@ class Ring:
     def ordered(self, number: int) -> list[float]:
         """Return the first ``number`` values, ascending."""
         if self._ordered is None or len(self._ordered) != number:
-            self._ordered = sorted(self.values[:number])
+            self._ordered = ascending(self.values[:number])
         return self._ordered
 
     def entered(self, seen: int, value: float) -> "Ring":
@@ -53,8 +62,9 @@ class Ring:
         place, size, value = seen % len(self.values), len(self.values), float(value)
         values, ordered = self.values.copy(), self.ordered(min(seen, size)).copy()
         if seen >= size:
-            del ordered[bisect_left(ordered, values[place])]
-        insort(ordered, value)
+            gone = values[place]
+            del ordered[bisect_left(ordered, gone) if gone == gone else -1]  # NaN is the last
+        ordered.insert(bisect_left(ordered, value) if value == value else len(ordered), value)
         values[place] = value
         return Ring(values, ordered)
 

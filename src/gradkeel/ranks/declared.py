@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from gradkeel.errors import AttachError, RankError, SelectionError
+from gradkeel.errors import AttachError, RankError, SelectionError, check_kind
 from gradkeel.norms import Needs
 from gradkeel.ranks.exchange import Exchange
 from gradkeel.ranks.flat import flat_shards
@@ -59,6 +59,8 @@ class Sharing:
         self, process_group: "Group | None", shard_over: ShardOver | None, nonfinite: str = "skip"
     ) -> None:
         self._nonfinite = nonfinite
+        rule = "shard_over must be a dict from names, modules or parameters to a group, (group, dim), a name or None"
+        check_kind(shard_over, Mapping | None, "attach(shard_over=...)", rule)
         self._given = None if process_group is None else ranks_of(process_group, "process_group")
         self._declared = [(entry, _read(entry, where)) for entry, where in (shard_over or {}).items()]
         self._entries = self._declared

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from gradkeel.errors import RecordError
+from gradkeel.errors import RecordError, check_kind
 from gradkeel.guard import SkipReason
 from gradkeel.language import count
 from gradkeel.norms import combine
@@ -53,6 +53,8 @@ class Reader:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, superseded: bool = False) -> None:
+        rule = "path must be that of a record, such as 'runs/exp1.keel'"
+        check_kind(path, str | os.PathLike, "Reader(path=...)", rule)
         self._read(Path(path), SUPERSEDED if superseded else LIVE)
 
     def _read(self, path: Path, where: str) -> None:

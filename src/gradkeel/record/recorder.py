@@ -6,11 +6,12 @@ import sqlite3
 import warnings
 import weakref
 from collections.abc import Sequence
+from numbers import Real
 from pathlib import Path
 
 from torch import Tensor, distributed
 
-from gradkeel.errors import RecordWarning
+from gradkeel.errors import RecordWarning, check_kind
 from gradkeel.guard.guard import Guard
 from gradkeel.guard.report import StepReport
 from gradkeel.kernels.arrival import is_capturing
@@ -74,6 +75,9 @@ class Recorder:
         flush_seconds: float = 1.0,
         per_rank: bool = False,
     ) -> None:
+        _check_sinks(sinks)
+        rule = "flush_seconds must be a number of seconds"
+        check_kind(flush_seconds, Real, "Recorder(flush_seconds=...)", rule)
         if path is None and not sinks:
             raise TypeError("Recorder(path=None): give a path, or at least one sink")
         self.path = None if path is None else check_path(path, "Recorder(path=...)")
@@ -219,6 +223,14 @@ class Recorder:
 
 _recorders: weakref.WeakSet[Recorder] = weakref.WeakSet()
 """All recorders of this process, so that one can take a file over from another."""
+
+
+def _check_sinks(sinks: object) -> None:
+    rule = "sinks must be a list of what has write(rows) and close(), such as TensorBoard('runs/1')"
+    check_kind(sinks, Sequence, "Recorder(sinks=...)", rule)
+    for sink in sinks:  # type: ignore[attr-defined]  # as check_kind has seen
+        if not (callable(getattr(sink, "write", None)) and callable(getattr(sink, "close", None))):
+            raise TypeError(f"Recorder(sinks=...): {rule}, and {sink!r} has not")
 
 
 def check_path(path: object, argument: str) -> str:

@@ -142,11 +142,11 @@ class Store:
         # Series that were read from end to end since the blocks were last looked for.
         self._whole: dict[str, Tensor] = {}
         if found and not parts:
-            raise RecordError(f"{self.path} is damaged: none of its {len(found)} blocks of steps can be read")
+            raise RecordError(f"{self.path} is damaged: none of its blocks of steps can be read")
         if self.rows * self.width > _ALWAYS_ALLOWED + _MOST_PER_BYTE * size_of(self.path):
             raise RecordError(
-                f"{self.path} is damaged: it claims {self.rows} steps of {self.width} parameters, more than so small "
-                "a file can hold"
+                f"{self.path} is damaged: it claims more than so small a file can hold (steps: {self.rows}, "
+                f"parameters: {self.width})"
             )
 
     def _steps_of(self, block: Block) -> Tensor | None:
@@ -185,8 +185,8 @@ class Store:
         if not self._bad:
             return None
         return (
-            f"{self.path} is damaged: {len(self._bad)} of its {self._number_of_blocks} blocks of up to "
-            f"{ROWS_PER_BLOCK} steps cannot be read as a whole; they are left out, or stand as not known"
+            f"{self.path} is damaged: blocks of up to {ROWS_PER_BLOCK} steps that cannot be read as a whole are left "
+            f"out, or stand as not known ({len(self._bad)} of {self._number_of_blocks})"
         )
 
     def query(self, statement: str, *arguments: str | int) -> list[tuple[Any, ...]]:

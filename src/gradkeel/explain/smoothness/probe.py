@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradkeel.errors import check_kind
 from gradkeel.explain.smoothness.fit import SmoothnessFit, fit_smoothness
 from gradkeel.explain.undisturbed import undisturbed
 from gradkeel.ranks.total import measure_total
@@ -178,6 +179,8 @@ class SmoothnessProbe:
         every: int = 1,
         points: int = 4,
     ) -> None:
+        rule = "optimizer must be a torch.optim.Optimizer"
+        check_kind(optimizer, torch.optim.Optimizer, "SmoothnessProbe(optimizer=...)", rule)
         self.loss = loss
         self._optimizer = optimizer
         self.every = at_least_one("SmoothnessProbe", "every", every)

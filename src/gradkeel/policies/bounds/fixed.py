@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+from gradkeel.errors import check_kind
 from gradkeel.norms import State
 from gradkeel.policies.base import positive
 from gradkeel.policies.bounds.base import Bound, HostBound
@@ -44,6 +45,15 @@ class Schedule(HostBound, on_numbers=True):
     """
 
     function: Callable[[int], float]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_kind(
+            self.function,
+            Callable,
+            "Schedule(function=...)",
+            "function must give a bound for a step's number",
+        )
 
     def at(self, step: int) -> tuple[float, float]:
         """Return the function's value, checked."""

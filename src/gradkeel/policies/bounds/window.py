@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gradkeel.norms import combine
 from gradkeel.policies.numbers import Number, log
-from gradkeel.policies.states import Ring
+from gradkeel.policies.states import Ring, ascending
 from gradkeel.policies.symbols import Symbol
 
 
@@ -126,7 +126,7 @@ class PlainWindow:
 
     def distances(self, center: float) -> "PlainWindow":
         """Return the distances, sorted anew, which takes little time: they fall and then rise."""
-        return PlainWindow(sorted([abs(value - center) for value in self.ordered]))
+        return PlainWindow(ascending([abs(value - center) for value in self.ordered]))
 
 
 class WrittenWindow:

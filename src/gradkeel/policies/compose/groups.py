@@ -104,8 +104,8 @@ class PerGroup(Composite):
         groups = sorted(set(norms.groups))
         if groups and groups[-1] >= len(self.policies):
             raise ValueError(
-                f"{self!r}: there are {len(self.policies)} policies, but the optimizer has a parameter group "
-                f"{groups[-1]} (counted from 0); give each group a policy or None"
+                f"{self!r}: its last policy is for parameter group {len(self.policies) - 1} (counted from 0), but the "
+                f"optimizer has a group {groups[-1]}; give each group a policy or None"
             )
         found = zip(groups, group_members(norms.groups), strict=True)
         return [(g, policy, rows) for g, rows in found if (policy := self.policies[g]) is not None]
@@ -162,7 +162,7 @@ def _placed(
     if values is None or like is None:
         return so_far
     whole = torch.full_like(like, empty) if so_far is None else so_far
-    return whole.index_copy(0, index(rows, whole.device), values.expand(len(rows)))
+    return whole.index_copy(0, index(rows, whole.device), values.expand(len(rows)).to(whole.dtype))
 
 
 def _unit_rows(norms: GradientNorms, rows: Sequence[int]) -> tuple[int, ...]:

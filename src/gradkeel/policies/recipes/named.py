@@ -77,8 +77,13 @@ class NamedPolicy(Policy):
                 field.default is dataclasses.MISSING,
             )
             for field in dataclasses.fields(self)
-            if field.default is dataclasses.MISSING or getattr(self, field.name) != field.default
+            if field.default is dataclasses.MISSING or not _is(getattr(self, field.name), field.default)
         ]
+
+
+def _is(value: object, default: object) -> bool:
+    """Whether a parameter is at its default; a tensor, which is none and may not be compared, is not."""
+    return value is default or (isinstance(value, Real | str) and value == default)
 
 
 def _as_declared(value: object, kind: Any) -> object:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
-from gradkeel.errors import PolicySpecError
+from gradkeel.errors import PolicySpecError, check_kind
 from gradkeel.policies.base import Policy
 from gradkeel.policies.compose.chain import Chain, Composite, Warmup
 from gradkeel.policies.compose.groups import PerGroup
@@ -76,11 +76,14 @@ def parse(spec: str) -> PolicySpec:
 
     Raises:
         PolicySpecError: naming the spec, what is wrong with it, and the known names.
+        TypeError: for what is no string.
 
     Example:
         >>> parse("global-norm:0.25").policy
         ClipByGlobalNorm(max_norm=0.25)  # all tensors together
     """
+    rule = "spec must be a string such as 'global-norm:1.0', or 'none' for no clipping"
+    check_kind(spec, str, "parse(spec=...)", rule)
     exclude = tuple(re.findall(_EXCLUDE, spec))
     # What separated an exclude from the rest may be left at the end of a stage.
     policy = _policy(spec, re.sub(r"[,:]+(?=[+/)]|$)", "", re.sub(rf"{_EXCLUDE},?", "", spec)))
