@@ -152,6 +152,57 @@ def test_a_game_that_ends_far_above_its_beginning_has_diverged():
     assert judge(signals([*GAME, *[2.0] * 30])).verdict is Verdict.DIVERGED
 
 
+LARGE_FIRST = {"shares": [(1, 0.5), (2, 0.1)], "larger": [("a.weight", 1, 1.2)]}
+
+
+def test_a_run_that_trained_until_then_did_not_diverge_from_the_start():
+    found = judge(signals([*FALLING, *[9.0] * 60], **LARGE_FIRST))
+    assert (found.verdict, found.onset) == (Verdict.DIVERGED, 101)
+    assert not any("the update of" in reason for reason in found.reasons)
+
+
+def test_one_that_never_trained_did():
+    found = judge(signals([2.0, *[5.0] * 99], **LARGE_FIRST))
+    assert (found.verdict, found.onset) == (Verdict.DIVERGED_FROM_START, 1)
+    assert any("At step 1 the update of a.weight" in reason for reason in found.reasons)
+
+
+def test_single_batches_that_fit_do_not_put_the_onset_off():
+    sick = [5.0, 5.0, 5.0, 0.5] * 25  # each fourth is as low as ever
+    found = judge(signals([*FALLING, *sick, 0.5, 5.0], signs=[Sign("spike", 101, ("a",), True)]))
+    assert (found.verdict, found.onset, found.where) == (Verdict.DIVERGED, 101, ("a",))
+
+
+def test_an_event_that_lasts_until_the_loss_leaves_is_the_onset():
+    losses = [*FALLING, *[1.0] * 60, *[5.0] * 40]
+    found = judge(signals(losses, signs=[Sign("explosion", 101, ("a",), False)]))
+    assert (found.verdict, found.onset) == (Verdict.DIVERGED, 101)
+
+
+@pytest.mark.parametrize(
+    ("rates", "verdict"),
+    [
+        ([0.01 * min(step, 50) for step in range(1, 161)], Verdict.DIVERGED_IN_WARMUP),
+        ([0.01 * (step // 10 + 1) for step in range(160)], Verdict.DIVERGED_IN_WARMUP),  # once an epoch
+        ([0.01] * 100 + [0.3] * 60, Verdict.DIVERGED),  # a mistake in a schedule
+    ],
+    ids=["each step", "in stairs", "a jump"],
+)
+def test_a_rate_that_rises_from_the_beginning_is_a_warm_up(rates, verdict):
+    losses = [*FALLING, *[9.0] * 60]
+    large = {"shares": [(101, 0.5)], "larger": [("a.weight", 101, 1.2)]}
+    if verdict is Verdict.DIVERGED_IN_WARMUP:
+        losses = [2.0] * 30 + [9.0] * 130
+        large = {"shares": [(30, 0.5)], "larger": [("a.weight", 30, 1.2)]}
+    found = judge(signals(losses, rates=torch.tensor(rates, dtype=torch.float64), **large))
+    assert found.verdict is verdict
+
+
+def test_a_few_steps_as_large_as_the_weights_are_those_of_lbfgs():
+    few = [0.0025, 0.0024, 0.0023]
+    assert judge(signals(few, **LARGE_FIRST)).verdict is Verdict.HEALTHY
+
+
 @pytest.mark.parametrize("steps", [300, 3_000, 300_000])
 def test_a_long_flat_run_is_healthy(steps):
     """The lowest of very many short stretches of noise is no best that was lost."""

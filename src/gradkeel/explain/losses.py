@@ -57,6 +57,7 @@ def _is_over(later: Tensor, limit: float) -> bool:
 class LossCourse:
     """What the loss of a run did: its levels at the beginning, at its best and at the end, and how it got there."""
 
+    begin: float  # the first one, untouched by training
     first: float
     best: float
     last: float
@@ -99,7 +100,12 @@ class LossCourse:
     @property
     def has_learned(self) -> bool:
         """Whether it ended below where it began, by more than noise."""
-        return self.is_finite and self.last < self.first - max(2 * self.noise, 2 * FLAT * abs(self.first))
+        return self.is_finite and self.last < self.begin - max(2 * self.noise, 2 * FLAT * abs(self.begin))
+
+    @property
+    def had_learned(self) -> bool:
+        """Whether it ever was below where it began, by more than noise."""
+        return self.best < self.first - max(self.error, 2 * FLAT * abs(self.first))
 
 
 def not_finite(losses: Tensor) -> Tensor:
@@ -136,24 +142,22 @@ def loss_course(all_steps: Tensor, losses: Tensor) -> LossCourse | None:
     left = _left(values, best, lowest, last) if last - lowest > error else None
     if left is None:
         onset = None if is_finite else int(all_steps[bad][0])
-        return LossCourse(first, lowest, last, highest, noise, error, onset, is_finite)
+        return LossCourse(float(values[0]), first, lowest, last, highest, noise, error, onset, is_finite)
     before, after = values[max(0, left - TAIL) : left], values[left : left + TAIL]
     jump = float(after.median() - before.median()) if len(before) else math.inf
+    is_sudden = jump > 0.5 * (last - lowest)
     return LossCourse(
-        first, lowest, last, highest, noise, error, int(steps[left]), is_finite, jump > 0.5 * (last - lowest)
+        float(values[0]), first, lowest, last, highest, noise, error, int(steps[left]), is_finite, is_sudden
     )
 
 
-def _left(values: Tensor, best: int, lowest: float, last: float) -> int | None:
-    """The first row after the best stretch from which on the loss is above it for good."""
-    middle = lowest + 0.4 * (last - lowest)
-    lower = (values[best:] <= middle).nonzero().flatten()
-    after = best + (int(lower[-1]) + 1 if len(lower) else 0)
-    # Single batches that happen to fit do not bring a loss back: the last of a few is not the last of many.
-    few = min(5, len(values) - best)
-    spans = (values[best:].unfold(0, few, 1).median(dim=1).values <= middle).nonzero()
-    stay = best + (int(spans[-1]) + few // 2 + 1 if len(spans) else 0)
-    row = min(after, stay)
-    while row < len(values) - 1 and float(values[row]) <= middle:
-        row += 1
-    return row if row < len(values) else None
+def _left(values: Tensor, best: int, lowest: float, last: float) -> int:
+    """The row after the best stretch from which on the loss is above it, in by far the most rows to the end.
+
+    Single batches that happen to fit do not bring a loss back, and a few bad ones before are not its leaving.
+    """
+    above = values[best:] > lowest + 0.4 * (last - lowest)
+    since = (
+        (2 * above.long() - 1).flip(0).cumsum(0).flip(0)
+    )  # how many more are above than not, from here to the end
+    return best + int(since.argmax())

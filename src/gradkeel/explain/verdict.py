@@ -205,15 +205,20 @@ class _Judge:
             bad = large is not None and large - first < early and bool(began)
         else:
             left = loss.left if loss.left is not None and loss.left - first < early + EARLY else None
+            if left is None and loss.left is not None and loss.had_learned:
+                return None  # it trained until then
             failed = loss.is_clearly_above or (warmup and loss.is_lost and left is not None)
-            failed = failed or ((not loss.has_learned or self._collapsed()) and large is not None)
+            tells = large is not None and len(s.steps) >= EARLY  # of fewer steps, each may be as large
+            failed = failed or ((not loss.has_learned or self._collapsed()) and tells)
             bad = bool(failed) and (left is not None or (large is not None and large - first < early))
             large = min((step for step in (large, left) if step is not None), default=None) if bad else large
         if not bad or large is None:
             return None
-        where = [name for name, step, _ in s.larger if step <= large + 3]
-        if s.larger:
-            name, step, ratio = s.larger[0]
+        larger = [one for one in s.larger if one[1] <= large + 3]
+        where = [name for name, *_ in larger]
+        near = next((one for one in larger if one[1] >= large - EARLY), None)
+        if near is not None:
+            name, step, ratio = near
             self.reasons.append(say(
                 "At step {step} the update of {name} was {times} times its weights.",
                 step=step, name=name, times=readable(ratio),
@@ -229,8 +234,11 @@ class _Judge:
     def _warmup_end(self) -> int | None:
         """How many steps the learning rate rose from the beginning; None where it did not."""
         rates = self.signals.rates
-        rose = len(rates) >= 3 and bool(rates.isfinite().all() & (rates.max() > 2 * rates[0]))
-        return int(rates.argmax()) + 1 if rose else None
+        if len(rates) < 3 or not bool(rates.isfinite().all()):
+            return None
+        top = int(rates.argmax())
+        rose = rates[top] > 2 * rates[0] and rates[(top + 1) // 2] > rates[0]  # and not only at the end
+        return top + 1 if rose else None
 
     def _diverged(self, verdict: Verdict, onset: int, where: Sequence[str]) -> Diagnosis:
         """A divergence, under the name that clipping gives it where it hides it."""
@@ -257,7 +265,11 @@ class _Judge:
 
     def _nearest(self, step: int | None) -> Sign | None:
         """What the norms or weights showed at about this step."""
-        near = [sign for sign in self.signals.signs if step is None or -10 <= step - sign.step <= 30]
+        near = [
+            sign
+            for sign in self.signals.signs
+            if step is None or -10 <= step - sign.step <= 30 or (not sign.is_over and sign.step <= step)
+        ]
         return min(near, key=lambda sign: abs(sign.step - (step or sign.step)), default=None)
 
     def _lost(self) -> Diagnosis | None:
