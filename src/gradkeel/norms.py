@@ -274,7 +274,8 @@ class Decision:
     Attributes:
         coefficients: [] one for all parameters, or [n] one for each; finite, above 0.
         unit_coefficients: [u] one for each unit.
-        clamp: lowest and highest value that an entry may have; of a policy whose needs have peaks.
+        clamp: lowest and highest value that an entry may have; whether any was outside, reports know where the policy's
+            needs have peaks.
         skip: [] bool: True asks for the step to be skipped.
         bound: [] or [n] or [u] the bound that was in force (inf where there was none), for reports and records.
     """

@@ -49,7 +49,9 @@ class Policy(ABC):
         """Decide on one step; does not sync the host."""
 
 
-def decide(policy: Policy, norms: GradientNorms, state: State) -> tuple[Decision, State]:
+def decide(
+    policy: Policy, norms: GradientNorms, state: State, *, may_clamp: bool = True
+) -> tuple[Decision, State]:
     """Return a policy's decision on one step, and its new state; does not sync the host.
 
     Raises:
@@ -74,9 +76,8 @@ def decide(policy: Policy, norms: GradientNorms, state: State) -> tuple[Decision
         given = tuple(clamp) if isinstance(clamp, list) else clamp
         if not _are_limits(clamp):
             _misfit(policy, "clamp", given, "(lowest, highest): two numbers, lowest not above highest")
-        # Compositions, which can clamp only last and all groups alike, know by the needs that a policy does.
-        if not policy.needs.peaks:
-            _misfit(policy, "clamp", given, "None, for its needs have no peaks: return Needs(peaks=True)")
+        if not may_clamp:
+            _misfit(policy, "clamp", given, "None, for entries are clamped last, and of all groups alike")
     return decision, after
 
 

@@ -83,7 +83,8 @@ class Chain(Composite):
         total, decision, states = Decision(), Decision(), {}
         for i, stage in enumerate(self.stages):
             norms = norms.after(decision)
-            decision, states[str(i)] = decide(stage, norms, part(state, str(i)))
+            is_last = i == len(self.stages) - 1
+            decision, states[str(i)] = decide(stage, norms, part(state, str(i)), may_clamp=is_last)
             total = _product(total, decision)
         return total, JoinedState(states)
 

@@ -95,7 +95,8 @@ class PerGroup(Composite):
         """Let each policy decide on its group."""
         decisions, states, members = [], {}, []
         for g, policy, rows in self._members(norms):
-            decision, states[str(g)] = decide(policy, subset(norms, rows), part(state, str(g)))
+            own = part(state, str(g))
+            decision, states[str(g)] = decide(policy, subset(norms, rows), own, may_clamp=False)
             decisions.append(decision)
             members.append(rows)
         return _assembled(norms, members, decisions), JoinedState(states)
