@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ class OpenWindow:
         window = cls.empty(list(names)[: len(told)])
         for one, (weight, loss, weighs) in zip(window.per.values(), told, strict=True):
             one.weight, one.loss, one.weighs = weight, loss, weighs
-        window.count, window.is_complete = state["count"], state["is_complete"]
+        window.count, window.is_complete = int(state["count"]), bool(state["is_complete"])
         return window
 
     def saved(self) -> dict[str, Any]:
@@ -214,7 +215,7 @@ def saved_sums(guard: Guard, sums: Mapping[str, Mapping[Tensor, Tensor]]) -> dic
 
 _OLDER = {"per": [ITEM], "apart": {}, "denominators": []}  # before there could be several
 _PARTS = {
-    "count": int, "is_complete": bool, "weight": float | int | Tensor, "denominators": list | tuple,
+    "count": Integral | Tensor, "is_complete": Integral | Tensor, "weight": Real | Tensor, "denominators": list | tuple,
     "gradients": Mapping, "sums": Mapping, "apart": Mapping,
 }  # fmt: skip
 

@@ -1,6 +1,7 @@
 """What a guard's saved state must have in common with the guard that it is loaded into."""
 
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor
@@ -9,8 +10,8 @@ from gradkeel.errors import CheckpointError
 from gradkeel.norms import State
 
 _PARTS = {
-    "step": int,
-    "consecutive_skips": int,
+    "step": Integral | Tensor,
+    "consecutive_skips": Integral | Tensor,
     "policies": Mapping,
     "parameters": Mapping,
     "states": Mapping,

@@ -231,5 +231,5 @@ class Guard(Pipeline):
             label: {key: value.to(self.device) for key, value in values.items()}
             for label, values in state["states"].items()
         }
-        self._step = state["step"]
-        self._skips.resume(state["consecutive_skips"])
+        self._step = int(state["step"])
+        self._skips.resume(int(state["consecutive_skips"]))

@@ -5,7 +5,7 @@ import os
 import sqlite3
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from pathlib import Path
 
@@ -75,13 +75,12 @@ class Recorder:
         flush_seconds: float = 1.0,
         per_rank: bool = False,
     ) -> None:
-        _check_sinks(sinks)
         rule = "flush_seconds must be a number of seconds"
         check_kind(flush_seconds, Real, "Recorder(flush_seconds=...)", rule)
         if path is None and not sinks:
             raise TypeError("Recorder(path=None): give a path, or at least one sink")
         self.path = None if path is None else check_path(path, "Recorder(path=...)")
-        self._sinks, self._flush_seconds, self._per_rank = list(sinks), flush_seconds, per_rank
+        self._sinks, self._flush_seconds, self._per_rank = _checked_sinks(sinks), flush_seconds, per_rank
         self.rank, self._ranks = 0, 1
         if is_running():
             self.rank, self._ranks = distributed.get_rank(), distributed.get_world_size()
@@ -225,12 +224,14 @@ _recorders: weakref.WeakSet[Recorder] = weakref.WeakSet()
 """All recorders of this process, so that one can take a file over from another."""
 
 
-def _check_sinks(sinks: object) -> None:
+def _checked_sinks(sinks: object) -> list[Sink]:
     rule = "sinks must be a list of what has write(rows) and close(), such as TensorBoard('runs/1')"
-    check_kind(sinks, Sequence, "Recorder(sinks=...)", rule)
-    for sink in sinks:  # type: ignore[attr-defined]  # as check_kind has seen
+    check_kind(sinks, Iterable, "Recorder(sinks=...)", rule)
+    found: list[Sink] = list(sinks)  # type: ignore[call-overload]  # as check_kind has seen
+    for sink in found:
         if not (callable(getattr(sink, "write", None)) and callable(getattr(sink, "close", None))):
             raise TypeError(f"Recorder(sinks=...): {rule}, and {sink!r} has not")
+    return found
 
 
 def check_path(path: object, argument: str) -> str:
