@@ -215,7 +215,7 @@ def saved_sums(guard: Guard, sums: Mapping[str, Mapping[Tensor, Tensor]]) -> dic
 
 _OLDER = {"per": [ITEM], "apart": {}, "denominators": []}  # before there could be several
 _PARTS = {
-    "count": Integral | Tensor, "is_complete": Integral | Tensor, "weight": Real | Tensor, "denominators": list | tuple,
+    "count": Integral, "is_complete": Integral, "weight": Real | Tensor, "denominators": list | tuple,
     "gradients": Mapping, "sums": Mapping, "apart": Mapping,
 }  # fmt: skip
 

@@ -10,8 +10,8 @@ from gradkeel.errors import CheckpointError
 from gradkeel.norms import State
 
 _PARTS = {
-    "step": Integral | Tensor,
-    "consecutive_skips": Integral | Tensor,
+    "step": Integral,
+    "consecutive_skips": Integral,
     "policies": Mapping,
     "parameters": Mapping,
     "states": Mapping,

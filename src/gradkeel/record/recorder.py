@@ -75,12 +75,13 @@ class Recorder:
         flush_seconds: float = 1.0,
         per_rank: bool = False,
     ) -> None:
+        self._sinks = _checked_sinks(sinks)
         rule = "flush_seconds must be a number of seconds"
         check_kind(flush_seconds, Real, "Recorder(flush_seconds=...)", rule)
-        if path is None and not sinks:
+        if path is None and not self._sinks:
             raise TypeError("Recorder(path=None): give a path, or at least one sink")
         self.path = None if path is None else check_path(path, "Recorder(path=...)")
-        self._sinks, self._flush_seconds, self._per_rank = _checked_sinks(sinks), flush_seconds, per_rank
+        self._flush_seconds, self._per_rank = flush_seconds, per_rank
         self.rank, self._ranks = 0, 1
         if is_running():
             self.rank, self._ranks = distributed.get_rank(), distributed.get_world_size()
