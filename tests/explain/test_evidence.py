@@ -1,11 +1,13 @@
 """Which parameters an event reached, in which order, and the sentences that say what was seen."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from gradkeel.explain import explain
+from gradkeel.explain.evidence import initial
 from scripted import scripted_run
 
 STEPS = 160
@@ -201,6 +203,19 @@ def test_an_explosion_without_a_past_is_told_by_the_first_larger_update(tmp_path
         "Gradient norms do not tell why; initial weights and learning rate are what acted until then.",
         "It was not finite at step 40, the last one recorded.",
     )
+
+
+@pytest.mark.parametrize(
+    ("totals", "words"),
+    [
+        ([math.nan, math.nan, math.inf, 2.0, 8.0, 32.0], "grew from the first steps on (2, 8, 32)."),
+        ([math.nan, 25200.0, 31.6, 9.2], "was high from the first steps on (25,200, 31.6, 9.2)."),
+    ],
+)
+def test_norms_that_are_told_are_finite_and_did_what_is_said(totals, words):
+    course = SimpleNamespace(totals=torch.tensor(totals), losses=torch.ones(6), step=lambda row: 6)
+    event = SimpleNamespace(start=0, stop=6, ended="high")
+    assert initial(course, event, [])[0].endswith(words)
 
 
 @pytest.mark.parametrize("ratio", [0.99, 1.01])

@@ -2,6 +2,8 @@
 
 import math
 
+import torch
+
 from gradkeel.explain.course import Course
 from gradkeel.explain.events import Event, Reached
 from gradkeel.explain.weights import Jump, Overwrite
@@ -34,12 +36,12 @@ def later(
 
 def initial(course: Course, event: Event, onsets: list[tuple[str, int, float]]) -> tuple[str, ...]:
     """Of an explosion from the first steps on."""
-    norms = ", ".join(map(readable, course.totals[:5].tolist()))
-    norms += ", ..." if len(course.totals) > 5 else ""
-    first = say(
-        "There is no past to compare with: the gradient norm grew from the first steps on ({norms}).",
-        norms=norms,
-    )
+    finite = course.totals[torch.isfinite(course.totals)]
+    norms = ", ".join(map(readable, finite[:5].tolist())) + (", ..." if len(finite) > 5 else "")
+    words = "There is no past to compare with: the gradient norm was high from the first steps on ({norms})."
+    if len(finite) > 1 and bool(finite[1:].max() > finite[0]):
+        words = "There is no past to compare with: the gradient norm grew from the first steps on ({norms})."
+    first = say(words, norms=norms) if norms else ""
     larger = ""
     if onsets:
         name, step, ratio = onsets[0]
