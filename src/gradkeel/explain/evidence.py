@@ -38,10 +38,13 @@ def initial(course: Course, event: Event, onsets: list[tuple[str, int, float]]) 
     """Of an explosion from the first steps on."""
     finite = course.totals[torch.isfinite(course.totals)]
     norms = ", ".join(map(readable, finite[:5].tolist())) + (", ..." if len(finite) > 5 else "")
-    words = "There is no past to compare with: the gradient norm was high from the first steps on ({norms})."
-    if len(finite) > 1 and bool(finite[1:].max() > finite[0]):
-        words = "There is no past to compare with: the gradient norm grew from the first steps on ({norms})."
-    first = say(words, norms=norms) if norms else ""
+    grew = len(finite) > 1 and bool(finite[1:].max() > finite[0])
+    first = say(
+        "There is no past to compare with: the gradient norm grew from the first steps on ({norms})."
+        if grew
+        else "There is no past to compare with: the gradient norm was high from the first steps on ({norms}).",
+        norms=norms,
+    )
     larger = ""
     if onsets:
         name, step, ratio = onsets[0]
