@@ -65,8 +65,9 @@ def test_workers_that_attach_write_their_last_steps_when_they_end(tmp_path, meth
 
 
 def test_forked_workers_under_the_parents_recorder_are_told_once_that_it_is_not_theirs(tmp_path):
-    said = run(tmp_path, "fork", "parents", "return").stdout.splitlines()
-    assert len(said) == 2
+    end = run(tmp_path, "fork", "parents", "return")
+    said = end.stdout.splitlines()
+    assert (end.returncode, len(said)) == (0, 2), end.stdout + end.stderr
     for words in said:
         assert words.startswith("this process was forked from the one that records to ")
         assert "attach in each worker, with a record of its own" in words
