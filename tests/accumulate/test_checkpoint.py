@@ -45,6 +45,16 @@ def test_between_the_last_micro_batch_and_the_step(wide):
     assert loop.moved == [3.0, 3.0]
 
 
+def test_gradients_are_taken_up_into_the_loops_buffer():
+    killed, loop, flat = Loop(), Loop(), torch.ones(2)
+    killed.leave_open(MICROS[:1])
+    loop.weight.grad = flat.view(2)
+    loop.accumulate.load_state_dict(killed.accumulate.state_dict())
+    assert flat.tolist() == [1.0, 4.0]
+    loop.run(MICROS[1:], zero_grad=False)
+    assert (loop.moved, flat.tolist()) == ([1.5, 1.5], [1.5, 1.5])
+
+
 @pytest.mark.parametrize("wide", WIDE)
 def test_a_resumed_window_that_is_complete_takes_no_more(wide):
     killed = Loop(accumulate_dtype=wide)

@@ -35,6 +35,31 @@ def test_a_dropped_window_leaves_nothing_behind(wide, count):
 
 
 @pytest.mark.parametrize("count", [1, 2])
+def test_a_window_that_is_dropped_leaves_its_gradients_in_the_loops_buffer(count):
+    loop, flat = Loop(2), torch.zeros(2)
+    loop.weight.grad = flat.view(2)
+    loop.leave_open([([100.0, 200.0], 7)] * count)
+    loop.accumulate.drop()
+    assert flat.tolist() == [0.0, 0.0]
+    for _ in range(2):
+        loop.run(MICROS, zero_grad=False)
+        assert flat.tolist() == [1.5, 1.5]
+        flat.zero_()
+    assert loop.moved == [3.0, 3.0]
+
+
+def test_a_window_that_is_skipped_in_the_loops_buffer_need_not_be_cleared():
+    loop, flat = Loop(2), torch.zeros(2)
+    loop.weight.grad = flat.view(2)
+    with pytest.warns(gk.errors.SkippedStepWarning):
+        loop.run([([float("nan"), 0.0], 1)] * 2, zero_grad=False)
+    loop.run(MICROS, zero_grad=False)
+    assert (loop.moved, flat.tolist()) == ([1.5, 1.5], [1.5, 1.5])
+    with pytest.raises(gk.WindowError, match="would add to the last one's gradients"):
+        loop.run(MICROS)
+
+
+@pytest.mark.parametrize("count", [1, 2])
 def test_a_loss_that_the_user_logged_outlives_a_dropped_window(count):
     loop = Loop(2)
     loop.guard.log(loss=42.0)

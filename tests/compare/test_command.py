@@ -205,6 +205,49 @@ def test_a_script_of_several_guards_is_told_whose_figures_there_are(script, tmp_
     assert "attaches several guards" in said[0]
 
 
+TWO_GUARDS = """
+import os
+import torch
+import gradkeel as gk
+
+torch.manual_seed({seed})
+one, other = torch.nn.Parameter(0.1 + 0.3 * torch.rand(2)), torch.nn.Parameter(torch.zeros(2))
+rest = torch.rand(1)
+guards = [gk.attach(torch.optim.SGD([p], lr=0.001), None) for p in (one, other)]
+for step in range(12):
+    for i, guard in enumerate(guards):
+        loss = (100 * one.square() if i == 0 else other * one.detach() + rest).sum()
+        guard.optimizer.zero_grad()
+        loss.backward()
+        guard.log(loss=loss)
+        guard.optimizer.step()
+"""
+
+
+def test_what_another_guard_did_first_is_not_taken_for_a_seed_that_is_ignored(script, tmp_path):
+    """Under the policy it clips, and the recorded guard's first norm is another one, with the same loss."""
+    source = TWO_GUARDS.format(seed='int(os.environ["GRADKEEL_SEED"])')
+    result = run(script(source), tmp_path, policies=["none", "norm:1.0"], seeds=3)
+    none, clipped = [one for one in result.runs if one.seed == 0]
+    assert none.losses[0] == clipped.losses[0]
+    assert none.norms[0] != clipped.norms[0]
+    words = findings(result)
+    assert words.caution == (
+        "norm:1.0 never clipped at its best learning rate in the guard that was attached last; whether the script's "
+        "other guards clipped is not known."
+    )
+    page = compare_page(result, summarize(result.runs), words)
+    assert "not known to begin from the same weights and batches" in page
+
+
+def test_a_script_of_several_guards_that_ignores_its_seed_may_be_so(script, tmp_path):
+    result = run(script(TWO_GUARDS.format(seed="os.getpid()")), tmp_path, policies=["none", "norm:1.0"])
+    assert findings(result).caution.startswith(
+        "Policies of one seed did not begin with the same loss and norm: other guards of the script have stepped "
+        "before, or it does not set its weights and batches by GRADKEEL_SEED"
+    )
+
+
 def test_records_of_an_earlier_comparison_are_set_aside(script, tmp_path):
     command = script(SCRIPT.format(log=LOG))
     for _ in range(3):

@@ -7,7 +7,7 @@ from torch import distributed
 import gradkeel as gk
 from gradkeel import policies as gp
 
-from tests.distributed.test_agreement import WEIGHT, Window, outcome, sgd, sharded
+from tests.distributed.test_agreement import WEIGHT, Window, outcome, quietly, sgd, sharded
 from tests.distributed.test_windows import data, ddp, fsdp, hybrid, loss_sum, make_model
 
 
@@ -32,6 +32,30 @@ def test_replicas_decide_together(ranks):
         assert stepped == [True] * 5 + [False]
         assert loss == pytest.approx(1.05 + 250.0)
         assert kind == ("WindowError" if rank == 3 else "RankError")
+
+
+def bucketed(rank, bad):
+    """DDP whose gradients lie in its buckets: the norms of steps of which rank 1 spoils some."""
+    torch.manual_seed(0)
+    model = torch.nn.parallel.DistributedDataParallel(
+        torch.nn.Linear(3, 2).double(), gradient_as_bucket_view=True
+    )
+    guard = gk.attach(sgd(model.parameters()), None, model=model)
+    norms = []
+    for step in range(6):
+        guard.optimizer.zero_grad(set_to_none=step % 2 == 0)
+        loss = model(torch.full((2, 3), 1.0 + rank, dtype=torch.float64)).sum()
+        (loss * (torch.nan if rank == 1 and step in bad else 1.0)).backward()
+        quietly(guard.optimizer.step)
+        norms.append(guard.report.norm if guard.report.stepped else None)
+    return norms
+
+
+def test_gradients_in_buckets_come_anew_after_a_skip(ranks):
+    wanted = ranks(2, bucketed, ())[0]
+    assert None not in wanted
+    for norms in ranks(2, bucketed, (2, 3)):
+        assert norms == [None if step in (2, 3) else norm for step, norm in enumerate(wanted)]
 
 
 def several(rank, policy):

@@ -30,6 +30,44 @@ def guarded(policy, *, count=1, **arguments):
 GOOD, NAN, INF = [3.0, 4.0], [math.nan, 1.0], [math.inf, 1.0]
 
 
+# -- gradients in a buffer of the loop's ------------------------------------------------------------------------------
+
+
+def views(parameters, flat):
+    """Each gradient is a part of the buffer, as in Megatron's and fairseq's loops."""
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
+    return parameters
+
+
+def contiguous(parameters, flat):
+    """The optimizer has one parameter, of which the model's are parts, as in contiguous_pytorch_params."""
+    whole = torch.cat([p.detach().flatten() for p in views(parameters, flat)])
+    for parameter, part in zip(parameters, whole.split([p.numel() for p in parameters]), strict=True):
+        parameter.data = part.view_as(parameter)
+    whole.grad = flat
+    return [whole]
+
+
+@pytest.mark.filterwarnings(SKIPPED)
+@pytest.mark.parametrize("hold", [views, contiguous])
+@pytest.mark.parametrize("bad", [[], [0], [3, 4]])
+def test_a_loop_that_clears_its_own_buffer_goes_on_after_a_skip(hold, bad):
+    torch.manual_seed(0)
+    model, flat, data = nn.Linear(4, 1), torch.zeros(5), torch.randn(8, 4)
+    guard = gk.attach(torch.optim.SGD(hold(list(model.parameters()), flat), lr=0.0), None)
+    norms = []
+    for step in range(8):
+        flat.zero_()
+        (model(data).square().mean() * (math.nan if step in bad else 1.0)).backward()
+        guard.optimizer.step()
+        assert guard.report.stepped == (step not in bad)
+        norms.append(guard.report.norm)
+        assert (flat == 0.0).all() == (step in bad)
+    wanted = pytest.approx(float(flat.double().norm()), rel=1e-6)  # float32
+    assert [norm for norm in norms if math.isfinite(norm)] == [wanted] * (8 - len(bad))
+
+
 # -- too many in a row --------------------------------------------------------------------------------------------
 
 

@@ -384,7 +384,11 @@ class Accumulator:
         self._resumed = self._open.count > 0
         self._divisor = state["divisor"]
         for name, gradient in state["gradients"].items():
-            by_name[name].grad = gradient.to(by_name[name].device).clone()
+            parameter = by_name[name]
+            if parameter.grad is None:
+                parameter.grad = gradient.to(parameter.device).clone()
+            else:  # its memory is kept
+                parameter.grad.copy_(gradient)
         for per, sums in {self.per[0]: state["sums"], **state["apart"]}.items():
             for name, total in sums.items():
                 self._sums[per].sums[by_name[name]] = total.to(by_name[name].device).clone()

@@ -13,7 +13,7 @@ from gradkeel.errors import CheckpointError, WindowError
 from gradkeel.guard.checkpoint import check_mapping, check_parts
 from gradkeel.guard.guard import Guard
 from gradkeel.measure import wide_dtype
-from gradkeel.tensors import Seen
+from gradkeel.tensors import Seen, entries_to_read
 
 
 @dataclass(slots=True, eq=False)
@@ -188,8 +188,11 @@ class GradientWatch:
             )
 
     def any_unchanged(self) -> bool:
-        """Tell whether some gradient is still there just as it was noted."""
-        return any(p.grad is not None and _is_as(seen, p.grad) for p, seen in self._seen)
+        """Tell whether some gradient is still there just as it was noted, and is not 0, as a skip may leave it."""
+        return any(
+            p.grad is not None and _is_as(seen, p.grad) and bool(entries_to_read(p.grad).any())
+            for p, seen in self._seen
+        )
 
 
 def _is_as(seen: Seen | None, gradient: Tensor | None) -> bool:

@@ -8,13 +8,37 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradkeel.tensors import is_distributed, local_part
+from gradkeel.tensors import are_plain, is_distributed, local_part
 
 
 def clear_gradients(parameters: Sequence[Tensor]) -> None:
-    """Set every gradient to None, so that what is not finite goes into no later sum."""
+    """Set every gradient to None, so that what is not finite goes into no later sum; to 0 where its memory is kept.
+
+    A parameter that has no gradient in the next step is left alone where it has None, and where it has 0 it is moved by
+    momentum and weight decay, as after ``zero_grad(set_to_none=False)``.
+    """
     for parameter in parameters:
-        parameter.grad = None
+        gradient = parameter.grad
+        if gradient is not None and _is_kept(parameter, gradient):
+            gradient.zero_()  # not multiplied by 0, which leaves NaN
+        else:
+            parameter.grad = None
+
+
+def _is_kept(parameter: Tensor, gradient: Tensor) -> bool:
+    """Whether somebody goes on with the memory of this gradient, and so would no longer reach a new one.
+
+    It is part of a buffer of the loop's or of DistributedDataParallel's, which may be as large as the gradient; or
+    autograd, which fills leaves that require it, did not put it there. Autograd itself makes parts of the gradient of
+    `torch.cat`, which may as well be zeroed.
+    """
+    if not are_plain([gradient]) or gradient.layout != torch.strided or gradient.requires_grad:
+        return False  # made anew in each backward
+    return (
+        not parameter.requires_grad
+        or gradient._is_view()
+        or gradient.untyped_storage().nbytes() > gradient.nbytes
+    )
 
 
 class Snapshot:

@@ -54,6 +54,12 @@ def _lengths(contest: Contest) -> str:
     if is_unclipped(row.policy):
         return ""
     if row.clip_rate == 0:
+        if any(run.is_one_of_several for run in contest.runs if run.policy == row.policy):
+            return say(
+                "{policy} never clipped at its best learning rate in the guard that was attached last; whether the "
+                "script's other guards clipped is not known.",
+                policy=row.policy,
+            )
         return say(
             "{policy} never clipped at its best learning rate, so its result there is that of no clipping.",
             policy=row.policy,

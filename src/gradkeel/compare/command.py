@@ -133,20 +133,22 @@ def _run(
                 say(words)
             code = process.wait()
         alive.discard(process)
-    if TAKEN_OVER.encode() in output.read_bytes():
+    result = _result(command, trial, record, output, code)
+    if result.is_one_of_several:
         words = language.say(
             "--run {command!r} attaches several guards, and a run has one record: all follow the policy, and the "
             "figures are those of the guard that was attached last",
             command=command,
         )
         say(words)
-    return _result(command, trial, record, output, code)
+    return result
 
 
 def _result(command: str, trial: Trial, record: Path, output: Path, code: int) -> Run:
     run = None
     with contextlib.suppress(RecordError), Reader(record) as reader:
-        run = _read(trial, reader) if len(reader) else None
+        is_one_of_several = TAKEN_OVER.encode() in output.read_bytes()
+        run = _read(trial, reader, is_one_of_several=is_one_of_several) if len(reader) else None
     if code and not (run and run.diverged):
         words = output.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_WORDS:]
         told = language.say(
@@ -165,7 +167,7 @@ def _result(command: str, trial: Trial, record: Path, output: Path, code: int) -
     return run
 
 
-def _read(trial: Trial, reader: Reader) -> Run:
+def _read(trial: Trial, reader: Reader, *, is_one_of_several: bool) -> Run:
     bad = (reader.nonfinite() & reader.stepped()).tolist()
     losses = _filled(reader.losses().tolist(), bad) if "loss" in reader.scalar_names else []
     bad_step = next((i for i, is_bad in enumerate(bad, start=1) if is_bad), None)
@@ -191,6 +193,7 @@ def _read(trial: Trial, reader: Reader) -> Run:
         seconds_per_step=statistics.median(b - a for a, b in itertools.pairwise(times)) if times[1:] else 0.0,
         optimizer=reader.session.optimizer,
         verdict=str(explain(reader).verdict),
+        is_one_of_several=is_one_of_several,
     )
 
 

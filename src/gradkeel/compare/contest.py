@@ -80,9 +80,16 @@ def same_starts(runs: Sequence[Run]) -> bool | None:
     pairs = [
         first_step(one) == first_step(other)
         for one, other in itertools.combinations(runs, 2)
-        if one.seed == other.seed and first_step(one) and first_step(other)
+        if one.seed == other.seed and first_step(one) and first_step(other) and not _is_open(one, other)
     ]
     return all(pairs) if pairs else None
+
+
+def _is_open(one: Run, other: Run) -> bool:
+    """Whether their first norms may differ by what another guard of the script did first: only the loss is the same."""
+    if not one.is_one_of_several or one.losses[:1] != other.losses[:1]:
+        return False
+    return len(one.losses) > 0 and one.norms[:1] != other.norms[:1]
 
 
 def starts_in_words(comparison: Comparison) -> str:
@@ -95,6 +102,12 @@ def starts_in_words(comparison: Comparison) -> str:
             "are one seed."
         )
     if same_starts(comparison.runs) is False:
+        if any(run.is_one_of_several for run in comparison.runs):
+            return say(
+                "Policies of one seed did not begin with the same loss and norm: other guards of the script have "
+                "stepped before, or it does not set its weights and batches by GRADKEEL_SEED, and then policies are "
+                "not all that differs."
+            )
         return say(
             "Policies of one seed did not begin with the same loss and norm: the script does not set its weights and "
             "batches by GRADKEEL_SEED, so policies are not all that differs."

@@ -91,6 +91,7 @@ class Run:
         seconds_per_step: median time of forward, backward and guarded step.
         optimizer: name of its class; empty where it is not known.
         verdict: what `gradkeel.explain` calls the run; empty where it is not known.
+        is_one_of_several: the script attached several guards, and all this is of the last one.
     """
 
     policy: str
@@ -108,6 +109,7 @@ class Run:
     seconds_per_step: float
     optimizer: str = ""
     verdict: str = ""
+    is_one_of_several: bool = False
 
     @property
     def final_loss(self) -> float:

@@ -48,11 +48,13 @@ class Outbox:
     Attributes:
         subject: what is recorded; put on each batch.
         problems: what went wrong, in sentences, for the training thread to warn of.
+        is_left_behind: this is a forked process, which has not been told that the thread is in the other one.
     """
 
     def __init__(self, sinks: Sequence[Sink], flush_seconds: float, problems: list[str]) -> None:
         self.subject = Subject()
         self.problems = problems
+        self.is_left_behind = False
         self._noted: deque[tuple[StepReport, float, Tensor | float | None, Sample | None, Any]] = deque()
         self._kept: Kept | None = None
         self._lock = threading.RLock()  # of these two, for anybody may flush
@@ -191,6 +193,7 @@ _outboxes: weakref.WeakSet[Outbox] = weakref.WeakSet()
 def _forked() -> None:
     """The thread has stayed behind."""
     for outbox in _outboxes:
+        outbox.is_left_behind |= outbox._is_working
         outbox._is_working = False
 
 

@@ -6,6 +6,7 @@ import sqlite3
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
+from multiprocessing.util import Finalize
 from numbers import Real
 from pathlib import Path
 
@@ -114,6 +115,7 @@ class Recorder:
         if opened:
             self._outbox = Outbox(opened, self._flush_seconds, self._problems)
             self._finalizer = weakref.finalize(self, Outbox.close, self._outbox)
+            Finalize(self, self._finalizer, exitpriority=0)  # multiprocessing's forks end without atexit
             _recorders.add(self)
 
     def _hand_over(self, path: Path) -> None:
@@ -168,6 +170,13 @@ class Recorder:
             sample, self._before = self._before.sample(), None
         self._before_step = 0
         if outbox is None or not outbox.is_open:
+            if outbox is not None and outbox.is_left_behind:
+                outbox.is_left_behind = False
+                _warn(
+                    f"this process was forked from the one that records to {self.path or 'sinks'}, and its steps are "
+                    "not recorded: attach in each worker, with a record of its own (record=f'run{worker}.keel'); "
+                    "training goes on"
+                )
             return
         selections = report.selections
         measured = selections[0].measured

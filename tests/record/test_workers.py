@@ -1,0 +1,75 @@
+"""Worker processes that train: whose steps are recorded, and whose are not."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from gradkeel.record import Reader
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes")
+
+WORKERS = """
+    import multiprocessing, sys, warnings, torch
+    import gradkeel as gk
+    folder, method, own, ending = sys.argv[1:]
+
+    def train(worker, model, optimizer):
+        if own == "own":
+            gk.attach(optimizer, None, model=model, record=f"{folder}/{worker}.keel")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                model(torch.ones(1, 2)).sum().backward()
+                optimizer.step()
+        for warning in caught:
+            print(warning.message, flush=True)
+        if ending == "raise":
+            raise SystemExit(3)
+
+    if __name__ == "__main__":
+        torch.set_num_threads(1)
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside torch's threads
+        model = torch.nn.Linear(2, 1).share_memory()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if method == "fork":
+            gk.attach(optimizer, None, model=model, record=f"{folder}/parent.keel")
+        context = multiprocessing.get_context(method)
+        workers = [context.Process(target=train, args=(i, model, optimizer)) for i in range(2)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        assert [worker.exitcode for worker in workers] == [3 if ending == "raise" else 0] * 2
+        train("parent", model, optimizer)
+"""
+
+
+def run(folder, *arguments):
+    script = folder / "workers.py"  # spawned workers import it
+    script.write_text(textwrap.dedent(WORKERS), encoding="utf-8")
+    command = [sys.executable, script, folder, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize(("method", "ending"), [("fork", "return"), ("fork", "raise"), ("spawn", "return")])
+def test_workers_that_attach_write_their_last_steps_when_they_end(tmp_path, method, ending):
+    end = run(tmp_path, method, "own", ending)
+    assert (end.returncode, end.stdout) == (3 if ending == "raise" else 0, ""), end.stderr
+    for worker in (0, 1, "parent"):
+        with Reader(tmp_path / f"{worker}.keel") as record:
+            assert record.steps().tolist() == [1, 2, 3]
+    assert not list(tmp_path.glob("*-wal"))
+
+
+def test_forked_workers_under_the_parents_recorder_are_told_once_that_it_is_not_theirs(tmp_path):
+    end = run(tmp_path, "fork", "parents", "return")
+    said = end.stdout.splitlines()
+    assert (end.returncode, len(said)) == (0, 2), end.stdout + end.stderr
+    for words in said:
+        assert words.startswith("this process was forked from the one that records to ")
+        assert "attach in each worker, with a record of its own" in words
+    with Reader(tmp_path / "parent.keel") as record:
+        assert record.steps().tolist() == [1, 2, 3]
