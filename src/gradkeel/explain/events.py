@@ -35,6 +35,9 @@ _QUARTILE_TO_STD = 1.4826
 _FUTURE = 256  # rows of an event in which parameters are looked for
 _DEVIATIONS, _TIMES = 3.5, 2.0  # a parameter counts as reached so far above its own past
 
+NEGLIGIBLE = 1e-4
+"""A gradient of less than this share of all is as the rounding noise of a key's bias, which softmax does not see."""
+
 Ended = Literal["recovered", "non-finite", "high"]
 """The norm came back, was not finite to the end, or was still high at the end."""
 
@@ -227,7 +230,7 @@ def spread(course: Course, event: Event) -> list[Reached]:
     """The parameters that an event reached, in order.
 
     Within one step: gradients that were not finite first, from the last parameter to the first, as backward meets
-    them; then those that grew most.
+    them; then those that grew most. Gradients that are negligible beside the others come last of all.
     """
     begin = max(0, event.start - RECENT)
     norms = course.reader.store.series("norms", begin, min(event.stop, event.start + _FUTURE))
@@ -236,12 +239,15 @@ def spread(course: Course, event: Event) -> list[Reached]:
     logs = log_norms(now)
     level, deviation = level_and_spread(log_norms(past).T)
     bad = ~torch.isfinite(now)
+    shares = now / torch.linalg.vector_norm(now.masked_fill(bad, 0.0), dim=1, keepdim=True)
+    negligible = ~bad & (shares < NEGLIGIBLE)
     reached = bad | ((logs > level + _DEVIATIONS * deviation) & (logs > level + math.log10(_TIMES)))
     found = []
     for j in reached.any(dim=0).nonzero().flatten().tolist():
         row = int(reached[:, j].int().argmax())
         growth = float(10 ** (logs[row, j] - level[j]))
-        order = (row, 0, -j) if bool(bad[row, j]) else (row, 1, -growth)
+        rank, by = (0, -j) if bool(bad[row, j]) else (1, -growth)
+        order = (bool(negligible[row, j]), row, rank, by)
         step, name = course.step(event.start + row), course.reader.names[j]
         found.append((order, Reached(name, step, growth if math.isfinite(growth) else None)))
     return [reached for _, reached in sorted(found, key=lambda item: item[0])]
