@@ -76,9 +76,14 @@ def log_norms(norms: Tensor) -> Tensor:
     return torch.where(usable, norms, 1.0).log10().masked_fill(~usable, math.nan)
 
 
-def find_events(norms: Tensor, nonfinite: Tensor) -> list[Event]:
-    """All events, in order, at most ``MOST_EVENTS``; ``nonfinite`` [k] says where any gradient was not finite."""
-    logs = log_norms(norms).masked_fill(nonfinite, math.nan)
+def find_events(norms: Tensor, nonfinite: Tensor, levels: Tensor | None = None) -> list[Event]:
+    """All events, in order, at most ``MOST_EVENTS``.
+
+    ``nonfinite`` [k] says where any gradient was not finite, and ``levels`` [k] what of the log10 norms is due to other
+    parameters than before having gradients.
+    """
+    levels = torch.zeros(len(norms), dtype=torch.float64) if levels is None else levels
+    logs = (log_norms(norms) - levels).masked_fill(nonfinite, math.nan)
     events: list[Event] = []
     calm = logs.clone()
     # An event hides those after it until its rows are left out of their baselines: a pass may find one more.
@@ -89,7 +94,11 @@ def find_events(norms: Tensor, nonfinite: Tensor) -> list[Event]:
         events = found
         for event in events:
             calm[event.start : event.stop] = math.nan
-    return events
+    return [replace(event, baseline=_above(event.baseline, float(levels[event.start]))) for event in events]
+
+
+def _above(baseline: Baseline | None, level: float) -> Baseline | None:
+    return baseline and replace(baseline, median=baseline.median + level)
 
 
 def _find(logs: Tensor, nonfinite: Tensor, past: Tensor) -> list[Event]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from gradkeel.explain import evidence
 from gradkeel.explain.course import Course
 from gradkeel.explain.events import CALM_ROWS, Ended, Event, Reached, find_events, log_norms, spread
+from gradkeel.explain.presence import level_changes
 from gradkeel.explain.weights import Jump, Overwrite, find_jumps, find_overwrites, larger_updates
 from gradkeel.guard import SkipReason
 from gradkeel.record import Reader, bucket_norms
@@ -67,7 +68,7 @@ def find_explosions(run: Reader | Course) -> list[Explosion]:
     found: list[Explosion] = []
     jumps, overwrites = find_jumps(course), find_overwrites(course)
     left = jumps
-    for event in find_events(course.totals, course.nonfinite):
+    for event in find_events(course.totals, course.nonfinite, level_changes(course)):
         first, last = course.step(event.start), course.step(event.stop - 1)
         if event.baseline is None:
             found.append(_initial(course, event))

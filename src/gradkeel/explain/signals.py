@@ -37,7 +37,9 @@ def diagnose(
     had_gradient = compress(
         course.reader.names, (course.reader.norms(first, first + 1) > 0).any(dim=0).tolist()
     )
-    faded += [(name, first) for name in had_gradient if name in fading.frozen]
+    # One that gets no gradient any more is left out of the graph, as one is that is frozen in mid-run on purpose.
+    unmoved = set(fading.frozen) - {one.parameter for one in fading.stopped}
+    faded += [(name, first) for name in had_gradient if name in unmoved]
     diagnosis = judge(
         Signals(
             steps=course.steps,

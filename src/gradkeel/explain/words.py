@@ -143,8 +143,11 @@ def fading(fading: Fading) -> list[str]:
         )
         for one in (*fading.vanishing, *fading.dead)
     ]
+    since = {one.parameter: one.since for one in fading.stopped}
     words = [
-        say("{name} is frozen: it got no gradient, or no update moved it.", name=name)
+        say("{name} is frozen: it has got no gradient since step {step}.", name=name, step=since[name])
+        if name in since
+        else say("{name} is frozen: it got no gradient, or no update moved it.", name=name)
         for name in fading.frozen
     ]
     return faded + words
