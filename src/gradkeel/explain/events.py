@@ -7,6 +7,7 @@ parameters an event reached, and in which order, is found likewise, by each one'
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -76,11 +77,13 @@ def log_norms(norms: Tensor) -> Tensor:
     return torch.where(usable, norms, 1.0).log10().masked_fill(~usable, math.nan)
 
 
-def find_events(norms: Tensor, nonfinite: Tensor, levels: Tensor | None = None) -> list[Event]:
+def find_events(
+    norms: Tensor, nonfinite: Tensor, levels: Tensor | None = None, apart: int = ONE_EVENT
+) -> list[Event]:
     """All events, in order, at most ``MOST_EVENTS``.
 
     ``nonfinite`` [k] says where any gradient was not finite, and ``levels`` [k] what of the log10 norms is due to other
-    parameters than before having gradients.
+    parameters than before having gradients. Those at most so many rows ``apart`` are one.
     """
     levels = torch.zeros(len(norms), dtype=torch.float64) if levels is None else levels
     logs = (log_norms(norms) - levels).masked_fill(nonfinite, math.nan)
@@ -88,7 +91,7 @@ def find_events(norms: Tensor, nonfinite: Tensor, levels: Tensor | None = None) 
     calm = logs.clone()
     # An event hides those after it until its rows are left out of their baselines: a pass may find one more.
     for _ in range(max(_FEWEST_PASSES, min(MOST_EVENTS, _MOST_ROWS // max(1, len(logs))))):
-        found = _find(logs, nonfinite, rolling(calm))
+        found = _find(logs, nonfinite, rolling(calm), apart)
         if found == events:
             break
         events = found
@@ -101,7 +104,7 @@ def _above(baseline: Baseline | None, level: float) -> Baseline | None:
     return baseline and replace(baseline, median=baseline.median + level)
 
 
-def _find(logs: Tensor, nonfinite: Tensor, past: Tensor) -> list[Event]:
+def _find(logs: Tensor, nonfinite: Tensor, past: Tensor, apart: int) -> list[Event]:
     median, deviation, highest = past
     alarms = nonfinite | (
         (logs > median + surprise(len(logs)) * deviation)
@@ -114,11 +117,20 @@ def _find(logs: Tensor, nonfinite: Tensor, past: Tensor) -> list[Event]:
     for row in alarms.nonzero().flatten().tolist():
         if row >= done and len(events) < MOST_EVENTS:
             event = _Finder(logs, nonfinite, median, deviation, done).event(row)
-            if events and event.start - events[-1].stop <= ONE_EVENT:
-                event = replace(events.pop(), stop=event.stop, ended=event.ended)
-            events.append(event)
+            events = joined([*events, event], apart)
             done = event.stop
     return events
+
+
+def joined(events: Sequence[Event], apart: int = ONE_EVENT) -> list[Event]:
+    """Events in order, those at most so many rows apart as one."""
+    result: list[Event] = []
+    for event in events:
+        if result and event.start - result[-1].stop <= apart:
+            result[-1] = replace(result[-1], stop=event.stop, ended=event.ended)
+        else:
+            result.append(event)
+    return result
 
 
 def surprise(rows: int) -> float:
