@@ -98,6 +98,15 @@ def test_a_parameter_whose_usual_norm_is_zero_is_reached_by_nan_alone(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(("share", "order"), [(2e-4, "ba"), (0.5e-4, "ab")])
+def test_a_gradient_that_is_negligible_beside_the_others_comes_last(tmp_path, share, order):
+    norms = ones(2)
+    norms[:, 1] = 1e-5
+    norms[100] = torch.tensor([20.0, 20.0 * share])
+    names = [name for name, *_ in spread_of(explosion_of(tmp_path / "run.keel", norms))]
+    assert names == list(order)
+
+
 def test_parameters_are_looked_for_in_256_steps(tmp_path):
     norms = ones(3, 420)
     norms[100:, 0] = 90.0

@@ -125,6 +125,19 @@ def test_without_a_gradient_in_the_last_quarter_it_is_frozen(tmp_path, last, is_
     assert fading.dead == ()  # and one step with a gradient in the last quarter is not dead either
 
 
+def test_one_that_was_frozen_in_mid_run_is_told_with_its_step_and_is_no_fault(tmp_path):
+    absent = {(step, "c") for step in range(41, 65)} | {(step, "d") for step in range(1, 65)}
+    norms, losses = torch.ones(64, 4), torch.linspace(2, 1, 64)
+    explanation = explain(scripted_run(tmp_path / "run.keel", norms, losses=losses, absent=absent))
+    assert explanation.verdict == "healthy"
+    assert explanation.fading.frozen == ("c", "d")
+    assert [(f.parameter, f.since) for f in explanation.fading.stopped] == [("c", 41)]
+    assert str(explanation).partition("Hardly learning:\n")[2].splitlines()[:2] == [
+        "  - c is frozen: it has got no gradient since step 41.",
+        "  - d is frozen: it got no gradient, or no update moved it.",
+    ]
+
+
 def test_without_an_update_it_is_frozen_though_it_has_gradients(tmp_path):
     norms = torch.cat([late(1.0), torch.full((64, 1), 2.0)], dim=1)
     updates = torch.full((64, 4), 1e-3)

@@ -155,6 +155,22 @@ def test_a_higher_learning_rate_explains_a_larger_change(tmp_path, update, is_fo
     assert explosion.found == is_found
 
 
+@pytest.mark.parametrize(
+    ("share", "growth", "is_found"),
+    [
+        (1e-11, 1, True),
+        (1e-11, 20, False),  # its updates grew with it, while they were not measured
+        (1e-3, 20, True),  # an optimizer that normalizes makes no larger updates of a larger gradient
+    ],
+)
+def test_a_negligible_gradient_that_grew_explains_a_larger_change(tmp_path, share, growth, is_found):
+    norms = calm(2, 230) * torch.tensor([1.0, share])
+    norms[154:, 1] *= growth
+    weights = changed(6e-6, 5e-5, 170, 230)
+    explosion = explained(tmp_path / "run.keel", norms, weights=weights, updates=[1e-3, 1e-7]).explosion
+    assert explosion.altered == (("b",) if is_found else ())
+
+
 @pytest.mark.parametrize(("together", "is_found"), [(1, True), (2, True), (3, False)])
 def test_more_than_a_quarter_of_all_at_once_is_put_down_to_the_optimizer(tmp_path, together, is_found):
     weights = calm(8, 210)

@@ -7,6 +7,7 @@ parameters an event reached, and in which order, is found likewise, by each one'
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -34,6 +35,9 @@ _FLOOR = 0.04  # of the standard deviation of a log10 norm: about 10%
 _QUARTILE_TO_STD = 1.4826
 _FUTURE = 256  # rows of an event in which parameters are looked for
 _DEVIATIONS, _TIMES = 3.5, 2.0  # a parameter counts as reached so far above its own past
+
+NEGLIGIBLE = 1e-4
+"""A gradient of less than this share of all is as the rounding noise of a key's bias, which softmax does not see."""
 
 Ended = Literal["recovered", "non-finite", "high"]
 """The norm came back, was not finite to the end, or was still high at the end."""
@@ -73,23 +77,34 @@ def log_norms(norms: Tensor) -> Tensor:
     return torch.where(usable, norms, 1.0).log10().masked_fill(~usable, math.nan)
 
 
-def find_events(norms: Tensor, nonfinite: Tensor) -> list[Event]:
-    """All events, in order, at most ``MOST_EVENTS``; ``nonfinite`` [k] says where any gradient was not finite."""
-    logs = log_norms(norms).masked_fill(nonfinite, math.nan)
+def find_events(
+    norms: Tensor, nonfinite: Tensor, levels: Tensor | None = None, apart: int = ONE_EVENT
+) -> list[Event]:
+    """All events, in order, at most ``MOST_EVENTS``.
+
+    ``nonfinite`` [k] says where any gradient was not finite, and ``levels`` [k] what of the log10 norms is due to other
+    parameters than before having gradients. Those at most so many rows ``apart`` are one.
+    """
+    levels = torch.zeros(len(norms), dtype=torch.float64) if levels is None else levels
+    logs = (log_norms(norms) - levels).masked_fill(nonfinite, math.nan)
     events: list[Event] = []
     calm = logs.clone()
     # An event hides those after it until its rows are left out of their baselines: a pass may find one more.
     for _ in range(max(_FEWEST_PASSES, min(MOST_EVENTS, _MOST_ROWS // max(1, len(logs))))):
-        found = _find(logs, nonfinite, rolling(calm))
+        found = _find(logs, nonfinite, rolling(calm), apart)
         if found == events:
             break
         events = found
         for event in events:
             calm[event.start : event.stop] = math.nan
-    return events
+    return [replace(event, baseline=_above(event.baseline, float(levels[event.start]))) for event in events]
 
 
-def _find(logs: Tensor, nonfinite: Tensor, past: Tensor) -> list[Event]:
+def _above(baseline: Baseline | None, level: float) -> Baseline | None:
+    return baseline and replace(baseline, median=baseline.median + level)
+
+
+def _find(logs: Tensor, nonfinite: Tensor, past: Tensor, apart: int) -> list[Event]:
     median, deviation, highest = past
     alarms = nonfinite | (
         (logs > median + surprise(len(logs)) * deviation)
@@ -102,11 +117,20 @@ def _find(logs: Tensor, nonfinite: Tensor, past: Tensor) -> list[Event]:
     for row in alarms.nonzero().flatten().tolist():
         if row >= done and len(events) < MOST_EVENTS:
             event = _Finder(logs, nonfinite, median, deviation, done).event(row)
-            if events and event.start - events[-1].stop <= ONE_EVENT:
-                event = replace(events.pop(), stop=event.stop, ended=event.ended)
-            events.append(event)
+            events = joined([*events, event], apart)
             done = event.stop
     return events
+
+
+def joined(events: Sequence[Event], apart: int = ONE_EVENT) -> list[Event]:
+    """Events in order, those at most so many rows apart as one."""
+    result: list[Event] = []
+    for event in events:
+        if result and event.start - result[-1].stop <= apart:
+            result[-1] = replace(result[-1], stop=event.stop, ended=event.ended)
+        else:
+            result.append(event)
+    return result
 
 
 def surprise(rows: int) -> float:
@@ -227,7 +251,7 @@ def spread(course: Course, event: Event) -> list[Reached]:
     """The parameters that an event reached, in order.
 
     Within one step: gradients that were not finite first, from the last parameter to the first, as backward meets
-    them; then those that grew most.
+    them; then those that grew most. Gradients that are negligible beside the others come last of all.
     """
     begin = max(0, event.start - RECENT)
     norms = course.reader.store.series("norms", begin, min(event.stop, event.start + _FUTURE))
@@ -236,12 +260,15 @@ def spread(course: Course, event: Event) -> list[Reached]:
     logs = log_norms(now)
     level, deviation = level_and_spread(log_norms(past).T)
     bad = ~torch.isfinite(now)
+    shares = now / torch.linalg.vector_norm(now.masked_fill(bad, 0.0), dim=1, keepdim=True)
+    negligible = ~bad & (shares < NEGLIGIBLE)
     reached = bad | ((logs > level + _DEVIATIONS * deviation) & (logs > level + math.log10(_TIMES)))
     found = []
     for j in reached.any(dim=0).nonzero().flatten().tolist():
         row = int(reached[:, j].int().argmax())
         growth = float(10 ** (logs[row, j] - level[j]))
-        order = (row, 0, -j) if bool(bad[row, j]) else (row, 1, -growth)
+        rank, by = (0, -j) if bool(bad[row, j]) else (1, -growth)
+        order = (bool(negligible[row, j]), row, rank, by)
         step, name = course.step(event.start + row), course.reader.names[j]
         found.append((order, Reached(name, step, growth if math.isfinite(growth) else None)))
     return [reached for _, reached in sorted(found, key=lambda item: item[0])]

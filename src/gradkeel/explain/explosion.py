@@ -9,12 +9,14 @@ from torch import Tensor
 
 from gradkeel.explain import evidence
 from gradkeel.explain.course import Course
-from gradkeel.explain.events import CALM_ROWS, Ended, Event, Reached, find_events, log_norms, spread
+from gradkeel.explain.events import CALM_ROWS, Ended, Event, Reached, find_events, joined, log_norms, spread
+from gradkeel.explain.presence import level_changes
+from gradkeel.explain.rhythm import find_rhythm
 from gradkeel.explain.weights import Jump, Overwrite, find_jumps, find_overwrites, larger_updates
 from gradkeel.guard import SkipReason
 from gradkeel.record import Reader, bucket_norms
 
-Kind = Literal["explosion", "spike", "initialization", "overflow", "weights", "updates", "drift"]
+Kind = Literal["explosion", "spike", "initialization", "overflow", "weights", "updates", "drift", "rhythm"]
 LONG_BEFORE = 50  # steps by which an update that overwrote the weights may precede the gradients' explosion
 # A drift: over so many stretches of at least so many steps, by so many times, and up in this share of the changes.
 _STRETCHES, _SHORTEST, _ROSE, _MOSTLY = 24, 10, 10.0, 0.8
@@ -30,7 +32,8 @@ class Explosion:
             "initialization": they grew from the first steps on, so that there is no past to compare with;
             "overflow": the loss scale overflowed, which GradScaler provokes by design; "weights": a parameter
             changed without an update that explains it, and the gradient norm shows nothing; "updates": updates as
-            large as the weights, likewise; "drift": a slow rise.
+            large as the weights, likewise; "drift": a slow rise; "rhythm": single high steps that recur at equal
+            distances and did no harm, as small last batches of epochs make them.
         step, last_step: at which it began, and the last of it.
         parameter: in which it was first.
         ended: "recovered", "non-finite" (to the end of the record), "high" (still, at the end).
@@ -42,6 +45,7 @@ class Explosion:
         altered: parameters whose weights changed then, although no update explains it.
         overwritten: parameters whose update was larger than their weights at that step, after small ones.
         evidence: what all this rests on, in sentences.
+        period: steps from one to the next, of a "rhythm".
     """
 
     found: bool = True
@@ -59,6 +63,7 @@ class Explosion:
     altered: tuple[str, ...] = ()
     overwritten: tuple[str, ...] = ()
     evidence: tuple[str, ...] = ()
+    period: int | None = None
 
 
 def find_explosions(run: Reader | Course) -> list[Explosion]:
@@ -67,7 +72,8 @@ def find_explosions(run: Reader | Course) -> list[Explosion]:
     found: list[Explosion] = []
     jumps, overwrites = find_jumps(course), find_overwrites(course)
     left = jumps
-    for event in find_events(course.totals, course.nonfinite):
+    events, period, recurring = _events(course)
+    for event in events:
         first, last = course.step(event.start), course.step(event.stop - 1)
         if event.baseline is None:
             found.append(_initial(course, event))
@@ -76,6 +82,9 @@ def find_explosions(run: Reader | Course) -> list[Explosion]:
         # Shortly before the event, in it, or first seen there.
         own_jumps = [j for j in jumps if j.after < last and first - 3 <= j.step <= max(last, first + 10)]
         own_overwrites = [o for o in overwrites if first - LONG_BEFORE <= o.step <= last + 1]
+        if event in recurring and not own_jumps and not own_overwrites:
+            continue
+        recurring = [other for other in recurring if other is not event]
         found.append(_later(course, event, own_jumps, own_overwrites))
         left = [jump for jump in left if jump not in own_jumps]
         overwrites = [overwrite for overwrite in overwrites if overwrite not in own_overwrites]
@@ -84,11 +93,27 @@ def find_explosions(run: Reader | Course) -> list[Explosion]:
     found += [_overwritten(course, overwrite) for overwrite in overwrites if overwrite.step not in altered]
     if not found:
         found += _drift(course)
+    found += [_rhythm(course, period, recurring)] if recurring else []
     return sorted(found, key=lambda explosion: explosion.step or 0)
 
 
+def _events(course: Course) -> tuple[list[Event], int, list[Event]]:
+    """All events in order, the period of a rhythm, and those of them that are its."""
+    norms = course.totals, course.nonfinite, level_changes(course)
+    events = find_events(*norms)
+    rhythm = find_rhythm(course, find_events(*norms, apart=0)) if events else None
+    if rhythm is None:
+        return events, 0, []
+    period, recurring, others = rhythm
+    return sorted([*recurring, *joined(others)], key=lambda event: event.start), period, recurring
+
+
 def worst(explosions: list[Explosion]) -> Explosion:
-    """The one to look at first: what the run ended with, else the first sure fault, else the highest spike."""
+    """The one to look at first: what the run ended with, else the first sure fault, else the highest spike.
+
+    A rhythm is none.
+    """
+    explosions = [explosion for explosion in explosions if explosion.kind != "rhythm"]
 
     def rank(explosion: Explosion) -> tuple[float, float]:
         severity = {"non-finite": 3.0, "high": 2.0}.get(explosion.ended or "", 0.0)
@@ -207,6 +232,27 @@ def _overwritten(course: Course, overwrite: Overwrite) -> Explosion:
         spread=tuple(Reached(name, overwrite.step, None) for name in names),
         overwritten=names,
         evidence=tuple(filter(None, (evidence.rates(course, row), evidence.overwrite(overwrite)))),
+    )
+
+
+def _rhythm(course: Course, period: int, events: list[Event]) -> Explosion:
+    """High steps that recur, as one."""
+
+    def height(event: Event) -> float:
+        assert event.baseline is not None
+        return float(course.totals[event.start]) / event.baseline.norm
+
+    highest = max(events, key=height)
+    assert highest.baseline is not None
+    return Explosion(
+        kind="rhythm",
+        step=course.step(events[0].start),
+        ended="recovered",
+        last_step=course.step(events[-1].start),
+        norm_before=highest.baseline.norm,
+        peak_norm=float(course.totals[highest.start]),
+        peak_step=course.step(highest.start),
+        period=period,
     )
 
 

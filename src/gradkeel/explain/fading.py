@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradkeel.explain.course import Course
+from gradkeel.explain.presence import last_gradients
 from gradkeel.record import Reader, bucket_norms
 
 SHARE = 1e-3
@@ -39,11 +40,13 @@ class Fading:
         dead: gradients that were exactly zero throughout the last quarter.
         frozen: parameters that got no gradient at all in the last quarter, or none of whose measured updates moved
             them.
+        stopped: the frozen ones that had gradients until they were frozen in mid-run, with the step since when.
     """
 
     vanishing: tuple[Faded, ...] = ()
     dead: tuple[Faded, ...] = ()
     frozen: tuple[str, ...] = ()
+    stopped: tuple[Faded, ...] = ()
 
 
 def find_fading(course: Course) -> Fading:
@@ -53,7 +56,8 @@ def find_fading(course: Course) -> Fading:
     if len(buckets.first) < _FEWEST:
         return Fading()  # too short a run to speak of its last quarter
     late = len(buckets.first) * 3 // 4
-    frozen = _without_gradient(reader, int(buckets.first[late])) | _unmoved(course)
+    without = _without_gradient(reader, int(buckets.first[late]))
+    frozen = without | _unmoved(course)
     zero = buckets.high == 0
     dead = zero[late:].all(dim=0) & ~frozen
     learning = ~(dead | frozen)
@@ -66,6 +70,7 @@ def find_fading(course: Course) -> Fading:
         vanishing=_faded(reader, buckets.first, low, vanishing, share),
         dead=_faded(reader, buckets.first, zero, dead, torch.zeros_like(share)),
         frozen=tuple(compress(reader.names, frozen.tolist())),
+        stopped=_stopped(course, without),
     )
 
 
@@ -76,6 +81,15 @@ def _faded(reader: Reader, first: Tensor, state: Tensor, chosen: Tensor, share: 
         since = int(lively[-1]) + 1 if len(lively) else 0
         result.append(Faded(reader.names[j], int(first[since]), float(share[j])))
     return tuple(result)
+
+
+def _stopped(course: Course, without: Tensor) -> tuple[Faded, ...]:
+    """Those without a gradient at the end that had one."""
+    if not bool(without.any()):
+        return ()
+    last = last_gradients(course.reader).masked_fill(~without, -1)
+    chosen = (last >= 0).nonzero().flatten().tolist()
+    return tuple(Faded(course.reader.names[j], course.step(int(last[j]) + 1), 0.0) for j in chosen)
 
 
 def _without_gradient(reader: Reader, since: int) -> Tensor:

@@ -10,6 +10,7 @@ from operator import attrgetter
 import torch
 
 from gradkeel.explain.course import Course
+from gradkeel.explain.events import CALM_ROWS
 from gradkeel.explain.explosion import Explosion
 from gradkeel.explain.fading import Fading
 from gradkeel.explain.findings import AutopsyResult
@@ -37,7 +38,11 @@ def diagnose(
     had_gradient = compress(
         course.reader.names, (course.reader.norms(first, first + 1) > 0).any(dim=0).tolist()
     )
-    faded += [(name, first) for name in had_gradient if name in fading.frozen]
+    # One that gets no gradient any more is left out of the graph, as one is that is frozen in mid-run on purpose.
+    unmoved = set(fading.frozen) - {one.parameter for one in fading.stopped}
+    faded += [(name, first) for name in had_gradient if name in unmoved]
+    faults = [event for event in events if event.kind != "rhythm"]
+    rhythm = next((event for event in events if event.kind == "rhythm"), None)
     diagnosis = judge(
         Signals(
             steps=course.steps,
@@ -49,7 +54,9 @@ def diagnose(
             skips=course.skip_reasons,
             larger=larger_updates(course, course.step(-1)),
             shares=shares,
-            signs=sorted([*map(partial(_sign, course), events), *_of_losses(course, events)], key=_step),
+            signs=sorted(
+                [*map(partial(_sign, course), faults), *_of_losses(course, faults, rhythm)], key=_step
+            ),
             # A bias before a normalization has no gradient, by its nature: only weights are told of.
             hardly=[(name, since) for name, since in faded if name in matrices],
             weights=len(matrices),
@@ -133,10 +140,13 @@ def _unusual_weights(course: Course) -> list[str]:
     return found
 
 
-def _of_losses(course: Course, events: Sequence[Explosion]) -> Iterator[Sign]:
-    """Where the loss left its own past, and the gradients did not."""
+def _of_losses(course: Course, events: Sequence[Explosion], rhythm: Explosion | None) -> Iterator[Sign]:
+    """Where the loss left its own past, and the gradients did not, or not as they do again and again."""
     for row, is_over in find_losses(course.losses):
         step = course.step(row)
+        beats = rhythm and rhythm.period and (step - (rhythm.step or 0)) % rhythm.period == 0
+        if beats and (is_over or row + CALM_ROWS >= len(course.steps)):
+            continue
         if not any(-EARLY < (one.step or 0) - step < EARLY for one in events):
             yield Sign("loss", step, (), is_over)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradkeel.explain.course import Course
-from gradkeel.explain.events import log_norms
+from gradkeel.explain.events import NEGLIGIBLE, log_norms
 from gradkeel.record import Reader
 from gradkeel.record.sampling import EVERY
 
@@ -48,8 +48,9 @@ def find_jumps(course: Course) -> list[Jump]:
     A norm changes by no more than the norm of the update: ``| |w'| - |w| | <= |dw|``; up to three times the largest of
     the last ten measured updates are passed over too, for loops write as much on purpose: weight decay, averaging,
     Lookahead. Where the updates between two samples were not measured, each is taken as such a one, times the growth
-    of the learning rate since, and as any size where the gradient norm spiked; and as that is only an estimate, a
-    change of more than a quarter of all parameters at once is then put down to the optimizer.
+    since of the learning rate and of a negligible gradient, and as any size where the gradient norm spiked or the
+    parameter had no gradient before; and as that is only an estimate, a change of more than a quarter of all
+    parameters at once is then put down to the optimizer.
     """
     steps, weights, updates = course.samples
     if len(steps) < 2:
@@ -69,6 +70,8 @@ def find_jumps(course: Course) -> list[Jump]:
     jumped &= ~(estimated & together)
     jumps = []
     for i, j in jumped.nonzero().tolist():
+        if bool(estimated[i, j]) and not float(change[i, j]) > _own_growth(course, i, j) * float(reach[i, j]):
+            continue
         exact = int(gaps[i]) == 1
         after, until = steps[i : i + 2].tolist()
         step = until if exact else _sharpest_change(course.reader, after, until)
@@ -88,6 +91,23 @@ def _growth(course: Course, values: Tensor, level: Callable[[Tensor], Tensor]) -
     parts = (values[first:last] for first, last in pairwise(rows.tolist()))
     now = torch.tensor([float(part.nan_to_num().amax()) if len(part) else 0.0 for part in parts])
     return torch.where(before > 0, (now / before).clamp(min=1.0), math.inf)
+
+
+def _own_growth(course: Course, i: int, j: int) -> float:
+    """How far a negligible gradient rose above its past between two samples; inf for any where there was none before.
+
+    Adam makes about as large an update of any gradient, until that is small beside its epsilon; then it follows the
+    gradient, and that of rounding noise may become many times as large.
+    """
+    after, until = course.samples[0][i : i + 2].tolist()
+    row = int(torch.searchsorted(course.steps, after))
+    past = course.reader.norms(course.step(max(0, row - EVERY + 1)), after + 1)[:, j].nanmedian()
+    now = course.reader.norms(after, until)
+    is_large = ~(now[:, j] < NEGLIGIBLE * torch.linalg.vector_norm(now, dim=1))
+    highest = float(now[:, j].nan_to_num(nan=math.inf).amax())
+    if not past > 0:
+        return math.inf if highest > 0 else 1.0
+    return 1.0 if bool(is_large.any()) else max(1.0, highest / float(past))
 
 
 def _largest_lately(updates: Tensor) -> Tensor:

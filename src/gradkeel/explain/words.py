@@ -100,6 +100,14 @@ def headline(explosion: Explosion) -> str:
     """What happened, in one sentence."""
     if not explosion.found or explosion.kind is None:
         return say("No explosion was found.")
+    if explosion.kind == "rhythm":
+        return say(
+            "Every {period} steps the gradient norm is high for a step, up to {peak} at step {peak_step}, and the loss "
+            "is no worse for it: perhaps the last batch of each epoch is small, which drop_last=True leaves out.",
+            period=explosion.period,
+            peak=readable(explosion.peak_norm or 0.0),
+            peak_step=explosion.peak_step,
+        )
     kind, step, parameter = _KIND[explosion.kind], explosion.step, explosion.parameter
     if explosion.kind == "initialization":
         where = say("in {parameter} ", parameter=parameter) if parameter else ""
@@ -143,8 +151,11 @@ def fading(fading: Fading) -> list[str]:
         )
         for one in (*fading.vanishing, *fading.dead)
     ]
+    since = {one.parameter: one.since for one in fading.stopped}
     words = [
-        say("{name} is frozen: it got no gradient, or no update moved it.", name=name)
+        say("{name} is frozen: it has got no gradient since step {step}.", name=name, step=since[name])
+        if name in since
+        else say("{name} is frozen: it got no gradient, or no update moved it.", name=name)
         for name in fading.frozen
     ]
     return faded + words
