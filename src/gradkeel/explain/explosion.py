@@ -236,22 +236,19 @@ def _overwritten(course: Course, overwrite: Overwrite) -> Explosion:
 
 
 def _rhythm(course: Course, period: int, events: list[Event]) -> Explosion:
-    """High steps that recur, as one."""
-
-    def height(event: Event) -> float:
-        assert event.baseline is not None
-        return float(course.totals[event.start]) / event.baseline.norm
-
-    highest = max(events, key=height)
-    assert highest.baseline is not None
+    """High steps that recur, as one, with those of them that are no events by themselves."""
+    first = events[0]
+    assert first.baseline is not None
+    heights = torch.where(torch.isfinite(course.totals), course.totals, 0.0)[first.start :: period]
+    peak = first.start + period * int(heights.argmax())
     return Explosion(
         kind="rhythm",
-        step=course.step(events[0].start),
+        step=course.step(first.start),
         ended="recovered",
         last_step=course.step(events[-1].start),
-        norm_before=highest.baseline.norm,
-        peak_norm=float(course.totals[highest.start]),
-        peak_step=course.step(highest.start),
+        norm_before=first.baseline.norm,
+        peak_norm=float(course.totals[peak]),
+        peak_step=course.step(peak),
         period=period,
     )
 
