@@ -593,17 +593,17 @@ def test_a_slow_sink_catches_up(tmp_path, make_report, monkeypatch, ends):
     check_rows(tmp_path / "run.keel", sink.steps)
 
 
-def test_steps_wait_for_each_other_until_there_are_512(make_report):
+def test_steps_wait_for_each_other_until_there_are_enough(make_report):
     sink = Gate()
     sink.go.set()
     recorder = Recorder(None, sinks=[sink], flush_seconds=600)
-    for step in range(1, 512):
+    for step in range(1, 2048):
         recorder.record(make_report(step))
     recorder._outbox._batches.join()
     assert sink.steps == []
-    recorder.record(make_report(512))
+    recorder.record(make_report(2048))
     recorder._outbox._batches.join()
-    assert sink.steps == list(range(1, 513))
+    assert sink.steps == list(range(1, 2049))
     recorder.close()
 
 

@@ -19,7 +19,7 @@ MOST_WAITING = 2**18
 
 CLOSE_SECONDS = 60.0
 
-MOST_KEPT = 512
+MOST_KEPT = 2048
 """Steps that wait to be sent together: a batch has its price, which fast steps share."""
 
 

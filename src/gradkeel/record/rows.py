@@ -278,9 +278,10 @@ class Batch:
     def __init__(self, kept: Kept, subject: Subject) -> None:
         self._kept, self._subject = kept, subject
         self._series: dict[str, Tensor] | None = None
+        self._samples = kept.samples
         if not kept.like.is_cpu:
             self._series = {name: to_host(value) for name, value in kept.stacked().items()}
-        self._samples = [(step, sample.on_host()) for step, sample in kept.samples]
+            self._samples = [(step, sample.on_host()) for step, sample in kept.samples]
         self._arrival = Arrival(kept.like.device)
 
     def __len__(self) -> int:
