@@ -179,6 +179,15 @@ def test_an_event_that_lasts_until_the_loss_leaves_is_the_onset():
     assert (found.verdict, found.onset) == (Verdict.DIVERGED, 101)
 
 
+@pytest.mark.parametrize("steps", [5, 30, 300])
+def test_a_blow_up_to_nan_is_a_divergence_however_long_the_loop_goes_on(steps):
+    lasts = [Sign("explosion", 101, ("a",), False)]
+    totals = torch.cat([torch.ones(100), torch.tensor([300.0, 1e9]), torch.full((steps,), math.nan)]).double()
+    found = judge(signals([*FALLING, 1.0, 1.1, *[math.nan] * steps], totals=totals, signs=lasts))
+    assert (found.verdict, found.onset) == (Verdict.DIVERGED, 101)
+    assert "and ended at not finite." in found.reasons[-1]
+
+
 @pytest.mark.parametrize(
     ("rates", "verdict"),
     [
