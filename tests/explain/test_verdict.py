@@ -148,6 +148,17 @@ def test_a_loss_that_rises_with_steps_or_gradients_has_diverged(losses, evidence
     assert judge(signals(losses, **evidence)).verdict in {Verdict.DIVERGED, Verdict.DIVERGED_FROM_START}
 
 
+@pytest.mark.parametrize("kind", ["spike", "weights"])
+def test_a_loss_that_jumps_with_a_spike_and_stays_has_diverged_though_it_had_never_fallen(kind):
+    found = judge(signals([2.3] * 60 + [4.0] * 240, signs=[Sign(kind, 61, ("a",), True)]))
+    assert (found.verdict, found.onset) == (Verdict.DIVERGED, 61)
+
+
+def test_a_drift_from_the_first_step_on_is_no_onset_of_what_came_later():
+    found = judge(signals([*FALLING, *[9.0] * 60], signs=[Sign("drift", 1, ("a",), False)]))
+    assert (found.verdict, found.onset) == (Verdict.DIVERGED, 101)
+
+
 def test_a_game_that_ends_far_above_its_beginning_has_diverged():
     assert judge(signals([*GAME, *[2.0] * 30])).verdict is Verdict.DIVERGED
 

@@ -73,6 +73,11 @@ class Sign:
     where: tuple[str, ...]
     is_over: bool
 
+    @property
+    def lasts(self) -> bool:
+        """Whether it began at its step and is not over; a drift has no such beginning."""
+        return not self.is_over and self.kind != "drift"
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Signals:
@@ -137,12 +142,14 @@ class _Judge:
 
         A step that raises its own loss is a large part of the weights, or the gradients grow with the loss. Where
         neither is so, a loss that rises and never fell, or that slowly comes back, is one whose objective moves: an
-        agent that meets more, two networks that play against each other. One that had fallen and jumps met other data.
+        agent that meets more, two networks that play against each other. One that had fallen and jumps met other data,
+        and one that jumps where norms or weights show something was moved by that.
         """
         s, loss = self.signals, self.loss
         if loss is None or not loss.is_finite or not s.shares:
             return False
-        if loss.has_fallen and (loss.is_sudden or not loss.is_back or self._nearest(loss.left)):
+        came_with = loss.left is not None and self._nearest(loss.left) is not None
+        if sum((loss.has_fallen, loss.is_sudden, came_with)) > 1 or (loss.has_fallen and not loss.is_back):
             return False
         has_signs = any(not sign.is_over for sign in s.signs)
         if has_signs or any(not share <= _STEPS for _, share in s.shares):
@@ -268,7 +275,7 @@ class _Judge:
         near = [
             sign
             for sign in self.signals.signs
-            if step is None or -10 <= step - sign.step <= 30 or (not sign.is_over and sign.step <= step)
+            if step is None or -10 <= step - sign.step <= 30 or (sign.lasts and sign.step <= step)
         ]
         return min(near, key=lambda sign: abs(sign.step - (step or sign.step)), default=None)
 
