@@ -1,5 +1,6 @@
 """One verdict a run, from runs whose right name is known."""
 
+import dataclasses
 import json
 import math
 
@@ -10,6 +11,7 @@ from torch import nn
 import gradkeel as gk
 from gradkeel.explain import Verdict, explain
 from gradkeel.explain.verdict import Sign, Signals, judge
+from gradkeel.guard import SkipReason
 
 
 def train(path, *, rate=1e-2, steps=120, warmup=0, clip=None, log=True, fault=None):
@@ -197,6 +199,27 @@ def test_a_blow_up_to_nan_is_a_divergence_however_long_the_loop_goes_on(steps):
     found = judge(signals([*FALLING, 1.0, 1.1, *[math.nan] * steps], totals=totals, signs=lasts))
     assert (found.verdict, found.onset) == (Verdict.DIVERGED, 101)
     assert "and ended at not finite." in found.reasons[-1]
+
+
+@pytest.mark.parametrize(
+    ("every", "last", "reason", "verdict"),
+    [
+        (10, 200, None, Verdict.DIVERGED),
+        (50, 200, None, Verdict.DIVERGED),
+        (50, 199, None, Verdict.SPIKE_RECOVERED),
+        (50, 200, SkipReason.LOSS_SCALE, Verdict.SPIKE_RECOVERED),
+    ],
+)
+def test_gradients_not_finite_to_the_end_tell_of_a_loss_seldom_logged(every, last, reason, verdict):
+    losses = [loss if row % every == 0 else math.nan for row, loss in enumerate([*FALLING, *[1.0] * 100])]
+    losses[150:] = [math.nan] * 50
+    given = signals(losses, signs=[Sign("explosion", 148, ("a",), False)])
+    given.totals[147:150] = torch.tensor([300.0, 1e9, 1e18], dtype=torch.float64)
+    given.nonfinite[150:last] = True
+    if reason is not None:
+        given = dataclasses.replace(given, skips=dict.fromkeys(range(151, 201), reason))
+    found = judge(given)
+    assert (found.verdict, found.onset) == (verdict, 148)
 
 
 @pytest.mark.parametrize(

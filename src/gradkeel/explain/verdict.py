@@ -105,9 +105,15 @@ def judge(signals: Signals) -> Diagnosis:
 class _Judge:
     def __init__(self, signals: Signals) -> None:
         self.signals = signals
-        self.loss = loss_course(signals.steps, signals.losses)
+        skips = map(signals.skips.get, signals.steps.tolist())
+        counts = torch.tensor([skip is not SkipReason.LOSS_SCALE for skip in skips], dtype=torch.bool)
+        # Where gradients are not finite to the end, and no loss was logged any more, it was not finite either.
+        to_end = (counts & signals.nonfinite).flip(0).long().cumprod(0).flip(0).bool()
+        losses = signals.losses.masked_fill(to_end & signals.losses.isnan(), math.inf)
+        self.loss = loss_course(signals.steps, losses)
         self.reasons: list[str] = []
-        self._first_bad = _first_bad(signals)
+        bad = (counts & (signals.nonfinite | not_finite(losses))).nonzero().flatten().tolist()
+        self._first_bad: int | None = next(iter(bad), None)
         self._is_moved = self._objective_moves()
 
     def verdict(self) -> Diagnosis:
@@ -383,10 +389,3 @@ class _Judge:
 def _level(values: Tensor) -> float:
     finite = values[torch.isfinite(values)]
     return float(finite.median()) if len(finite) else math.nan
-
-
-def _first_bad(signals: Signals) -> int | None:
-    """The first row at which something was not finite, a loss scale's overflows left out."""
-    bad = (signals.nonfinite | not_finite(signals.losses)).nonzero().flatten().tolist()
-    reasons, steps = signals.skips, signals.steps
-    return next((row for row in bad if reasons.get(int(steps[row])) is not SkipReason.LOSS_SCALE), None)
