@@ -123,9 +123,14 @@ AGENT = [-0.5] * 30 + [-0.4, 5.0] * 30 + [1.0] * 40
 GAME = [1.3 - 0.02 * i for i in range(35)] + [0.6 + 0.01 * i for i in range(80)]
 
 
-@pytest.mark.parametrize("losses", [AGENT, GAME])
-def test_an_objective_that_moves_by_itself_is_no_divergence(losses):
-    found = judge(signals(losses))
+JUMP = [2.3] * 60 + [4.0] * 240
+
+
+@pytest.mark.parametrize(
+    ("losses", "signs"), [(AGENT, []), (GAME, []), (JUMP, []), (JUMP, [Sign("loss", 61, (), True)])]
+)
+def test_an_objective_that_moves_by_itself_is_no_divergence(losses, signs):
+    found = judge(signals(losses, signs=signs))
     assert found.verdict is Verdict.HEALTHY
     assert found.confidence == 0.5
     assert "its objective moves" in found.reasons[-1]
@@ -152,7 +157,7 @@ def test_a_loss_that_rises_with_steps_or_gradients_has_diverged(losses, evidence
 
 @pytest.mark.parametrize("kind", ["spike", "weights"])
 def test_a_loss_that_jumps_with_a_spike_and_stays_has_diverged_though_it_had_never_fallen(kind):
-    found = judge(signals([2.3] * 60 + [4.0] * 240, signs=[Sign(kind, 61, ("a",), True)]))
+    found = judge(signals(JUMP, signs=[Sign(kind, 61, ("a",), True)]))
     assert (found.verdict, found.onset) == (Verdict.DIVERGED, 61)
 
 

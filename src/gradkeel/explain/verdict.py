@@ -154,8 +154,10 @@ class _Judge:
         s, loss = self.signals, self.loss
         if loss is None or not loss.is_finite or not s.shares:
             return False
-        came_with = loss.left is not None and self._nearest(loss.left) is not None
-        if sum((loss.has_fallen, loss.is_sudden, came_with)) > 1 or (loss.has_fallen and not loss.is_back):
+        near = None if loss.left is None else self._nearest(loss.left)
+        if loss.has_fallen and (loss.is_sudden or not loss.is_back or near):
+            return False
+        if loss.is_sudden and near and near.kind != "loss":
             return False
         has_signs = any(not sign.is_over for sign in s.signs)
         if has_signs or any(not share <= _STEPS for _, share in s.shares):
