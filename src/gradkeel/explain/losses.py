@@ -19,6 +19,7 @@ FLAT = 0.02  # of the first loss
 _NOISE = 4.0  # times the usual change from step to step
 _SIGNIFICANT = 5.0  # standard errors between two levels of the loss
 _WANDERED = 0.2  # of the first loss
+_WORSE = 0.15  # of what training had gained: so much more after an event is not recovered
 _RETURNED = 0.3  # of what training had gained: more than this lost again is not recovered
 
 
@@ -106,6 +107,13 @@ class LossCourse:
     def had_learned(self) -> bool:
         """Whether it ever was below where it began, by more than noise."""
         return self.best < self.first - max(self.error, 2 * FLAT * abs(self.first))
+
+    def is_worse_since(self, losses: Tensor, row: int) -> bool:
+        """Whether it ended higher than shortly before a row of the losses [k], by more than noise."""
+        past = losses[:row]
+        past = past[torch.isfinite(past)][-2 * TAIL :]
+        before = float(past.median()) if len(past) else math.inf
+        return self.last - before > max(self.error, _WORSE * (self.first - before), FLAT * abs(self.first))
 
 
 def not_finite(losses: Tensor) -> Tensor:

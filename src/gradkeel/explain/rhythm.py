@@ -14,14 +14,13 @@ from torch import Tensor
 
 from gradkeel.explain.course import Course
 from gradkeel.explain.events import CALM_ROWS, Event, log_norms
-from gradkeel.explain.losses import FLAT, TAIL, loss_course
+from gradkeel.explain.losses import FLAT, loss_course
 
 _SHORTEST, _FEWEST = 5, 3  # steps from one to the next, and how many there are at least
 _HIGHEST = 30.0  # times the usual norm: about what a batch of one does beside batches of a thousand
 _SIMILAR = 4.0  # times the highest norm of another step of the rhythm
 _CHANCE = 0.01
 _SEARCHED = 8  # events from which periods are looked for
-_WORSE = 0.15  # of what training had gained
 _MOST_ROWS = 20_000_000  # looked at in all, which bounds the time for a long run
 _AROUND = 8  # rows before a step that show the loss as it was
 
@@ -123,15 +122,8 @@ def _is_harmless(course: Course, rhythm: Rhythm) -> bool:
     loss = loss_course(course.steps, course.losses)
     if loss is None:
         return True
-    before = course.losses[: rhythm.rows[0]]
-    before = before[torch.isfinite(before)][-2 * TAIL :]
-    least = max(loss.error, FLAT * abs(loss.first))
-    if not loss.is_finite:
+    if not loss.is_finite or loss.is_worse_since(course.losses, rhythm.rows[0]):
         return False
-    if len(before):
-        usual = float(before.median())
-        if loss.last - usual > max(least, _WORSE * (loss.first - usual)):
-            return False
     changes = []
     for row in rhythm.rows:
         past = course.losses[max(0, row - min(_AROUND, rhythm.period - 4)) : row]

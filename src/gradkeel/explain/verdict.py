@@ -8,7 +8,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from gradkeel.explain.losses import FLAT, TAIL, loss_course, not_finite
+from gradkeel.explain.losses import TAIL, loss_course, not_finite
 from gradkeel.explain.weights import LARGE
 from gradkeel.guard import SkipReason
 from gradkeel.language import count, readable, say
@@ -19,7 +19,6 @@ HIDDEN = 0.01
 """Clipping that multiplies by less than this hides what the gradients do."""
 _STEPS, _GREW = 0.04, 10.0
 """Steps of less than this share of all weights, while gradients grow by less than that, do not make a loss rise."""
-_WORSE = 0.15  # of what training had gained: so much more after an event is not recovered
 _NOTHING = 1e-9  # of the first gradient
 
 
@@ -331,12 +330,7 @@ class _Judge:
         s, loss = self.signals, self.loss
         if loss is None or (self._is_moved and not loss.has_fallen):
             return False
-        past = s.losses[: int(torch.searchsorted(s.steps, step))]
-        past = past[torch.isfinite(past)][-2 * TAIL :]
-        if not len(past):
-            return False
-        before = float(past.median())
-        return loss.last - before > max(loss.error, _WORSE * (loss.first - before), FLAT * abs(loss.first))
+        return loss.is_worse_since(s.losses, int(torch.searchsorted(s.steps, step)))
 
     def _died(self) -> Diagnosis | None:
         """Most weights get no gradient any more, and did before: what they were was overwritten."""
