@@ -238,8 +238,9 @@ OF_SEVERAL = {
     "Each point stands for {width} steps: the line is their median, the shade their range.",
     "Each cell is the highest norm of {width} steps.",
     ", each on {n} accumulated batches",
-    "Every {period} steps the gradient norm is high for a step, up to {peak} at step {peak_step}, and the loss is no "
-    "worse for it: perhaps the last batch of each epoch is small, which drop_last=True leaves out.",
+    "Every {period} steps the gradient norm is high for a step, up to {peak} at step {peak_step}, and the loss, where "
+    "it was logged, is no worse for it: perhaps the last batch of each epoch is small, which drop_last=True leaves "
+    "out.",
     "{n} records; a click on a name in a legend hides the run, a double click shows it alone.",
     "Norm of the update over the norm of the weights it changed, at the {n:,} steps where it was measured. Above 1 an "
     "update overwrites what was there.",

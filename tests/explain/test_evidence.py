@@ -219,6 +219,7 @@ def test_an_explosion_without_a_past_is_told_by_the_first_larger_update(tmp_path
     [
         ([math.nan, math.nan, math.inf, 2.0, 8.0, 32.0], "grew from the first steps on (2, 8, 32)."),
         ([math.nan, 25200.0, 31.6, 9.2], "was high from the first steps on (25,200, 31.6, 9.2)."),
+        ([math.nan, math.inf], "no past to compare with: no gradient norm was finite."),
     ],
 )
 def test_norms_that_are_told_are_finite_and_did_what_is_said(totals, words):

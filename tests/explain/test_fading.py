@@ -1,5 +1,7 @@
 """Vanishing, dead and frozen parameters: in real training, and on norms whose answer is known to the step."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -136,6 +138,26 @@ def test_one_that_was_frozen_in_mid_run_is_told_with_its_step_and_is_no_fault(tm
         "  - c is frozen: it has got no gradient since step 41.",
         "  - d is frozen: it got no gradient, or no update moved it.",
     ]
+
+
+def test_where_none_gets_a_gradient_any_more_it_is_a_fault(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = gk.attach(optimizer, None, model=model, record=tmp_path / "run.keel")
+    for step in range(1, 65):
+        loss = (model(torch.randn(8, 4)) - 1).square().mean()
+        loss.backward()
+        if step > 40:
+            guard.optimizer.zero_grad()
+        guard.log(loss=loss)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", gk.SkippedStepWarning)
+            guard.optimizer.step()
+        guard.optimizer.zero_grad()
+    guard.detach()
+    diagnosis = explain(tmp_path / "run.keel").diagnosis
+    assert (diagnosis.verdict, diagnosis.onset, diagnosis.where) == ("vanishing", 41, ("weight",))
 
 
 def test_without_an_update_it_is_frozen_though_it_has_gradients(tmp_path):

@@ -1,11 +1,16 @@
 """Steps that stand out at equal distances: the data's rhythm, unless they do harm."""
 
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 import gradkeel as gk
 from gradkeel.explain import explain
+from gradkeel.explain.events import find_events
+from gradkeel.explain.rhythm import find_rhythm
 from gradkeel.record import Reader
 from scripted import scripted_run
 
@@ -67,6 +72,53 @@ def test_a_spike_beside_them_is_told(tmp_path):
     explanation = explained(tmp_path / "run.keel", also=[(190, 30.0)])
     assert (explanation.verdict, explanation.diagnosis.onset) == ("spike_recovered", 190)
     assert {event.kind for event in explanation.events} == {"rhythm", "spike"}
+
+
+def test_one_that_is_not_finite_is_told_with_its_place(tmp_path):
+    explanation = explained(tmp_path / "run.keel", also=[(200, math.nan)])
+    assert (explanation.verdict, explanation.diagnosis.onset) == ("non_finite", 200)
+    assert explanation.diagnosis.where == ("a",)
+
+
+@pytest.mark.parametrize(("last", "ended"), [(290, "recovered"), (STEPS, "high")])
+def test_an_explosion_that_goes_over_some_of_them_is_told_by_itself(tmp_path, last, ended):
+    norms = torch.exp(noise(0, 0.1))
+    norms[PERIOD - 1 :: PERIOD] *= 5
+    norms[255:last] *= 1e4
+    explosion, beats = explain(scripted_run(tmp_path / "run.keel", norms)).events[::-1]
+    assert (explosion.step, explosion.last_step, explosion.ended) == (256, last, ended)
+    assert (beats.kind, beats.period) == ("rhythm", PERIOD)
+    assert beats.step <= beats.peak_step <= beats.last_step < 256
+    assert beats.peak_norm < 10
+
+
+def test_a_spike_after_a_hundred_of_them_is_told(tmp_path):
+    norms = torch.exp(noise(0, 0.1)).repeat(5)[:1400]
+    norms[9::10] *= 5
+    norms[1204] *= 100
+    explanation = explain(scripted_run(tmp_path / "run.keel", norms))
+    assert (explanation.verdict, explanation.diagnosis.onset) == ("spike_recovered", 1205)
+    assert [(event.kind, event.period) for event in explanation.events] == [("rhythm", 10), ("spike", None)]
+
+
+@pytest.mark.parametrize("share", [0.4, 0.6])
+def test_of_thousands_many_may_be_low(share):
+    norms = torch.exp(
+        0.1 * torch.randn(12_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    )
+    high = torch.rand(2_000, generator=torch.Generator().manual_seed(1)) < share
+    norms[5::6] *= torch.where(high, 5.0, 1.0)
+    course = SimpleNamespace(totals=norms, losses=torch.full((12_000,), math.nan), steps=torch.arange(12_000))
+    found = find_rhythm(course, find_events(norms, torch.zeros(12_000, dtype=torch.bool), apart=0))
+    assert found.period == 6
+    assert int(high.sum()) < len(found.rows) < 1.2 * int(high.sum())
+
+
+def test_of_a_loss_that_was_not_logged_nothing_is_said(tmp_path):
+    norms = torch.exp(noise(0, 0.1))
+    norms[PERIOD - 1 :: PERIOD] *= 5
+    explanation = explain(scripted_run(tmp_path / "run.keel", norms))
+    assert "and the loss, where it was logged, is no worse for it" in str(explanation)
 
 
 @pytest.mark.parametrize("height", [40.0, 1e6])

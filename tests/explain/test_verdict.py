@@ -1,5 +1,6 @@
 """One verdict a run, from runs whose right name is known."""
 
+import dataclasses
 import json
 import math
 
@@ -10,6 +11,7 @@ from torch import nn
 import gradkeel as gk
 from gradkeel.explain import Verdict, explain
 from gradkeel.explain.verdict import Sign, Signals, judge
+from gradkeel.guard import SkipReason
 
 
 def train(path, *, rate=1e-2, steps=120, warmup=0, clip=None, log=True, fault=None):
@@ -121,9 +123,14 @@ AGENT = [-0.5] * 30 + [-0.4, 5.0] * 30 + [1.0] * 40
 GAME = [1.3 - 0.02 * i for i in range(35)] + [0.6 + 0.01 * i for i in range(80)]
 
 
-@pytest.mark.parametrize("losses", [AGENT, GAME])
-def test_an_objective_that_moves_by_itself_is_no_divergence(losses):
-    found = judge(signals(losses))
+JUMP = [2.3] * 60 + [4.0] * 240
+
+
+@pytest.mark.parametrize(
+    ("losses", "signs"), [(AGENT, []), (GAME, []), (JUMP, []), (JUMP, [Sign("loss", 61, (), True)])]
+)
+def test_an_objective_that_moves_by_itself_is_no_divergence(losses, signs):
+    found = judge(signals(losses, signs=signs))
     assert found.verdict is Verdict.HEALTHY
     assert found.confidence == 0.5
     assert "its objective moves" in found.reasons[-1]
@@ -146,6 +153,17 @@ def test_a_loss_that_rises_with_steps_or_gradients_has_diverged(losses, evidence
         totals[-30:] = 20.0
         evidence = {"totals": totals}
     assert judge(signals(losses, **evidence)).verdict in {Verdict.DIVERGED, Verdict.DIVERGED_FROM_START}
+
+
+@pytest.mark.parametrize("kind", ["spike", "weights"])
+def test_a_loss_that_jumps_with_a_spike_and_stays_has_diverged_though_it_had_never_fallen(kind):
+    found = judge(signals(JUMP, signs=[Sign(kind, 61, ("a",), True)]))
+    assert (found.verdict, found.onset) == (Verdict.DIVERGED, 61)
+
+
+def test_a_drift_from_the_first_step_on_is_no_onset_of_what_came_later():
+    found = judge(signals([*FALLING, *[9.0] * 60], signs=[Sign("drift", 1, ("a",), False)]))
+    assert (found.verdict, found.onset) == (Verdict.DIVERGED, 101)
 
 
 def test_a_game_that_ends_far_above_its_beginning_has_diverged():
@@ -177,6 +195,36 @@ def test_an_event_that_lasts_until_the_loss_leaves_is_the_onset():
     losses = [*FALLING, *[1.0] * 60, *[5.0] * 40]
     found = judge(signals(losses, signs=[Sign("explosion", 101, ("a",), False)]))
     assert (found.verdict, found.onset) == (Verdict.DIVERGED, 101)
+
+
+@pytest.mark.parametrize("steps", [5, 30, 300])
+def test_a_blow_up_to_nan_is_a_divergence_however_long_the_loop_goes_on(steps):
+    lasts = [Sign("explosion", 101, ("a",), False)]
+    totals = torch.cat([torch.ones(100), torch.tensor([300.0, 1e9]), torch.full((steps,), math.nan)]).double()
+    found = judge(signals([*FALLING, 1.0, 1.1, *[math.nan] * steps], totals=totals, signs=lasts))
+    assert (found.verdict, found.onset) == (Verdict.DIVERGED, 101)
+    assert "and ended at not finite." in found.reasons[-1]
+
+
+@pytest.mark.parametrize(
+    ("every", "last", "reason", "verdict"),
+    [
+        (10, 200, None, Verdict.DIVERGED),
+        (50, 200, None, Verdict.DIVERGED),
+        (50, 199, None, Verdict.SPIKE_RECOVERED),
+        (50, 200, SkipReason.LOSS_SCALE, Verdict.SPIKE_RECOVERED),
+    ],
+)
+def test_gradients_not_finite_to_the_end_tell_of_a_loss_seldom_logged(every, last, reason, verdict):
+    losses = [loss if row % every == 0 else math.nan for row, loss in enumerate([*FALLING, *[1.0] * 100])]
+    losses[150:] = [math.nan] * 50
+    given = signals(losses, signs=[Sign("explosion", 148, ("a",), False)])
+    given.totals[147:150] = torch.tensor([300.0, 1e9, 1e18], dtype=torch.float64)
+    given.nonfinite[150:last] = True
+    if reason is not None:
+        given = dataclasses.replace(given, skips=dict.fromkeys(range(151, 201), reason))
+    found = judge(given)
+    assert (found.verdict, found.onset) == (verdict, 148)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ parameters an event reached, and in which order, is found likewise, by each one'
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -117,20 +116,11 @@ def _find(logs: Tensor, nonfinite: Tensor, past: Tensor, apart: int) -> list[Eve
     for row in alarms.nonzero().flatten().tolist():
         if row >= done and len(events) < MOST_EVENTS:
             event = _Finder(logs, nonfinite, median, deviation, done).event(row)
-            events = joined([*events, event], apart)
+            if events and event.start - events[-1].stop <= apart:
+                event = replace(events.pop(), stop=event.stop, ended=event.ended)
+            events.append(event)
             done = event.stop
     return events
-
-
-def joined(events: Sequence[Event], apart: int = ONE_EVENT) -> list[Event]:
-    """Events in order, those at most so many rows apart as one."""
-    result: list[Event] = []
-    for event in events:
-        if result and event.start - result[-1].stop <= apart:
-            result[-1] = replace(result[-1], stop=event.stop, ended=event.ended)
-        else:
-            result.append(event)
-    return result
 
 
 def surprise(rows: int) -> float:

@@ -40,7 +40,9 @@ def initial(course: Course, event: Event, onsets: list[tuple[str, int, float]]) 
     norms = ", ".join(map(readable, finite[:5].tolist())) + (", ..." if len(finite) > 5 else "")
     grew = len(finite) > 1 and bool(finite[1:].max() > finite[0])
     first = say(
-        "There is no past to compare with: the gradient norm grew from the first steps on ({norms})."
+        "There is no past to compare with: no gradient norm was finite."
+        if not norms
+        else "There is no past to compare with: the gradient norm grew from the first steps on ({norms})."
         if grew
         else "There is no past to compare with: the gradient norm was high from the first steps on ({norms}).",
         norms=norms,

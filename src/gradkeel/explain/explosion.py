@@ -9,9 +9,9 @@ from torch import Tensor
 
 from gradkeel.explain import evidence
 from gradkeel.explain.course import Course
-from gradkeel.explain.events import CALM_ROWS, Ended, Event, Reached, find_events, joined, log_norms, spread
+from gradkeel.explain.events import CALM_ROWS, Ended, Event, Reached, find_events, log_norms, spread
 from gradkeel.explain.presence import level_changes
-from gradkeel.explain.rhythm import find_rhythm
+from gradkeel.explain.rhythm import Rhythm, find_rhythm
 from gradkeel.explain.weights import Jump, Overwrite, find_jumps, find_overwrites, larger_updates
 from gradkeel.guard import SkipReason
 from gradkeel.record import Reader, bucket_norms
@@ -72,7 +72,7 @@ def find_explosions(run: Reader | Course) -> list[Explosion]:
     found: list[Explosion] = []
     jumps, overwrites = find_jumps(course), find_overwrites(course)
     left = jumps
-    events, period, recurring = _events(course)
+    events, rhythm = _events(course)
     for event in events:
         first, last = course.step(event.start), course.step(event.stop - 1)
         if event.baseline is None:
@@ -82,9 +82,6 @@ def find_explosions(run: Reader | Course) -> list[Explosion]:
         # Shortly before the event, in it, or first seen there.
         own_jumps = [j for j in jumps if j.after < last and first - 3 <= j.step <= max(last, first + 10)]
         own_overwrites = [o for o in overwrites if first - LONG_BEFORE <= o.step <= last + 1]
-        if event in recurring and not own_jumps and not own_overwrites:
-            continue
-        recurring = [other for other in recurring if other is not event]
         found.append(_later(course, event, own_jumps, own_overwrites))
         left = [jump for jump in left if jump not in own_jumps]
         overwrites = [overwrite for overwrite in overwrites if overwrite not in own_overwrites]
@@ -93,19 +90,21 @@ def find_explosions(run: Reader | Course) -> list[Explosion]:
     found += [_overwritten(course, overwrite) for overwrite in overwrites if overwrite.step not in altered]
     if not found:
         found += _drift(course)
-    found += [_rhythm(course, period, recurring)] if recurring else []
+    found += [_rhythm(course, rhythm)] if rhythm is not None else []
     return sorted(found, key=lambda explosion: explosion.step or 0)
 
 
-def _events(course: Course) -> tuple[list[Event], int, list[Event]]:
-    """All events in order, the period of a rhythm, and those of them that are its."""
-    norms = course.totals, course.nonfinite, level_changes(course)
-    events = find_events(*norms)
-    rhythm = find_rhythm(course, find_events(*norms, apart=0)) if events else None
-    if rhythm is None:
-        return events, 0, []
-    period, recurring, others = rhythm
-    return sorted([*recurring, *joined(others)], key=lambda event: event.start), period, recurring
+def _events(course: Course) -> tuple[list[Event], Rhythm | None]:
+    """All events in order, and the rhythm that others recur with."""
+    totals, levels = course.totals, level_changes(course)
+    events = find_events(totals, course.nonfinite, levels)
+    apart = find_events(totals, course.nonfinite, levels, apart=0) if events else []
+    rhythm = find_rhythm(course, apart)
+    if rhythm is not None:
+        beats = torch.arange(rhythm.rows[0] % rhythm.period, len(totals), rhythm.period)
+        calm = totals.index_copy(0, beats, totals[(beats - 1).clamp(min=0)])
+        events = find_events(calm, course.nonfinite, levels)
+    return events, rhythm
 
 
 def worst(explosions: list[Explosion]) -> Explosion:
@@ -235,21 +234,18 @@ def _overwritten(course: Course, overwrite: Overwrite) -> Explosion:
     )
 
 
-def _rhythm(course: Course, period: int, events: list[Event]) -> Explosion:
-    """High steps that recur, as one, with those of them that are no events by themselves."""
-    first = events[0]
-    assert first.baseline is not None
-    heights = torch.where(torch.isfinite(course.totals), course.totals, 0.0)[first.start :: period]
-    peak = first.start + period * int(heights.argmax())
+def _rhythm(course: Course, rhythm: Rhythm) -> Explosion:
+    """High steps that recur, as one."""
+    peak = max(rhythm.rows, key=course.totals.__getitem__)
     return Explosion(
         kind="rhythm",
-        step=course.step(first.start),
+        step=course.step(rhythm.rows[0]),
         ended="recovered",
-        last_step=course.step(events[-1].start),
-        norm_before=first.baseline.norm,
+        last_step=course.step(rhythm.rows[-1]),
+        norm_before=rhythm.usual,
         peak_norm=float(course.totals[peak]),
         peak_step=course.step(peak),
-        period=period,
+        period=rhythm.period,
     )
 
 

@@ -19,6 +19,7 @@ FLAT = 0.02  # of the first loss
 _NOISE = 4.0  # times the usual change from step to step
 _SIGNIFICANT = 5.0  # standard errors between two levels of the loss
 _WANDERED = 0.2  # of the first loss
+_WORSE = 0.15  # of what training had gained: so much more after an event is not recovered
 _RETURNED = 0.3  # of what training had gained: more than this lost again is not recovered
 
 
@@ -107,6 +108,13 @@ class LossCourse:
         """Whether it ever was below where it began, by more than noise."""
         return self.best < self.first - max(self.error, 2 * FLAT * abs(self.first))
 
+    def is_worse_since(self, losses: Tensor, row: int) -> bool:
+        """Whether it ended higher than shortly before a row of the losses [k], by more than noise."""
+        past = losses[:row]
+        past = past[torch.isfinite(past)][-2 * TAIL :]
+        before = float(past.median()) if len(past) else math.inf
+        return self.last - before > max(self.error, _WORSE * (self.first - before), FLAT * abs(self.first))
+
 
 def not_finite(losses: Tensor) -> Tensor:
     """[k] bool: losses that were logged and not finite; where most steps have one, a NaN is a loss too."""
@@ -132,7 +140,8 @@ def loss_course(all_steps: Tensor, losses: Tensor) -> LossCourse | None:
     best = int(levels.argmin())
     tail = width if len(values) < 3 * TAIL else max(TAIL, len(values) // 10)
     last = float(values[-tail:].median())
-    is_finite = not bool(bad[-1])
+    bad_rows = bad.nonzero().flatten().tolist()
+    is_finite = not bad_rows or bool(known[bad_rows[-1] :].any())  # many NaN on end are as none logged
     lowest, highest, best = float(levels[best]), float(levels.max()), best * hop
     # What is usual is what was so until the best: a sick run must not hide itself.
     changes = values[: max(best + width, 2 * TAIL)].diff().abs()

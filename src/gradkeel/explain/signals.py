@@ -38,9 +38,11 @@ def diagnose(
     had_gradient = compress(
         course.reader.names, (course.reader.norms(first, first + 1) > 0).any(dim=0).tolist()
     )
-    # One that gets no gradient any more is left out of the graph, as one is that is frozen in mid-run on purpose.
-    unmoved = set(fading.frozen) - {one.parameter for one in fading.stopped}
-    faded += [(name, first) for name in had_gradient if name in unmoved]
+    # One that gets no gradient any more is frozen on purpose, but not all of them.
+    stopped = {one.parameter: one.since for one in fading.stopped}
+    is_any_left = len(fading.frozen) < len(course.reader.names)
+    unmoved = set(fading.frozen) - (stopped.keys() if is_any_left else set())
+    faded += [(name, stopped.get(name, first)) for name in had_gradient if name in unmoved]
     faults = [event for event in events if event.kind != "rhythm"]
     rhythm = next((event for event in events if event.kind == "rhythm"), None)
     diagnosis = judge(

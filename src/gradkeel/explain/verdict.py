@@ -8,7 +8,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from gradkeel.explain.losses import FLAT, TAIL, loss_course, not_finite
+from gradkeel.explain.losses import TAIL, loss_course, not_finite
 from gradkeel.explain.weights import LARGE
 from gradkeel.guard import SkipReason
 from gradkeel.language import count, readable, say
@@ -19,7 +19,6 @@ HIDDEN = 0.01
 """Clipping that multiplies by less than this hides what the gradients do."""
 _STEPS, _GREW = 0.04, 10.0
 """Steps of less than this share of all weights, while gradients grow by less than that, do not make a loss rise."""
-_WORSE = 0.15  # of what training had gained: so much more after an event is not recovered
 _NOTHING = 1e-9  # of the first gradient
 
 
@@ -73,6 +72,11 @@ class Sign:
     where: tuple[str, ...]
     is_over: bool
 
+    @property
+    def lasts(self) -> bool:
+        """Whether it began at its step and is not over; a drift has no such beginning."""
+        return not self.is_over and self.kind != "drift"
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Signals:
@@ -100,9 +104,15 @@ def judge(signals: Signals) -> Diagnosis:
 class _Judge:
     def __init__(self, signals: Signals) -> None:
         self.signals = signals
-        self.loss = loss_course(signals.steps, signals.losses)
+        skips = map(signals.skips.get, signals.steps.tolist())
+        counts = torch.tensor([skip is not SkipReason.LOSS_SCALE for skip in skips], dtype=torch.bool)
+        # Where gradients are not finite to the end, and no loss was logged any more, it was not finite either.
+        to_end = (counts & signals.nonfinite).flip(0).long().cumprod(0).flip(0).bool()
+        losses = signals.losses.masked_fill(to_end & signals.losses.isnan(), math.inf)
+        self.loss = loss_course(signals.steps, losses)
         self.reasons: list[str] = []
-        self._first_bad = _first_bad(signals)
+        bad = (counts & (signals.nonfinite | not_finite(losses))).nonzero().flatten().tolist()
+        self._first_bad: int | None = next(iter(bad), None)
         self._is_moved = self._objective_moves()
 
     def verdict(self) -> Diagnosis:
@@ -137,12 +147,16 @@ class _Judge:
 
         A step that raises its own loss is a large part of the weights, or the gradients grow with the loss. Where
         neither is so, a loss that rises and never fell, or that slowly comes back, is one whose objective moves: an
-        agent that meets more, two networks that play against each other. One that had fallen and jumps met other data.
+        agent that meets more, two networks that play against each other. One that had fallen and jumps met other data,
+        and one that jumps where norms or weights show something was moved by that.
         """
         s, loss = self.signals, self.loss
         if loss is None or not loss.is_finite or not s.shares:
             return False
-        if loss.has_fallen and (loss.is_sudden or not loss.is_back or self._nearest(loss.left)):
+        near = None if loss.left is None else self._nearest(loss.left)
+        if loss.has_fallen and (loss.is_sudden or not loss.is_back or near):
+            return False
+        if loss.is_sudden and near and near.kind != "loss":
             return False
         has_signs = any(not sign.is_over for sign in s.signs)
         if has_signs or any(not share <= _STEPS for _, share in s.shares):
@@ -268,7 +282,7 @@ class _Judge:
         near = [
             sign
             for sign in self.signals.signs
-            if step is None or -10 <= step - sign.step <= 30 or (not sign.is_over and sign.step <= step)
+            if step is None or -10 <= step - sign.step <= 30 or (sign.lasts and sign.step <= step)
         ]
         return min(near, key=lambda sign: abs(sign.step - (step or sign.step)), default=None)
 
@@ -316,12 +330,7 @@ class _Judge:
         s, loss = self.signals, self.loss
         if loss is None or (self._is_moved and not loss.has_fallen):
             return False
-        past = s.losses[: int(torch.searchsorted(s.steps, step))]
-        past = past[torch.isfinite(past)][-2 * TAIL :]
-        if not len(past):
-            return False
-        before = float(past.median())
-        return loss.last - before > max(loss.error, _WORSE * (loss.first - before), FLAT * abs(loss.first))
+        return loss.is_worse_since(s.losses, int(torch.searchsorted(s.steps, step)))
 
     def _died(self) -> Diagnosis | None:
         """Most weights get no gradient any more, and did before: what they were was overwritten."""
@@ -376,10 +385,3 @@ class _Judge:
 def _level(values: Tensor) -> float:
     finite = values[torch.isfinite(values)]
     return float(finite.median()) if len(finite) else math.nan
-
-
-def _first_bad(signals: Signals) -> int | None:
-    """The first row at which something was not finite, a loss scale's overflows left out."""
-    bad = (signals.nonfinite | not_finite(signals.losses)).nonzero().flatten().tolist()
-    reasons, steps = signals.skips, signals.steps
-    return next((row for row in bad if reasons.get(int(steps[row])) is not SkipReason.LOSS_SCALE), None)

@@ -102,8 +102,9 @@ def headline(explosion: Explosion) -> str:
         return say("No explosion was found.")
     if explosion.kind == "rhythm":
         return say(
-            "Every {period} steps the gradient norm is high for a step, up to {peak} at step {peak_step}, and the loss "
-            "is no worse for it: perhaps the last batch of each epoch is small, which drop_last=True leaves out.",
+            "Every {period} steps the gradient norm is high for a step, up to {peak} at step {peak_step}, and the "
+            "loss, where it was logged, is no worse for it: perhaps the last batch of each epoch is small, which "
+            "drop_last=True leaves out.",
             period=explosion.period,
             peak=readable(explosion.peak_norm or 0.0),
             peak_step=explosion.peak_step,
