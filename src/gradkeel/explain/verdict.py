@@ -8,7 +8,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from gradkeel.explain.losses import FLAT, TAIL, loss_course, not_finite
+from gradkeel.explain.losses import FLAT, TAIL, had_loss, loss_course, not_finite
 from gradkeel.explain.weights import LARGE
 from gradkeel.guard import SkipReason
 from gradkeel.language import count, readable, say
@@ -100,7 +100,8 @@ def judge(signals: Signals) -> Diagnosis:
 class _Judge:
     def __init__(self, signals: Signals) -> None:
         self.signals = signals
-        self.loss = loss_course(signals.steps, signals.losses)
+        had = had_loss(signals.steps, signals.losses, signals.skips)
+        self.loss = loss_course(signals.steps[had], signals.losses[had])
         self.reasons: list[str] = []
         self._first_bad = _first_bad(signals)
         self._is_moved = self._objective_moves()
@@ -165,6 +166,11 @@ class _Judge:
         step = int(self.signals.steps[row])
         where = next((sign.where for sign in self.signals.signs if sign.step == step), ())
         words = say("All gradients were hit at once: it came with the loss, or the batch.")
+        if math.isfinite(self.signals.losses[row]):
+            words = say(
+                "All gradients were hit at once, and the loss was finite: it came with the start of backward, with "
+                "another clip, which makes all NaN where one is, or from another rank."
+            )
         if where:
             words = say(
                 "It began in {parameter}: backward runs from the end, and was finite until there.",
@@ -380,6 +386,9 @@ def _level(values: Tensor) -> float:
 
 def _first_bad(signals: Signals) -> int | None:
     """The first row at which something was not finite, a loss scale's overflows left out."""
-    bad = (signals.nonfinite | not_finite(signals.losses)).nonzero().flatten().tolist()
     reasons, steps = signals.skips, signals.steps
-    return next((row for row in bad if reasons.get(int(steps[row])) is not SkipReason.LOSS_SCALE), None)
+    had = had_loss(steps, signals.losses, reasons)
+    bad = signals.nonfinite.clone()
+    bad[had] |= not_finite(signals.losses[had])
+    rows = bad.nonzero().flatten().tolist()
+    return next((row for row in rows if reasons.get(int(steps[row])) is not SkipReason.LOSS_SCALE), None)
