@@ -1,6 +1,8 @@
 """One line with Lightning, in `configure_optimizers`: the guard's training equals the Trainer's own clipping."""
 
 import math
+import sys
+import types
 import warnings
 
 import pytest
@@ -252,6 +254,20 @@ def test_an_error_leaves_no_guard(tmp_path):
     assert not hasattr(callback.guard.optimizer, "_gradkeel_guard")
     with Reader(tmp_path / "run.keel") as run:
         assert len(run) == 3
+
+
+def test_pytorch_lightning_alone_will_do(monkeypatch, tmp_path):
+    """Libraries that build on the package of the older name do not bring the other."""
+    older = types.ModuleType("pytorch_lightning")
+    older.Callback = lightning.Callback
+    with monkeypatch.context() as patched:
+        for name in ("lightning", "lightning.pytorch"):
+            patched.setitem(sys.modules, name, None)
+        patched.setitem(sys.modules, "pytorch_lightning", older)
+        patched.delitem(sys.modules, "gradkeel.integrations.lightning", raising=False)
+        callback = callback_of(tmp_path / "run.keel")
+    fit(Module(guarded=False), callbacks=[callback])
+    assert callback.guard.step == 6
 
 
 def test_several_optimizers_are_refused_with_the_fix(tmp_path):
