@@ -87,7 +87,7 @@ def name_parameters(groups: Groups, model: nn.Module | None) -> dict[int, str]:
 
 
 def plain(name: str) -> str:
-    """A parameter's name, or a pattern of names, without what ``torch.compile(model)``, FSDP1 and Fabric put into it."""
+    """A parameter's name, or a pattern of names, without what torch.compile, FSDP1 and Fabric put into it."""
     return _WRAPPED.sub("", name)
 
 

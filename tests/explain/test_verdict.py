@@ -265,3 +265,26 @@ def test_where_all_gradients_are_hit_and_the_loss_is_not_it_did_not_come_with_it
     found = explain(tmp_path / "run.keel").diagnosis
     assert (found.verdict, found.onset, found.where) == (Verdict.NON_FINITE, 11, ())
     assert ("the loss was finite" in found.reasons[-1]) == is_finite
+
+
+@pytest.mark.parametrize("times", [1, 50])
+def test_unusual_first_weights_are_told_of_a_run_in_which_nothing_happened(tmp_path, times):
+    torch.manual_seed(0)
+    layers = [layer for _ in range(4) for layer in (nn.Linear(16, 16), nn.ReLU())]
+    model = nn.Sequential(*layers, nn.Linear(16, 4))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(times)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    guard = gk.attach(optimizer, "global-norm:1.0", model=model, record=tmp_path / "run.keel")
+    for _ in range(60):
+        x = torch.randn(32, 16)
+        loss = nn.functional.cross_entropy(model(x), x[:, :4].argmax(1))
+        loss.backward()
+        guard.log(loss=loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    guard.detach()
+    found = explain(tmp_path / "run.keel").diagnosis
+    assert any("usual initialization" in words for words in found.reasons) == (times > 1)
+    assert (found.confidence <= 0.5) == (times > 1)
