@@ -230,6 +230,21 @@ def test_50_compiled_models_have_their_own_names(pattern, is_named):
     assert guard.report.selections[-1].measured.names == ("0.bias",)
 
 
+def test_50_wrapped_models_have_their_own_names():
+    """Lightning Fabric's wrapper holds the model by this name; other names that end in it are the user's."""
+    inner = nn.ModuleDict({"head": nn.Linear(2, 1), "my_forward_module": nn.Linear(2, 1)})
+    model = nn.ModuleDict({"_forward_module": inner})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = gk.attach(optimizer, gk.ClipByNorm(1.0), model=model, exclude="head.*")
+    assert sorted(guard.names) == [
+        "head.bias",
+        "head.weight",
+        "my_forward_module.bias",
+        "my_forward_module.weight",
+    ]
+    assert guard.report.selections[-1].measured.names == ("head.weight", "head.bias")
+
+
 def test_50_model_moves_after_attach_by_swapping_its_tensors():
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)

@@ -2,6 +2,7 @@
 
 import difflib
 import fnmatch
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ Exclude = str | nn.Module | Tensor | Callable[[str, Tensor], bool]
 """A name pattern (``*.bias``), a module, a parameter, or a predicate of name and parameter."""
 
 MAIN, EXCLUDED = "main", "excluded"
+
+_WRAPPED = re.compile(r"(?<!\w)(_orig_mod|_fsdp_wrapped_module|_forward_module)\.")
 
 Groups = Sequence[dict[str, Any]]
 """Parameter groups as an optimizer holds them."""
@@ -84,8 +87,8 @@ def name_parameters(groups: Groups, model: nn.Module | None) -> dict[int, str]:
 
 
 def plain(name: str) -> str:
-    """A parameter's name, or a pattern of names, without what ``torch.compile(model)`` and FSDP1 put into it."""
-    return name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
+    """A parameter's name, or a pattern of names, without what torch.compile, FSDP1 and Fabric put into it."""
+    return _WRAPPED.sub("", name)
 
 
 def _told_apart(names: dict[int, str]) -> dict[int, str]:

@@ -272,3 +272,31 @@ def test_eight_parameters_are_told_in_their_order_and_the_others_counted(tmp_pat
     order = ", ".join(f"{'abcdefgh'[j]} ({41 + j})" for j in range(min(parameters, 8)))
     assert (f"Order (step): {order}{rest}." in text) == (rest is not None)
     assert ("Order (step)" in text) == (rest is not None)
+
+
+@pytest.mark.parametrize("step", [1, 2, 4, 7])
+def test_a_bad_batch_among_the_first_steps_is_no_explosion_from_the_initialization_on(tmp_path, step):
+    norms = ones(3, 40)
+    norms[:, 0] = 1 + 0.3 * (torch.arange(40) % 3)
+    norms[step - 1] = math.nan
+    path = scripted_run(tmp_path / "run.keel", norms, losses=[1.0] * 40)
+    found = explain(path)
+    assert (found.explosion.kind, found.explosion.step, found.explosion.ended) == ("spike", step, "recovered")
+    text = str(found)
+    assert "initialization" not in text
+    assert "from the first steps on" not in text
+    assert f"At step {step} the gradient was not finite" in text
+    assert ("no past" in text) == (step == 1)
+
+
+def test_a_climb_from_the_first_steps_to_what_is_not_finite_is_one(tmp_path):
+    norms = ones(2, 40)
+    norms[:6, 0] = 4.0 ** torch.arange(6)
+    norms[6:] = math.nan
+    explosion = explosion_of(tmp_path / "run.keel", norms)
+    assert (explosion.kind, explosion.ended) == ("initialization", "non-finite")
+    updates = torch.full((40, 2), 0.01)
+    updates[1, 1] = 1.5
+    norms[:6, 0] = 1.0
+    explosion = explosion_of(tmp_path / "other.keel", norms, updates=updates)
+    assert (explosion.kind, explosion.step, explosion.parameter) == ("initialization", 2, "b")

@@ -108,7 +108,8 @@ def test_of_thousands_many_may_be_low(share):
     )
     high = torch.rand(2_000, generator=torch.Generator().manual_seed(1)) < share
     norms[5::6] *= torch.where(high, 5.0, 1.0)
-    course = SimpleNamespace(totals=norms, losses=torch.full((12_000,), math.nan), steps=torch.arange(12_000))
+    steps, losses = torch.arange(12_000), torch.full((12_000,), math.nan)
+    course = SimpleNamespace(totals=norms, losses=losses, steps=steps, skip_reasons={})
     found = find_rhythm(course, find_events(norms, torch.zeros(12_000, dtype=torch.bool), apart=0))
     assert found.period == 6
     assert int(high.sum()) < len(found.rows) < 1.2 * int(high.sum())

@@ -257,3 +257,81 @@ def test_a_long_flat_run_is_healthy(steps):
     noise = 1 + 0.1 * torch.randn(steps, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     noise[:3] = 1.05
     assert judge(signals(noise.tolist())).verdict is Verdict.HEALTHY
+
+
+@pytest.mark.filterwarnings("ignore::gradkeel.errors.SkippedStepWarning")
+@pytest.mark.parametrize("idle", [{5, 10, 15, 20, 25, 30, 35, 40, 45, 50}, {60}])
+def test_a_step_without_a_gradient_is_no_number_that_is_not_finite(tmp_path, idle):
+    """A trainer whose training step may return nothing steps all the same, with neither gradient nor loss."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    guard = gk.attach(optimizer, gk.ClipByGlobalNorm(0.5), model=model, record=tmp_path / "run.keel")
+    for step in range(1, 61):
+        if step not in idle:
+            x = torch.randn(32, 8)
+            loss = ((model(x) - x.sum(dim=1, keepdim=True)) ** 2).mean()
+            loss.backward()
+            guard.log(loss=loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    guard.detach()
+    assert explain(tmp_path / "run.keel").verdict is Verdict.HEALTHY
+
+
+def test_a_loss_that_is_missing_where_there_was_a_gradient_is_one():
+    given = signals([*FALLING[:50], math.nan, *FALLING[50:]])
+    assert judge(given).verdict is Verdict.NON_FINITE
+    given = dataclasses.replace(given, skips={51: gk.guard.SkipReason.EMPTY_WINDOW})
+    assert judge(given).verdict is Verdict.HEALTHY
+    given = dataclasses.replace(given, losses=torch.tensor([*FALLING[:50], math.inf, *FALLING[50:]]))
+    assert judge(given).verdict is Verdict.NON_FINITE  # told, and no number
+
+
+@pytest.mark.filterwarnings("ignore::gradkeel.errors.GradkeelWarning")
+@pytest.mark.parametrize("is_finite", [True, False])
+def test_where_all_gradients_are_hit_and_the_loss_is_not_it_did_not_come_with_it(tmp_path, is_finite):
+    """As by a foreign clip by the total norm, which makes all gradients NaN where one is."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    guard = gk.attach(optimizer, None, model=model, record=tmp_path / "run.keel")
+    for step in range(1, 13):
+        loss = model(torch.ones(2, 4)).square().mean()
+        loss.backward()
+        if step == 11:
+            for parameter in model.parameters():
+                parameter.grad.fill_(math.nan)
+            loss = loss if is_finite else loss * math.nan
+        guard.log(loss=loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 11:
+            assert ("it came with the loss" in guard.report.reason) != is_finite
+            assert ("another clip" in guard.report.reason) == is_finite
+    guard.detach()
+    found = explain(tmp_path / "run.keel").diagnosis
+    assert (found.verdict, found.onset, found.where) == (Verdict.NON_FINITE, 11, ())
+    assert ("the loss was finite" in found.reasons[-1]) == is_finite
+
+
+@pytest.mark.parametrize("times", [1, 50])
+def test_unusual_first_weights_are_told_of_a_run_in_which_nothing_happened(tmp_path, times):
+    torch.manual_seed(0)
+    layers = [layer for _ in range(4) for layer in (nn.Linear(16, 16), nn.ReLU())]
+    model = nn.Sequential(*layers, nn.Linear(16, 4))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(times)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    guard = gk.attach(optimizer, "global-norm:1.0", model=model, record=tmp_path / "run.keel")
+    for _ in range(60):
+        x = torch.randn(32, 16)
+        loss = nn.functional.cross_entropy(model(x), x[:, :4].argmax(1))
+        loss.backward()
+        guard.log(loss=loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    guard.detach()
+    found = explain(tmp_path / "run.keel").diagnosis
+    assert any("usual initialization" in words for words in found.reasons) == (times > 1)
+    assert (found.confidence <= 0.5) == (times > 1)

@@ -1,6 +1,8 @@
 """One line with Lightning, in `configure_optimizers`: the guard's training equals the Trainer's own clipping."""
 
 import math
+import sys
+import types
 import warnings
 
 import pytest
@@ -188,6 +190,38 @@ def test_several_optimizers_under_one_guard(spoil_at, precision):
     assert all(parameter.isfinite().all() for parameter in ours.parameters())
 
 
+@pytest.mark.filterwarnings("ignore::gradkeel.errors.SkippedStepWarning")
+@pytest.mark.parametrize("attach", ["before", "after"])
+def test_under_fabric(attach):
+    def train(when):
+        torch.manual_seed(0)
+        fabric = lightning.Fabric(accelerator="cpu", devices=1)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+        plain = optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        policy, guard = gk.ClipByGlobalNorm(BOUND, eps=1e-6), None
+        if when == "before":
+            guard = gk.attach(optimizer, policy, model=model)
+        model, optimizer = fabric.setup(model, optimizer)
+        if when == "after":
+            guard = gk.attach(optimizer, policy, model=model)
+        for step, batch in enumerate(batches(6)):
+            fabric.backward(model(batch).square().mean() * (math.nan if step == 3 else 1.0))
+            if guard is None:
+                fabric.clip_gradients(model, optimizer, max_norm=BOUND, error_if_nonfinite=False)
+            if guard is not None or step != 3:
+                optimizer.step()
+            optimizer.zero_grad()
+        if guard is not None:
+            assert guard.step == 6
+            assert guard.names == ("0.weight", "0.bias", "2.weight", "2.bias")
+            guard.detach()
+            assert not any("gradkeel" in name for one in (plain, optimizer) for name in vars(one))
+        return list(model.parameters())
+
+    for one, other in zip(train(attach), train(None), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
 # -- restarts ---------------------------------------------------------------------------------------------------
 
 
@@ -252,6 +286,20 @@ def test_an_error_leaves_no_guard(tmp_path):
     assert not hasattr(callback.guard.optimizer, "_gradkeel_guard")
     with Reader(tmp_path / "run.keel") as run:
         assert len(run) == 3
+
+
+def test_pytorch_lightning_alone_will_do(monkeypatch, tmp_path):
+    """Libraries that build on the package of the older name do not bring the other."""
+    older = types.ModuleType("pytorch_lightning")
+    older.Callback = lightning.Callback
+    with monkeypatch.context() as patched:
+        for name in ("lightning", "lightning.pytorch"):
+            patched.setitem(sys.modules, name, None)
+        patched.setitem(sys.modules, "pytorch_lightning", older)
+        patched.delitem(sys.modules, "gradkeel.integrations.lightning", raising=False)
+        callback = callback_of(tmp_path / "run.keel")
+    fit(Module(guarded=False), callbacks=[callback])
+    assert callback.guard.step == 6
 
 
 def test_several_optimizers_are_refused_with_the_fix(tmp_path):

@@ -287,6 +287,30 @@ def test_the_trainers_logs_tell_of_the_guard_and_the_record_of_the_loss(tmp_path
     assert "training_step" not in vars(trainer)
 
 
+@pytest.mark.filterwarnings("ignore::gradkeel.errors.SkippedStepWarning")
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_callback_sees_gradients_as_backward_left_them(tmp_path, value):
+    """Set not to clip, the Trainer measures by a clip to inf, which makes all gradients NaN where one is not finite."""
+    name = "transformer.h.0.mlp.c_fc.weight"
+
+    class Spoiled(transformers.Trainer):
+        def training_step(self, model, *arguments, **named):
+            loss = super().training_step(model, *arguments, **named)
+            if self.state.global_step == 2:
+                model.get_parameter(name).grad[0, 0] = value
+            return loss
+
+    callback = callback_of(record=tmp_path / "run.keel")
+    trainer = trainer_of(tmp_path / "out", max_grad_norm=0, kind=Spoiled, callbacks=[callback])
+    trainer.train()
+    with Reader(tmp_path / "run.keel") as run:
+        ((step, reason),) = run.skips()
+    assert (step, name in reason) == (3, True)
+    assert "_get_grad_norm" not in vars(trainer)
+    diagnosis = gk.explain.explain(tmp_path / "run.keel").diagnosis
+    assert (diagnosis.onset, diagnosis.where[0]) == (3, name)
+
+
 # -- autopsies --------------------------------------------------------------------------------------------------
 
 

@@ -34,8 +34,19 @@ def later(
     return tuple(filter(None, (*causes, *seen, _ending(course, event))))
 
 
+def is_spoiled(course: Course, event: Event) -> bool:
+    """Whether no step of an event had a norm that could be told."""
+    return not bool(torch.isfinite(course.totals[event.start : event.stop]).any())
+
+
 def initial(course: Course, event: Event, onsets: list[tuple[str, int, float]]) -> tuple[str, ...]:
     """Of an explosion from the first steps on."""
+    if is_spoiled(course, event) and event.ended == "recovered":
+        step = course.step(event.start)
+        first = say(
+            "At step {step} the gradient was not finite; there is no past to compare with.", step=step
+        )
+        return tuple(filter(None, (first, _skipped(course, event), _ending(course, event))))
     finite = course.totals[torch.isfinite(course.totals)]
     norms = ", ".join(map(readable, finite[:5].tolist())) + (", ..." if len(finite) > 5 else "")
     grew = len(finite) > 1 and bool(finite[1:].max() > finite[0])

@@ -1,7 +1,7 @@
 """When a run's gradients exploded, in which parameter first, how that spread and how it ended."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -9,7 +9,18 @@ from torch import Tensor
 
 from gradkeel.explain import evidence
 from gradkeel.explain.course import Course
-from gradkeel.explain.events import CALM_ROWS, Ended, Event, Reached, find_events, log_norms, spread
+from gradkeel.explain.events import (
+    CALM_ROWS,
+    RATIO,
+    Baseline,
+    Ended,
+    Event,
+    Reached,
+    find_events,
+    level_and_spread,
+    log_norms,
+    spread,
+)
 from gradkeel.explain.presence import level_changes
 from gradkeel.explain.rhythm import Rhythm, find_rhythm
 from gradkeel.explain.weights import Jump, Overwrite, find_jumps, find_overwrites, larger_updates
@@ -75,6 +86,8 @@ def find_explosions(run: Reader | Course) -> list[Explosion]:
     events, rhythm = _events(course)
     for event in events:
         first, last = course.step(event.start), course.step(event.stop - 1)
+        if event.baseline is None:
+            event = replace(event, baseline=_short_past(course, event))  # noqa: PLW2901
         if event.baseline is None:
             found.append(_initial(course, event))
             overwrites = [o for o in overwrites if o.step > last]
@@ -162,6 +175,21 @@ def _put_first(names: list[str], reached: list[Reached], step: int) -> list[Reac
     return first + [r for r in reached if r.parameter not in names]
 
 
+def _short_past(course: Course, event: Event) -> Baseline | None:
+    """What was normal before a gradient that was not finite, where the few steps before it neither rose nor overwrote.
+
+    None where they are no past: a climb out of the first steps has none.
+    """
+    past = log_norms(course.totals[: event.start])
+    past = past[~past.isnan()]
+    if not len(past) or not bool(course.nonfinite[event.start]):
+        return None
+    if float(past.max() - past[0]) > math.log10(RATIO) or larger_updates(course, course.step(event.start)):
+        return None
+    level, deviation = level_and_spread(past.unsqueeze(0))
+    return Baseline(float(level), float(deviation))
+
+
 def _initial(course: Course, event: Event) -> Explosion:
     """An explosion that had no past: told by updates larger than the weights that they change."""
     onsets = larger_updates(course, course.step(event.stop - 1))
@@ -169,8 +197,9 @@ def _initial(course: Course, event: Event) -> Explosion:
     early = {reached.parameter for reached in order}
     reached = order + [r for r in spread(course, event) if r.parameter not in early]
     overflow = course.skip_reasons.get(course.step(event.start)) is SkipReason.LOSS_SCALE
+    passed = evidence.is_spoiled(course, event) and event.ended == "recovered"
     return Explosion(
-        kind="overflow" if overflow else "initialization",
+        kind="overflow" if overflow else "spike" if passed else "initialization",
         step=reached[0].step if reached else course.step(event.start),
         evidence=evidence.initial(course, event, onsets),
         **_seen(course, event, reached, float(course.totals[0]), 0),

@@ -1,12 +1,15 @@
 """What the loss did over a whole run, and where it leaves its own past: in a record, and during training."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from gradkeel.guard.report import SkipReason
 
 Number = TypeVar("Number", float, Tensor)
 PAST = 32
@@ -15,6 +18,7 @@ _ROSE, _LOST = 3.0, 0.3
 _HOP = 8  # steps after which the past is looked at anew
 _CALM, _ONE_EVENT = 5, 20
 TAIL = 10
+_IDLE = (SkipReason.NO_GRADIENT, SkipReason.EMPTY_WINDOW)
 FLAT = 0.02  # of the first loss
 _NOISE = 4.0  # times the usual change from step to step
 _SIGNIFICANT = 5.0  # standard errors between two levels of the loss
@@ -114,6 +118,13 @@ class LossCourse:
         past = past[torch.isfinite(past)][-2 * TAIL :]
         before = float(past.median()) if len(past) else math.inf
         return self.last - before > max(self.error, _WORSE * (self.first - before), FLAT * abs(self.first))
+
+
+def had_loss(steps: Tensor, losses: Tensor, reasons: Mapping[int, SkipReason]) -> Tensor:
+    """[k] bool: steps whose missing loss tells something; one that nothing was computed for has none to be missed."""
+    had = torch.ones(len(losses), dtype=torch.bool)
+    idle = [step for step, reason in reasons.items() if reason in _IDLE]
+    return had if not idle else ~(torch.isin(steps, torch.tensor(idle)) & losses.isnan())
 
 
 def not_finite(losses: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradkeel.explain.course import Course
 from gradkeel.explain.events import CALM_ROWS, Event, log_norms
-from gradkeel.explain.losses import FLAT, loss_course
+from gradkeel.explain.losses import FLAT, had_loss, loss_course
 
 _SHORTEST, _FEWEST = 5, 3  # steps from one to the next, and how many there are at least
 _HIGHEST = 30.0  # times the usual norm: about what a batch of one does beside batches of a thousand
@@ -119,7 +119,8 @@ def _recurrence(
 
 def _is_harmless(course: Course, rhythm: Rhythm) -> bool:
     """Whether the loss was after such steps what it was before, and is not worse since the first."""
-    loss = loss_course(course.steps, course.losses)
+    had = had_loss(course.steps, course.losses, course.skip_reasons)
+    loss = loss_course(course.steps[had], course.losses[had])
     if loss is None:
         return True
     if not loss.is_finite or loss.is_worse_since(course.losses, rhythm.rows[0]):

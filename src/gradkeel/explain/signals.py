@@ -17,10 +17,12 @@ from gradkeel.explain.findings import AutopsyResult
 from gradkeel.explain.losses import find_losses
 from gradkeel.explain.verdict import EARLY, Diagnosis, Sign, Signals, Verdict, judge
 from gradkeel.explain.weights import LARGE, larger_updates
+from gradkeel.language import readable, say
 
 _NEAR = 3  # steps between an onset and the autopsy of it
 _EARLY = (Verdict.DIVERGED_FROM_START, Verdict.DIVERGED_IN_WARMUP)
 _DIVERGED = (*_EARLY, Verdict.DIVERGED, Verdict.CLIPPING_HIDES_DIVERGENCE, Verdict.STALLED)
+_DOUBTED = 0.5  # the confidence that is left where a run began with unusual weights
 _LAG, _LAGGING = 3.0, 3  # times, and at how many steps at least: after a single bad batch it is below 1
 _step = attrgetter("step")
 
@@ -66,7 +68,7 @@ def diagnose(
     )
     onset = diagnosis.onset
     if onset is None:
-        return diagnosis
+        return _doubted(course, diagnosis)
     # Where updates overwrite the weights from the start, later steps only suffer from it.
     last = onset if diagnosis.verdict in _EARLY else onset + _NEAR
     near = [one for one in autopsies if onset - _NEAR <= one.step <= last]
@@ -122,23 +124,38 @@ def _rose(course: Course, onset: int) -> bool:
     return bool(recent[-1:] > 1.2 * recent[:1])
 
 
-def _unusual_weights(course: Course) -> list[str]:
-    """Matrices whose first entries are five times as large as the largest usual initialization makes them.
+def _doubted(course: Course, diagnosis: Diagnosis) -> Diagnosis:
+    """A run in which nothing happened, but which began with weights that are no usual ones: it need not train well."""
+    unusual = _unusual_weights(course) if course.step(0) == 1 else {}
+    if not unusual:
+        return diagnosis
+    name = max(unusual, key=lambda one: unusual[one])
+    words = say(
+        "The first weights of {parameter} were {times} times as large as the largest usual initialization makes them.",
+        parameter=name,
+        times=readable(unusual[name]),
+    )
+    reasons, confidence = (*diagnosis.reasons, words), min(diagnosis.confidence, _DOUBTED)
+    return dataclasses.replace(diagnosis, reasons=reasons, confidence=confidence)
+
+
+def _unusual_weights(course: Course) -> dict[str, float]:
+    """Matrices whose first entries are five times as large as the largest usual initialization makes them, or more.
 
     That is a variance of 2 / fan-in (He et al. 2015, Delving Deep into Rectifiers); tables of embeddings have
     entries of variance 1.
     """
     _, weights, _ = course.samples
     if not len(weights):
-        return []
-    found = []
+        return {}
+    found = {}
     for parameter, size in zip(course.reader.parameters, weights[0].tolist(), strict=True):
         if len(parameter.shape) < 2:
             continue
         entry = size / math.sqrt(parameter.size)
         usual = math.sqrt(2 / math.prod(parameter.shape[1:]))
         if entry > 5 * usual and entry > 1.5:
-            found.append(parameter.name)
+            found[parameter.name] = entry / usual
     return found
 
 

@@ -8,7 +8,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from gradkeel.explain.losses import TAIL, loss_course, not_finite
+from gradkeel.explain.losses import TAIL, had_loss, loss_course, not_finite
 from gradkeel.explain.weights import LARGE
 from gradkeel.guard import SkipReason
 from gradkeel.language import count, readable, say
@@ -109,10 +109,12 @@ class _Judge:
         # Where gradients are not finite to the end, and no loss was logged any more, it was not finite either.
         to_end = (counts & signals.nonfinite).flip(0).long().cumprod(0).flip(0).bool()
         losses = signals.losses.masked_fill(to_end & signals.losses.isnan(), math.inf)
-        self.loss = loss_course(signals.steps, losses)
+        had = had_loss(signals.steps, losses, signals.skips)
+        self.loss = loss_course(signals.steps[had], losses[had])
+        bad = signals.nonfinite.clone()
+        bad[had] |= not_finite(losses[had])
         self.reasons: list[str] = []
-        bad = (counts & (signals.nonfinite | not_finite(losses))).nonzero().flatten().tolist()
-        self._first_bad: int | None = next(iter(bad), None)
+        self._first_bad: int | None = next(iter((bad & counts).nonzero().flatten().tolist()), None)
         self._is_moved = self._objective_moves()
 
     def verdict(self) -> Diagnosis:
@@ -179,6 +181,11 @@ class _Judge:
         step = int(self.signals.steps[row])
         where = next((sign.where for sign in self.signals.signs if sign.step == step), ())
         words = say("All gradients were hit at once: it came with the loss, or the batch.")
+        if math.isfinite(self.signals.losses[row]):
+            words = say(
+                "All gradients were hit at once, and the loss was finite: it came with the start of backward, with "
+                "another clip, which makes all NaN where one is, or from another rank."
+            )
         if where:
             words = say(
                 "It began in {parameter}: backward runs from the end, and was finite until there.",

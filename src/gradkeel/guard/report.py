@@ -51,16 +51,24 @@ _WORDS = {
 }
 
 
-def nonfinite_words(step: int, selections: "Sequence[SelectionReport]", norms: Sequence[float]) -> str | None:
+def nonfinite_words(
+    step: int,
+    selections: "Sequence[SelectionReport]",
+    norms: Sequence[float],
+    loss: Tensor | float | None = None,
+) -> str | None:
     """Where non-finite gradients begin, in words; None where all are finite.
 
     Backward runs from the model's end to its beginning, and what is not finite makes everything after it so. So it
     began at the last parameter of the model's order that is hit; where all are, it came with the loss, or the batch.
+    Not so where the loss was finite: it began before the first parameter, or one gradient has spoiled all, as a clip
+    by the total norm does, or the ranks' mean.
 
     Args:
         step: number of the step.
         selections: all of the step's.
         norms: the norms of their parameters' gradients, selection after selection.
+        loss: what was logged, if it may tell.
     """
     columns = [(one, i) for one in selections for i in range(len(one.measured.names))]
     held = [
@@ -74,7 +82,12 @@ def nonfinite_words(step: int, selections: "Sequence[SelectionReport]", norms: S
     _, norm, one, name = max(hit, key=lambda row: row[0])
     kind, where = "NaN" if math.isnan(norm) else "inf", one.place_of(name)
     if len(hit) == len(held) > 1:
-        return f"step {step}: all {len(hit)} gradients are not finite ({kind}){where}: it came with the loss"
+        cause = "it came with the loss"
+        if loss is not None and math.isfinite(loss):
+            cause = (
+                "the loss was finite, so it came with the start of backward, another clip, or another rank"
+            )
+        return f"step {step}: all {len(hit)} gradients are not finite ({kind}){where}: {cause}"
     return f"step {step}: the gradient of {name!r} is not finite ({kind}){where}"
 
 
@@ -265,7 +278,11 @@ class StepReport:
     def nonfinite_reason(self) -> str | None:
         """Where non-finite gradients begin, in words; None where all are finite."""
         norms = [norm for selection in self.selections for norm in selection.measured.norms.tolist()]
-        return nonfinite_words(self.step, self.selections, norms)
+        return nonfinite_words(self.step, self.selections, norms, self.telling_loss())
+
+    def telling_loss(self) -> Tensor | float | None:
+        """The logged loss where it may tell what gradients come from: under a loss scale another one is run back."""
+        return None if self.why is SkipReason.LOSS_SCALE else self.scalars.get("loss")
 
     def stepped_tensor(self) -> Tensor:
         """[] bool: whether the optimizer made its step, without syncing the host."""

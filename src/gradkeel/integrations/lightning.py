@@ -1,6 +1,7 @@
 """The Lightning Trainer in one line: ``Trainer(..., callbacks=[GuardCallback("global-norm:1.0")])``.
 
-Leave ``Trainer(gradient_clip_val=None)`` with it.
+Leave ``Trainer(gradient_clip_val=None)`` with it. It serves the Trainer of ``lightning`` and of ``pytorch_lightning``,
+which some libraries build on, whichever is installed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,10 @@ from gradkeel.integrations.callback import TrainerGuard
 try:
     from lightning.pytorch import Callback
 except ImportError:
-    raise MissingExtraError("lightning", "lightning", "gradkeel.integrations.lightning") from None
+    try:
+        from pytorch_lightning import Callback
+    except ImportError:
+        raise MissingExtraError("lightning", "lightning", "gradkeel.integrations.lightning") from None
 
 
 class GuardCallback(TrainerGuard, Callback):  # type: ignore[misc]  # lightning is not followed by the type checker

@@ -64,7 +64,7 @@ class GuardCallback(TrainerGuard, TrainerCallback):  # type: ignore[misc]  # the
 
     def _listen(self, trainer: Any, told: Told) -> None:
         """Hear of each loss, which callbacks are not told of, and of logs before those who report them."""
-        step, own = trainer.training_step, vars(trainer).get("training_step")
+        step = trainer.training_step
         if self._has_autopsy:
             self.autopsy = Autopsy(told.guard, loss=partial(_loss_of, trainer, step))
         autopsy = self.autopsy
@@ -75,12 +75,21 @@ class GuardCallback(TrainerGuard, TrainerCallback):  # type: ignore[misc]  # the
             told.loss(loss)
             return loss
 
-        trainer.training_step = training_step
+        def measured_by_us(model: Any, grad_norm: Any = None) -> Any:
+            trainer.accelerator.unscale_gradients()  # which is part of measuring
+            return grad_norm
+
+        stand_ins = {"training_step": training_step}
+        if not trainer.args.max_grad_norm and hasattr(trainer, "_get_grad_norm"):
+            # It measures by a clip to inf, which makes every gradient NaN where one is not finite.
+            stand_ins["_get_grad_norm"] = measured_by_us
+        own = {name: vars(trainer)[name] for name in stand_ins if name in vars(trainer)}
+        vars(trainer).update(stand_ins)
 
         def unlisten() -> None:
-            del trainer.training_step
-            if own is not None:
-                trainer.training_step = own
+            for name in stand_ins:
+                delattr(trainer, name)
+            vars(trainer).update(own)
 
         self._unlisten = unlisten
         handler = trainer.callback_handler

@@ -387,6 +387,6 @@ def _derive(series: dict[str, Tensor], kept: Kept) -> None:
 
 def _skip(report: StepReport, norms: Tensor) -> tuple[int, SkipReason, str]:
     """A skipped step's number, reason and words, from norms that are on the host already."""
-    place = nonfinite_words(report.step, report.selections, norms.tolist())
+    place = nonfinite_words(report.step, report.selections, norms.tolist(), report.telling_loss())
     why = report.why or (SkipReason.POLICY if place is None else SkipReason.NONFINITE)
     return report.step, why, why.words(report.step, place)
