@@ -7,12 +7,12 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from gradkeel.guard.report import StepReport
-from gradkeel.record.rows import Batch, Kept, Rows, Sample, Subject, settled
+from gradkeel.record.rows import Batch, Kept, Rows, Sample, Subject
 
 MOST_WAITING = 2**18
 """Steps that may wait for a slow disk: each is some kilobytes of memory."""
@@ -55,7 +55,7 @@ class Outbox:
         self.subject = Subject()
         self.problems = problems
         self.is_left_behind = False
-        self._noted: deque[tuple[StepReport, float, Tensor | float | None, Sample | None, Any]] = deque()
+        self._noted: deque[tuple[StepReport, float, Tensor | float | None, Sample | None]] = deque()
         self._kept: Kept | None = None
         self._lock = threading.RLock()  # of these two, for anybody may flush
         self._flush_seconds = flush_seconds
@@ -80,11 +80,10 @@ class Outbox:
         would change by then: gradients that are to be measured again, or what lies on an accelerator.
         """
         now, main, noted = time.time(), report.selections[0], self._noted
-        decision = main.decision
         with self._lock:
-            noted.append((report, now, rate, sample, settled(decision.known_bound)))
+            noted.append((report, now, rate, sample))
             is_here = isinstance(main.measured.known_total, float) and not isinstance(rate, Tensor)
-            if not is_here or decision.clamp is not None or len(noted) >= MOST_NOTED or self._is_due(now):
+            if not is_here or main.decision.clamp is not None or len(noted) >= MOST_NOTED or self._is_due(now):
                 self._take(now)
 
     def _is_due(self, now: float) -> bool:
@@ -92,14 +91,14 @@ class Outbox:
 
     def _take(self, now: float) -> None:
         while self._noted:  # one by one, so that an error or Ctrl-C costs no more than one
-            report, ended, rate, sample, bound = self._noted.popleft()
+            report, ended, rate, sample = self._noted.popleft()
             kept = self._kept
             if kept is not None and report.step <= kept.steps[-1][0]:
                 self._send()
                 kept = None
             if kept is None:
                 kept = Kept(report)
-            kept.add(report, ended, _scalars(report, rate), sample, bound)
+            kept.add(report, ended, _scalars(report, rate), sample)
             self._kept = kept  # never without a step, should the first one fail
         if self._is_due(now) or (self._kept is not None and len(self._kept) >= MOST_KEPT):
             self._send()
