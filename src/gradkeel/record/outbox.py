@@ -83,7 +83,12 @@ class Outbox:
         with self._lock:
             noted.append((report, now, rate, sample))
             is_here = isinstance(main.measured.known_total, float) and not isinstance(rate, Tensor)
-            if not is_here or main.decision.clamp is not None or len(noted) >= MOST_NOTED or self._is_due(now):
+            if (
+                not is_here
+                or main.decision.clamp is not None
+                or len(noted) >= MOST_NOTED
+                or self._is_due(now)
+            ):
                 self._take(now)
 
     def _is_due(self, now: float) -> bool:
