@@ -138,8 +138,8 @@ class CompiledState(NumberState):
     """The state of k cells in plain numbers, as a compiled formula takes and leaves them.
 
     As every state it never changes, but its rings are in memory that the states of all steps share, for to copy them
-    would take longer than the rest of a step: what later states have entered is taken back where somebody looks. As many
-    steps as a ring is long share it: then a copy costs little, and who holds an old state does not hold all later ones.
+    would take longer than the rest of a step: what later states have entered is taken back where somebody looks. After
+    as many steps as a ring is long a copy costs little, and who holds an old state does not hold all later ones.
 
     Attributes:
         layout: what stays as it is.

@@ -1,5 +1,6 @@
 """Steps that wait to be written, and the thread that writes them."""
 
+import contextlib
 import os
 import queue
 import threading
@@ -18,6 +19,10 @@ MOST_WAITING = 2**18
 """Steps that may wait for a slow disk: each is some kilobytes of memory."""
 
 CLOSE_SECONDS = 60.0
+
+FORK_SECONDS = 1.0
+"""How long a fork waits for a write to end: a lock of SQLite's that is held then is held for ever in the new process,
+where whatever else uses SQLite would wait for it."""
 
 MOST_KEPT = 512
 """Steps that wait to be sent together: a batch has its price, which fast steps share."""
@@ -58,6 +63,7 @@ class Outbox:
         self._noted: deque[tuple[StepReport, float, Tensor | float | None, Sample | None]] = deque()
         self._kept: Kept | None = None
         self._lock = threading.RLock()  # of these two, for anybody may flush
+        self._writing = threading.RLock()  # no process is forked meanwhile, unless a sink does
         self._flush_seconds = flush_seconds
         self._sent_at = time.time()
         self._sinks = list(sinks)
@@ -147,10 +153,12 @@ class Outbox:
             while (batch := self._batches.get()) is not None:
                 self._taken += len(batch)
                 try:
-                    self._write(batch)
+                    with self._writing:
+                        self._write(batch)
                 finally:
                     self._batches.task_done()
-            self._close_sinks()
+            with self._writing:
+                self._close_sinks()
             self._batches.task_done()
         finally:
             self._is_working = False
@@ -194,12 +202,25 @@ def _scalars(report: StepReport, rate: Tensor | float | None) -> dict[str, Tenso
 _outboxes: weakref.WeakSet[Outbox] = weakref.WeakSet()
 
 
+def _pause() -> None:
+    for outbox in list(_outboxes):
+        if outbox._is_working:
+            outbox._writing.acquire(timeout=FORK_SECONDS)
+
+
+def _go_on() -> None:
+    for outbox in list(_outboxes):
+        with contextlib.suppress(RuntimeError):  # it was not waited for to the end
+            outbox._writing.release()
+
+
 def _forked() -> None:
     """The thread has stayed behind."""
+    _go_on()
     for outbox in _outboxes:
         outbox.is_left_behind |= outbox._is_working
         outbox._is_working = False
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)
+    os.register_at_fork(before=_pause, after_in_parent=_go_on, after_in_child=_forked)
