@@ -27,7 +27,8 @@ WORKERS = """
                 model(torch.ones(1, 2)).sum().backward()
                 optimizer.step()
         for warning in caught:
-            print(warning.message, flush=True)
+            sys.stdout.write(f"{warning.message}\\n")  # at once, as print does not where Python does not buffer
+            sys.stdout.flush()
         if ending == "raise":
             raise SystemExit(3)
 
