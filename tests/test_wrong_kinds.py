@@ -158,3 +158,7 @@ def test_one_number_may_have_dimensions():
     assert guard.report.norm == 3.0
     gk.clip_grads_with_norm_([weight, nn.Parameter(torch.ones(2))], 1.5, torch.tensor([3.0]))
     assert weight.grad.item() == pytest.approx(1.5, rel=1e-6)
+
+
+def test_denominators_may_be_the_keys_of_a_mapping():
+    assert accumulator(per={"token": 1, "sequence": 2}.keys()).per == ("token", "sequence")

@@ -34,9 +34,10 @@ def test_a_dropped_window_leaves_nothing_behind(wide, count):
     assert loop.guard.report.scalars["loss"] == loop.accumulate.loss == 0.0
 
 
+@pytest.mark.parametrize("wide", [*WIDE, torch.float32])
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_window_that_is_dropped_leaves_its_gradients_in_the_loops_buffer(count):
-    loop, flat = Loop(2), torch.zeros(2)
+def test_a_window_that_is_dropped_leaves_its_gradients_in_the_loops_buffer(wide, count):
+    loop, flat = Loop(2, accumulate_dtype=wide), torch.zeros(2)
     loop.weight.grad = flat.view(2)
     loop.leave_open([([100.0, 200.0], 7)] * count)
     loop.accumulate.drop()
@@ -48,8 +49,9 @@ def test_a_window_that_is_dropped_leaves_its_gradients_in_the_loops_buffer(count
     assert loop.moved == [3.0, 3.0]
 
 
-def test_a_window_that_is_skipped_in_the_loops_buffer_need_not_be_cleared():
-    loop, flat = Loop(2), torch.zeros(2)
+@pytest.mark.parametrize("wide", [*WIDE, torch.float32])
+def test_a_window_that_is_skipped_in_the_loops_buffer_need_not_be_cleared(wide):
+    loop, flat = Loop(2, accumulate_dtype=wide), torch.zeros(2)
     loop.weight.grad = flat.view(2)
     with pytest.warns(gk.errors.SkippedStepWarning):
         loop.run([([float("nan"), 0.0], 1)] * 2, zero_grad=False)

@@ -53,6 +53,19 @@ def test_a_gradient_that_autograd_did_not_make_stays_and_is_0():
     assert buffer.tolist() == [0.0] * 3
 
 
+def test_a_gradient_that_nobody_may_write_to_is_dropped():
+    weight = nn.Parameter(torch.ones(3))
+    with torch.inference_mode():
+        flat = torch.full((6,), math.nan)
+        weight.grad = flat[:3]
+    clear_gradients([weight])
+    assert weight.grad is None
+    with torch.inference_mode():
+        weight.grad = flat[:3]
+        clear_gradients([weight])
+    assert flat.tolist()[:3] == [0.0] * 3
+
+
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
 def test_sparse_gradients_and_those_with_a_graph_are_dropped():
     table, weight = nn.Embedding(4, 2, sparse=True), nn.Parameter(torch.ones(3))

@@ -5,6 +5,7 @@ import math
 import warnings
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -483,6 +484,34 @@ def test_a_state_that_is_not_finite_where_it_must_be_is_refused(policy, key, bad
     assert is_same(fresh.state_dict(), before)
     saved["states"]["main"][key].view(-1)[0] = 1.0
     fresh.load_state_dict(saved)
+
+
+class Ratio(Counting):
+    """What it remembers is the user's own business, and may come to be what is no number."""
+
+    def decide(self, norms, state):
+        decision, after = super().decide(norms, state)
+        return decision, {**after, "last": norms.total / state["last"]}
+
+
+@pytest.mark.parametrize("policy", [Ratio(), gk.policies.Chain(Ratio(), gk.ClipByNorm(1.0))])
+def test_what_a_policy_of_ones_own_remembers_is_taken_back_as_it_was(policy):
+    guard = gk.attach(sgd(parameters_of([3.0, 4.0])), policy)
+    guard.optimizer.step()
+    saved = guard.state_dict()
+    assert any(value.isinf() for value in saved["states"]["main"].values())
+    fresh = gk.attach(sgd(parameters_of([3.0, 4.0])), policy)
+    fresh.load_state_dict(saved)
+    assert is_same(fresh.state_dict(), saved)
+
+
+@pytest.mark.parametrize("kind", [int, np.int64, np.array, torch.tensor])
+def test_numbers_of_a_checkpoint_may_have_become_arrays_or_tensors(kind):
+    guard = gk.attach(sgd(parameters_of([3.0, 4.0])), "zclip")
+    guard.optimizer.step()
+    state = guard.state_dict()
+    guard.load_state_dict({**state, "step": kind(7), "consecutive_skips": kind(0)})
+    assert (guard.step, type(guard.step)) == (7, int)
 
 
 @pytest.mark.parametrize("groups", [1, 3])

@@ -1,5 +1,6 @@
 """Which formulas the native kernels follow; what comes of them is compared in tests/policies/test_plain_numbers.py."""
 
+import gc
 import math
 import random
 
@@ -168,6 +169,19 @@ def test_states_whose_rings_later_states_share_stay_as_they_were():
     assert all(
         torch.equal(one[key], copy[key]) for one, copy in zip(held, copies, strict=True) for key in copy
     )
+
+
+def test_an_old_state_holds_no_more_later_ones_than_its_rings_are_long():
+    """It can be taken back from these, and memory does not grow for as long as somebody holds it."""
+    policy = gp.AutoClip(scope="tensor", window=5, warmup=2)
+    _, state = policy.decide(measured([1.0, 2.0, 3.0]), policy.init(measured([1.0, 2.0, 3.0])))
+    old, copy = state, {key: value.clone() for key, value in state.items()}
+    there = sum(type(one) is CompiledState for one in gc.get_objects())
+    for step in range(2, 100):
+        _, state = policy.decide(measured([float(step)] * 3, step), state)
+    assert type(state) is CompiledState
+    assert sum(type(one) is CompiledState for one in gc.get_objects()) <= there + 2 * 5
+    assert all(torch.equal(old[key], copy[key]) for key in copy)
 
 
 def test_an_interrupt_leaves_a_ring_as_it_was(monkeypatch):

@@ -202,3 +202,39 @@ def test_what_clamps_has_no_place_where_groups_differ_or_before_another_stage():
         PerGroup(own, None)
     with pytest.raises(ValueError, match="put it last"):
         Chain(own, ClipByNorm(1.0))
+
+
+class Reusing(Own):
+    """It gives the same decision again and again, and writes to what is in it."""
+
+    def decide(self, norms, state):
+        factors = 1.0 / (1.0 + norms.norms)
+        (given,) = self.given.values()
+        coefficients = given.coefficients
+        if isinstance(coefficients, list):
+            coefficients[:] = factors.tolist()
+        else:
+            coefficients.copy_(factors if coefficients.dim() else factors.max())
+        return given, state
+
+
+class Fresh(Own):
+    def decide(self, norms, state):
+        return Reusing({"it": Decision(self.given["kind"]())}).decide(norms, state)
+
+
+@pytest.mark.parametrize("within", [Chain, PerGroup, lambda *parts: Warmup(3, Chain(*parts), None)])
+@pytest.mark.parametrize(
+    "kind", [lambda: [1.0], lambda: torch.ones(1, dtype=torch.float64), lambda: torch.ones(())]
+)
+def test_a_decision_may_be_handed_out_again_within_a_step(within, kind):
+    found = []
+    for part in (Reusing({"it": Decision(kind())}), Fresh({"kind": kind})):
+        weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2 if within is PerGroup else 1)]
+        optimizer = torch.optim.SGD([{"params": [weight]} for weight in weights], lr=1.0)
+        gk.attach(optimizer, within(part, part))
+        for i, weight in enumerate(weights):
+            weight.grad = torch.tensor([3.0, 4.0]) * (1 + i)
+        optimizer.step()
+        found.append([weight.tolist() for weight in weights])
+    assert found[0] == found[1]

@@ -379,6 +379,31 @@ def test_a_logged_tensor_is_taken_at_once(tmp_path, make_report):
         assert run.losses().tolist() == [1.0, 2.0, 3.0]
 
 
+class Fragile(torch.optim.SGD):
+    """Its step may raise, as where memory runs out."""
+
+    raises = False
+
+    def step(self, closure=None):
+        if self.raises:
+            raise MemoryError
+        return super().step(closure)
+
+
+def test_a_step_that_is_tried_again_has_the_learning_rate_of_then(tmp_path):
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = Fragile([weight], lr=0.5)
+    guard = gk.attach(optimizer, None, record=tmp_path / "run.keel")
+    weight.grad, optimizer.raises = torch.ones(2), True
+    with pytest.raises(MemoryError):
+        optimizer.step()
+    weight.grad, optimizer.raises, optimizer.param_groups[0]["lr"] = torch.ones(2), False, 0.25
+    optimizer.step()
+    guard.detach()
+    with Reader(tmp_path / "run.keel") as run:
+        assert run.scalar("lr").tolist() == [0.25]
+
+
 def test_parameters_added_later(tmp_path):
     model = network()
     optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)

@@ -9,7 +9,7 @@ import torch
 from gradkeel.guard.report import SelectionReport, StepReport
 from gradkeel.norms import Decision, GradientNorms
 from gradkeel.record import Reader, Recorder
-from gradkeel.record.rows import Kept, _coefficients, settled
+from gradkeel.record.rows import Kept, _coefficients
 
 
 def test_coefficients_that_the_host_knows_stand_beside_those_on_the_device():
@@ -70,9 +70,7 @@ def test_steps_of_an_accelerator_are_stacked_there(kinds):
 
     kept = Kept(report(1, kinds[0]))
     for step, kind in enumerate(kinds, 1):
-        own = report(step, kind)
-        bound = settled(own.selections[0].decision.known_bound)
-        kept.add(own, 0.0, {"lr": 0.1, "loss": new(())}, None, bound)
+        kept.add(report(step, kind), 0.0, {"lr": 0.1, "loss": new(())}, None)
     series = kept.stacked()
     outcomes = sum(kind in ("units", "clamp") for kind in kinds)
     for name, values in series.items():

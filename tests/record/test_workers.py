@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 
 import pytest
 
-from gradkeel.record import Reader
+from gradkeel.record import Reader, Recorder, outbox
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes")
 
@@ -25,7 +27,8 @@ WORKERS = """
                 model(torch.ones(1, 2)).sum().backward()
                 optimizer.step()
         for warning in caught:
-            print(warning.message, flush=True)
+            sys.stdout.write(f"{warning.message}\\n")  # at once, as print does not where Python does not buffer
+            sys.stdout.flush()
         if ending == "raise":
             raise SystemExit(3)
 
@@ -73,3 +76,37 @@ def test_forked_workers_under_the_parents_recorder_are_told_once_that_it_is_not_
         assert "attach in each worker, with a record of its own" in words
     with Reader(tmp_path / "parent.keel") as record:
         assert record.steps().tolist() == [1, 2, 3]
+
+
+class Slow:
+    """A sink, as of SQLite, whose locks a forked process would find held for ever if it is forked in a write."""
+
+    def __init__(self, seconds):
+        self.seconds, self.started, self.is_writing = seconds, threading.Event(), False
+
+    def write(self, rows):
+        self.is_writing = True
+        self.started.set()
+        time.sleep(self.seconds)
+        self.is_writing = False
+
+    def close(self):
+        pass
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_process_is_forked_between_writes_unless_they_take_too_long(make_report, monkeypatch, waits):
+    monkeypatch.setattr(outbox, "FORK_SECONDS", 60.0 if waits else 0.05)
+    sink = Slow(0.5)
+    recorder = Recorder(None, sinks=[sink], flush_seconds=0.0)
+    for step in (1, 2):
+        recorder.record(make_report(step))
+        assert sink.started.wait(60)
+        sink.started.clear()
+        child = os.fork()
+        if not child:
+            os._exit(int(sink.is_writing))
+        assert os.waitpid(child, 0)[1] == 256 * (not waits)
+        recorder.flush()
+    recorder.close()

@@ -1,6 +1,6 @@
 """What an accumulator may be made of."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 import torch
@@ -42,7 +42,7 @@ def check_arguments(
 
 def _are_names(per: object) -> bool:
     if (
-        not isinstance(per, Sequence)
+        not isinstance(per, Collection)
         or isinstance(per, str)
         or not all(isinstance(name, str) for name in per)
     ):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gradkeel.apply.skip import is_kept
 from gradkeel.kernels import native
 from gradkeel.tensors import local_part
 
@@ -25,29 +26,37 @@ class WideSums:
 
     @torch.no_grad()
     def take(self, parameters: Sequence[Tensor]) -> None:
-        """Add every gradient to its sum and clear it."""
-        sums, gradients = list[Tensor](), list[Tensor]()
+        """Add every gradient to its sum and clear it, as a skip does."""
+        sums, gradients, kept = list[Tensor](), list[Tensor](), list[Tensor]()
         for parameter in parameters:
             gradient = parameter.grad
             if gradient is None:
                 continue
-            parameter.grad = None
+            if keeps := is_kept(parameter, gradient):
+                kept.append(gradient)
+            else:
+                parameter.grad = None
             if gradient.layout != torch.strided:
                 gradient = gradient.to_dense()
             if parameter not in self.sums:
+                # A gradient that is wide enough and nobody else's is taken as it is.
                 dtype = torch.promote_types(gradient.dtype, self._dtype)
-                # A gradient that is wide enough and nobody else's is kept as it is.
-                self.sums[parameter] = gradient.to(dtype) if gradient.dtype != dtype else gradient
+                self.sums[parameter] = gradient.to(dtype, copy=keeps)
             else:
                 sums.append(self.sums[parameter])
                 gradients.append(gradient)
         add_(sums, gradients)
+        for gradient in kept:
+            gradient.zero_()
 
     @torch.no_grad()
     def pour(self) -> None:
         """Put every sum into ``.grad``, in the gradient's own dtype, and forget it."""
         for parameter, total in self.sums.items():
-            parameter.grad = total.to(parameter.dtype)
+            if parameter.grad is None:
+                parameter.grad = total.to(parameter.dtype)
+            else:  # its memory is kept
+                parameter.grad.copy_(total)
         self.sums.clear()
 
     @torch.no_grad()

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
-from typing import Any
+from numbers import Real
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -218,7 +218,7 @@ def saved_sums(guard: Guard, sums: Mapping[str, Mapping[Tensor, Tensor]]) -> dic
 
 _OLDER = {"per": [ITEM], "apart": {}, "denominators": []}  # before there could be several
 _PARTS = {
-    "count": Integral, "is_complete": Integral, "weight": Real | Tensor, "denominators": list | tuple,
+    "count": SupportsIndex, "is_complete": SupportsIndex, "weight": Real | Tensor, "denominators": list | tuple,
     "gradients": Mapping, "sums": Mapping, "apart": Mapping,
 }  # fmt: skip
 

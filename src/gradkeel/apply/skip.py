@@ -19,13 +19,13 @@ def clear_gradients(parameters: Sequence[Tensor]) -> None:
     """
     for parameter in parameters:
         gradient = parameter.grad
-        if gradient is not None and _is_kept(parameter, gradient):
+        if gradient is not None and is_kept(parameter, gradient):
             gradient.zero_()  # not multiplied by 0, which leaves NaN
         else:
             parameter.grad = None
 
 
-def _is_kept(parameter: Tensor, gradient: Tensor) -> bool:
+def is_kept(parameter: Tensor, gradient: Tensor) -> bool:
     """Whether somebody goes on with the memory of this gradient, and so would no longer reach a new one.
 
     It is part of a buffer of the loop's or of DistributedDataParallel's, which may be as large as the gradient; or
@@ -34,6 +34,8 @@ def _is_kept(parameter: Tensor, gradient: Tensor) -> bool:
     """
     if not are_plain([gradient]) or gradient.layout != torch.strided or gradient.requires_grad:
         return False  # made anew in each backward
+    if gradient.is_inference() and not torch.is_inference_mode_enabled():
+        return False  # nobody can write to it
     return (
         not parameter.requires_grad
         or gradient._is_view()

@@ -1,8 +1,8 @@
 """What a guard's saved state must have in common with the guard that it is loaded into."""
 
-from collections.abc import Mapping
-from numbers import Integral
-from typing import Any
+import operator
+from collections.abc import Collection, Mapping
+from typing import Any, SupportsIndex
 
 from torch import Tensor
 
@@ -10,8 +10,8 @@ from gradkeel.errors import CheckpointError
 from gradkeel.norms import State
 
 _PARTS = {
-    "step": Integral,
-    "consecutive_skips": Integral,
+    "step": SupportsIndex,
+    "consecutive_skips": SupportsIndex,
     "policies": Mapping,
     "parameters": Mapping,
     "states": Mapping,
@@ -30,11 +30,21 @@ def check_mapping(owner: str, state: object) -> None:
 def check_parts(owner: str, state: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
     """Raise `CheckpointError` unless a state has these parts, each of its kind."""
     for key, kind in parts.items():
-        if not isinstance(state.get(key), kind):
+        if not _is(state.get(key), kind):
             raise CheckpointError(
                 f"{owner}.load_state_dict(state=...): {key!r} in it must be as {owner}.state_dict() gives it, not "
                 f"{type(state[key]).__name__ if key in state else 'missing'}"
             )
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if kind is not SupportsIndex:
+        return isinstance(value, kind)
+    try:
+        operator.index(value)  # an array or a tensor may be one whole number, or not
+    except TypeError:
+        return False
+    return True
 
 
 def check_state(
@@ -44,11 +54,12 @@ def check_state(
     policies: Mapping[str, str],
     parameters: Mapping[str, int],
     states: Mapping[str, State],
+    finite: Collection[str],
 ) -> None:
     """Raise `CheckpointError` unless a guard's saved state belongs to these policies, parameters and groups.
 
     A policy that remembers nothing may be another one than before: with a lower bound, for instance. ``states`` are
-    those that the policies start with: what is finite there stays finite.
+    those that the policies start with: what is finite there stays finite, of those whose labels are in ``finite``.
     """
     check_mapping("guard", state)
     if state.get("version") != version:
@@ -80,7 +91,7 @@ def check_state(
                     "statistics begin anew"
                 )
             # Coefficients that follow from it would not be numbers, and gradients neither.
-            if bool(own[key].isfinite().all()) and not bool(saved[key].isfinite().all()):
+            if label in finite and own[key].isfinite().all() and not saved[key].isfinite().all():
                 raise CheckpointError(
                     f"state of {label!r} holds {key!r} with a NaN or inf, which no norm has left there; load another "
                     "checkpoint, or do not load it, so that statistics begin anew"

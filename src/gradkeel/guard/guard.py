@@ -226,7 +226,13 @@ class Guard(Pipeline):
             CheckpointError: for a state of other policies (unless neither remembers anything), of other numbers of
                 parameters or groups, of another version, or with a NaN or inf where none can be.
         """
-        check_state(state, version=_VERSION, states=self._roster.filled({}), **self._roster.fingerprint())
+        check_state(
+            state,
+            version=_VERSION,
+            states=self._roster.filled({}),
+            finite={part.label for part in self._roster.parts if part.is_own},
+            **self._roster.fingerprint(),
+        )
         self._states = {
             label: {key: value.to(self.device) for key, value in values.items()}
             for label, values in state["states"].items()

@@ -138,7 +138,8 @@ class CompiledState(NumberState):
     """The state of k cells in plain numbers, as a compiled formula takes and leaves them.
 
     As every state it never changes, but its rings are in memory that the states of all steps share, for to copy them
-    would take longer than the rest of a step: what later states have entered is taken back where somebody looks.
+    would take longer than the rest of a step: what later states have entered is taken back where somebody looks. After
+    as many steps as a ring is long a copy costs little, and who holds an old state does not hold all later ones.
 
     Attributes:
         layout: what stays as it is.
@@ -146,12 +147,13 @@ class CompiledState(NumberState):
             ring; where there is one, [k, 2] which of its places was written in this step, from 1, and what was there.
         rings: float64 [k, 1 + 2 * window], how many of each ring are sorted, its values, and these sorted; as the last
             of the states has them.
+        age: how many states have had these rings before.
     """
 
-    __slots__ = ("_later", "layout", "numbers", "rings")
+    __slots__ = ("_later", "age", "layout", "numbers", "rings")
 
-    def __init__(self, layout: CellLayout, numbers: bytearray, rings: bytearray) -> None:
-        self.layout, self.numbers, self.rings = layout, numbers, rings
+    def __init__(self, layout: CellLayout, numbers: bytearray, rings: bytearray, age: int = 0) -> None:
+        self.layout, self.numbers, self.rings, self.age = layout, numbers, rings, age
         self._later: CompiledState | None = None  # the state of the next step, if it has these rings
 
     @property
@@ -191,9 +193,11 @@ class CompiledState(NumberState):
         """Return the state of the next step, whose numbers are still to be written, and norms to enter its rings."""
         if self._later is not None:
             self.rings, self._later = self._own_rings(), None
-        after = CompiledState(self.layout, bytearray(len(self.numbers)), self.rings)
-        if self.rings:
-            self._later = after  # before anything enters, so that an interrupt in between does no harm
+        numbers, rings = bytearray(len(self.numbers)), self.rings
+        if self.age >= self.layout.window:  # also where there are no rings
+            return CompiledState(self.layout, numbers, rings.copy())
+        # Kept before anything enters, so that an interrupt in between does no harm.
+        self._later = after = CompiledState(self.layout, numbers, rings, self.age + 1)
         return after
 
     def _own_rings(self) -> bytearray:

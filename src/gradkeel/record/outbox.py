@@ -1,5 +1,6 @@
 """Steps that wait to be written, and the thread that writes them."""
 
+import contextlib
 import os
 import queue
 import threading
@@ -7,17 +8,21 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from gradkeel.guard.report import StepReport
-from gradkeel.record.rows import Batch, Kept, Rows, Sample, Subject, settled
+from gradkeel.record.rows import Batch, Kept, Rows, Sample, Subject
 
 MOST_WAITING = 2**18
 """Steps that may wait for a slow disk: each is some kilobytes of memory."""
 
 CLOSE_SECONDS = 60.0
+
+FORK_SECONDS = 1.0
+"""How long a fork waits for a write to end: a lock of SQLite's that is held then is held for ever in the new process,
+where whatever else uses SQLite would wait for it."""
 
 MOST_KEPT = 2048
 """Steps that wait to be sent together: a batch has its price, which fast steps share."""
@@ -55,9 +60,10 @@ class Outbox:
         self.subject = Subject()
         self.problems = problems
         self.is_left_behind = False
-        self._noted: deque[tuple[StepReport, float, Tensor | float | None, Sample | None, Any]] = deque()
+        self._noted: deque[tuple[StepReport, float, Tensor | float | None, Sample | None]] = deque()
         self._kept: Kept | None = None
         self._lock = threading.RLock()  # of these two, for anybody may flush
+        self._writing = threading.RLock()  # no process is forked meanwhile, unless a sink does
         self._flush_seconds = flush_seconds
         self._sent_at = time.time()
         self._sinks = list(sinks)
@@ -80,11 +86,15 @@ class Outbox:
         would change by then: gradients that are to be measured again, or what lies on an accelerator.
         """
         now, main, noted = time.time(), report.selections[0], self._noted
-        decision = main.decision
         with self._lock:
-            noted.append((report, now, rate, sample, settled(decision.known_bound)))
+            noted.append((report, now, rate, sample))
             is_here = isinstance(main.measured.known_total, float) and not isinstance(rate, Tensor)
-            if not is_here or decision.clamp is not None or len(noted) >= MOST_NOTED or self._is_due(now):
+            if (
+                not is_here
+                or main.decision.clamp is not None
+                or len(noted) >= MOST_NOTED
+                or self._is_due(now)
+            ):
                 self._take(now)
 
     def _is_due(self, now: float) -> bool:
@@ -92,14 +102,14 @@ class Outbox:
 
     def _take(self, now: float) -> None:
         while self._noted:  # one by one, so that an error or Ctrl-C costs no more than one
-            report, ended, rate, sample, bound = self._noted.popleft()
+            report, ended, rate, sample = self._noted.popleft()
             kept = self._kept
             if kept is not None and report.step <= kept.steps[-1][0]:
                 self._send()
                 kept = None
             if kept is None:
                 kept = Kept(report)
-            kept.add(report, ended, _scalars(report, rate), sample, bound)
+            kept.add(report, ended, _scalars(report, rate), sample)
             self._kept = kept  # never without a step, should the first one fail
         if self._is_due(now) or (self._kept is not None and len(self._kept) >= MOST_KEPT):
             self._send()
@@ -143,10 +153,12 @@ class Outbox:
             while (batch := self._batches.get()) is not None:
                 self._taken += len(batch)
                 try:
-                    self._write(batch)
+                    with self._writing:
+                        self._write(batch)
                 finally:
                     self._batches.task_done()
-            self._close_sinks()
+            with self._writing:
+                self._close_sinks()
             self._batches.task_done()
         finally:
             self._is_working = False
@@ -190,12 +202,25 @@ def _scalars(report: StepReport, rate: Tensor | float | None) -> dict[str, Tenso
 _outboxes: weakref.WeakSet[Outbox] = weakref.WeakSet()
 
 
+def _pause() -> None:
+    for outbox in list(_outboxes):
+        if outbox._is_working:
+            outbox._writing.acquire(timeout=FORK_SECONDS)
+
+
+def _go_on() -> None:
+    for outbox in list(_outboxes):
+        with contextlib.suppress(RuntimeError):  # it was not waited for to the end
+            outbox._writing.release()
+
+
 def _forked() -> None:
     """The thread has stayed behind."""
+    _go_on()
     for outbox in _outboxes:
         outbox.is_left_behind |= outbox._is_working
         outbox._is_working = False
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)
+    os.register_at_fork(before=_pause, after_in_parent=_go_on, after_in_child=_forked)

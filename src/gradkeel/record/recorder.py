@@ -141,15 +141,17 @@ class Recorder:
     def before_step(self, report: StepReport) -> None:
         """Look at the weights, at steps at which they are measured, and copy them where the update is to be."""
         guard, step = self._guard, report.step
-        if guard is None or self._outbox is None or step == self._before_step:
-            return  # a closure may be evaluated several times within a step
+        if guard is None or self._outbox is None:
+            return
+        self._rate = rate = learning_rate(guard.optimizers[0].param_groups[0])
+        if step == self._before_step:
+            return  # a closure may be evaluated several times within a step, and a step may be tried again
         norm: Tensor | float | None = report.selections[0].measured.known_total
         if isinstance(norm, Tensor):
             if not norm.is_cpu and is_capturing(norm.device):
                 return  # nothing is run now, and what a replay does is not seen
             norm = float(norm) if norm.is_cpu else None
         self._before_step, self._before = step, None
-        self._rate = rate = learning_rate(guard.optimizers[0].param_groups[0])
         weights, updates = self._sampling.next(step, norm, None if isinstance(rate, Tensor) else rate)
         # Where parameters are sharded, this rank's weights are not the whole.
         if weights and (self._per_rank or not guard.is_sharded):

@@ -151,9 +151,8 @@ class Kept:
         time: float,
         scalars: dict[str, Tensor | float],
         sample: Sample | None,
-        bound: Any,
     ) -> None:
-        """Take a step, its bound `settled`, and at once what reads its gradients, and tensors that are the user's."""
+        """Take a step, and at once what reads its gradients, and tensors that are the user's."""
         selections = report.selections
         main = selections[0]
         decision = main.decision
@@ -163,7 +162,9 @@ class Kept:
         if decision.clamp is not None or decision.unit_coefficients is not None:
             total = None if decision.clamp is None else main.clipped_total()
             self.outcomes[len(self.steps)] = main.outcome, total
-            bound = main.outcome.bound()
+            bound: Any = main.outcome.bound()
+        else:
+            bound = _small(decision.known_bound)
         # From here on nothing fails, which would leave a part of the step.
         for i, columns in self._placed:
             columns.add(selections[i])
@@ -318,8 +319,8 @@ class Batch:
             series[name] = from_list([lags.get(step, own) for step, own in zip(steps, logged, strict=True)])
 
 
-def settled(bound: Any) -> Any:
-    """A policy's bound where the policy cannot write to it any more; of those on the host's tensors the smallest."""
+def _small(bound: Any) -> Any:
+    """A policy's bound in little memory, and none that is gone through for garbage; the smallest on the host."""
     if type(bound) is list:
         return tuple(bound)
     return _least(bound) if isinstance(bound, Tensor) and bound.is_cpu else bound

@@ -7,7 +7,7 @@ from operator import mul, or_
 from typing import Any, ClassVar
 
 from gradkeel.norms import Decision, GradientNorms, Needs, State
-from gradkeel.policies.base import Policy, count, decide
+from gradkeel.policies.base import Policy, count, decide, is_own
 from gradkeel.policies.clip import Clip
 from gradkeel.policies.states import JoinedState
 
@@ -16,6 +16,17 @@ class Composite(Policy):
     """A policy made of policies; the state of each is kept under a prefix of its own."""
 
     spec_name: ClassVar[str]
+
+    @cached_property
+    def _is_own(self) -> bool:
+        return is_own(self)
+
+    def _decided(
+        self, part: Policy, norms: GradientNorms, state: State, *, may_clamp: bool
+    ) -> tuple[Decision, State]:
+        """What a part decides, which another part, or the same one again, does not write to."""
+        decision, after = decide(part, norms, state, may_clamp=may_clamp)
+        return decision if self._is_own else decision.apart(), after
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -84,7 +95,7 @@ class Chain(Composite):
         for i, stage in enumerate(self.stages):
             norms = norms.after(decision)
             is_last = i == len(self.stages) - 1
-            decision, states[str(i)] = decide(stage, norms, part(state, str(i)), may_clamp=is_last)
+            decision, states[str(i)] = self._decided(stage, norms, part(state, str(i)), may_clamp=is_last)
             total = _product(total, decision)
         return total, JoinedState(states)
 

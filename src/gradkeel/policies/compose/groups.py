@@ -20,7 +20,7 @@ from gradkeel.norms import (
     per_tensor,
     take,
 )
-from gradkeel.policies.base import Policy, decide
+from gradkeel.policies.base import Policy
 from gradkeel.policies.compose.chain import Composite, both, brief, check_policies, nested, part, union
 from gradkeel.policies.scopes import group_members
 from gradkeel.policies.states import JoinedState
@@ -96,7 +96,7 @@ class PerGroup(Composite):
         decisions, states, members = [], {}, []
         for g, policy, rows in self._members(norms):
             own = part(state, str(g))
-            decision, states[str(g)] = decide(policy, subset(norms, rows), own, may_clamp=False)
+            decision, states[str(g)] = self._decided(policy, subset(norms, rows), own, may_clamp=False)
             decisions.append(decision)
             members.append(rows)
         return _assembled(norms, members, decisions), JoinedState(states)
