@@ -53,6 +53,29 @@ def _kernels(request, monkeypatch):
         pytest.skip(native.unavailable())
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (None, "None"),
+        (Decision(), "Decision"),
+        ((None, {}), r"\(None, dict\)"),
+        ((Decision(), None), r"\(Decision, None\)"),
+        ((Decision(), {}, {}), r"\(Decision, dict, dict\)"),
+    ],
+)
+def test_what_is_no_decision_and_a_state_is_named(given, words):
+    class Odd(Own):
+        def decide(self, norms, state):
+            return given
+
+    optimizer, guard = prepared(Odd({}))
+    before = tensors(guard)
+    with pytest.raises(TypeError, match=rf"Odd\(.*\): decide\(\) returned {words}; it must be \(Decision"):
+        optimizer.step()
+    for one, other in zip(before, tensors(guard), strict=True):
+        assert torch.equal(one, other)
+
+
 MISFITS = [
     (
         {"coefficients": [0.5] * 3},

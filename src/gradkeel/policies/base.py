@@ -56,8 +56,17 @@ def decide(
 
     Raises:
         ValueError: for a decision that does not fit the norms, as a policy of one's own may give.
+        TypeError: for anything but a decision and a state.
     """
-    decision, after = policy.decide(norms, state)
+    given: Any = policy.decide(norms, state)
+    fits = isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], Decision)
+    if not fits or given[1] is None:
+        raise TypeError(
+            f"{policy!r}: decide() returned {_kind(given)}; it must be (Decision(...), state), where a policy that "
+            "remembers nothing returns the state that it was given"
+        )
+    decision: Decision = given[0]
+    after: State = given[1]
     coefficients, units, skip = decision.known_coefficients, decision.unit_coefficients, decision.known_skip
     clamp = decision.clamp
     if type(coefficients) is not float and coefficients is not None:
@@ -109,6 +118,12 @@ def _shape(value: object) -> tuple[int, ...] | None:
     if isinstance(value, Tensor):
         return value.shape
     return (len(value),) if isinstance(value, list) else None
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_kind, value))})"
+    return "None" if value is None else type(value).__name__
 
 
 def _misfit(policy: Policy, field: str, value: object, rule: str) -> NoReturn:
