@@ -5,7 +5,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 
 import pytest
 
@@ -82,12 +81,13 @@ class Slow:
     """A sink, as of SQLite, whose locks a forked process would find held for ever if it is forked in a write."""
 
     def __init__(self, seconds):
-        self.seconds, self.started, self.is_writing = seconds, threading.Event(), False
+        self.seconds, self.is_writing = seconds, False
+        self.started, self.may_end = threading.Event(), threading.Event()
 
     def write(self, rows):
         self.is_writing = True
         self.started.set()
-        time.sleep(self.seconds)
+        self.may_end.wait(self.seconds)
         self.is_writing = False
 
     def close(self):
@@ -98,7 +98,7 @@ class Slow:
 @pytest.mark.parametrize("waits", [True, False])
 def test_a_process_is_forked_between_writes_unless_they_take_too_long(make_report, monkeypatch, waits):
     monkeypatch.setattr(outbox, "FORK_SECONDS", 60.0 if waits else 0.05)
-    sink = Slow(0.5)
+    sink = Slow(0.5 if waits else 60.0)
     recorder = Recorder(None, sinks=[sink], flush_seconds=0.0)
     for step in (1, 2):
         recorder.record(make_report(step))
@@ -108,5 +108,7 @@ def test_a_process_is_forked_between_writes_unless_they_take_too_long(make_repor
         if not child:
             os._exit(int(sink.is_writing))
         assert os.waitpid(child, 0)[1] == 256 * (not waits)
+        sink.may_end.set()
         recorder.flush()
+        sink.may_end.clear()
     recorder.close()

@@ -34,14 +34,16 @@ def later(
     return tuple(filter(None, (*causes, *seen, _ending(course, event))))
 
 
-def is_spoiled(course: Course, event: Event) -> bool:
-    """Whether no step of an event had a norm that could be told."""
-    return not bool(torch.isfinite(course.totals[event.start : event.stop]).any())
+def is_bad_start(course: Course, event: Event) -> bool:
+    """Whether an event was nothing but norms that are not finite, and is over: no explosion, whatever came before."""
+    return event.ended == "recovered" and not bool(
+        torch.isfinite(course.totals[event.start : event.stop]).any()
+    )
 
 
 def initial(course: Course, event: Event, onsets: list[tuple[str, int, float]]) -> tuple[str, ...]:
     """Of an explosion from the first steps on."""
-    if is_spoiled(course, event) and event.ended == "recovered":
+    if is_bad_start(course, event):
         step = course.step(event.start)
         first = say(
             "At step {step} the gradient was not finite; there is no past to compare with.", step=step

@@ -87,8 +87,6 @@ def find_explosions(run: Reader | Course) -> list[Explosion]:
     for event in events:
         first, last = course.step(event.start), course.step(event.stop - 1)
         if event.baseline is None:
-            event = replace(event, baseline=_short_past(course, event))  # noqa: PLW2901
-        if event.baseline is None:
             found.append(_initial(course, event))
             overwrites = [o for o in overwrites if o.step > last]
             continue
@@ -115,9 +113,9 @@ def _events(course: Course) -> tuple[list[Event], Rhythm | None]:
     rhythm = find_rhythm(course, apart)
     if rhythm is not None:
         beats = torch.arange(rhythm.rows[0] % rhythm.period, len(totals), rhythm.period)
-        calm = totals.index_copy(0, beats, totals[(beats - 1).clamp(min=0)])
+        calm = totals.index_copy(0, beats, totals[(beats - 1).clamp(min=0)])  # a beat as the step before it
         events = find_events(calm, course.nonfinite, levels)
-    return events, rhythm
+    return [replace(one, baseline=one.baseline or _short_past(course, one)) for one in events], rhythm
 
 
 def worst(explosions: list[Explosion]) -> Explosion:
@@ -197,9 +195,9 @@ def _initial(course: Course, event: Event) -> Explosion:
     early = {reached.parameter for reached in order}
     reached = order + [r for r in spread(course, event) if r.parameter not in early]
     overflow = course.skip_reasons.get(course.step(event.start)) is SkipReason.LOSS_SCALE
-    passed = evidence.is_spoiled(course, event) and event.ended == "recovered"
+    is_over = evidence.is_bad_start(course, event)
     return Explosion(
-        kind="overflow" if overflow else "spike" if passed else "initialization",
+        kind="overflow" if overflow else "spike" if is_over else "initialization",
         step=reached[0].step if reached else course.step(event.start),
         evidence=evidence.initial(course, event, onsets),
         **_seen(course, event, reached, float(course.totals[0]), 0),

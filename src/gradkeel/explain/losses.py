@@ -151,8 +151,8 @@ def loss_course(all_steps: Tensor, losses: Tensor) -> LossCourse | None:
     best = int(levels.argmin())
     tail = width if len(values) < 3 * TAIL else max(TAIL, len(values) // 10)
     last = float(values[-tail:].median())
-    bad_rows = bad.nonzero().flatten().tolist()
-    is_finite = not bad_rows or bool(known[bad_rows[-1] :].any())  # many NaN on end are as none logged
+    # After the last that was not finite one is known again; NaN that follow count as not logged once they are many.
+    is_finite = not bool(bad.any()) or bool(known[int(bad.nonzero()[-1]) :].any())
     lowest, highest, best = float(levels[best]), float(levels.max()), best * hop
     # What is usual is what was so until the best: a sick run must not hide itself.
     changes = values[: max(best + width, 2 * TAIL)].diff().abs()

@@ -51,26 +51,21 @@ _WORDS = {
 }
 
 
-def nonfinite_words(
-    step: int,
-    selections: "Sequence[SelectionReport]",
-    norms: Sequence[float],
-    loss: Tensor | float | None = None,
-) -> str | None:
+def nonfinite_words(report: "StepReport", norms: Sequence[float], loss: Tensor | float | None) -> str | None:
     """Where non-finite gradients begin, in words; None where all are finite.
 
     Backward runs from the model's end to its beginning, and what is not finite makes everything after it so. So it
     began at the last parameter of the model's order that is hit; where all are, it came with the loss, or the batch.
     Not so where the loss was finite: it began before the first parameter, or one gradient has spoiled all, as a clip
-    by the total norm does, or the ranks' mean.
+    by the total norm does, or the ranks' mean; but under a loss scale what overflows is another loss than is logged.
 
     Args:
-        step: number of the step.
-        selections: all of the step's.
-        norms: the norms of their parameters' gradients, selection after selection.
-        loss: what was logged, if it may tell.
+        report: of the step.
+        norms: the norms of its parameters' gradients, selection after selection.
+        loss: what was logged; a tensor on an accelerator is waited for, where all gradients are hit.
     """
-    columns = [(one, i) for one in selections for i in range(len(one.measured.names))]
+    step = report.step
+    columns = [(one, i) for one in report.selections for i in range(len(one.measured.names))]
     held = [
         (one.order[i] if one.order else i, norm, one, one.measured.names[i])
         for (one, i), norm in zip(columns, norms, strict=True)
@@ -83,7 +78,7 @@ def nonfinite_words(
     kind, where = "NaN" if math.isnan(norm) else "inf", one.place_of(name)
     if len(hit) == len(held) > 1:
         cause = "it came with the loss"
-        if loss is not None and math.isfinite(loss):
+        if report.why is not SkipReason.LOSS_SCALE and loss is not None and math.isfinite(loss):
             cause = (
                 "the loss was finite, so it came with the start of backward, another clip, or another rank"
             )
@@ -278,11 +273,7 @@ class StepReport:
     def nonfinite_reason(self) -> str | None:
         """Where non-finite gradients begin, in words; None where all are finite."""
         norms = [norm for selection in self.selections for norm in selection.measured.norms.tolist()]
-        return nonfinite_words(self.step, self.selections, norms, self.telling_loss())
-
-    def telling_loss(self) -> Tensor | float | None:
-        """The logged loss where it may tell what gradients come from: under a loss scale another one is run back."""
-        return None if self.why is SkipReason.LOSS_SCALE else self.scalars.get("loss")
+        return nonfinite_words(self, norms, self.scalars.get("loss"))
 
     def stepped_tensor(self) -> Tensor:
         """[] bool: whether the optimizer made its step, without syncing the host."""

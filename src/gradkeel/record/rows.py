@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -307,7 +307,7 @@ class Batch:
             selections=kept.selections,
             steps=steps,
             series=series,
-            skips=[_skip(one, series["norms"][i]) for i, one in kept.maybe_skipped.items() if not stepped[i]],
+            skips=[_skip(one, series, i) for i, one in kept.maybe_skipped.items() if not stepped[i]],
             samples=self._samples,
         )
 
@@ -320,7 +320,7 @@ class Batch:
 
 
 def _small(bound: Any) -> Any:
-    """A policy's bound in little memory, and none that is gone through for garbage; the smallest on the host."""
+    """A policy's bound in little memory: of a tensor on the host the smallest, of a list a tuple of its numbers."""
     if type(bound) is list:
         return tuple(bound)
     return _least(bound) if isinstance(bound, Tensor) and bound.is_cpu else bound
@@ -386,8 +386,11 @@ def _derive(series: dict[str, Tensor], kept: Kept) -> None:
     series["verdict"] = verdict.to(torch.uint8)
 
 
-def _skip(report: StepReport, norms: Tensor) -> tuple[int, SkipReason, str]:
-    """A skipped step's number, reason and words, from norms that are on the host already."""
-    place = nonfinite_words(report.step, report.selections, norms.tolist(), report.telling_loss())
+def _skip(report: StepReport, series: Mapping[str, Tensor], row: int) -> tuple[int, SkipReason, str]:
+    """A skipped step's number, reason and words, from norms and losses that are on the host already."""
+    losses = series.get(SCALAR_PREFIX + "loss")
+    place = nonfinite_words(
+        report, series["norms"][row].tolist(), None if losses is None else float(losses[row])
+    )
     why = report.why or (SkipReason.POLICY if place is None else SkipReason.NONFINITE)
     return report.step, why, why.words(report.step, place)
