@@ -348,6 +348,8 @@ def test_a_full_disk_stops_the_record_and_not_the_training(tmp_path):
                 model(torch.ones(1, 2)).square().sum().backward()
                 optimizer.step()
                 optimizer.zero_grad()
+                if step == 299:
+                    recorder.flush()  # a fast machine takes all steps before the first write is due
             guard.detach()
         kinds = [w.category.__name__ for w in caught]
         print(guard.report.step, kinds.count("RecordWarning"), caught[0].message)
@@ -358,7 +360,7 @@ def test_a_full_disk_stops_the_record_and_not_the_training(tmp_path):
     assert "training goes on" in message
     assert not (tmp_path / "run.keel-lock").exists()
     with Reader(tmp_path / "run.keel") as run:
-        assert 64 <= len(run) < 3000
+        assert 300 <= len(run) < 3000
         assert run.steps().tolist() == list(range(1, len(run) + 1))
         assert run.norms().isfinite().all()
 
