@@ -10,7 +10,8 @@ from torch import nn
 
 import gradkeel as gk
 from gradkeel.explain import Verdict, explain
-from gradkeel.explain.verdict import Sign, Signals, judge
+from gradkeel.explain.signs import Sign
+from gradkeel.explain.verdict import Signals, judge
 from gradkeel.guard import SkipReason
 
 

@@ -2,20 +2,17 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from itertools import compress
-from operator import attrgetter
 
 import torch
 
 from gradkeel.explain.course import Course
-from gradkeel.explain.events import CALM_ROWS
 from gradkeel.explain.explosion import Explosion
 from gradkeel.explain.fading import Fading
 from gradkeel.explain.findings import AutopsyResult
-from gradkeel.explain.losses import find_losses
-from gradkeel.explain.verdict import EARLY, Diagnosis, Sign, Signals, Verdict, judge
+from gradkeel.explain.signs import EARLY, find_signs
+from gradkeel.explain.verdict import Diagnosis, Signals, Verdict, judge
 from gradkeel.explain.weights import LARGE, larger_updates
 from gradkeel.language import readable, say
 
@@ -24,7 +21,6 @@ _EARLY = (Verdict.DIVERGED_FROM_START, Verdict.DIVERGED_IN_WARMUP)
 _DIVERGED = (*_EARLY, Verdict.DIVERGED, Verdict.CLIPPING_HIDES_DIVERGENCE, Verdict.STALLED)
 _DOUBTED = 0.5  # the confidence that is left where a run began with unusual weights
 _LAG, _LAGGING = 3.0, 3  # times, and at how many steps at least: after a single bad batch it is below 1
-_step = attrgetter("step")
 
 
 def diagnose(
@@ -58,9 +54,7 @@ def diagnose(
             skips=course.skip_reasons,
             larger=larger_updates(course, course.step(-1)),
             shares=shares,
-            signs=sorted(
-                [*map(partial(_sign, course), faults), *_of_losses(course, faults, rhythm)], key=_step
-            ),
+            signs=find_signs(course, faults, rhythm),
             # A bias before a normalization has no gradient, by its nature: only weights are told of.
             hardly=[(name, since) for name, since in faded if name in matrices],
             weights=len(matrices),
@@ -157,22 +151,3 @@ def _unusual_weights(course: Course) -> dict[str, float]:
         if entry > 5 * usual and entry > 1.5:
             found[parameter.name] = entry / usual
     return found
-
-
-def _of_losses(course: Course, events: Sequence[Explosion], rhythm: Explosion | None) -> Iterator[Sign]:
-    """Where the loss left its own past, and the gradients did not, or not as they do again and again."""
-    for row, is_over in find_losses(course.losses):
-        step = course.step(row)
-        beats = rhythm and rhythm.period and (step - (rhythm.step or 0)) % rhythm.period == 0
-        if beats and (is_over or row + CALM_ROWS >= len(course.steps)):
-            continue
-        if not any(-EARLY < (one.step or 0) - step < EARLY for one in events):
-            yield Sign("loss", step, (), is_over)
-
-
-def _sign(course: Course, event: Explosion) -> Sign:
-    assert event.step is not None
-    first = [reached.parameter for reached in event.spread]
-    at_once = len(first) == len(course.reader.names) > 1 and all(r.growth is None for r in event.spread)
-    where = () if at_once else (*event.altered, *(name for name in first if name not in event.altered))
-    return Sign(str(event.kind), event.step, where[:3], event.ended == "recovered")

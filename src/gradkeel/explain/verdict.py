@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from gradkeel.explain.losses import TAIL, had_loss, loss_course, not_finite
+from gradkeel.explain.signs import EARLY, Sign
 from gradkeel.explain.weights import LARGE
 from gradkeel.guard import SkipReason
 from gradkeel.language import count, readable, say
 
-EARLY = 20
-"""Steps within which a run diverges from its start."""
 HIDDEN = 0.01
 """Clipping that multiplies by less than this hides what the gradients do."""
 _STEPS, _GREW = 0.04, 10.0
@@ -61,21 +60,6 @@ class Diagnosis:
     missing: tuple[str, ...]
     reasons: tuple[str, ...]
     cause: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Sign:
-    """Something that the norms or the weights showed: where it began, in which parameters, and how it ended."""
-
-    kind: str
-    step: int
-    where: tuple[str, ...]
-    is_over: bool
-
-    @property
-    def lasts(self) -> bool:
-        """Whether it began at its step and is not over; a drift has no such beginning."""
-        return not self.is_over and self.kind != "drift"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
