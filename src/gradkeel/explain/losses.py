@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeVar
 
@@ -24,6 +24,7 @@ _NOISE = 4.0  # times the usual change from step to step
 _SIGNIFICANT = 5.0  # standard errors between two levels of the loss
 _WANDERED = 0.2  # of the first loss
 _WORSE = 0.15  # of what training had gained: so much more after an event is not recovered
+_RESTLESS = 3  # times that it jumps up like that
 _RETURNED = 0.3  # of what training had gained: more than this lost again is not recovered
 
 
@@ -72,6 +73,7 @@ class LossCourse:
     left: int | None  # the step from which on it was above its best for good
     is_finite: bool  # at the end
     is_sudden: bool = True  # it left at once
+    is_restless: bool = False  # it jumped up as it did then at other times too
 
     @property
     def is_clearly_above(self) -> bool:
@@ -165,10 +167,20 @@ def loss_course(all_steps: Tensor, losses: Tensor) -> LossCourse | None:
         return LossCourse(float(values[0]), first, lowest, last, highest, noise, error, onset, is_finite)
     before, after = values[max(0, left - TAIL) : left], values[left : left + TAIL]
     jump = float(after.median() - before.median()) if len(before) else math.inf
-    is_sudden = jump > 0.5 * (last - lowest)
-    return LossCourse(
-        float(values[0]), first, lowest, last, highest, noise, error, int(steps[left]), is_finite, is_sudden
+    size = 0.5 * (last - lowest)
+    course = LossCourse(
+        float(values[0]), first, lowest, last, highest, noise, error, int(steps[left]), is_finite, jump > size
     )
+    return replace(course, is_restless=_jumps(values, size) >= _RESTLESS)
+
+
+def _jumps(values: Tensor, size: float) -> int:
+    """How often the loss jumped up by more than this, from one stretch to the next."""
+    if len(values) < 2 * TAIL:
+        return 0
+    levels = values.unfold(0, TAIL, 1).median(dim=1).values
+    rows = (levels[TAIL:] - levels[:-TAIL] > size).nonzero().flatten()
+    return int((rows.diff() > TAIL).sum()) + min(1, len(rows))
 
 
 def _left(values: Tensor, best: int, lowest: float, last: float) -> int:

@@ -71,11 +71,11 @@ def _lines(explanation: Explanation) -> list[Line]:
             lines.append(Line(say("HOW"), join(more)))
     others = [words.headline(event) for event in explanation.events if event is not explosion]
     if others:
-        lines.append(Line(say("ALSO"), _first(others, 5)))
+        lines.append(Line(say("ALSO"), join(words.first(others, 5))))
     if old := words.rolled_back(explanation):
         lines.append(Line(say("BEFORE"), join(old)))
     if faded := words.fading(explanation.fading):
-        lines.append(Line(say("FADING"), _first(faded, 6)))
+        lines.append(Line(say("FADING"), join(words.first(faded, 6))))
     if explanation.damage:
         lines.append(Line(say("DAMAGE"), say("{damage}.", damage=heard(explanation.damage))))
     if explanation.threshold is not None:
@@ -85,11 +85,6 @@ def _lines(explanation: Explanation) -> list[Line]:
         command = f"gradkeel replay {shlex.quote(explanation.path)} --policy {other}:{bound:g} --policy zclip"
         lines.append(Line(say("NEXT"), command, command=True))
     return lines
-
-
-def _first(sentences: list[str], most: int) -> str:
-    rest = len(sentences) - most
-    return join([*sentences[:most], say("And {n} more.", n=rest) if rest > 0 else ""])
 
 
 def _marks(explanation: Explanation) -> list[Mark]:

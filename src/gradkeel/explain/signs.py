@@ -1,28 +1,39 @@
 """What the norms, the weights and the loss of a run showed, in order: what its verdict rests on."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from operator import attrgetter
 
+import torch
+from torch import Tensor
+
 from gradkeel.explain.course import Course
-from gradkeel.explain.events import CALM_ROWS
+from gradkeel.explain.events import CALM_ROWS, ONE_EVENT
 from gradkeel.explain.explosion import Explosion
-from gradkeel.explain.losses import find_losses
+from gradkeel.explain.losses import TAIL, find_losses
 
 EARLY = 20
 """Steps within which a run diverges from its start."""
-_step = attrgetter("step")
+GREW = 10.0
+"""Gradients that grow by less than that have not grown with the loss."""
+_OFTEN, _SIMILAR, _PART = 8, 4.0, 4
+"""What comes so often, is no more than so many times as high as the highest of the others, and goes on for a quarter of
+a run, is how the run goes."""
+_BEFORE, _NOISE = 8, 4.0  # rows that show the loss as it was, and times its usual change that a jump is
 
 
 @dataclass(frozen=True, slots=True)
 class Sign:
-    """Something that the norms or the weights showed: where it began, in which parameters, and how it ended."""
+    """Something that the norms or the weights showed: where it began, in which parameters, and how it ended.
+
+    ``recurs`` is whether the run showed the like again and again.
+    """
 
     kind: str
     step: int
     where: tuple[str, ...]
     is_over: bool
+    recurs: bool = False
 
     @property
     def lasts(self) -> bool:
@@ -31,8 +42,61 @@ class Sign:
 
 
 def find_signs(course: Course, events: Sequence[Explosion], rhythm: Explosion | None) -> list[Sign]:
-    """All signs of a run, from its events and its rhythm."""
-    return sorted([*map(partial(_sign, course), events), *_of_losses(course, events, rhythm)], key=_step)
+    """All signs of a run, from its events and its rhythm, in order."""
+    altered = {event.step for event in events if event.altered or event.overwritten}
+    found = [*(_sign(course, event) for event in events), *_of_losses(course, events, rhythm)]
+    signs = sorted(found, key=attrgetter("step"))
+    recurring = _recurring(course, [sign for sign in signs if sign.step not in altered])
+    return [replace(sign, recurs=sign in recurring) for sign in signs]
+
+
+def _recurring(course: Course, signs: Sequence[Sign]) -> list[Sign]:
+    """Spikes and jumps of the loss that are over, for a good part of the run, and none of them by far the highest.
+
+    Where the loss often jumps in the very step in which the gradient does, it is no update that makes them jump.
+    """
+    now = course.totals[-2 * TAIL :].nanmedian()
+    grown = bool(now > GREW * _highest(course.totals[: 2 * TAIL]))
+    kinds = ("spike", "loss") if grown else ("spike", "loss", "explosion")
+    rows = torch.searchsorted(course.steps, torch.tensor([sign.step for sign in signs])).tolist()
+    noise = float(course.losses.diff().abs().nanmedian()) if len(course.losses) > 1 else 0.0
+    found = [
+        (sign, row)
+        for sign, row in zip(signs, rows, strict=True)
+        if sign.kind in kinds and (sign.is_over or sign.kind == "explosion")
+    ]
+    with_loss = [sign.kind == "loss" or _jumps_with_loss(course.losses, row, noise) for sign, row in found]
+    if sum(sign.is_over for sign, _ in found) < _OFTEN or 3 * sum(with_loss) < len(found):
+        return []
+    rows = [row for _, row in found]
+    is_usual, last = torch.ones(len(rows), dtype=torch.bool), 0
+    for values in (course.totals, course.losses):
+        above = values - values[torch.isfinite(values)].median()
+        usual = float(above[torch.isfinite(above)].abs().median())
+        heights = torch.stack([_highest(above[row : row + ONE_EVENT]) for row in rows]).clamp(min=usual)
+        is_usual &= _are_similar(heights)
+        # Later ones, which have become the past of each other, are no signs any more.
+        last = max(last, int((above >= heights.median() / 2).nonzero()[-1:].sum()))
+    if last - rows[0] < len(course.steps) / _PART:
+        return []
+    return [sign for (sign, _), own in zip(found, is_usual.tolist(), strict=True) if own]
+
+
+def _jumps_with_loss(losses: Tensor, row: int, noise: float) -> bool:
+    """Whether the loss is high in a row, and not only after it."""
+    before = losses[max(0, row - _BEFORE) : row].nanmedian() if row else losses[row]
+    rise = float(losses[row] - before)
+    return rise > _NOISE * noise and 2 * rise > float(_highest(losses[row : row + ONE_EVENT]) - before)
+
+
+def _highest(values: Tensor) -> Tensor:
+    return torch.where(torch.isfinite(values), values, -torch.inf).amax()
+
+
+def _are_similar(heights: Tensor) -> Tensor:
+    """[k] bool: which of them are at most so many times the highest of the others."""
+    second, highest = heights.sort().values[-2:]
+    return (heights < highest) | (highest <= _SIMILAR * second) | (highest == second)
 
 
 def _sign(course: Course, event: Explosion) -> Sign:

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from gradkeel.explain.losses import TAIL, had_loss, loss_course, not_finite
-from gradkeel.explain.signs import EARLY, Sign
+from gradkeel.explain.signs import EARLY, GREW, Sign
 from gradkeel.explain.weights import LARGE
 from gradkeel.guard import SkipReason
 from gradkeel.language import count, readable, say
 
 HIDDEN = 0.01
 """Clipping that multiplies by less than this hides what the gradients do."""
-_STEPS, _GREW = 0.04, 10.0
-"""Steps of less than this share of all weights, while gradients grow by less than that, do not make a loss rise."""
+_STEPS = 0.04
+"""Steps of less than this share of all weights, while gradients hardly grow, do not make a loss rise."""
 _NOTHING = 1e-9  # of the first gradient
+_UNSURE = 0.5  # how sure one is of a run that is healthy if its objective moves
 
 
 class Verdict(StrEnum):
@@ -98,6 +99,10 @@ class _Judge:
         bad = signals.nonfinite.clone()
         bad[had] |= not_finite(losses[had])
         self.reasons: list[str] = []
+        small = bool(signals.shares) and all(share <= _STEPS for _, share in signals.shares)
+        self._recurring = [sign for sign in signals.signs if sign.recurs and small]
+        self._signs = [sign for sign in signals.signs if not (sign.recurs and small)]
+        self._are_small = small
         self._first_bad: int | None = next(iter((bad & counts).nonzero().flatten().tolist()), None)
         self._is_moved = self._objective_moves()
 
@@ -109,7 +114,21 @@ class _Judge:
             found = ask()
             if found is not None:
                 return found
-        return self._say(Verdict.HEALTHY, None, (), 0.9)
+        return self._healthy(0.9)
+
+    def _healthy(self, confidence: float, *reasons: str) -> Diagnosis:
+        """Nothing that is no part of how the run goes."""
+        often = self._recurring
+        if often:
+            confidence = min(confidence, _UNSURE)
+            words = say(
+                "From step {first} to step {last} the gradient norm or the loss left its past {n} times and came back "
+                "each time, at small steps and to similar heights: that is how this run goes, as in reinforcement "
+                "learning, or its data.",
+                first=often[0].step, last=often[-1].step, n=sum(sign.is_over for sign in often),
+            )  # fmt: skip
+            reasons = (*reasons, words)
+        return self._say(Verdict.HEALTHY, None, (), confidence, *reasons)
 
     def _say(
         self, verdict: Verdict, onset: int | None, where: Sequence[str], confidence: float, *reasons: str
@@ -137,19 +156,21 @@ class _Judge:
         and one that jumps where norms or weights show something was moved by that.
         """
         s, loss = self.signals, self.loss
-        if loss is None or not loss.is_finite or not s.shares:
+        if loss is None or not loss.is_finite or not self._are_small:
             return False
         near = None if loss.left is None else self._nearest(loss.left)
-        if loss.has_fallen and (loss.is_sudden or not loss.is_back or near):
+        fell = loss.has_fallen and not loss.is_restless
+        if fell and (loss.is_sudden or not loss.is_back or near):
             return False
         if loss.is_sudden and near and near.kind != "loss":
             return False
-        has_signs = any(not sign.is_over for sign in s.signs)
-        if has_signs or any(not share <= _STEPS for _, share in s.shares):
+        if any(not sign.is_over and not (loss.is_restless and sign.kind == "loss") for sign in self._signs):
             return False
         row = len(s.steps) if loss.left is None else int(torch.searchsorted(s.steps, loss.left))
         before, after = (_level(part) for part in (s.totals[: max(1, row)], s.totals[-2 * TAIL :]))
-        return not after > _GREW * before
+        if loss.is_restless:
+            before = max(before, _level(s.totals[:TAIL]))
+        return not after > GREW * before
 
     # ---- not a number ----------------------------------------------------------------------------------------------
 
@@ -272,7 +293,7 @@ class _Judge:
         """What the norms or weights showed at about this step."""
         near = [
             sign
-            for sign in self.signals.signs
+            for sign in self._signs
             if step is None or -10 <= step - sign.step <= 30 or (sign.lasts and sign.step <= step)
         ]
         return min(near, key=lambda sign: abs(sign.step - (step or sign.step)), default=None)
@@ -299,7 +320,7 @@ class _Judge:
 
     def _spiked(self) -> Diagnosis | None:
         """What the norms and weights showed, in a run whose loss is sound, or not known."""
-        signs = [sign for sign in self.signals.signs if not (self._is_moved and sign.kind == "loss")]
+        signs = [sign for sign in self._signs if not (self._is_moved and sign.kind == "loss")]
         if not signs:
             return None
         faults = [sign for sign in signs if sign.kind != "overflow"]
@@ -366,7 +387,7 @@ class _Judge:
                 "data did.",
                 first=first, last=last,
             )  # fmt: skip
-            return self._say(Verdict.HEALTHY, None, (), 0.5, words)
+            return self._healthy(_UNSURE, words)
         if above or (tiny and not loss.has_learned):
             words = say("The loss began at {first} and ended at {last}.", first=first, last=last)
             return self._say(Verdict.STALLED, int(self.signals.steps[0]), (), 0.6, words)

@@ -13,6 +13,7 @@ from gradkeel.language import aligned, count, heard, join, readable, say, shown
 if TYPE_CHECKING:
     from gradkeel.explain.explanation import Explanation
 
+_LISTED = 10  # events beside the worst
 _KIND = {
     "explosion": say("The gradients exploded"),
     "spike": say("The gradients spiked"),
@@ -227,6 +228,12 @@ def distribution(advice: ThresholdAdvice) -> list[str]:
     return [level, drift]
 
 
+def first(sentences: list[str], most: int) -> list[str]:
+    """The first of them, and how many more there are."""
+    rest = len(sentences) - most
+    return sentences if rest <= 0 else [*sentences[:most], say("And {n} more.", n=rest)]
+
+
 def paragraphs(explanation: "Explanation") -> Iterator[tuple[str, list[str]]]:
     """All of it but the table of bounds: what each paragraph begins with, and its sentences."""
     explosion, diagnosis = explanation.explosion, explanation.diagnosis
@@ -236,7 +243,7 @@ def paragraphs(explanation: "Explanation") -> Iterator[tuple[str, list[str]]]:
         yield headline(explosion), [*explosion.evidence, *progress(explosion)]
     lists = [
         *((say("Autopsy: {what}", what=one.words()), _experiments(one)) for one in explanation.autopsies),
-        (say("Also:"), [headline(event) for event in explanation.events if event is not explosion]),
+        (say("Also:"), first([headline(one) for one in explanation.events if one is not explosion], _LISTED)),
         (say("Rolled back:"), rolled_back(explanation)),
         (say("Hardly learning:"), fading(explanation.fading)),
     ]

@@ -1,0 +1,115 @@
+"""What a run shows again and again, and takes no harm from, is how it goes: agents' losses jump with their targets."""
+
+import pytest
+import torch
+
+from gradkeel.explain import explain
+from scripted import scripted_run
+
+STEPS = 1200
+OFTEN = (101, 164, 231, 347, 402, 511, 596, 664, 777, 853, 934, 1063)  # at no equal distances
+
+
+def noise(seed, size):
+    return size * torch.randn(STEPS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def explained(path, steps=OFTEN, *, height=8.0, also=(), since=STEPS + 1, **script):
+    """Of a run whose loss falls, and whose norm and loss jump at these steps, and, by ``also``, at others.
+
+    From the step ``since`` on the norm is 300 times as high, and so is the loss.
+    """
+    norms, losses = torch.exp(noise(0, 0.1)), 2 * torch.exp(-torch.arange(STEPS) / 400) + noise(1, 0.02)
+    for step, times in (*((step, height) for step in steps), *also):
+        norms[step - 1] *= times
+        losses[step - 1] += times / 4
+    norms[since - 1 :] *= 300
+    losses[since - 1 :] *= 300
+    return explain(scripted_run(path, norms, losses=losses, **script))
+
+
+def test_what_comes_again_and_again_is_how_the_run_goes(tmp_path):
+    explanation = explained(tmp_path / "run.keel")
+    found = explanation.diagnosis
+    assert (found.verdict, found.onset, found.where, found.confidence) == ("healthy", None, (), 0.5)
+    assert (
+        "From step 101 to step 1063 the gradient norm or the loss left its past 12 times" in found.reasons[-1]
+    )
+    assert [event.step for event in explanation.events] == [*OFTEN]  # nothing of it is hidden
+
+
+def test_a_loss_that_jumps_alone_is_no_other_matter(tmp_path):
+    losses = 2 * torch.exp(-torch.arange(STEPS) / 400) + noise(1, 0.02)
+    losses[torch.tensor(OFTEN) - 1] += 3
+    found = explain(scripted_run(tmp_path / "run.keel", torch.exp(noise(0, 0.1)), losses=losses)).diagnosis
+    assert (found.verdict, found.confidence) == ("healthy", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("steps", "told", "onset"),
+    [
+        (OFTEN[:7], {}, 101),  # too few to know
+        (range(970, 1171, 25), {"height": 40.0}, 970),  # at the end only, where it may have come to grief
+        (OFTEN, {"also": [(721, 60.0)]}, 721),  # one by far the highest
+        (OFTEN, {"updates": "large"}, 101),  # training did it
+    ],
+    ids=["few", "late", "higher", "large steps"],
+)
+def test_what_is_out_of_the_ordinary_is_told(tmp_path, steps, told, onset):
+    if told.get("updates") == "large":
+        updates = torch.full((STEPS, 1), 1e-3)
+        updates[100] = 0.2
+        told = {"updates": updates}
+    steps = [step + step % 7 for step in steps] if onset == 970 else steps
+    found = explained(tmp_path / "run.keel", steps, **told).diagnosis
+    assert (found.verdict, found.onset) == ("spike_recovered", steps[0] if onset == 970 else onset)
+
+
+def test_one_that_lasts_is_told(tmp_path):
+    found = explained(tmp_path / "run.keel", since=1121).diagnosis
+    assert (found.verdict, found.onset) == ("diverged", 1121)
+
+
+def test_weights_that_change_by_themselves_do_not_recur(tmp_path):
+    weights = torch.ones(STEPS, 1)
+    weights[595:] = 7.0
+    found = explained(tmp_path / "run.keel", weights=weights).diagnosis
+    assert (found.verdict, found.cause) == ("spike_recovered", "weights_changed")
+
+
+LEVELS = (
+    5.0,
+    3.0,
+    6.3,
+    5.1,
+    4.7,
+    2.6,
+    5.9,
+    4.0,
+    3.4,
+    2.4,
+    6.8,
+    6.7,
+)  # of the loss, by stretches of an agent's games
+
+
+@pytest.mark.parametrize(("levels", "verdict"), [(LEVELS, "healthy"), ((*[2.4] * 10, 6.8, 6.7), "diverged")])
+def test_a_loss_whose_level_jumps_again_and_again_moves_by_itself(tmp_path, levels, verdict):
+    losses = torch.tensor(levels).repeat_interleave(STEPS // 12) + noise(2, 0.2)
+    norms = torch.exp(noise(0, 0.1)) * torch.linspace(1, 3, STEPS)
+    losses[:3] = 5.0
+    assert explain(scripted_run(tmp_path / "run.keel", norms, losses=losses)).verdict == verdict
+
+
+def test_many_events_are_not_listed_one_by_one(tmp_path):
+    explanation = explained(tmp_path / "run.keel")
+    assert str(explanation).count("\n  - The gradients spiked at step") == 10
+    assert "\n  - And 1 more.\n" in str(explanation)
+
+
+@pytest.mark.parametrize("losses", [None, 2 * torch.exp(-torch.arange(STEPS) / 400) + noise(1, 0.02)])
+def test_where_no_loss_jumps_with_them_they_are_told(tmp_path, losses):
+    norms = torch.exp(noise(0, 0.1))
+    norms[torch.tensor(OFTEN) - 1] *= 8
+    found = explain(scripted_run(tmp_path / "run.keel", norms, losses=losses)).diagnosis
+    assert (found.verdict, found.onset) == ("spike_recovered", 101)
