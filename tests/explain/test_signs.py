@@ -1,9 +1,14 @@
 """What a run shows again and again, and takes no harm from, is how it goes: agents' losses jump with their targets."""
 
+import math
+
 import pytest
 import torch
+from torch import nn
 
+import gradkeel as gk
 from gradkeel.explain import explain
+from gradkeel.record.sampling import Sampling
 from scripted import scripted_run
 
 STEPS = 1200
@@ -63,6 +68,69 @@ def test_what_is_out_of_the_ordinary_is_told(tmp_path, steps, told, onset):
     steps = [step + step % 7 for step in steps] if onset == 970 else steps
     found = explained(tmp_path / "run.keel", steps, **told).diagnosis
     assert (found.verdict, found.onset) == ("spike_recovered", steps[0] if onset == 970 else onset)
+
+
+@pytest.mark.parametrize(("added", "verdict"), [(0.0, "healthy"), (0.9, "spike_unrecovered")])
+def test_a_loss_that_is_worse_for_them_is_told(tmp_path, added, verdict):
+    norms, losses = (
+        torch.exp(noise(0, 0.1)),
+        0.3 + 1.7 * torch.exp(-torch.arange(STEPS) / 30) + noise(1, 0.02),
+    )
+    for step in OFTEN:
+        norms[step - 1] *= 8
+        losses[step - 1] += 2
+        losses[step - 1 :] += added / len(OFTEN)
+    assert explain(scripted_run(tmp_path / "run.keel", norms, losses=losses)).verdict == verdict
+
+
+def test_norms_that_are_not_finite_are_never_usual(tmp_path):
+    norms, losses = torch.exp(noise(0, 0.1)), 2 * torch.exp(-torch.arange(STEPS) / 400) + noise(1, 0.02)
+    for step in OFTEN:
+        norms[step - 1 : step + 2] = torch.tensor([8.0, math.inf, math.inf])
+        losses[step - 1] += 2
+    run = scripted_run(tmp_path / "run.keel", norms, losses=losses, nonfinite="skip", max_consecutive_skips=9)
+    assert explain(run).verdict != "healthy"
+
+
+@pytest.mark.parametrize("batch", [4, 16])
+def test_noise_of_small_batches_is_no_loss_that_moves_by_itself(tmp_path, batch):
+    """Targets that are shuffled from some step on: real training, whose loss is that of a few samples."""
+    torch.manual_seed(1)
+    true, model = nn.Linear(16, 2), nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 2))
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    guard = gk.attach(optimizer, None, model=model, record=tmp_path / "run.keel")
+    for step in range(1, 2001):
+        inputs = torch.randn(batch, 16)
+        targets = true(inputs).argmax(1)
+        targets = torch.where(torch.rand(batch) < 0.1, 1 - targets, targets)
+        if step >= 1200:
+            targets = targets[torch.randperm(batch)]
+        loss = nn.functional.cross_entropy(model(inputs), targets)
+        loss.backward()
+        guard.log(loss=loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    guard.detach()
+    found = explain(tmp_path / "run.keel").diagnosis
+    assert found.verdict in {"spike_unrecovered", "diverged"}
+    assert 1150 < found.onset < 1250
+
+
+def test_spikes_whose_updates_nobody_measured_are_told(tmp_path, monkeypatch):
+    """On an accelerator the host does not wait for the norm, so that no spike has its update measured."""
+    following = Sampling.next
+    monkeypatch.setattr(Sampling, "next", lambda own, step, total, rate: following(own, step, None, rate))
+    assert explained(tmp_path / "run.keel").verdict == "spike_recovered"
+
+
+def test_an_explosion_after_more_events_than_are_looked_for_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("gradkeel.explain.events.MOST_EVENTS", 10)
+    norms, losses = torch.exp(noise(0, 0.1)), 2 * torch.exp(-torch.arange(STEPS) / 400) + noise(1, 0.02)
+    for step in OFTEN:
+        norms[step - 1] *= 8
+        losses[step - 1] += 2
+    norms[1120:] *= 300
+    assert explain(scripted_run(tmp_path / "run.keel", norms, losses=losses)).verdict != "healthy"
 
 
 def test_one_that_lasts_is_told(tmp_path):

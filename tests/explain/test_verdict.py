@@ -10,8 +10,8 @@ from torch import nn
 
 import gradkeel as gk
 from gradkeel.explain import Verdict, explain
-from gradkeel.explain.signs import Sign
-from gradkeel.explain.verdict import Signals, judge
+from gradkeel.explain.signs import Sign, Signals
+from gradkeel.explain.verdict import judge
 from gradkeel.guard import SkipReason
 
 

@@ -19,7 +19,8 @@ import gradkeel as gk
 from gradkeel.compare.task import Task, TaskError, endless, loss_of
 from gradkeel.errors import SkippedStepWarning, TooManySkipsError
 from gradkeel.explain import explain
-from gradkeel.explain.verdict import Signals, judge
+from gradkeel.explain.signs import Signals
+from gradkeel.explain.verdict import judge
 from gradkeel.policies import parse
 
 TAIL = 10  # a final loss is the median of so many last ones: single batches are noisy

@@ -24,7 +24,7 @@ _NOISE = 4.0  # times the usual change from step to step
 _SIGNIFICANT = 5.0  # standard errors between two levels of the loss
 _WANDERED = 0.2  # of the first loss
 _WORSE = 0.15  # of what training had gained: so much more after an event is not recovered
-_RESTLESS = 3  # times that it jumps up like that
+_RESTLESS = 2  # times that it had jumped up like that before
 _RETURNED = 0.3  # of what training had gained: more than this lost again is not recovered
 
 
@@ -73,7 +73,7 @@ class LossCourse:
     left: int | None  # the step from which on it was above its best for good
     is_finite: bool  # at the end
     is_sudden: bool = True  # it left at once
-    is_restless: bool = False  # it jumped up as it did then at other times too
+    is_restless: bool = False  # it had jumped up as it did then before
 
     @property
     def is_clearly_above(self) -> bool:
@@ -171,7 +171,9 @@ def loss_course(all_steps: Tensor, losses: Tensor) -> LossCourse | None:
     course = LossCourse(
         float(values[0]), first, lowest, last, highest, noise, error, int(steps[left]), is_finite, jump > size
     )
-    return replace(course, is_restless=_jumps(values, size) >= _RESTLESS)
+    # Standard error of the difference of two such medians: among so many stretches, some differ by a few by chance.
+    is_clear = size > _SIGNIFICANT * 1.3 * math.sqrt(2) * noise / math.sqrt(TAIL)
+    return replace(course, is_restless=is_clear and _jumps(values[:left], size) >= _RESTLESS)
 
 
 def _jumps(values: Tensor, size: float) -> int:

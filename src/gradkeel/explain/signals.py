@@ -11,8 +11,8 @@ from gradkeel.explain.course import Course
 from gradkeel.explain.explosion import Explosion
 from gradkeel.explain.fading import Fading
 from gradkeel.explain.findings import AutopsyResult
-from gradkeel.explain.signs import EARLY, find_signs
-from gradkeel.explain.verdict import Diagnosis, Signals, Verdict, judge
+from gradkeel.explain.signs import EARLY, Signals, find_signs
+from gradkeel.explain.verdict import Diagnosis, Verdict, judge
 from gradkeel.explain.weights import LARGE, larger_updates
 from gradkeel.language import readable, say
 

@@ -1,6 +1,6 @@
 """What the norms, the weights and the loss of a run showed, in order: what its verdict rests on."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 
@@ -10,15 +10,15 @@ from torch import Tensor
 from gradkeel.explain.course import Course
 from gradkeel.explain.events import CALM_ROWS, ONE_EVENT
 from gradkeel.explain.explosion import Explosion
-from gradkeel.explain.losses import TAIL, find_losses
+from gradkeel.explain.losses import find_losses
+from gradkeel.guard import SkipReason
 
 EARLY = 20
 """Steps within which a run diverges from its start."""
-GREW = 10.0
-"""Gradients that grow by less than that have not grown with the loss."""
 _OFTEN, _SIMILAR, _PART = 8, 4.0, 4
 """What comes so often, is no more than so many times as high as the highest of the others, and goes on for a quarter of
 a run, is how the run goes."""
+_SOON = 3  # steps
 _BEFORE, _NOISE = 8, 4.0  # rows that show the loss as it was, and times its usual change that a jump is
 
 
@@ -41,34 +41,57 @@ class Sign:
         return not self.is_over and self.kind != "drift"
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Signals:
+    """What a verdict is made from; tensors are [k], one number a step, and NaN where it is not known."""
+
+    steps: Tensor
+    losses: Tensor
+    totals: Tensor  # gradient norms
+    coefficients: Tensor  # what clipping multiplied by
+    rates: Tensor
+    nonfinite: Tensor  # bool: steps with a gradient that was not finite
+    skips: Mapping[int, SkipReason]  # by the steps' numbers
+    larger: Sequence[tuple[str, int, float]] = ()  # first updates larger than weights: parameter, step, ratio
+    shares: Sequence[tuple[int, float]] = ()  # step, and the whole update's norm over that of all weights
+    signs: Sequence[Sign] = ()  # in order
+    hardly: Sequence[tuple[str, int]] = ()  # weights that hardly learn, with the step since when
+    weights: int = 0  # how many there are, biases left out
+
+
 def find_signs(course: Course, events: Sequence[Explosion], rhythm: Explosion | None) -> list[Sign]:
     """All signs of a run, from its events and its rhythm, in order."""
     altered = {event.step for event in events if event.altered or event.overwritten}
     found = [*(_sign(course, event) for event in events), *_of_losses(course, events, rhythm)]
     signs = sorted(found, key=attrgetter("step"))
-    recurring = _recurring(course, [sign for sign in signs if sign.step not in altered])
+    recurring = set(_recurring(course, [sign for sign in signs if sign.step not in altered]))
     return [replace(sign, recurs=sign in recurring) for sign in signs]
 
 
 def _recurring(course: Course, signs: Sequence[Sign]) -> list[Sign]:
     """Spikes and jumps of the loss that are over, for a good part of the run, and none of them by far the highest.
 
-    Where the loss often jumps in the very step in which the gradient does, it is no update that makes them jump.
+    Where the loss mostly jumps in the very step in which the gradient does, it is no update that makes them jump.
     """
-    now = course.totals[-2 * TAIL :].nanmedian()
-    grown = bool(now > GREW * _highest(course.totals[: 2 * TAIL]))
-    kinds = ("spike", "loss") if grown else ("spike", "loss", "explosion")
     rows = torch.searchsorted(course.steps, torch.tensor([sign.step for sign in signs])).tolist()
-    noise = float(course.losses.diff().abs().nanmedian()) if len(course.losses) > 1 else 0.0
     found = [
         (sign, row)
         for sign, row in zip(signs, rows, strict=True)
-        if sign.kind in kinds and (sign.is_over or sign.kind == "explosion")
+        if sign.is_over
+        and sign.kind in ("spike", "loss")
+        and not bool(course.nonfinite[row : row + ONE_EVENT].any())
     ]
+    if len(found) < _OFTEN:
+        return []
+    noise = float(course.losses.diff().abs().nanmedian())
     with_loss = [sign.kind == "loss" or _jumps_with_loss(course.losses, row, noise) for sign, row in found]
-    if sum(sign.is_over for sign, _ in found) < _OFTEN or 3 * sum(with_loss) < len(found):
+    measured = _measured(course, [sign.step for sign, _ in found if sign.kind == "spike"])
+    if 2 * sum(with_loss) < len(found) or 2 * sum(measured) < len(measured):
         return []
     rows = [row for _, row in found]
+    norms = torch.stack([_highest(course.totals[row : row + ONE_EVENT]) for row in rows])
+    if course.totals[-ONE_EVENT:].nanmedian() > norms.median():
+        return []  # what follows the last event that was looked for is one
     is_usual, last = torch.ones(len(rows), dtype=torch.bool), 0
     for values in (course.totals, course.losses):
         above = values - values[torch.isfinite(values)].median()
@@ -80,6 +103,17 @@ def _recurring(course: Course, signs: Sequence[Sign]) -> list[Sign]:
     if last - rows[0] < len(course.steps) / _PART:
         return []
     return [sign for (sign, _), own in zip(found, is_usual.tolist(), strict=True) if own]
+
+
+def _measured(course: Course, steps: Sequence[int]) -> list[bool]:
+    """Of each of these steps, whether its update was measured, or one right after it: some would be large."""
+    sampled, _, updates = course.samples
+    known = sampled[~updates.isnan().all(dim=1)]
+    after = torch.searchsorted(known, torch.tensor(steps)).tolist()
+    return [
+        place < len(known) and int(known[place]) < step + _SOON
+        for place, step in zip(after, steps, strict=True)
+    ]
 
 
 def _jumps_with_loss(losses: Tensor, row: int, noise: float) -> bool:

@@ -1,7 +1,7 @@
 """The one verdict on a run, from everything that was recorded of it: the loss first, for it is what training is for."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from gradkeel.explain.losses import TAIL, had_loss, loss_course, not_finite
-from gradkeel.explain.signs import EARLY, GREW, Sign
+from gradkeel.explain.signs import EARLY, Sign, Signals
 from gradkeel.explain.weights import LARGE
 from gradkeel.guard import SkipReason
 from gradkeel.language import count, readable, say
 
 HIDDEN = 0.01
 """Clipping that multiplies by less than this hides what the gradients do."""
-_STEPS = 0.04
-"""Steps of less than this share of all weights, while gradients hardly grow, do not make a loss rise."""
+_STEPS, _GREW = 0.04, 10.0
+"""Steps of less than this share of all weights, while gradients grow by less than that, do not make a loss rise."""
 _NOTHING = 1e-9  # of the first gradient
 _UNSURE = 0.5  # how sure one is of a run that is healthy if its objective moves
 
@@ -63,24 +63,6 @@ class Diagnosis:
     cause: str | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Signals:
-    """What a verdict is made from; tensors are [k], one number a step, and NaN where it is not known."""
-
-    steps: Tensor
-    losses: Tensor
-    totals: Tensor  # gradient norms
-    coefficients: Tensor  # what clipping multiplied by
-    rates: Tensor
-    nonfinite: Tensor  # bool: steps with a gradient that was not finite
-    skips: Mapping[int, SkipReason]  # by the steps' numbers
-    larger: Sequence[tuple[str, int, float]] = ()  # first updates larger than weights: parameter, step, ratio
-    shares: Sequence[tuple[int, float]] = ()  # step, and the whole update's norm over that of all weights
-    signs: Sequence[Sign] = ()  # in order
-    hardly: Sequence[tuple[str, int]] = ()  # weights that hardly learn, with the step since when
-    weights: int = 0  # how many there are, biases left out
-
-
 def judge(signals: Signals) -> Diagnosis:
     """The verdict on a run."""
     return _Judge(signals).verdict()
@@ -99,12 +81,21 @@ class _Judge:
         bad = signals.nonfinite.clone()
         bad[had] |= not_finite(losses[had])
         self.reasons: list[str] = []
-        small = bool(signals.shares) and all(share <= _STEPS for _, share in signals.shares)
-        self._recurring = [sign for sign in signals.signs if sign.recurs and small]
-        self._signs = [sign for sign in signals.signs if not (sign.recurs and small)]
-        self._are_small = small
+        self._are_small = bool(signals.shares) and all(share <= _STEPS for _, share in signals.shares)
+        self._recurring = self._usual()
+        usual = set(self._recurring)
+        self._signs = [sign for sign in signals.signs if sign not in usual]
         self._first_bad: int | None = next(iter((bad & counts).nonzero().flatten().tolist()), None)
         self._is_moved = self._objective_moves()
+
+    def _usual(self) -> list[Sign]:
+        """Signs that recur at small steps, where the loss is no worse for them, or as restless as they are."""
+        s, loss = self.signals, self.loss
+        recurring = [sign for sign in s.signs if sign.recurs and self._are_small]
+        if not recurring or loss is None or loss.is_restless:
+            return recurring
+        first = int(torch.searchsorted(s.steps, recurring[0].step))
+        return [] if loss.is_worse_since(s.losses, first) else recurring
 
     def verdict(self) -> Diagnosis:
         """The first of these that holds."""
@@ -123,9 +114,9 @@ class _Judge:
             confidence = min(confidence, _UNSURE)
             words = say(
                 "From step {first} to step {last} the gradient norm or the loss left its past {n} times and came back "
-                "each time, at small steps and to similar heights: that is how this run goes, as in reinforcement "
-                "learning, or its data.",
-                first=often[0].step, last=often[-1].step, n=sum(sign.is_over for sign in often),
+                "each time, and no step was large: that is how this run goes, as in reinforcement learning, or its "
+                "data.",
+                first=often[0].step, last=often[-1].step, n=len(often),
             )  # fmt: skip
             reasons = (*reasons, words)
         return self._say(Verdict.HEALTHY, None, (), confidence, *reasons)
@@ -170,7 +161,7 @@ class _Judge:
         before, after = (_level(part) for part in (s.totals[: max(1, row)], s.totals[-2 * TAIL :]))
         if loss.is_restless:
             before = max(before, _level(s.totals[:TAIL]))
-        return not after > GREW * before
+        return not after > _GREW * before
 
     # ---- not a number ----------------------------------------------------------------------------------------------
 
@@ -377,6 +368,14 @@ class _Judge:
         loss = self.loss
         if loss is None:
             return None
+        if loss.is_restless and loss.is_lost and self._is_moved:
+            words = say(
+                "The loss was {best} at best, and ended at {end}, but it had jumped up like that before, and steps "
+                "were small: its objective moves, as in games between networks and in reinforcement learning, or the "
+                "data did.",
+                best=readable(loss.best), end=readable(loss.last),
+            )  # fmt: skip
+            return self._healthy(_UNSURE, words)
         tiny = bool(self.signals.shares) and max(share for _, share in self.signals.shares) < 1e-5
         above = not loss.is_finite or loss.last > loss.first
         first, last = readable(loss.first), readable(loss.last)
