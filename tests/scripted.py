@@ -70,3 +70,15 @@ def scripted_run(
             made.step()
     guard.detach()
     return path
+
+
+def trained(path, model, optimizer, losses, policy=None):
+    """Record real training: ``losses`` computes each step's as it is drawn."""
+    guard = gk.attach(optimizer, policy, model=model, record=path)
+    for loss in losses:
+        loss.backward()
+        guard.log(loss=loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    guard.detach()
+    return path

@@ -13,6 +13,7 @@ from gradkeel.explain import Verdict, explain
 from gradkeel.explain.signs import Sign, Signals
 from gradkeel.explain.verdict import judge
 from gradkeel.guard import SkipReason
+from scripted import trained
 
 
 def train(path, *, rate=1e-2, steps=120, warmup=0, clip=None, log=True, fault=None):
@@ -324,15 +325,8 @@ def test_unusual_first_weights_are_told_of_a_run_in_which_nothing_happened(tmp_p
         for parameter in model.parameters():
             parameter.mul_(times)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    guard = gk.attach(optimizer, "global-norm:1.0", model=model, record=tmp_path / "run.keel")
-    for _ in range(60):
-        x = torch.randn(32, 16)
-        loss = nn.functional.cross_entropy(model(x), x[:, :4].argmax(1))
-        loss.backward()
-        guard.log(loss=loss)
-        optimizer.step()
-        optimizer.zero_grad()
-    guard.detach()
-    found = explain(tmp_path / "run.keel").diagnosis
+    batches = (torch.randn(32, 16) for _ in range(60))
+    losses = (nn.functional.cross_entropy(model(x), x[:, :4].argmax(1)) for x in batches)
+    found = explain(trained(tmp_path / "run.keel", model, optimizer, losses, "global-norm:1.0")).diagnosis
     assert any("usual initialization" in words for words in found.reasons) == (times > 1)
     assert (found.confidence <= 0.5) == (times > 1)

@@ -89,15 +89,15 @@ def _recurring(course: Course, signs: Sequence[Sign]) -> list[Sign]:
     if 2 * sum(with_loss) < len(found) or 2 * sum(measured) < len(measured):
         return []
     rows = [row for _, row in found]
-    norms = torch.stack([_highest(course.totals[row : row + ONE_EVENT]) for row in rows])
-    if course.totals[-ONE_EVENT:].nanmedian() > norms.median():
+    if course.totals[-ONE_EVENT:].nanmedian() > _peaks(course.totals, rows).median():
         return []  # what follows the last event that was looked for is one
     is_usual, last = torch.ones(len(rows), dtype=torch.bool), 0
     for values in (course.totals, course.losses):
         above = values - values[torch.isfinite(values)].median()
-        usual = float(above[torch.isfinite(above)].abs().median())
-        heights = torch.stack([_highest(above[row : row + ONE_EVENT]) for row in rows]).clamp(min=usual)
-        is_usual &= _are_similar(heights)
+        spread = float(above[torch.isfinite(above)].abs().median())
+        heights = _peaks(above, rows).clamp(min=spread)
+        second, highest = heights.sort().values[-2:]
+        is_usual &= (heights < highest) | (highest <= _SIMILAR * second)
         # Later ones, which have become the past of each other, are no signs any more.
         last = max(last, int((above >= heights.median() / 2).nonzero()[-1:].sum()))
     if last - rows[0] < len(course.steps) / _PART:
@@ -120,17 +120,13 @@ def _jumps_with_loss(losses: Tensor, row: int, noise: float) -> bool:
     """Whether the loss is high in a row, and not only after it."""
     before = losses[max(0, row - _BEFORE) : row].nanmedian() if row else losses[row]
     rise = float(losses[row] - before)
-    return rise > _NOISE * noise and 2 * rise > float(_highest(losses[row : row + ONE_EVENT]) - before)
+    return rise > _NOISE * noise and 2 * rise > float(_peaks(losses, [row]) - before)
 
 
-def _highest(values: Tensor) -> Tensor:
-    return torch.where(torch.isfinite(values), values, -torch.inf).amax()
-
-
-def _are_similar(heights: Tensor) -> Tensor:
-    """[k] bool: which of them are at most so many times the highest of the others."""
-    second, highest = heights.sort().values[-2:]
-    return (heights < highest) | (highest <= _SIMILAR * second) | (highest == second)
+def _peaks(values: Tensor, rows: Sequence[int]) -> Tensor:
+    """[k] the highest value from each of these rows on, within one event."""
+    finite = torch.where(torch.isfinite(values), values, -torch.inf)
+    return torch.stack([finite[row : row + ONE_EVENT].amax() for row in rows])
 
 
 def _sign(course: Course, event: Explosion) -> Sign:

@@ -89,10 +89,10 @@ class _Judge:
         self._is_moved = self._objective_moves()
 
     def _usual(self) -> list[Sign]:
-        """Signs that recur at small steps, where the loss is no worse for them, or as restless as they are."""
+        """Signs that recur at small steps, where the loss is no worse for them."""
         s, loss = self.signals, self.loss
         recurring = [sign for sign in s.signs if sign.recurs and self._are_small]
-        if not recurring or loss is None or loss.is_restless:
+        if not recurring or loss is None:
             return recurring
         first = int(torch.searchsorted(s.steps, recurring[0].step))
         return [] if loss.is_worse_since(s.losses, first) else recurring
@@ -144,7 +144,8 @@ class _Judge:
         A step that raises its own loss is a large part of the weights, or the gradients grow with the loss. Where
         neither is so, a loss that rises and never fell, or that slowly comes back, is one whose objective moves: an
         agent that meets more, two networks that play against each other. One that had fallen and jumps met other data,
-        and one that jumps where norms or weights show something was moved by that.
+        unless it had jumped like that before, and one that jumps where norms or weights show something was moved by
+        that.
         """
         s, loss = self.signals, self.loss
         if loss is None or not loss.is_finite or not self._are_small:
@@ -159,8 +160,6 @@ class _Judge:
             return False
         row = len(s.steps) if loss.left is None else int(torch.searchsorted(s.steps, loss.left))
         before, after = (_level(part) for part in (s.totals[: max(1, row)], s.totals[-2 * TAIL :]))
-        if loss.is_restless:
-            before = max(before, _level(s.totals[:TAIL]))
         return not after > _GREW * before
 
     # ---- not a number ----------------------------------------------------------------------------------------------
