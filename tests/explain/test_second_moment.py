@@ -139,6 +139,11 @@ class Strange(torch.optim.Optimizer):
         {"step": None},
         {"betas": None},
         {"betas": (0.9,)},
+        {"betas": (0.9, "0.99")},
+        {"betas": (0.9, torch.ones(2))},
+        {"betas": (0.9, 7.0), "step": 1e6},
+        {"betas": (0.9, 0.0), "step": -1},
+        {"step": torch.tensor([1.0, 2.0])},
     ],
 )
 def test_what_other_optimizers_keep_under_the_names_ends_no_record(tmp_path, state):
@@ -178,6 +183,19 @@ def test_a_parameter_of_which_nothing_is_kept_is_passed_over(tmp_path, kept):
     guard.detach()
     with gk.record.Reader(tmp_path / "run.keel") as run:
         assert run.scalar("second_moment_lag")[1:].tolist() == pytest.approx([1.0, 10.0], rel=1e-5)
+
+
+@pytest.mark.parametrize("step", [3, 3.0, torch.tensor(3), torch.tensor(3.0), torch.tensor([3.0])])
+def test_whatever_counts_the_steps(tmp_path, step):
+    parameter = nn.Parameter(torch.zeros(3))
+    guard = gk.attach(Strange([parameter], step=step), None, record=tmp_path / "run.keel")
+    for _ in range(2):
+        parameter.grad = torch.full((3,), 2.0)
+        guard.optimizers[0].step()
+    guard.detach()
+    with gk.record.Reader(tmp_path / "run.keel") as run:
+        expected = (12 / (3 / (1 - 0.99**3))) ** 0.5
+        assert float(run.scalar("second_moment_lag")[1]) == pytest.approx(expected, rel=1e-9)
 
 
 def test_a_step_that_is_made_again_has_its_own(tmp_path):

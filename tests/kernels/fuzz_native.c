@@ -196,7 +196,7 @@ static void check_reading(const struct tensor *table, int64_t count, int64_t row
     double *norms = malloc((size_t)count * sizeof *norms + 1), *peaks = malloc((size_t)count * 2 * sizeof *peaks + 1);
     double *units = malloc((size_t)rows * sizeof *units + 1), *unit = units;
     int with_peaks = (int)take(2);
-    CHECK(gradkeel_read(table, count, norm, norms, by_row ? units : NULL, with_peaks ? peaks : NULL, team) == 0);
+    CHECK(gradkeel_read(table, count, norm, norms, by_row ? units : NULL, with_peaks ? peaks : NULL, NULL, team) == 0);
     for (int64_t i = 0; i < count; i++) {
         const struct tensor *t = table + i;
         long double low = INFINITY, high = -INFINITY;
@@ -271,6 +271,33 @@ static void check_adding(struct tensor *table, int64_t count, const struct team 
         free(sums[i].data);
         free(wanted[i]);
     }
+}
+
+/* Copies are the same bytes, and distances from them are those of entries that have changed since. */
+static void check_copying(struct tensor *table, int64_t count, const struct team *team) {
+    struct tensor copies[MOST];
+    double norms[MOST];
+    size_t size = 1;
+    for (int64_t i = 0; i < count; i++) size += (size_t)table[i].entries * width((int)table[i].kind) + 63;
+    char *memory = malloc(size);
+    CHECK(gradkeel_copy(table, count, copies, memory, team) == 0);
+    for (int64_t i = 0; i < count; i++) {
+        int kind = (int)table[i].kind;
+        size_t bytes = (size_t)table[i].entries * width(kind);
+        CHECK(memcmp(copies[i].data, table[i].data, bytes) == 0);
+        if (take(2)) fill(table[i].data, (int64_t)bytes, (int)width(kind));
+    }
+    CHECK(gradkeel_read(table, count, SQUARES, norms, NULL, NULL, copies, team) == 0);
+    for (int64_t i = 0; i < count; i++) {
+        const struct tensor *t = table + i;
+        long double sum = 0;
+        for (int64_t j = 0; j < t->entries; j++) {
+            double x = (double)value(t, t->data, j) - (double)value(t, copies[i].data, j);
+            sum += (long double)x * x;
+        }
+        CHECK(same(FLOAT64, norms[i], sqrtl(sum)));
+    }
+    free(memory);
 }
 
 /* ---- formulas ------------------------------------------------------------------------------------------------------- */
@@ -434,6 +461,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     if (taken == count) {
         check_reading(table, count, rows, dim >= 0, &team);
         check_writing(table, count, rows, dim >= 0, &team);
+        check_copying(table, count, &team);
         check_adding(table, count, &team);
     }
     free(table);

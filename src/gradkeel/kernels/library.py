@@ -12,7 +12,7 @@ VARIABLE = "GRADKEEL_NATIVE"
 """Environment variable: ``off`` leaves the kernels alone; ``baseline``, ``avx2`` or ``avx512`` names a level."""
 
 # What gradkeel_interface() of a library that fits must return.
-_INTERFACE = 11
+_INTERFACE = 12
 LIBRARY = Path(__file__).with_name("_native.so")
 
 # What the user can do.

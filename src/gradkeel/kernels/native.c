@@ -1,4 +1,4 @@
-/* Norms, extremes, scaling, clamping and sums of many CPU tensors in one call.
+/* Norms, extremes, scaling, clamping, sums, copies and distances of many CPU tensors in one call.
  *
  * Plain C over data pointers: nothing of Python, torch or OpenMP is linked. What is needed of them comes in as a
  * function pointer: some of Python's stable ABI (struct python), torch's DLPack exporter (DLPack 1.x, struct
@@ -262,6 +262,16 @@ EXTREMES(64, uint64_t, int64_t)
 
 enum norm { LARGEST, SUM, SQUARES };
 
+/* The sum of squares of how far entries are from others of the same kind. */
+INLINE double distance_of(int kind, const void *data, const void *from, int64_t count) {
+    double sum = 0;
+    for (int64_t i = 0; i < count; i++) {
+        double x = entry(kind, data, i) - entry(kind, from, i);
+        sum += x * x;
+    }
+    return sum;
+}
+
 INLINE double power_of(int kind, int norm, const void *data, int64_t count) {
     if (norm != LARGEST) return sum_of(kind, norm == SQUARES, data, count);
     if (kind == FLOAT32) return largest_32(kind, data, count);
@@ -385,7 +395,7 @@ struct job {
     int kind, is_part;
 };
 
-enum operation { READ, SCALE, CLAMP, ADD };
+enum operation { READ, SCALE, CLAMP, ADD, COPY };
 
 /* What has a factor of its own: each tensor, each row, or nothing, where all have the same. */
 enum share { OF_TENSOR, OF_ROW, OF_ALL };
@@ -398,14 +408,26 @@ struct task {
     const double *factors;     /* SCALE */
     enum share share;          /* SCALE: what has a factor of its own */
     double low, high;          /* CLAMP */
-    const struct tensor *table, *sums; /* ADD: the tensors, and what each is added to */
+    /* ADD, COPY: the tensors, and what each is added or copied to; READ: from what each one's distance is wanted, or NULL */
+    const struct tensor *table, *others;
     const struct job *jobs;
     int64_t count, next, threads;
 };
 
+/* Where the entries of a job are in the other tensor. */
+INLINE void *beside(const struct task *task, int kind, const struct job *job) {
+    const struct tensor *other = task->others + job->tensor;
+    size_t first = (size_t)(job->data - (const char *)task->table[job->tensor].data) / width(kind);
+    return (char *)other->data + first * width((int)other->kind);
+}
+
 INLINE void read_job(struct task *task, int kind, const struct job *job) {
     struct reading *whole = task->readings + (job - task->jobs);
     *whole = (struct reading){0, __builtin_inf(), -__builtin_inf()};
+    if (task->others != NULL) {
+        whole->power = distance_of(kind, job->data, beside(task, kind, job), job->count * job->rows);
+        return;
+    }
     for (int64_t i = 0; i < job->rows; i++) {
         const char *data = job->data + (size_t)(i * job->count) * width(kind);
         struct reading part = read_run(kind, task->norm, task->range, data, job->count);
@@ -423,10 +445,8 @@ INLINE void scale_job(const struct task *task, int kind, const struct job *job) 
 }
 
 INLINE void add_job(const struct task *task, int kind, const struct job *job) {
-    const struct tensor *sum = task->sums + job->tensor;
-    size_t first = (size_t)(job->data - (const char *)task->table[job->tensor].data) / width(kind);
-    void *to = (char *)sum->data + first * width((int)sum->kind);
-    if (sum->kind == FLOAT64) {
+    void *to = beside(task, kind, job);
+    if (task->others[job->tensor].kind == FLOAT64) {
         add_run(kind, job->data, job->count * job->rows, FLOAT64, to);
     } else {
         add_run(kind, job->data, job->count * job->rows, FLOAT32, to);
@@ -439,6 +459,7 @@ INLINE void do_job(struct task *task, int kind, const struct job *job) {
     case SCALE: scale_job(task, kind, job); break;
     case CLAMP: clamp_run(kind, job->data, job->count * job->rows, task->low, task->high); break;
     case ADD: add_job(task, kind, job); break;
+    case COPY: memcpy(beside(task, kind, job), job->data, (size_t)(job->count * job->rows) * width(kind)); break;
     }
 }
 
@@ -473,7 +494,7 @@ __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))) static vo
 #endif
 
 /* Raised with every change of what is exported, so that native.py never calls a library of another time. */
-EXPORT int32_t gradkeel_interface(void) { return 11; }
+EXPORT int32_t gradkeel_interface(void) { return 12; }
 
 /* How many of the levels baseline, AVX2 and AVX-512 this processor has: from 1 to 3. */
 EXPORT int32_t gradkeel_levels(void) {
@@ -562,14 +583,15 @@ static struct job *run(struct task *task, const struct tensor *table, int64_t co
 
 /* The norm of `count` entries from their power; relative to the largest one where squares of float64 entries left the
  * range of float64. */
-static double norm_of(int norm, double power, int64_t kind, const char *data, int64_t count) {
+static double norm_of(int norm, double power, int64_t kind, const void *data, const void *from, int64_t count) {
     double value = norm == SQUARES ? __builtin_sqrt(power) : power;
     if (kind != FLOAT64 || norm == LARGEST || (value > 1e-140 && value < 1e150)) return value;
-    const f64 *x = (const f64 *)data;
-    double largest = largest_64(FLOAT64, (const u64 *)data, count), sum = 0;
+    const f64 *x = data, *y = from;
+    double largest = 0, sum = 0;
+    for (int64_t i = 0; i < count; i++) largest = larger(largest, __builtin_fabs(x[i] - (y == NULL ? 0 : y[i])));
     if (!(largest > 0 && largest < __builtin_inf())) return largest;
     for (int64_t i = 0; i < count; i++) {
-        double part = __builtin_fabs(x[i]) / largest;
+        double part = __builtin_fabs(x[i] - (y == NULL ? 0 : y[i])) / largest;
         sum += norm == SQUARES ? part * part : part;
     }
     return (norm == SQUARES ? __builtin_sqrt(sum) : sum) * largest;
@@ -578,12 +600,14 @@ static double norm_of(int norm, double power, int64_t kind, const char *data, in
 /* Reads each tensor once.
  *
  * norm: 0 the largest magnitude, 1 the sum of magnitudes, 2 the root of the sum of squares. norms [count] and, where
- * not NULL, units [sum of rows] and peaks [count, 2] are written; NaN or inf exactly where an entry is. Returns 0, or
- * -1 without memory.
+ * not NULL, units [sum of rows] and peaks [count, 2] are written; NaN or inf exactly where an entry is. Where `from` is
+ * not NULL, the norm is 2 and nothing else is wanted, norms are those of each tensor's distance from the one of the same
+ * index there, which is like it. Returns 0, or -1 without memory.
  */
 EXPORT int32_t gradkeel_read(const struct tensor *table, int64_t count, int32_t norm, double *norms, double *units,
-                             double *peaks, const struct team *team) {
-    struct task task = {.operation = READ, .norm = norm, .range = peaks != NULL, .units = units};
+                             double *peaks, const struct tensor *from, const struct team *team) {
+    struct task task = {.operation = READ, .norm = norm, .range = peaks != NULL, .units = units, .table = table,
+                        .others = from};
     int64_t rows = 0;
     for (int64_t i = 0; i < count; i++) rows += table[i].rows;
     if (units != NULL) memset(units, 0, (size_t)rows * sizeof *units);
@@ -599,7 +623,8 @@ EXPORT int32_t gradkeel_read(const struct tensor *table, int64_t count, int32_t 
                 *unit = norm == LARGEST ? larger(part->power, *unit) : *unit + part->power;
             }
         }
-        norms[i] = norm_of(norm, whole.power, table[i].kind, table[i].data, table[i].entries);
+        const void *other = from == NULL ? NULL : from[i].data;
+        norms[i] = norm_of(norm, whole.power, table[i].kind, table[i].data, other, table[i].entries);
         if (peaks != NULL) {
             int is_nan = whole.low != whole.low || whole.high != whole.high;
             peaks[2 * i] = table[i].entries == 0 ? 0 : is_nan ? __builtin_nan("") : whole.low;
@@ -610,7 +635,7 @@ EXPORT int32_t gradkeel_read(const struct tensor *table, int64_t count, int32_t 
         int64_t size = table[i].rows > 0 ? table[i].entries / table[i].rows : 0;
         for (int64_t j = 0; j < table[i].rows; j++) {
             const char *data = (const char *)table[i].data + (size_t)(j * size) * width((int)table[i].kind);
-            units[j] = norm_of(norm, units[j], table[i].kind, data, size);
+            units[j] = norm_of(norm, units[j], table[i].kind, data, NULL, size);
         }
     }
     free(jobs);
@@ -669,7 +694,21 @@ EXPORT int32_t gradkeel_clamp(const struct tensor *table, int64_t count, double 
 /* Adds each tensor to the one of the same index in `sums`: float32 or float64, of as many entries in the same order. */
 EXPORT int32_t gradkeel_add(const struct tensor *sums, const struct tensor *table, int64_t count,
                             const struct team *team) {
-    struct task task = {.operation = ADD, .table = table, .sums = sums};
+    struct task task = {.operation = ADD, .table = table, .others = sums};
+    struct job *jobs = run(&task, table, count, team);
+    free(jobs);
+    return jobs == NULL ? -1 : 0;
+}
+
+/* Copies the tensors to `memory`, one after the other, each from a multiple of 64 bytes on; `copies` [count] is written. */
+EXPORT int32_t gradkeel_copy(const struct tensor *table, int64_t count, struct tensor *copies, char *memory,
+                             const struct team *team) {
+    struct task task = {.operation = COPY, .table = table, .others = copies};
+    for (int64_t i = 0; i < count; i++) {
+        copies[i] = table[i];
+        copies[i].data = memory;
+        memory += ((size_t)table[i].entries * width((int)table[i].kind) + 63) / 64 * 64;
+    }
     struct job *jobs = run(&task, table, count, team);
     free(jobs);
     return jobs == NULL ? -1 : 0;
@@ -969,7 +1008,7 @@ EXPORT void *gradkeel_describe(void *self, void *const *arguments, intptr_t give
     }
     if (entries >= GRAIN) return memory;
     double *norms = (double *)python.content(arguments[4]);
-    answer->is_read = gradkeel_read(table, count, (int32_t)norm, norms, NULL, NULL, team) == 0 ? 1 : -1;
+    answer->is_read = gradkeel_read(table, count, (int32_t)norm, norms, NULL, NULL, NULL, team) == 0 ? 1 : -1;
     answer->total = gradkeel_total(norms, count, (int32_t)norm);
     return memory;
 }

@@ -26,6 +26,9 @@ NORMS = {math.inf: 0, 1.0: 1, 2.0: 2}
 """The norm types that the kernels know, with the C code's numbers for them."""
 # struct answer of native.c: taken, rows, table, total, is_read, are_apart, is_wide.
 _ANSWER, _TAKEN = struct.Struct("3qd4i"), struct.Struct("q")
+# struct tensor of native.c: data, entries, rows, kind; and the bytes that copies begin at a multiple of.
+_CELLS, _ALIGNED = struct.Struct("4q"), 64
+_KINDS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NO_MEMORY = "gradkeel: no memory for the list of jobs"
 _OF_TENSOR, _OF_ROW, _OF_ALL = range(3)
 # What torch raises for a tensor without memory of its own: sparse, meta, wrapped.
@@ -59,6 +62,11 @@ class Table:
     memory: Any
     are_few: bool = False
     is_wide: bool = False
+
+    def is_where(self, other: "Table") -> bool:
+        """Whether these tensors lie where those of the other table do, as many entries of the same dtypes."""
+        mine, its = (ctypes.string_at(own.address, _CELLS.size * len(own.tensors)) for own in (self, other))
+        return mine == its
 
 
 @late("norms")
@@ -117,13 +125,15 @@ class Kernels:
         self._total.restype = ctypes.c_double
         self._total.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)
         self._read = library.gradkeel_read
-        self._read.argtypes = (pointer, ctypes.c_int64, integer, pointer, pointer, pointer, pointer)
+        self._read.argtypes = (pointer, ctypes.c_int64, integer, *(pointer,) * 5)
         self._scale = library.gradkeel_scale
         self._scale.argtypes = (pointer, ctypes.c_int64, pointer, integer, pointer)
         self._clamp = library.gradkeel_clamp
         self._clamp.argtypes = (pointer, ctypes.c_int64, ctypes.c_double, ctypes.c_double, pointer)
         self._add = library.gradkeel_add
         self._add.argtypes = (pointer, pointer, ctypes.c_int64, pointer)
+        self._copy = library.gradkeel_copy
+        self._copy.argtypes = (pointer, ctypes.c_int64, pointer, pointer, pointer)
 
     def table(
         self,
@@ -194,7 +204,7 @@ class Kernels:
         are_few = is_read != 0
         if not are_few:
             pointer = ctypes.addressof(ctypes.c_char.from_buffer(norms))
-            is_read = 1 if self._read(address, count, norm, pointer, None, None, team) == 0 else -1
+            is_read = 1 if self._read(address, count, norm, pointer, None, None, None, team) == 0 else -1
             total = self._total(pointer, count, norm)
         if is_read < 0:
             raise MemoryError(_NO_MEMORY)
@@ -209,7 +219,7 @@ class Kernels:
         extremes = torch.empty(count, 2, dtype=torch.float64, device="cpu") if peaks else None
         if self._read(
             table.address, count, NORMS[norm_type], norms.data_ptr(), _address(unit_norms), _address(extremes),
-            table.team,
+            None, table.team,
         ):  # fmt: skip
             raise MemoryError(_NO_MEMORY)
         return Read(norms, None, unit_norms, extremes)
@@ -256,6 +266,28 @@ class Kernels:
             raise MemoryError(_NO_MEMORY)
         torch.autograd.graph.increment_version(sums.tensors)
 
+    def copied(self, table: Table) -> Table:
+        """The tensors as they are now, in memory of their own, which is [bytes] the table's only tensor."""
+        count = len(table.tensors)
+        memory = torch.empty(
+            sum(tensor.nbytes for tensor in table.tensors) + _ALIGNED * count, dtype=torch.uint8, device="cpu"
+        )
+        rows = (ctypes.c_char * (_CELLS.size * count))()
+        address = ctypes.addressof(rows)
+        if self._copy(table.address, count, address, memory.data_ptr(), table.team):
+            raise MemoryError(_NO_MEMORY)
+        return Table([memory], address, table.rows, table.team, rows)
+
+    def distances(self, table: Table, copies: Table) -> Tensor:
+        """[k] the 2-norm of what each of k tensors is away from its copy, which lies as it does."""
+        count = len(table.tensors)
+        norms = torch.empty(count, dtype=torch.float64, device="cpu")
+        if self._read(
+            table.address, count, NORMS[2.0], norms.data_ptr(), None, None, copies.address, table.team
+        ):
+            raise MemoryError(_NO_MEMORY)
+        return norms
+
     def _team(self) -> int:
         threads = torch.get_num_threads()
         if threads not in self._teams:
@@ -299,6 +331,15 @@ def add(sums: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
         return False
     own.add(to, of)
     return True
+
+
+def as_tensors(copies: Table) -> list[Tensor]:
+    """What was copied of each tensor, [entries] as they lay in memory, which it shares with the copies."""
+    (memory,), found = copies.tensors, []
+    for data, entries, _, kind in _CELLS.iter_unpack(copies.memory):
+        first, dtype = data - memory.data_ptr(), _KINDS[kind]
+        found.append(memory[first : first + entries * dtype.itemsize].view(dtype))
+    return found
 
 
 def kernels() -> Kernels | None:

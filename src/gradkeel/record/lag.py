@@ -18,16 +18,36 @@ from gradkeel.norms import from_list
 SERIES = "second_moment_lag"
 """The scalar's name in a record."""
 
+_HOST = torch.device("cpu")
 _NO_STATE: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Remembered:
-    """What is remembered of k parameters: [k] sums of second moments, and [k] Adam's bias correction of each."""
+    """What is remembered of k parameters.
+
+    Attributes:
+        rows: their places in the report.
+        sums: [k] sums of second moments.
+        made: [k] steps that Adam has made of each: none of one that had no gradient.
+        beta: of its bias correction.
+    """
 
     rows: Sequence[int]
     sums: Tensor
-    corrections: Tensor
+    made: Tensor
+    beta: Tensor | float
+
+    def on_host(self) -> "Remembered":
+        """A copy on the CPU, to be read when it has arrived."""
+        beta = self.beta if isinstance(self.beta, float) else to_host(self.beta)
+        return Remembered(self.rows, to_host(self.sums), to_host(self.made), beta)
+
+    def moments(self) -> float:
+        """The sum of the bias-corrected second moments, of what is on the host."""
+        corrections = 1 - self.beta**self.made
+        pairs = zip(self.sums.tolist(), corrections.tolist(), strict=True)
+        return sum(total / correction if correction else math.nan for total, correction in pairs)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,19 +64,13 @@ class Lag:
 
     def on_host(self) -> "Lag":
         """A copy on the CPU, to be read when it has arrived."""
-        return Lag(
-            [to_host(norms) for norms in self.norms],
-            [Remembered(own.rows, to_host(own.sums), to_host(own.corrections)) for own in self.remembered],
-        )
+        return Lag([to_host(norms) for norms in self.norms], [own.on_host() for own in self.remembered])
 
     def value(self) -> float:
         """The norm of the gradients over the root of what is remembered of their squares, of what is on the host."""
         norms = [norm for own in self.norms for norm in own.tolist()]
-        now = then = 0.0
-        for own in self.remembered:
-            now += sum(norms[row] * norms[row] for row in own.rows)
-            pairs = zip(own.sums.tolist(), own.corrections.tolist(), strict=True)
-            then += sum(total / correction if correction else math.nan for total, correction in pairs)
+        now = sum(norms[row] * norms[row] for own in self.remembered for row in own.rows)
+        then = sum(own.moments() for own in self.remembered)
         if then:
             return math.sqrt(now / then) if now / then >= 0 else math.nan
         return math.inf if now > 0 else math.nan
@@ -88,29 +102,32 @@ def second_moment_lag(
     places = {id(p): i for i, (p, here) in enumerate(zip(parameters, present, strict=True)) if here}
     device, remembered = selections[0].measured.norms.device, []
     for optimizer in optimizers:
+        states = optimizer.state
         for group in optimizer.param_groups:
-            kept = [
-                (places[id(p)], moment, state["step"])
-                for p in (group["params"] if "betas" in group else ())
-                if id(p) in places
-                and (moment := _moment(state := optimizer.state.get(p) or _NO_STATE, p)) is not None
-            ]
-            if kept:
-                rows, moments, made = zip(*kept, strict=True)
-                corrections = _corrections(group["betas"][1], made, device)
-                remembered.append(Remembered(rows, tensor_norms(moments, 1.0, device), corrections))
+            if "betas" not in group:
+                continue
+            rows, moments, made = [], [], []
+            for parameter in group["params"]:
+                row, state = places.get(id(parameter)), states.get(parameter) or _NO_STATE
+                moment = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
+                # What an optimizer divides by, entry by entry, where it has begun to keep it.
+                if row is None or moment is None or moment.shape != parameter.shape or "step" not in state:
+                    continue
+                rows.append(row)
+                moments.append(moment)
+                made.append(state["step"])
+            if rows:
+                sums = tensor_norms(moments, 1.0, device)
+                beta = group["betas"][1]
+                beta = beta.reshape(()) if isinstance(beta, Tensor) and not beta.is_cpu else float(beta)
+                remembered.append(Remembered(rows, sums, _numbers(made, device), beta))
     return Lag([s.measured.after(s.decision).norms for s in selections], remembered) if remembered else None
 
 
-def _moment(state: Mapping[str, Any], parameter: Tensor) -> Any:
-    """The second moment that an optimizer divides by, entry by entry, where it has begun to keep one."""
-    moment = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
-    return moment if moment is not None and moment.shape == parameter.shape and "step" in state else None
-
-
-def _corrections(beta: Any, steps: Sequence[Any], device: torch.device) -> Tensor:
-    """[k] Adam's bias correction of each of k parameters: one without a gradient makes no step."""
-    if any(isinstance(one, Tensor) and not one.is_cpu for one in (beta, *steps)):
-        made = torch.stack([torch.as_tensor(step, dtype=torch.float32).to(device) for step in steps])
-        return 1 - beta**made
-    return from_list([1 - float(beta) ** float(step) for step in steps])
+def _numbers(counts: Sequence[Any], device: torch.device) -> Tensor:
+    """[k] float64 from k counts, on an accelerator if one of them is there; of tensors on the host a copy."""
+    if all(isinstance(one, Tensor) and one.is_cpu and one.is_floating_point() for one in counts):
+        return tensor_norms(counts, math.inf, _HOST)  # their magnitudes, read in one go
+    if any(isinstance(one, Tensor) and not one.is_cpu for one in counts):
+        return torch.stack([torch.as_tensor(one, dtype=torch.float32).to(device) for one in counts])
+    return from_list([float(one) for one in counts])

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradkeel.measure.powers import tensor_norms
+from gradkeel.measure.copies import Copies
+from gradkeel.measure.powers import read
 from gradkeel.record.lag import Lag
 from gradkeel.record.rows import Sample
-from gradkeel.tensors import entries_to_read, is_quantized
+from gradkeel.tensors import are_plain, entries_to_read, is_quantized
 
+_FLOATS = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 FIRST_STEPS = 100
 EVERY = 50  # steps; an update costs a copy of the weights and three passes over them
 SUSPICION, ALARM = 1.5, 3.0
@@ -78,12 +80,15 @@ class BeforeUpdate:
         updates: bool,
     ) -> None:
         self._names, self._parameters, self._device, self._lag = names, parameters, device, lag
-        entries = self._entries()
-        self._weights = tensor_norms(entries, 2.0, device)
-        self._copies = [entry.clone() for entry in entries] if updates else None
+        tensors = self._tensors()
+        found = read(tensors, 2.0, device)
+        self._weights = found.norms
+        self._copies = Copies(tensors, found.table) if updates else None
 
-    def _entries(self) -> list[Tensor]:
-        """The entries of each parameter, none of a quantized one, whose norm is then 0."""
+    def _tensors(self) -> Sequence[Tensor]:
+        """What is read of each parameter: nothing of a quantized one, whose norm is then 0."""
+        if are_plain(self._parameters) and {p.dtype for p in self._parameters} <= _FLOATS:
+            return self._parameters  # as almost always
         return [
             p.new_empty(0, dtype=torch.float32) if is_quantized(p) else entries_to_read(p)
             for p in self._parameters
@@ -93,7 +98,5 @@ class BeforeUpdate:
         """Norms of the weights before the update, and of the update; call it after the optimizer's step."""
         if self._copies is None:
             return Sample(self._names, self._weights, torch.full_like(self._weights, math.nan), self._lag)
-        entries = self._entries()
-        if entries:  # in place, for the copies are as large as the model
-            torch._foreach_sub_(self._copies, entries)
-        return Sample(self._names, self._weights, tensor_norms(self._copies, 2.0, self._device), self._lag)
+        moved = self._copies.distances(self._tensors(), self._device)
+        return Sample(self._names, self._weights, moved, self._lag)
