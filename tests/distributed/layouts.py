@@ -1,6 +1,7 @@
 """The ways in which a model's parameters lie on ranks, each with what `gradkeel.attach` must be told of it."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,11 @@ from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
+
+# Every rank has the whole tensor, which need not travel; before torch 2.7 it does all the same.
+AT_HOME = (
+    {"src_data_rank": None} if "src_data_rank" in inspect.signature(distribute_tensor).parameters else {}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +40,7 @@ def on_mesh(mesh, *placements):
 
     def place(_, whole):
         chosen = [p(whole) if callable(p) else p for p in placements]
-        return distribute_tensor(whole.clone(), mesh, chosen)
+        return distribute_tensor(whole.clone(), mesh, chosen, **AT_HOME)
 
     return place
 
