@@ -144,6 +144,9 @@ class Strange(torch.optim.Optimizer):
         {"betas": (0.9, 7.0), "step": 1e6},
         {"betas": (0.9, 0.0), "step": -1},
         {"step": torch.tensor([1.0, 2.0])},
+        {"step": torch.tensor(1.0, device="meta")},
+        {"betas": (0.9, torch.tensor(0.99, device="meta"))},
+        {"betas": (0.9, 0.99j)},
     ],
 )
 def test_what_other_optimizers_keep_under_the_names_ends_no_record(tmp_path, state):

@@ -56,14 +56,21 @@ def test_tensors_of_several_dtypes_and_layouts_together():
 
 
 @pytest.mark.parametrize(
-    "replaced", [lambda w: w.clone(), lambda w: w.T.contiguous().T, lambda w: w.double()]
+    "replaced",
+    [
+        lambda w: w + 0.5,
+        lambda w: (w + 0.5).T.contiguous().T,
+        lambda w: (w + 0.5).double(),
+        lambda w: w.T,  # the same memory
+        torch._neg_view,
+    ],
 )
-def test_weights_that_the_optimizer_puts_other_memory_in_the_place_of(replaced):
-    parameters = [nn.Parameter(torch.randn(3, 17)), nn.Parameter(torch.randn(5))]
+def test_weights_that_the_optimizer_puts_others_in_the_place_of(replaced):
+    parameters = [nn.Parameter(torch.randn(17, 17)), nn.Parameter(torch.randn(5))]
     copies = copies_of(parameters)
     before = [p.detach().clone() for p in parameters]
-    parameters[0].data = replaced(parameters[0].detach() + 0.5)
-    moved(parameters)
+    parameters[0].data = replaced(parameters[0].detach())
+    moved(parameters[1:])
     wanted = [distance(p, old) for p, old in zip(parameters, before, strict=True)]
     assert copies.distances(parameters, CPU).tolist() == pytest.approx(wanted, rel=1e-6)
 
@@ -84,6 +91,20 @@ def test_what_is_not_finite_and_what_leaves_the_range_of_squares():
     assert found[2] != found[2]
 
 
+def test_weights_with_the_negative_bit():
+    weight = torch._neg_view(torch.tensor([1.0, 2.0]))
+    copies = copies_of([weight])
+    weight.data = weight.data + 0.0
+    assert copies.distances([weight], CPU).tolist() == [0.0]
+
+
+def test_what_has_another_size_has_no_distance():
+    weight = nn.Parameter(torch.ones(3))
+    copies = copies_of([weight])
+    weight.data = weight.data[:1].clone()
+    assert copies.distances([weight], CPU).isnan().all()
+
+
 def test_no_tensors():
     assert copies_of([]).distances([], CPU).tolist() == []
 
@@ -92,8 +113,8 @@ def test_the_kernels_copy_what_is_contiguous(path):
     """Else the tests above would compare torch's operations with themselves."""
     parameters = [nn.Parameter(torch.randn(3, 5)), nn.Parameter(torch.randn(2, dtype=torch.bfloat16))]
     copies = copies_of(parameters)
-    assert (copies._kept is not None, copies._clones == []) == (path == "native",) * 2
+    assert (copies._copied is not None, copies._clones == []) == (path == "native",) * 2
     if path == "native":
-        for parameter, own in zip(parameters, native.as_tensors(copies._kept), strict=True):
+        for parameter, own in zip(parameters, copies._copied.tensors(), strict=True):
             assert own.data_ptr() % 64 == 0
             assert (own.dtype, own.tolist()) == (parameter.dtype, parameter.flatten().tolist())

@@ -27,7 +27,7 @@ NORMS = {math.inf: 0, 1.0: 1, 2.0: 2}
 # struct answer of native.c: taken, rows, table, total, is_read, are_apart, is_wide.
 _ANSWER, _TAKEN = struct.Struct("3qd4i"), struct.Struct("q")
 # struct tensor of native.c: data, entries, rows, kind; and the bytes that copies begin at a multiple of.
-_CELLS, _ALIGNED = struct.Struct("4q"), 64
+_CELL, _ALIGNED = struct.Struct("4q"), 64
 _KINDS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NO_MEMORY = "gradkeel: no memory for the list of jobs"
 _OF_TENSOR, _OF_ROW, _OF_ALL = range(3)
@@ -63,11 +63,6 @@ class Table:
     are_few: bool = False
     is_wide: bool = False
 
-    def is_where(self, other: "Table") -> bool:
-        """Whether these tensors lie where those of the other table do, as many entries of the same dtypes."""
-        mine, its = (ctypes.string_at(own.address, _CELLS.size * len(own.tensors)) for own in (self, other))
-        return mine == its
-
 
 @late("norms")
 @dataclass(slots=True, eq=False)
@@ -93,6 +88,26 @@ class Read:
         @property
         def known_norms(self) -> Any:
             """The same as the norms, or the host's memory of them that they were given as."""
+
+
+@dataclass(slots=True, eq=False)
+class Copied:
+    """What tensors held: [bytes] memory, and a table of where each lies in it."""
+
+    memory: Tensor
+    cells: "ctypes.Array[ctypes.c_char]"
+
+    def kinds(self) -> tuple[list[int], list[int]]:
+        """The tensors' sizes and dtypes."""
+        return _kinds(bytes(self.cells))
+
+    def tensors(self) -> list[Tensor]:
+        """Each as [entries], in this memory."""
+        found = []
+        for data, entries, _, kind in _CELL.iter_unpack(self.cells):
+            first, dtype = data - self.memory.data_ptr(), _KINDS[kind]
+            found.append(self.memory[first : first + entries * dtype.itemsize].view(dtype))
+        return found
 
 
 class Kernels:
@@ -266,25 +281,27 @@ class Kernels:
             raise MemoryError(_NO_MEMORY)
         torch.autograd.graph.increment_version(sums.tensors)
 
-    def copied(self, table: Table) -> Table:
-        """The tensors as they are now, in memory of their own, which is [bytes] the table's only tensor."""
+    def copied(self, table: Table) -> "Copied":
+        """What the tensors hold now, in memory of its own."""
         count = len(table.tensors)
-        memory = torch.empty(
-            sum(tensor.nbytes for tensor in table.tensors) + _ALIGNED * count, dtype=torch.uint8, device="cpu"
-        )
-        rows = (ctypes.c_char * (_CELLS.size * count))()
-        address = ctypes.addressof(rows)
-        if self._copy(table.address, count, address, memory.data_ptr(), table.team):
+        size = sum(tensor.nbytes for tensor in table.tensors) + _ALIGNED * count
+        memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+        cells = (ctypes.c_char * (_CELL.size * count))()
+        if self._copy(table.address, count, ctypes.addressof(cells), memory.data_ptr(), table.team):
             raise MemoryError(_NO_MEMORY)
-        return Table([memory], address, table.rows, table.team, rows)
+        return Copied(memory, cells)
 
-    def distances(self, table: Table, copies: Table) -> Tensor:
-        """[k] the 2-norm of what each of k tensors is away from its copy, which lies as it does."""
+    def distances(self, table: Table, copied: "Copied") -> Tensor | None:
+        """[k] the 2-norm of what k tensors are away from what was copied of them, entry by entry as they lie in memory.
+
+        None where one has another dtype or size by now.
+        """
         count = len(table.tensors)
+        if copied.kinds() != _kinds(ctypes.string_at(table.address, _CELL.size * count)):
+            return None
         norms = torch.empty(count, dtype=torch.float64, device="cpu")
-        if self._read(
-            table.address, count, NORMS[2.0], norms.data_ptr(), None, None, copies.address, table.team
-        ):
+        cells = ctypes.addressof(copied.cells)
+        if self._read(table.address, count, NORMS[2.0], norms.data_ptr(), None, None, cells, table.team):
             raise MemoryError(_NO_MEMORY)
         return norms
 
@@ -333,13 +350,10 @@ def add(sums: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
     return True
 
 
-def as_tensors(copies: Table) -> list[Tensor]:
-    """What was copied of each tensor, [entries] as they lay in memory, which it shares with the copies."""
-    (memory,), found = copies.tensors, []
-    for data, entries, _, kind in _CELLS.iter_unpack(copies.memory):
-        first, dtype = data - memory.data_ptr(), _KINDS[kind]
-        found.append(memory[first : first + entries * dtype.itemsize].view(dtype))
-    return found
+def _kinds(cells: bytes) -> tuple[list[int], list[int]]:
+    """Sizes and dtypes of the tensors in a table."""
+    words = memoryview(cells).cast("q")
+    return words[1::4].tolist(), words[3::4].tolist()
 
 
 def kernels() -> Kernels | None:

@@ -1,5 +1,6 @@
 """How far what an Adam-like optimizer remembers of the gradients lags behind them."""
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,36 +19,16 @@ from gradkeel.norms import from_list
 SERIES = "second_moment_lag"
 """The scalar's name in a record."""
 
-_HOST = torch.device("cpu")
 _NO_STATE: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Remembered:
-    """What is remembered of k parameters.
-
-    Attributes:
-        rows: their places in the report.
-        sums: [k] sums of second moments.
-        made: [k] steps that Adam has made of each: none of one that had no gradient.
-        beta: of its bias correction.
-    """
+    """What is remembered of k parameters: [k] sums of second moments, and [k] Adam's bias correction of each."""
 
     rows: Sequence[int]
     sums: Tensor
-    made: Tensor
-    beta: Tensor | float
-
-    def on_host(self) -> "Remembered":
-        """A copy on the CPU, to be read when it has arrived."""
-        beta = self.beta if isinstance(self.beta, float) else to_host(self.beta)
-        return Remembered(self.rows, to_host(self.sums), to_host(self.made), beta)
-
-    def moments(self) -> float:
-        """The sum of the bias-corrected second moments, of what is on the host."""
-        corrections = 1 - self.beta**self.made
-        pairs = zip(self.sums.tolist(), corrections.tolist(), strict=True)
-        return sum(total / correction if correction else math.nan for total, correction in pairs)
+    corrections: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,13 +45,26 @@ class Lag:
 
     def on_host(self) -> "Lag":
         """A copy on the CPU, to be read when it has arrived."""
-        return Lag([to_host(norms) for norms in self.norms], [own.on_host() for own in self.remembered])
+        return Lag(
+            [to_host(norms) for norms in self.norms],
+            [Remembered(own.rows, to_host(own.sums), to_host(own.corrections)) for own in self.remembered],
+        )
 
     def value(self) -> float:
         """The norm of the gradients over the root of what is remembered of their squares, of what is on the host."""
+        with contextlib.suppress(
+            ArithmeticError, TypeError
+        ):  # an optimizer may keep anything under these names
+            return self._value()
+        return math.nan
+
+    def _value(self) -> float:
         norms = [norm for own in self.norms for norm in own.tolist()]
-        now = sum(norms[row] * norms[row] for own in self.remembered for row in own.rows)
-        then = sum(own.moments() for own in self.remembered)
+        now = then = 0.0
+        for own in self.remembered:
+            now += sum(norms[row] * norms[row] for row in own.rows)
+            pairs = zip(own.sums.tolist(), own.corrections.tolist(), strict=True)
+            then += sum(total / correction if correction else math.nan for total, correction in pairs)
         if then:
             return math.sqrt(now / then) if now / then >= 0 else math.nan
         return math.inf if now > 0 else math.nan
@@ -104,30 +98,31 @@ def second_moment_lag(
     for optimizer in optimizers:
         states = optimizer.state
         for group in optimizer.param_groups:
-            if "betas" not in group:
-                continue
             rows, moments, made = [], [], []
-            for parameter in group["params"]:
-                row, state = places.get(id(parameter)), states.get(parameter) or _NO_STATE
-                moment = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
-                # What an optimizer divides by, entry by entry, where it has begun to keep it.
-                if row is None or moment is None or moment.shape != parameter.shape or "step" not in state:
+            for parameter in group["params"] if "betas" in group else ():
+                row = places.get(id(parameter))
+                if row is None:
                     continue
-                rows.append(row)
-                moments.append(moment)
-                made.append(state["step"])
+                state = states.get(parameter) or _NO_STATE
+                # What it divides by, entry by entry, once it has begun to keep it.
+                moment = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
+                if moment is not None and moment.shape == parameter.shape and "step" in state:
+                    rows.append(row)
+                    moments.append(moment)
+                    made.append(state["step"])
             if rows:
-                sums = tensor_norms(moments, 1.0, device)
-                beta = group["betas"][1]
-                beta = beta.reshape(()) if isinstance(beta, Tensor) and not beta.is_cpu else float(beta)
-                remembered.append(Remembered(rows, sums, _numbers(made, device), beta))
+                corrections = _corrections(group["betas"][1], made, device)
+                remembered.append(Remembered(rows, tensor_norms(moments, 1.0, device), corrections))
     return Lag([s.measured.after(s.decision).norms for s in selections], remembered) if remembered else None
 
 
-def _numbers(counts: Sequence[Any], device: torch.device) -> Tensor:
-    """[k] float64 from k counts, on an accelerator if one of them is there; of tensors on the host a copy."""
-    if all(isinstance(one, Tensor) and one.is_cpu and one.is_floating_point() for one in counts):
-        return tensor_norms(counts, math.inf, _HOST)  # their magnitudes, read in one go
-    if any(isinstance(one, Tensor) and not one.is_cpu for one in counts):
-        return torch.stack([torch.as_tensor(one, dtype=torch.float32).to(device) for one in counts])
-    return from_list([float(one) for one in counts])
+def _corrections(beta: Any, steps: Sequence[Any], device: torch.device) -> Tensor:
+    """[k] Adam's bias correction of each of k parameters: one without a gradient makes no step."""
+    if any(isinstance(one, Tensor) and not one.is_cpu for one in (beta, *steps)):
+        made = torch.stack([torch.as_tensor(step, dtype=torch.float32).to(device) for step in steps])
+        return 1 - beta**made
+    if all(isinstance(step, Tensor) and step.dtype == torch.float32 for step in steps):  # as torch counts
+        made = torch.stack(list(steps)).to(torch.float64).reshape(len(steps))
+    else:
+        made = from_list([float(step) for step in steps])
+    return 1 - float(beta) ** made
