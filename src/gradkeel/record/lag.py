@@ -52,9 +52,8 @@ class Lag:
 
     def value(self) -> float:
         """The norm of the gradients over the root of what is remembered of their squares, of what is on the host."""
-        with contextlib.suppress(
-            ArithmeticError, TypeError
-        ):  # an optimizer may keep anything under these names
+        # An optimizer may keep anything under these names.
+        with contextlib.suppress(ArithmeticError, TypeError):
             return self._value()
         return math.nan
 
@@ -121,8 +120,4 @@ def _corrections(beta: Any, steps: Sequence[Any], device: torch.device) -> Tenso
     if any(isinstance(one, Tensor) and not one.is_cpu for one in (beta, *steps)):
         made = torch.stack([torch.as_tensor(step, dtype=torch.float32).to(device) for step in steps])
         return 1 - beta**made
-    if all(isinstance(step, Tensor) and step.dtype == torch.float32 for step in steps):  # as torch counts
-        made = torch.stack(list(steps)).to(torch.float64).reshape(len(steps))
-    else:
-        made = from_list([float(step) for step in steps])
-    return 1 - float(beta) ** made
+    return from_list([1 - float(beta) ** float(step) for step in steps])
