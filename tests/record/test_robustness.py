@@ -4,6 +4,7 @@ import copy
 import os
 import shutil
 import sqlite3
+import sys
 import threading
 import time
 import warnings
@@ -365,28 +366,39 @@ def test_a_full_disk_stops_the_record_and_not_the_training(tmp_path):
         assert run.norms().isfinite().all()
 
 
-def test_an_interrupted_step_costs_no_other(make_report, monkeypatch):
-    """Steps are taken sixteen at a time; Ctrl-C may come while they are."""
-    kept, steps, add = Gate(), range(1, 31), Kept.add
-
-    def interrupted(own, report, *rest):
-        if report.step == 5:
-            raise KeyboardInterrupt
-        add(own, report, *rest)
-
-    monkeypatch.setattr(Kept, "add", interrupted)
+def test_an_interrupted_step_costs_no_other(make_report):
+    """Ctrl-C at each line on the way of a step into the batch: it is there as a whole, or not at all."""
+    kept, lost = Gate(), []
     kept.go.set()
-    recorder, interrupts = Recorder(None, sinks=[kept]), 0
-    for step in steps:
-        report = make_report(step)
-        report.selections[0].measured.total = float(step)  # as the native kernels give it
+    recorder = Recorder(None, sinks=[kept], flush_seconds=1e3)
+    step, line, tracing = 0, 0, sys.gettrace()
+    while True:
+        step, line = step + 1, line + 1
+        report, seen = make_report(step), []
+
+        def interrupt(frame, event, _, seen=seen, last=line):
+            if "/record/" not in frame.f_code.co_filename:
+                return None
+            if event == "line":
+                seen.append(frame.f_lineno)
+                if len(seen) == last:
+                    raise KeyboardInterrupt
+            return interrupt
+
+        sys.settrace(interrupt)
         try:
             recorder.record(report)
         except KeyboardInterrupt:
-            interrupts += 1
+            lost.append(step)
+            recorder.record(make_report(step := step + 1))
+        finally:
+            sys.settrace(tracing)
+        if len(seen) < line:
+            break
     recorder.close()
-    assert interrupts == 1
-    assert kept.steps == [step for step in steps if step != 5]
+    assert len(lost) > 20
+    assert {*range(1, step + 1)} - {*kept.steps} <= {*lost}
+    assert kept.steps == sorted({*kept.steps})
 
 
 def test_another_thread_may_flush_while_steps_are_taken(make_report, monkeypatch):

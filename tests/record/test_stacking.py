@@ -66,11 +66,12 @@ def test_steps_of_an_accelerator_are_stacked_there(kinds):
             SelectionReport("group 1", "q", norms(("d",)), Decision(coefficients=new(())), (True,)),
             SelectionReport("excluded", "None", norms(()), Decision(), ()),
         )
-        return StepReport(step, selections, stepped_or_pending=new((), dtype=torch.bool))
+        made = new((), dtype=torch.bool)
+        return StepReport(step, selections, scalars={"loss": new(())}, stepped_or_pending=made)
 
     kept = Kept(report(1, kinds[0]))
     for step, kind in enumerate(kinds, 1):
-        kept.add(report(step, kind), 0.0, {"lr": 0.1, "loss": new(())}, None)
+        kept.add(report(step, kind), 0.0, 0.1, None)
     series = kept.stacked()
     outcomes = sum(kind in ("units", "clamp") for kind in kinds)
     for name, values in series.items():
@@ -79,4 +80,4 @@ def test_steps_of_an_accelerator_are_stacked_there(kinds):
         assert (name, values.device.type, values.shape) == (name, "meta", wide.get(name, (rows,)))
         assert values.dtype == torch.float64
     assert ("outcome_total" in series) == (outcomes > 0)
-    assert [own.present().tolist() for own in kept.columns] == [[[1, 1, 0], [1, 1, 1]], [[1], [1]]]
+    assert [own.present().tolist() for own in kept.columns()] == [[[1, 1, 0], [1, 1, 1]], [[1], [1]]]

@@ -6,7 +6,6 @@ import queue
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -26,10 +25,6 @@ new process, where whatever else uses SQLite would wait for it."""
 
 MOST_KEPT = 2048
 """Steps that wait to be sent together: a batch has its price, which fast steps share."""
-
-
-MOST_NOTED = 16
-"""Steps that wait to be taken together: more would be kept alive for long enough to be in garbage collection's way."""
 
 
 class Sink(Protocol):
@@ -60,7 +55,6 @@ class Outbox:
         self.subject = Subject()
         self.problems = problems
         self.is_left_behind = False
-        self._noted: deque[tuple[StepReport, float, Tensor | float | None, Sample | None]] = deque()
         self._kept: Kept | None = None
         self._lock = threading.RLock()  # of these two, for anybody may flush
         self._writing = threading.RLock()  # no process is forked meanwhile, unless a sink does
@@ -80,44 +74,24 @@ class Outbox:
         return self._is_working and bool(self._sinks)
 
     def add(self, report: StepReport, rate: Tensor | float | None, sample: Sample | None) -> None:
-        """Note a step, of the layout of those that wait, with its learning rate; send what has waited for long enough.
-
-        Some steps wait as they are and are taken together, which takes a third of the time; but not where something
-        would change by then: gradients that are to be measured again, or what lies on an accelerator.
-        """
-        now, main, noted = time.time(), report.selections[0], self._noted
+        """Take a step, of the layout of those that wait, and its learning rate; send what has waited long enough."""
+        now = time.time()
         with self._lock:
-            noted.append((report, now, rate, sample))
-            is_here = isinstance(main.measured.known_total, float) and not isinstance(rate, Tensor)
-            if (
-                not is_here
-                or main.decision.clamp is not None
-                or len(noted) >= MOST_NOTED
-                or self._is_due(now)
-            ):
-                self._take(now)
-
-    def _is_due(self, now: float) -> bool:
-        return not 0 <= now - self._sent_at < self._flush_seconds  # also where the clock was set back
-
-    def _take(self, now: float) -> None:
-        while self._noted:  # one by one, so that an error or Ctrl-C costs no more than one
-            report, ended, rate, sample = self._noted.popleft()
             kept = self._kept
             if kept is not None and report.step <= kept.steps[-1][0]:
                 self._send()
                 kept = None
             if kept is None:
                 kept = Kept(report)
-            kept.add(report, ended, _scalars(report, rate), sample)
+            kept.add(report, now, rate, sample)
             self._kept = kept  # never without a step, should the first one fail
-        if self._is_due(now) or (self._kept is not None and len(self._kept) >= MOST_KEPT):
-            self._send()
+            # Also where the clock was set back.
+            if not 0 <= now - self._sent_at < self._flush_seconds or len(kept) >= MOST_KEPT:
+                self._send()
 
     def send(self) -> None:
         """Stack what waits and hand it to the thread."""
         with self._lock:
-            self._take(self._sent_at)
             self._send()
 
     def _send(self) -> None:
@@ -187,16 +161,6 @@ class Outbox:
 
     def _stopped(self, why: str) -> None:
         self.problems.append(f"recording stopped: {why}; training goes on")
-
-
-def _scalars(report: StepReport, rate: Tensor | float | None) -> dict[str, Tensor | float]:
-    """What the user logged, and what is worth knowing beside it."""
-    scalars, prescale = dict(report.scalars), report.prescale
-    if rate is not None:
-        scalars.setdefault("lr", rate)
-    if isinstance(prescale, Tensor) or prescale != 1.0:
-        scalars["prescale"] = prescale
-    return scalars
 
 
 _outboxes: weakref.WeakSet[Outbox] = weakref.WeakSet()

@@ -60,33 +60,25 @@ class Sample:
         return Sample(self.names, to_host(self.weights), to_host(self.updates), lag)
 
 
+def _taken(selection: SelectionReport) -> tuple[Any, ...]:
+    """A step's norms, coefficients, norms of weights, peaks, and which parameters have a gradient."""
+    measured, decision = selection.measured, selection.decision
+    factors: Any = decision.known_coefficients if decision.unit_coefficients is None else selection.outcome
+    if type(factors) is list:
+        factors = tuple(factors)
+    return measured.known_norms, factors, measured.weights, measured.peaks, selection.present
+
+
 class Columns:
     """What one selection's steps have measured and decided.
 
     Args:
         like: [n] norms of one of its steps.
+        steps: of each of them what was taken of the selection.
     """
 
-    def __init__(self, like: Tensor) -> None:
-        self._like = like
-        # Of each step: its norms, coefficients, norms of weights, peaks, and which parameters have a gradient.
-        self._steps: list[tuple[Any, ...]] = []
-
-    def add(self, selection: SelectionReport) -> None:
-        """Take a step's."""
-        measured, decision = selection.measured, selection.decision
-        factors: Any = (
-            decision.known_coefficients if decision.unit_coefficients is None else selection.outcome
-        )
-        self._steps.append(
-            (
-                measured.known_norms,
-                tuple(factors) if type(factors) is list else factors,
-                measured.weights,
-                measured.peaks,
-                selection.present,
-            )
-        )
+    def __init__(self, like: Tensor, steps: Sequence[tuple[Any, ...]]) -> None:
+        self._like, self._steps = like, steps
 
     def norms(self) -> Tensor:
         """[k, n] of all steps."""
@@ -130,12 +122,10 @@ class Kept:
     def __init__(self, first: StepReport) -> None:
         self.selections = first.selections
         self.like = self.selections[0].measured.norms
-        places = [i for i, selection in enumerate(self.selections) if selection.measured.names] or [0]
-        self.columns = [Columns(self.selections[i].measured.norms) for i in places]
-        self._placed = list(zip(places, self.columns, strict=True))
-        # Of each step: its number, when it ended, the main selection's norm and bound, and whether it was made.
-        self.steps: list[tuple[int, float, Tensor | float, Any, bool | Tensor]] = []
-        self.scalars: list[dict[str, Tensor | float]] = []
+        self._places = [i for i, selection in enumerate(self.selections) if selection.measured.names] or [0]
+        # Of each step: its number, when it ended, the main selection's norm and bound, whether it was made, what was
+        # logged (a number alone is the learning rate), and what was taken of the selections at these places.
+        self.steps: list[tuple[Any, ...]] = []
         self.samples: list[tuple[int, Sample]] = []
         # By place: of steps that do more than multiply each parameter by a factor, also the norm that was measured.
         self.outcomes: dict[int, tuple[Outcome, Tensor | None]] = {}
@@ -146,52 +136,67 @@ class Kept:
         return len(self.steps)
 
     def add(
-        self,
-        report: StepReport,
-        time: float,
-        scalars: dict[str, Tensor | float],
-        sample: Sample | None,
+        self, report: StepReport, time: float, rate: Tensor | float | None, sample: Sample | None
     ) -> None:
-        """Take a step, and at once what reads its gradients, and tensors that are the user's."""
-        selections = report.selections
-        main = selections[0]
-        decision = main.decision
-        for name, value in scalars.items():
-            if type(value) is not float:
-                scalars[name] = _own(value, self.like)
+        """Take a step, and at once what reads its gradients, and tensors that are the user's.
+
+        Whatever interrupts this, the step is there as a whole, or not at all.
+        """
+        selections, place = report.selections, len(self.steps)
+        main, scalars = selections[0], self._scalars(report, rate)
+        decision, made = main.decision, report.stepped_or_pending
         if decision.clamp is not None or decision.unit_coefficients is not None:
             total = None if decision.clamp is None else main.clipped_total()
-            self.outcomes[len(self.steps)] = main.outcome, total
+            self.outcomes[place] = main.outcome, total
             bound: Any = main.outcome.bound()
         else:
             bound = _small(decision.known_bound)
-        # From here on nothing fails, which would leave a part of the step.
-        for i, columns in self._placed:
-            columns.add(selections[i])
-        made = report.stepped_or_pending
         if made is not True:
-            self.maybe_skipped[len(self.steps)] = report
-        self.steps.append((report.step, time, main.measured.known_total, bound, made))
-        self.scalars.append(scalars)
+            self.maybe_skipped[place] = report
+        taken = [_taken(selections[i]) for i in self._places]
+        self.steps.append((report.step, time, main.measured.known_total, bound, made, scalars, *taken))
         if sample is not None:
             self.samples.append((report.step, sample))
 
+    def columns(self) -> list[Columns]:
+        """The selections' with parameters."""
+        return [
+            Columns(self.selections[i].measured.norms, [step[6 + k] for step in self.steps])
+            for k, i in enumerate(self._places)
+        ]
+
+    def _scalars(self, report: StepReport, rate: Tensor | float | None) -> dict[str, Tensor | float] | float:
+        """What the user logged, and what is worth knowing beside it; mostly the learning rate alone."""
+        prescale = report.prescale
+        is_scaled = isinstance(prescale, Tensor) or prescale != 1.0
+        if type(rate) is float and not (is_scaled or report.scalars):
+            return rate
+        scalars = dict(report.scalars)
+        if rate is not None:
+            scalars.setdefault("lr", rate)
+        if is_scaled:
+            scalars["prescale"] = prescale
+        for name, value in scalars.items():
+            if type(value) is not float:
+                scalars[name] = _own(value, self.like)
+        return scalars
+
     def stacked(self) -> dict[str, Tensor]:
         """The steps' tensors where they are, stacked: [k] and [k, n]."""
-        unknown = self.like.new_full((), math.nan)
-        _, _, totals, bounds, made = zip(*self.steps, strict=True)
+        unknown, columns = self.like.new_full((), math.nan), self.columns()
+        _, _, totals, bounds, made, logged = zip(*(step[:6] for step in self.steps), strict=True)
         series = {
             "total": _scalars(totals, unknown),
             "bound": _scalars(bounds if _are_floats(bounds) else [_least(own) for own in bounds], unknown),
             "stepped": _scalars(made, unknown),
-            "norms": torch.cat([own.norms() for own in self.columns], dim=1),
-            "coefficients": torch.cat([own.coefficients() for own in self.columns], dim=1),
+            "norms": torch.cat([own.norms() for own in columns], dim=1),
+            "coefficients": torch.cat([own.coefficients() for own in columns], dim=1),
         }
         for name, place in (("weights", 2), ("peaks", 3)):
-            known = [own.known(place) for own in self.columns]
+            known = [own.known(place) for own in columns]
             one = next((value for own in known for value in own if value is not None), None)
             if one is not None:
-                parts = zip(self.columns, known, strict=True)
+                parts = zip(columns, known, strict=True)
                 series[name] = torch.cat(
                     [own.stacked(of, unknown, one.shape[1:]) for own, of in parts], dim=1
                 )
@@ -202,10 +207,9 @@ class Kept:
             series["outcome_clipped"] = torch.stack([own.is_clipped() for own, _ in outcomes]).to(
                 unknown.dtype
             )
-        for name in dict.fromkeys(itertools.chain.from_iterable(self.scalars)):
-            series[SCALAR_PREFIX + name] = _scalars(
-                [row.get(name, math.nan) for row in self.scalars], unknown
-            )
+        scalars = [{"lr": own} if type(own) is float else own for own in logged]
+        for name in dict.fromkeys(itertools.chain.from_iterable(scalars)):
+            series[SCALAR_PREFIX + name] = _scalars([row.get(name, math.nan) for row in scalars], unknown)
         return series
 
 
@@ -299,7 +303,7 @@ class Batch:
         steps = [step[0] for step in kept.steps]
         series["step"] = from_list(steps, torch.int64)
         series["time"] = from_list([step[1] for step in kept.steps])
-        series["present"] = torch.cat([columns.present() for columns in kept.columns], dim=1)
+        series["present"] = torch.cat([columns.present() for columns in kept.columns()], dim=1)
         self._add_lags(series, steps)
         stepped = (series["verdict"] & STEPPED).tolist()
         return Rows(
