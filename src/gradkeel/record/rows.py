@@ -112,6 +112,9 @@ class Columns:
         return rows.repeat_interleave(torch.tensor([steps for _, steps in runs]), dim=0)
 
 
+_OUTCOME, _SKIPPED, _SAMPLE, _TAKEN = 6, 7, 8, 9  # fields of a step that is kept
+
+
 class Kept:
     """Steps of one layout as the training thread leaves them, and nothing computed that can wait.
 
@@ -123,13 +126,10 @@ class Kept:
         self.selections = first.selections
         self.like = self.selections[0].measured.norms
         self._places = [i for i, selection in enumerate(self.selections) if selection.measured.names] or [0]
-        # Of each step: its number, when it ended, the main selection's norm and bound, whether it was made, what was
-        # logged (a number alone is the learning rate), and what was taken of the selections at these places.
+        # Of each step: number, time, the main selection's norm and bound, whether it was made, what was logged (a
+        # number is the learning rate); where it did more than multiply each parameter by a factor, what came of it; its
+        # report where it may have been skipped; its sample; and what was taken of the selections.
         self.steps: list[tuple[Any, ...]] = []
-        self.samples: list[tuple[int, Sample]] = []
-        # By place: of steps that do more than multiply each parameter by a factor, also the norm that was measured.
-        self.outcomes: dict[int, tuple[Outcome, Tensor | None]] = {}
-        self.maybe_skipped: dict[int, StepReport] = {}
 
     def __len__(self) -> int:
         """How many steps they are."""
@@ -142,26 +142,26 @@ class Kept:
 
         Whatever interrupts this, the step is there as a whole, or not at all.
         """
-        selections, place = report.selections, len(self.steps)
+        selections, outcome = report.selections, None
         main, scalars = selections[0], self._scalars(report, rate)
         decision, made = main.decision, report.stepped_or_pending
         if decision.clamp is not None or decision.unit_coefficients is not None:
-            total = None if decision.clamp is None else main.clipped_total()
-            self.outcomes[place] = main.outcome, total
+            outcome = main.outcome, None if decision.clamp is None else main.clipped_total()
             bound: Any = main.outcome.bound()
         else:
             bound = _small(decision.known_bound)
-        if made is not True:
-            self.maybe_skipped[place] = report
         taken = [_taken(selections[i]) for i in self._places]
-        self.steps.append((report.step, time, main.measured.known_total, bound, made, scalars, *taken))
-        if sample is not None:
-            self.samples.append((report.step, sample))
+        skipped, total = None if made is True else report, main.measured.known_total
+        self.steps.append((report.step, time, total, bound, made, scalars, outcome, skipped, sample, *taken))
+
+    def some(self, field: int) -> dict[int, Any]:
+        """By place what there is in a field of the steps that have it."""
+        return {i: step[field] for i, step in enumerate(self.steps) if step[field] is not None}
 
     def columns(self) -> list[Columns]:
         """The selections' with parameters."""
         return [
-            Columns(self.selections[i].measured.norms, [step[6 + k] for step in self.steps])
+            Columns(self.selections[i].measured.norms, [step[_TAKEN + k] for step in self.steps])
             for k, i in enumerate(self._places)
         ]
 
@@ -200,8 +200,7 @@ class Kept:
                 series[name] = torch.cat(
                     [own.stacked(of, unknown, one.shape[1:]) for own, of in parts], dim=1
                 )
-        if self.outcomes:
-            outcomes = self.outcomes.values()
+        if outcomes := self.some(_OUTCOME).values():
             after = [own.total() if own.decision.clamp is None else measured for own, measured in outcomes]
             series["outcome_total"] = torch.stack([unknown if total is None else total for total in after])
             series["outcome_clipped"] = torch.stack([own.is_clipped() for own, _ in outcomes]).to(
@@ -283,10 +282,12 @@ class Batch:
     def __init__(self, kept: Kept, subject: Subject) -> None:
         self._kept, self._subject = kept, subject
         self._series: dict[str, Tensor] | None = None
-        self._samples = kept.samples
+        self._samples: list[tuple[int, Sample]] = [
+            (kept.steps[i][0], sample) for i, sample in kept.some(_SAMPLE).items()
+        ]
         if not kept.like.is_cpu:
             self._series = {name: to_host(value) for name, value in kept.stacked().items()}
-            self._samples = [(step, sample.on_host()) for step, sample in kept.samples]
+            self._samples = [(step, sample.on_host()) for step, sample in self._samples]
         self._arrival = Arrival(kept.like.device)
 
     def __len__(self) -> int:
@@ -311,7 +312,7 @@ class Batch:
             selections=kept.selections,
             steps=steps,
             series=series,
-            skips=[_skip(one, series, i) for i, one in kept.maybe_skipped.items() if not stepped[i]],
+            skips=[_skip(one, series, i) for i, one in kept.some(_SKIPPED).items() if not stepped[i]],
             samples=self._samples,
         )
 
@@ -380,8 +381,7 @@ def _derive(series: dict[str, Tensor], kept: Kept) -> None:
         if smallest.equal(largest)
         else torch.stack([combine(row, main.norm_type) for row in norms[:, :columns] * own])
     )
-    if kept.outcomes:
-        places = list(kept.outcomes)
+    if places := list(kept.some(_OUTCOME)):
         after[places] = series.pop("outcome_total")
         clipped[places] |= series.pop("outcome_clipped") == 1.0
     series["clipped_total"], series["coefficient"] = after, smallest
