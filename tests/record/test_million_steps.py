@@ -9,7 +9,8 @@ from tests.record.processes import run_script
 WRITE = """
     import sys, torch
     from gradkeel.norms import Decision, GradientNorms
-    from gradkeel.record.rows import Rows, Sample, Subject
+    from gradkeel.record.kept import Sample
+    from gradkeel.record.rows import Rows, Subject
     from gradkeel.record.writer import RecordFile
     from gradkeel.guard.report import SelectionReport
 

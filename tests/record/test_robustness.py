@@ -19,7 +19,7 @@ from gradkeel import policies as gp
 from gradkeel.errors import RecordError, RecordWarning
 from gradkeel.norms import Decision, Needs
 from gradkeel.record import Reader, Recorder, bucket_norms
-from gradkeel.record.rows import Kept
+from gradkeel.record.kept import Kept
 from gradkeel.record.schema import SCHEMA_VERSION
 
 from tests.record.processes import kill, run_script

@@ -9,7 +9,7 @@ import torch
 from gradkeel.guard.report import SelectionReport, StepReport
 from gradkeel.norms import Decision, GradientNorms
 from gradkeel.record import Reader, Recorder
-from gradkeel.record.rows import Kept, _coefficients
+from gradkeel.record.kept import Kept, _coefficients
 
 
 def test_coefficients_that_the_host_knows_stand_beside_those_on_the_device():

@@ -12,7 +12,8 @@ from typing import Protocol
 from torch import Tensor
 
 from gradkeel.guard.report import StepReport
-from gradkeel.record.rows import Batch, Kept, Rows, Sample, Subject
+from gradkeel.record.kept import Kept, Sample
+from gradkeel.record.rows import Batch, Rows, Subject
 
 MOST_WAITING = 2**18
 """Steps that may wait for a slow disk: each is some kilobytes of memory."""

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from gradkeel.measure.copies import Copies
 from gradkeel.measure.powers import read
+from gradkeel.record.kept import Sample
 from gradkeel.record.lag import Lag
-from gradkeel.record.rows import Sample
 from gradkeel.tensors import are_plain, entries_to_read, is_quantized
 
 _FLOATS = {torch.float32, torch.float64, torch.bfloat16, torch.float16}

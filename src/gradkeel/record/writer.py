@@ -14,8 +14,9 @@ from torch import Tensor
 
 from gradkeel.errors import RecordError
 from gradkeel.record.downsample import summarize
+from gradkeel.record.kept import Sample
 from gradkeel.record.lock import FileLock
-from gradkeel.record.rows import Rows, Sample, layout
+from gradkeel.record.rows import Rows, layout
 from gradkeel.record.schema import (
     APPLICATION_ID,
     ROWS_PER_BLOCK,
