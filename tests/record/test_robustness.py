@@ -1,6 +1,7 @@
 """Resuming, readers during training, and everything that can go wrong with a disk."""
 
 import copy
+import gc
 import os
 import shutil
 import sqlite3
@@ -20,6 +21,8 @@ from gradkeel.errors import RecordError, RecordWarning
 from gradkeel.norms import Decision, Needs
 from gradkeel.record import Reader, Recorder, bucket_norms
 from gradkeel.record.kept import Kept
+from gradkeel.record.outbox import Outbox
+from gradkeel.record.rows import Batch
 from gradkeel.record.schema import SCHEMA_VERSION
 
 from tests.record.processes import kill, run_script
@@ -418,27 +421,133 @@ def test_an_interrupted_step_costs_no_other(make_report):
         assert after.norms[own + 1] == pytest.approx(expected)
 
 
-def test_another_thread_may_flush_while_steps_are_taken(make_report, monkeypatch):
-    """It waits, and no step is written twice or out of order."""
-    kept, add, flushes = Gate(), Kept.add, []
+def flushing(monkeypatch, flush):
+    """From now on step 5 calls ``flush`` while it is taken."""
+    taken = Kept.taken
 
     def slow(own, report, *rest):
+        found = taken(own, report, *rest)
         if report.step == 5:
-            flushes.append(threading.Thread(target=recorder.flush))
-            flushes[0].start()
-            flushes[0].join(0.2)
-        add(own, report, *rest)
+            flush()
+        return found
 
-    monkeypatch.setattr(Kept, "add", slow)
+    monkeypatch.setattr(Kept, "taken", slow)
+
+
+def test_another_thread_may_flush_while_steps_are_taken(make_report, monkeypatch):
+    """It waits, and no step is written twice or out of order."""
+    kept, flushes = Gate(), []
     kept.go.set()
     recorder = Recorder(None, sinks=[kept])
+
+    def flush():
+        flushes.append(threading.Thread(target=recorder.flush))
+        flushes[0].start()
+        flushes[0].join(0.2)
+
+    flushing(monkeypatch, flush)
     for step in range(1, 31):
-        report = make_report(step)
-        report.selections[0].measured.total = float(step)  # as the native kernels give it
-        recorder.record(report)
+        recorder.record(make_report(step))
     flushes[0].join()
     recorder.close()
     assert kept.steps == list(range(1, 31))
+
+
+def test_a_signals_handler_may_flush_while_a_step_is_taken(make_report, monkeypatch):
+    kept = Gate()
+    kept.go.set()
+    recorder = Recorder(None, sinks=[kept], flush_seconds=1e3)
+    flushing(monkeypatch, recorder.flush)
+    for step in range(1, 9):
+        recorder.record(make_report(step))
+    recorder.close()
+    assert kept.steps == list(range(1, 9))
+
+
+def test_an_interrupted_flush_loses_nothing(make_report, monkeypatch):
+    kept, interrupts = Gate(), [KeyboardInterrupt]
+    kept.go.set()
+    recorder = Recorder(None, sinks=[kept], flush_seconds=1e3)
+
+    def interrupted(*rest):
+        if interrupts:
+            raise interrupts.pop()
+        return Batch(*rest)
+
+    monkeypatch.setattr("gradkeel.record.outbox.Batch", interrupted)
+    for step in range(1, 11):
+        recorder.record(make_report(step))
+    with pytest.raises(KeyboardInterrupt):
+        recorder.flush()
+    for step in range(11, 14):
+        recorder.record(make_report(step))
+    recorder.close()
+    assert kept.steps == list(range(1, 14))
+
+
+def test_a_change_of_parameters_that_is_interrupted_is_made_at_the_next_step(tmp_path, monkeypatch):
+    parameters = [nn.Parameter(torch.ones(n)) for n in (2, 3, 4)]
+    optimizer = torch.optim.SGD(parameters[:2], lr=0.1)
+    guard = gk.attach(optimizer, None, record=Recorder(tmp_path / "run.keel", flush_seconds=1e3))
+
+    def step():
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+
+    for _ in range(3):
+        step()
+    optimizer.add_param_group({"params": parameters[2:]})
+    send = Outbox.send
+
+    def interrupted(own):
+        monkeypatch.setattr(Outbox, "send", send)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Outbox, "send", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        step()
+    for _ in range(3):
+        step()
+    guard.detach()
+    with Reader(tmp_path / "run.keel") as run:
+        steps, norms = run.steps().tolist(), run.norms()
+        assert steps == [1, 2, 3, 5, 6, 7]
+        assert norms[:3, 2].isnan().all()
+        assert norms[3:, 2].tolist() == [2.0] * 3
+
+
+def test_steps_that_go_back_wait_for_the_next_batch_together(make_report):
+    batches = []
+    kept = Gate()
+    kept.write = lambda rows: batches.append(rows.steps)
+    recorder = Recorder(None, sinks=[kept], flush_seconds=1e3)
+    for step in (1, 2, 3, 1, 2, 3):
+        recorder.record(make_report(step))
+    recorder.close()
+    assert batches == [[1, 2, 3], [1, 2, 3]]
+
+
+@pytest.mark.parametrize("logged", [{}, {"loss": 1.0}])
+def test_steps_that_wait_are_not_in_garbage_collections_way(make_report, logged):
+    recorder = Recorder(None, sinks=[Gate()], flush_seconds=1e3)
+
+    def tracked(steps):
+        for step in steps:
+            report = make_report(step, **logged)
+            selection = report.selections[0]
+            selection.measured.norms, selection.measured.total = bytearray(8 * 3), float(step)
+            selection.decision = Decision(coefficients=1.0, bound=50.0)
+            recorder.record(report)
+            del report, selection
+        for _ in range(4):
+            gc.collect()
+        return len(gc.get_objects())
+
+    before = tracked(range(1, 201))
+    assert tracked(range(201, 1201)) - before < 100
+    recorder._outbox._sinks[0].go.set()
+    recorder.close()
 
 
 class Bounded(gp.Policy):

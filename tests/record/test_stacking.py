@@ -71,7 +71,7 @@ def test_steps_of_an_accelerator_are_stacked_there(kinds):
 
     kept = Kept(report(1, kinds[0]))
     for step, kind in enumerate(kinds, 1):
-        kept.add(report(step, kind), 0.0, 0.1, None)
+        kept.steps.append(kept.taken(report(step, kind), 0.0, 0.1, None))
     series = kept.stacked()
     outcomes = sum(kind in ("units", "clamp") for kind in kinds)
     for name, values in series.items():

@@ -35,8 +35,11 @@ class Sample:
         return Sample(self.names, to_host(self.weights), to_host(self.updates), lag)
 
 
+NORMS, FACTORS, WEIGHTS, PEAKS, PRESENT = range(5)
+"""Fields of what is kept of one selection in a step."""
+
+
 def _taken(selection: SelectionReport) -> tuple[Any, ...]:
-    """A step's norms, coefficients, norms of weights, peaks, and which parameters have a gradient."""
     measured, decision = selection.measured, selection.decision
     factors: Any = decision.known_coefficients if decision.unit_coefficients is None else selection.outcome
     if type(factors) is list:
@@ -49,15 +52,15 @@ class Columns:
 
     Args:
         like: [n] norms of one of its steps.
-        steps: of each of them what was taken of the selection.
+        rows: of each of them what was kept of the selection.
     """
 
-    def __init__(self, like: Tensor, steps: Sequence[tuple[Any, ...]]) -> None:
-        self._like, self._steps = like, steps
+    def __init__(self, like: Tensor, rows: Sequence[tuple[Any, ...]]) -> None:
+        self._like, self._rows = like, rows
 
     def norms(self) -> Tensor:
         """[k, n] of all steps."""
-        norms = [step[0] for step in self._steps]
+        norms = [row[NORMS] for row in self._rows]
         if bytearray in set(map(type, norms)):  # the host's, whose tensors are made where somebody looks
             blobs = [own if type(own) is bytearray else to_blob(own.to(torch.float64)) for own in norms]
             return from_blobs(blobs, torch.float64).reshape(len(norms), self._like.numel())
@@ -65,14 +68,14 @@ class Columns:
 
     def coefficients(self) -> Tensor:
         """[k, n] of all steps."""
-        values = [step[1] for step in self._steps]
+        values = [row[FACTORS] for row in self._rows]
         if Outcome in set(map(type, values)):
             values = [own.coefficients() if isinstance(own, Outcome) else own for own in values]
         return _coefficients(values, self._like)
 
-    def known(self, place: int) -> list[Tensor | None]:
-        """Of each step the norms of weights (2) or the peaks (3), where they were measured."""
-        return [step[place] for step in self._steps]
+    def known(self, field: int) -> list[Tensor | None]:
+        """Of each step the norms of weights or the peaks, where they were measured."""
+        return [row[field] for row in self._rows]
 
     def stacked(self, known: Sequence[Tensor | None], unknown: Tensor, shape: Sequence[int]) -> Tensor:
         """[k, n, ...] of what is known of some steps; ``unknown`` elsewhere."""
@@ -81,67 +84,72 @@ class Columns:
 
     def present(self) -> Tensor:
         """[k, n] of all steps, on the host."""
-        flags = [step[4] for step in self._steps]
-        runs = [(own, len(list(run))) for own, run in itertools.groupby(flags)]
+        runs = [(own, len(list(run))) for own, run in itertools.groupby(row[PRESENT] for row in self._rows)]
         rows = torch.tensor([own for own, _ in runs], dtype=torch.uint8)
         return rows.repeat_interleave(torch.tensor([steps for _, steps in runs]), dim=0)
 
 
-OUTCOME, SKIPPED, SAMPLE, _TAKEN = 6, 7, 8, 9  # fields of a step that is kept
+STEP, TIME, TOTAL, BOUND, MADE, LOGGED, CAME_TO, MAYBE_SKIPPED, SAMPLE, _SELECTIONS = range(10)
+"""Fields of a kept step: its number, when it ended, the main selection's norm and bound, and whether it was made.
+
+What was logged: the learning rate alone as a number, else pairs of a name and a number. Where it did more than multiply
+each parameter by a factor: what that came to, and the norm that was measured after a clamp. Its report, where it may
+have been skipped. Its sample. From `_SELECTIONS` on what is kept of each selection.
+"""
 
 
 class Kept:
     """Steps of one layout as the training thread leaves them, and nothing computed that can wait.
 
-    Of a step that was made, multiplied by factors of parameters at most, only numbers and tensors are kept: whatever
-    else is alive for long, the interpreter's garbage collection goes through again and again, with all that there is.
+    Of a step that was made, multiplied by factors of parameters at most, only numbers and tensors are kept, in tuples:
+    whatever else is alive for long, the interpreter's garbage collection goes through again and again, with all that
+    there is.
     """
 
     def __init__(self, first: StepReport) -> None:
         self.selections = first.selections
         self.like = self.selections[0].measured.norms
         self._places = [i for i, selection in enumerate(self.selections) if selection.measured.names] or [0]
-        # Of each step: number, time, the main selection's norm and bound, whether it was made, what was logged (a
-        # number is the learning rate); where it did more than multiply each parameter by a factor, what came of it; its
-        # report where it may have been skipped; its sample; and what was taken of the selections.
         self.steps: list[tuple[Any, ...]] = []
 
     def __len__(self) -> int:
         """How many steps they are."""
         return len(self.steps)
 
-    def add(
+    def taken(
         self, report: StepReport, time: float, rate: Tensor | float | None, sample: Sample | None
-    ) -> None:
-        """Take a step, and at once what reads its gradients, and tensors that are the user's.
-
-        Whatever interrupts this, the step is there as a whole, or not at all.
-        """
-        selections, outcome = report.selections, None
-        main, scalars = selections[0], self._scalars(report, rate)
+    ) -> tuple[Any, ...]:
+        """A step as it is kept; what reads its gradients, and tensors that are the user's, are read at once."""
+        main, came_to = report.selections[0], None
         decision, made = main.decision, report.stepped_or_pending
         if decision.clamp is not None or decision.unit_coefficients is not None:
-            outcome = main.outcome, None if decision.clamp is None else main.clipped_total()
+            came_to = main.outcome, None if decision.clamp is None else main.clipped_total()
             bound: Any = main.outcome.bound()
         else:
             bound = _small(decision.known_bound)
-        taken = [_taken(selections[i]) for i in self._places]
-        skipped, total = None if made is True else report, main.measured.known_total
-        self.steps.append((report.step, time, total, bound, made, scalars, outcome, skipped, sample, *taken))
+        taken = [_taken(report.selections[i]) for i in self._places]
+        return (
+            report.step, time, main.measured.known_total, bound, made, self._logged(report, rate),
+            came_to, None if made is True else report, sample, *taken,
+        )  # fmt: skip
+
+    def of(self, field: int) -> list[Any]:
+        """What there is in a field, of all steps."""
+        return [step[field] for step in self.steps]
 
     def some(self, field: int) -> dict[int, Any]:
         """By place what there is in a field of the steps that have it."""
-        return {i: step[field] for i, step in enumerate(self.steps) if step[field] is not None}
+        return {i: value for i, value in enumerate(self.of(field)) if value is not None}
 
     def columns(self) -> list[Columns]:
         """The selections' with parameters."""
         return [
-            Columns(self.selections[i].measured.norms, [step[_TAKEN + k] for step in self.steps])
+            Columns(self.selections[i].measured.norms, self.of(_SELECTIONS + k))
             for k, i in enumerate(self._places)
         ]
 
-    def _scalars(self, report: StepReport, rate: Tensor | float | None) -> dict[str, Tensor | float] | float:
-        """What the user logged, and what is worth knowing beside it; mostly the learning rate alone."""
+    def _logged(self, report: StepReport, rate: Tensor | float | None) -> tuple[Any, ...] | float:
+        """What the user logged, and what is worth knowing beside it."""
         prescale = report.prescale
         is_scaled = isinstance(prescale, Tensor) or prescale != 1.0
         if type(rate) is float and not (is_scaled or report.scalars):
@@ -151,37 +159,39 @@ class Kept:
             scalars.setdefault("lr", rate)
         if is_scaled:
             scalars["prescale"] = prescale
-        for name, value in scalars.items():
-            if type(value) is not float:
-                scalars[name] = _own(value, self.like)
-        return scalars
+        return tuple(
+            [
+                (name, value if type(value) is float else _own(value, self.like))
+                for name, value in scalars.items()
+            ]
+        )
 
     def stacked(self) -> dict[str, Tensor]:
         """The steps' tensors where they are, stacked: [k] and [k, n]."""
         unknown, columns = self.like.new_full((), math.nan), self.columns()
-        _, _, totals, bounds, made, logged = zip(*(step[:6] for step in self.steps), strict=True)
+        bounds = self.of(BOUND)
         series = {
-            "total": _scalars(totals, unknown),
+            "total": _scalars(self.of(TOTAL), unknown),
             "bound": _scalars(bounds if _are_floats(bounds) else [_least(own) for own in bounds], unknown),
-            "stepped": _scalars(made, unknown),
+            "stepped": _scalars(self.of(MADE), unknown),
             "norms": torch.cat([own.norms() for own in columns], dim=1),
             "coefficients": torch.cat([own.coefficients() for own in columns], dim=1),
         }
-        for name, place in (("weights", 2), ("peaks", 3)):
-            known = [own.known(place) for own in columns]
+        for name, field in (("weights", WEIGHTS), ("peaks", PEAKS)):
+            known = [own.known(field) for own in columns]
             one = next((value for own in known for value in own if value is not None), None)
             if one is not None:
                 parts = zip(columns, known, strict=True)
                 series[name] = torch.cat(
                     [own.stacked(of, unknown, one.shape[1:]) for own, of in parts], dim=1
                 )
-        if outcomes := self.some(OUTCOME).values():
+        if outcomes := self.some(CAME_TO).values():
             after = [own.total() if own.decision.clamp is None else measured for own, measured in outcomes]
             series["outcome_total"] = torch.stack([unknown if total is None else total for total in after])
             series["outcome_clipped"] = torch.stack([own.is_clipped() for own, _ in outcomes]).to(
                 unknown.dtype
             )
-        scalars = [{"lr": own} if type(own) is float else own for own in logged]
+        scalars = [{"lr": own} if type(own) is float else dict(own) for own in self.of(LOGGED)]
         for name in dict.fromkeys(itertools.chain.from_iterable(scalars)):
             series[SCALAR_PREFIX + name] = _scalars([row.get(name, math.nan) for row in scalars], unknown)
         return series

@@ -53,7 +53,7 @@ class Lag:
     def value(self) -> float:
         """The norm of the gradients over the root of what is remembered of their squares, of what is on the host."""
         # An optimizer may keep anything under these names.
-        with contextlib.suppress(ArithmeticError, TypeError):
+        with contextlib.suppress(ArithmeticError, TypeError, ValueError):
             return self._value()
         return math.nan
 

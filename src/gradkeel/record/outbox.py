@@ -12,7 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from gradkeel.guard.report import StepReport
-from gradkeel.record.kept import Kept, Sample
+from gradkeel.record.kept import STEP, Kept, Sample
 from gradkeel.record.rows import Batch, Rows, Subject
 
 MOST_WAITING = 2**18
@@ -57,7 +57,7 @@ class Outbox:
         self.problems = problems
         self.is_left_behind = False
         self._kept: Kept | None = None
-        self._lock = threading.RLock()  # of these two, for anybody may flush
+        self._lock = threading.RLock()  # of what is kept, for anybody may flush
         self._writing = threading.RLock()  # no process is forked meanwhile, unless a sink does
         self._flush_seconds = flush_seconds
         self._sent_at = time.time()
@@ -76,15 +76,18 @@ class Outbox:
 
     def add(self, report: StepReport, rate: Tensor | float | None, sample: Sample | None) -> None:
         """Take a step, of the layout of those that wait, and its learning rate; send what has waited long enough."""
-        now = time.time()
         with self._lock:
             kept = self._kept
-            if kept is not None and report.step <= kept.steps[-1][0]:
+            if kept is not None and report.step <= kept.steps[-1][STEP]:
                 self._send()
                 kept = None
+            now = time.time()
             if kept is None:
                 kept = Kept(report)
-            kept.add(report, now, rate, sample)
+            step = kept.taken(report, now, rate, sample)
+            if self._kept is None and kept.steps:  # a signal's handler has flushed meanwhile
+                kept = Kept(report)
+            kept.steps.append(step)
             self._kept = kept  # never without a step, should the first one fail
             # Also where the clock was set back.
             if not 0 <= now - self._sent_at < self._flush_seconds or len(kept) >= MOST_KEPT:
@@ -97,17 +100,22 @@ class Outbox:
 
     def _send(self) -> None:
         self._sent_at = time.time()
-        kept, self._kept = self._kept, None
+        kept = self._kept
         if kept is None:
             return
-        batch = Batch(kept, self.subject)
+        try:
+            batch = Batch(kept, self.subject)
+        except Exception:
+            self._kept = None
+            raise
         waiting = self._sent - self._taken
+        self._kept = None  # not before, for Ctrl-C would lose them
         if waiting + len(batch) > MOST_WAITING:
             self._stopped(f"{self._sinks[0]!r} does not keep up with {waiting} steps waiting")
             self._sinks.clear()
             return
-        self._sent += len(batch)
         self._batches.put(batch)
+        self._sent += len(batch)
 
     def wait(self) -> None:
         """Wait until everything sent so far is written."""

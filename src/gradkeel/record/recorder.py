@@ -186,10 +186,12 @@ class Recorder:
         if isinstance(norm, Tensor) and not norm.is_cpu and is_capturing(norm.device):
             return
         if names is not self._names or not names:  # whatever changes makes new ones
-            self._names, own = names, layout(selections)
+            own = layout(selections)
             if own != self._layout:
                 outbox.send()
-                self._layout, outbox.subject = own, self._subject()
+                outbox.subject = self._subject()
+                self._layout = own
+            self._names = names  # last, for Ctrl-C may come at any moment
         outbox.add(report, self._rate, sample)
 
     def flush(self) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from gradkeel.guard.report import SelectionReport, SkipReason, StepReport, nonfinite_words
 from gradkeel.kernels.arrival import Arrival, to_host
 from gradkeel.norms import combine, from_list
-from gradkeel.record.kept import OUTCOME, SAMPLE, SKIPPED, Kept, Sample
+from gradkeel.record.kept import CAME_TO, MAYBE_SKIPPED, SAMPLE, STEP, TIME, Kept, Sample
 from gradkeel.record.lag import SERIES
 from gradkeel.record.schema import CLIPPED, NONFINITE, SCALAR_PREFIX, STEPPED
 
@@ -99,7 +99,7 @@ class Batch:
         self._kept, self._subject = kept, subject
         self._series: dict[str, Tensor] | None = None
         self._samples: list[tuple[int, Sample]] = [
-            (kept.steps[i][0], sample) for i, sample in kept.some(SAMPLE).items()
+            (kept.steps[i][STEP], sample) for i, sample in kept.some(SAMPLE).items()
         ]
         if not kept.like.is_cpu:
             self._series = {name: to_host(value) for name, value in kept.stacked().items()}
@@ -117,9 +117,9 @@ class Batch:
         stacked = kept.stacked() if self._series is None else self._series
         series = {name: value.to(torch.float64) for name, value in stacked.items()}
         _derive(series, kept)
-        steps = [step[0] for step in kept.steps]
+        steps = kept.of(STEP)
         series["step"] = from_list(steps, torch.int64)
-        series["time"] = from_list([step[1] for step in kept.steps])
+        series["time"] = from_list(kept.of(TIME))
         series["present"] = torch.cat([columns.present() for columns in kept.columns()], dim=1)
         self._add_lags(series, steps)
         stepped = (series["verdict"] & STEPPED).tolist()
@@ -128,7 +128,7 @@ class Batch:
             selections=kept.selections,
             steps=steps,
             series=series,
-            skips=[_skip(one, series, i) for i, one in kept.some(SKIPPED).items() if not stepped[i]],
+            skips=[_skip(one, series, i) for i, one in kept.some(MAYBE_SKIPPED).items() if not stepped[i]],
             samples=self._samples,
         )
 
@@ -154,7 +154,7 @@ def _derive(series: dict[str, Tensor], kept: Kept) -> None:
         if smallest.equal(largest)
         else torch.stack([combine(row, main.norm_type) for row in norms[:, :columns] * own])
     )
-    if places := list(kept.some(OUTCOME)):
+    if places := list(kept.some(CAME_TO)):
         after[places] = series.pop("outcome_total")
         clipped[places] |= series.pop("outcome_clipped") == 1.0
     series["clipped_total"], series["coefficient"] = after, smallest
