@@ -12,8 +12,8 @@ pytest.importorskip("typer", reason="the command line needs the extra cli")
 
 from typer.testing import CliRunner
 
-import gradkeel as gk
 from gradkeel.cli.app import app
+from scripted import trained
 
 
 @pytest.fixture(scope="module")
@@ -23,18 +23,15 @@ def run(tmp_path_factory):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    guard = gk.attach(optimizer, "global-norm:1.0", model=model, record=path)
-    for step in range(1, 121):
-        if step == 60:
-            with torch.no_grad():
-                model[2].weight.mul_(100)
-        loss = (model(torch.randn(16, 4)) - 1).square().mean()
-        loss.backward()
-        guard.log(loss=loss)
-        optimizer.step()
-        optimizer.zero_grad()
-    guard.detach()
-    return path
+
+    def losses():
+        for step in range(1, 121):
+            if step == 60:
+                with torch.no_grad():
+                    model[2].weight.mul_(100)
+            yield (model(torch.randn(16, 4)) - 1).square().mean()
+
+    return trained(path, model, optimizer, losses(), "global-norm:1.0")
 
 
 def call(*arguments):

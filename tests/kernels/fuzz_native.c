@@ -287,6 +287,11 @@ static void check_copying(struct tensor *table, int64_t count, const struct team
         CHECK(memcmp(copies[i].data, table[i].data, bytes) == 0);
         if (take(2)) fill(table[i].data, (int64_t)bytes, (int)width(kind));
     }
+    if (count > 0 && take(4) == 1) {
+        copies[count - 1].entries++;
+        CHECK(gradkeel_read(table, count, SQUARES, norms, NULL, NULL, copies, team) == 1);
+        copies[count - 1].entries--;
+    }
     CHECK(gradkeel_read(table, count, SQUARES, norms, NULL, NULL, copies, team) == 0);
     for (int64_t i = 0; i < count; i++) {
         const struct tensor *t = table + i;

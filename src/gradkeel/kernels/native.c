@@ -602,12 +602,14 @@ static double norm_of(int norm, double power, int64_t kind, const void *data, co
  * norm: 0 the largest magnitude, 1 the sum of magnitudes, 2 the root of the sum of squares. norms [count] and, where
  * not NULL, units [sum of rows] and peaks [count, 2] are written; NaN or inf exactly where an entry is. Where `from` is
  * not NULL, the norm is 2 and nothing else is wanted, norms are those of each tensor's distance from the one of the same
- * index there, which is like it. Returns 0, or -1 without memory.
+ * index there. Returns 0, 1 where that is of another size or kind, or -1 without memory.
  */
 EXPORT int32_t gradkeel_read(const struct tensor *table, int64_t count, int32_t norm, double *norms, double *units,
                              double *peaks, const struct tensor *from, const struct team *team) {
     struct task task = {.operation = READ, .norm = norm, .range = peaks != NULL, .units = units, .table = table,
                         .others = from};
+    for (int64_t i = 0; from != NULL && i < count; i++)
+        if (from[i].entries != table[i].entries || from[i].kind != table[i].kind) return 1;
     int64_t rows = 0;
     for (int64_t i = 0; i < count; i++) rows += table[i].rows;
     if (units != NULL) memset(units, 0, (size_t)rows * sizeof *units);

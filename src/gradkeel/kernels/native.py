@@ -97,10 +97,6 @@ class Copied:
     memory: Tensor
     cells: "ctypes.Array[ctypes.c_char]"
 
-    def kinds(self) -> tuple[list[int], list[int]]:
-        """The tensors' sizes and dtypes."""
-        return _kinds(bytes(self.cells))
-
     def tensors(self) -> list[Tensor]:
         """Each as [entries], in this memory."""
         found = []
@@ -297,13 +293,12 @@ class Kernels:
         None where one has another dtype or size by now.
         """
         count = len(table.tensors)
-        if copied.kinds() != _kinds(ctypes.string_at(table.address, _CELL.size * count)):
-            return None
         norms = torch.empty(count, dtype=torch.float64, device="cpu")
         cells = ctypes.addressof(copied.cells)
-        if self._read(table.address, count, NORMS[2.0], norms.data_ptr(), None, None, cells, table.team):
+        done = self._read(table.address, count, NORMS[2.0], norms.data_ptr(), None, None, cells, table.team)
+        if done < 0:
             raise MemoryError(_NO_MEMORY)
-        return norms
+        return norms if done == 0 else None
 
     def _team(self) -> int:
         threads = torch.get_num_threads()
@@ -348,12 +343,6 @@ def add(sums: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
         return False
     own.add(to, of)
     return True
-
-
-def _kinds(cells: bytes) -> tuple[list[int], list[int]]:
-    """Sizes and dtypes of the tensors in a table."""
-    words = memoryview(cells).cast("q")
-    return words[1::4].tolist(), words[3::4].tolist()
 
 
 def kernels() -> Kernels | None:

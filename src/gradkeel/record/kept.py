@@ -123,8 +123,9 @@ class Kept:
         main, came_to = report.selections[0], None
         decision, made = main.decision, report.stepped_or_pending
         if decision.clamp is not None or decision.unit_coefficients is not None:
-            came_to = main.outcome, None if decision.clamp is None else main.clipped_total()
-            bound: Any = main.outcome.bound()
+            outcome = main.outcome
+            came_to = outcome, None if decision.clamp is None else main.clipped_total()
+            bound: Any = outcome.bound()
         else:
             bound = _small(decision.known_bound)
         taken = [_taken(report.selections[i]) for i in self._places]

@@ -11,9 +11,8 @@ from gradkeel.measure.copies import Copies
 from gradkeel.measure.powers import read
 from gradkeel.record.kept import Sample
 from gradkeel.record.lag import Lag
-from gradkeel.tensors import are_plain, entries_to_read, is_quantized
+from gradkeel.tensors import is_quantized
 
-_FLOATS = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 FIRST_STEPS = 100
 EVERY = 50  # steps; an update costs a copy of the weights and three passes over them
 SUSPICION, ALARM = 1.5, 3.0
@@ -85,14 +84,9 @@ class BeforeUpdate:
         self._weights = found.norms
         self._copies = Copies(tensors, found.table) if updates else None
 
-    def _tensors(self) -> Sequence[Tensor]:
+    def _tensors(self) -> list[Tensor]:
         """What is read of each parameter: nothing of a quantized one, whose norm is then 0."""
-        if are_plain(self._parameters) and {p.dtype for p in self._parameters} <= _FLOATS:
-            return self._parameters  # as almost always
-        return [
-            p.new_empty(0, dtype=torch.float32) if is_quantized(p) else entries_to_read(p)
-            for p in self._parameters
-        ]
+        return [p.new_empty(0, dtype=torch.float32) if is_quantized(p) else p for p in self._parameters]
 
     def sample(self) -> Sample:
         """Norms of the weights before the update, and of the update; call it after the optimizer's step."""
