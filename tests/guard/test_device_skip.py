@@ -4,6 +4,7 @@ Played is only what a CPU cannot do: to be an accelerator, and to let a flag arr
 """
 
 import math
+import pickle
 import sys
 
 import pytest
@@ -13,6 +14,8 @@ import gradkeel as gk
 from gradkeel.guard import pipeline as pipeline_module
 from gradkeel.guard import skips as skips_module
 from gradkeel.guard import step as step_module
+from gradkeel.guard.report import SkipReason
+from gradkeel.record import Reader
 from optimizers import BY_NAME, FUSED, contents, is_same
 
 NAMES = [f"{kind.__name__}-fused" for kind in FUSED]
@@ -40,6 +43,9 @@ class Late:
 
     def is_there(self):
         return self.place <= Late.so_far
+
+    def wait(self):
+        """Who asks for a verdict that has not arrived waits for it."""
 
 
 @pytest.fixture
@@ -90,6 +96,7 @@ def test_the_device_does_what_the_host_would(name, policy, scale, request):
     assert is_same(guard.state_dict()["states"], device_guard.state_dict()["states"])
     assert isinstance(told[-1].stepped_or_pending, torch.Tensor)
     assert [report.stepped for report in told] == [report.stepped for report in reports]
+    assert [report.reason for report in told] == [report.reason for report in reports]
     assert [report.norm for report in told] == pytest.approx([report.norm for report in reports], nan_ok=True)
     assert not {"grad_scale", "found_inf"} & vars(fused).keys()
 
@@ -117,6 +124,27 @@ def test_an_overflow_of_the_loss_scale_is_neither_warned_of_nor_counted(on_devic
         "AdamW-fused", "none", 8, bad_steps=range(1, 7), scale=1024.0, max_consecutive_skips=2
     )
     assert [report.stepped for report in reports] == [True, *[False] * 6, True]
+
+
+@pytest.mark.filterwarnings("ignore::gradkeel.errors.SkippedStepWarning")
+@pytest.mark.parametrize("so_far", [0, math.inf])
+def test_an_overflow_is_named_whoever_skips_and_however_late_it_is_heard(
+    so_far, request, tmp_path, monkeypatch
+):
+    found = []
+    for name in ("host", "device"):
+        if name == "device":
+            request.getfixturevalue("on_device")
+            monkeypatch.setattr(Late, "so_far", so_far)
+        path = tmp_path / f"{name}.keel"
+        _, _, guard, reports = train("AdamW-fused", "none", 8, [*range(1, 4), 6], scale=64.0, record=path)
+        guard.detach()
+        with Reader(path) as run:
+            found.append((list(run.skips()), [(report.skip_reason, report.reason) for report in reports]))
+        copied = pickle.loads(pickle.dumps(reports[2]))
+        assert copied.skip_reason is SkipReason.LOSS_SCALE
+    assert found[0] == found[1]
+    assert {why for why, _ in found[0][1]} == {None, SkipReason.LOSS_SCALE}
 
 
 def test_a_step_that_raises_leaves_no_verdict_behind(on_device):

@@ -201,6 +201,7 @@ class StepReport:
         scalars: what ``guard.log`` was told before this step, such as the loss.
         stepped_or_pending: whether the step was made; a [] bool tensor where only the device knows yet. Does not sync.
         why: what the host skipped the step for; None where it was made, or only the device knows.
+        overflowed: tells whether a loss scale is to blame, where the device skips by itself; waits for the device.
     """
 
     step: int
@@ -209,11 +210,12 @@ class StepReport:
     scalars: Mapping[str, Tensor | float] = field(default_factory=dict)
     stepped_or_pending: bool | Tensor = True
     why: SkipReason | None = None
+    overflowed: Callable[[], bool] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles hold the selections' reports themselves."""
         return type(self), (
-            self.step, self.selections, self.prescale, self.scalars, self.stepped_or_pending, self.why,
+            self.step, self.selections, self.prescale, self.scalars, self.stepped_or_pending, self.told_why(),
         )  # fmt: skip
 
     @property
@@ -258,9 +260,15 @@ class StepReport:
         """Why the step was skipped; None where it was made, and before the first."""
         if self.stepped or self.step == 0:
             return None
-        if self.why is not None:
-            return self.why
+        if (why := self.told_why()) is not None:
+            return why
         return SkipReason.POLICY if self.nonfinite_reason() is None else SkipReason.NONFINITE
+
+    def told_why(self) -> SkipReason | None:
+        """Why the step was skipped, as the host or a loss scaler says; None where that follows from the norms."""
+        if self.why is None and self.overflowed is not None and self.overflowed():
+            self.why = SkipReason.LOSS_SCALE
+        return self.why
 
     @property
     def reason(self) -> str | None:

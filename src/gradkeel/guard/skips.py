@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from gradkeel.errors import SkippedStepWarning, TooManySkipsError
 from gradkeel.guard.prescale import LossScale
-from gradkeel.guard.report import StepReport
+from gradkeel.guard.report import SkipReason, StepReport
 from gradkeel.kernels.arrival import Arrival, is_capturing, to_host
 
 LONGEST_RUN = 30  # of overflows: a loss scale of 2**30 is halved to 1 in as many steps
@@ -25,6 +26,13 @@ class _Pending(NamedTuple):
     told: Tensor | None
     heard: Callable[[bool], None] | None
     arrival: Arrival
+
+    def scaler(self) -> tuple[bool, float | None]:
+        """Whether the loss scaler saw an inf, and its scale, if it is known; to be asked once they have arrived."""
+        if self.told is None:
+            return False, None
+        found_inf, scale = self.told.tolist()
+        return found_inf > 0, None if math.isnan(scale) else scale
 
 
 class SkipWatch:
@@ -149,24 +157,36 @@ class SkipWatch:
         told = None
         if loss_scale.found_inf is not None:
             unknown = torch.full_like(loss_scale.found_inf, math.nan)
-            given = (stepped, loss_scale.found_inf, unknown if loss_scale.scale is None else loss_scale.scale)
+            given = (loss_scale.found_inf, unknown if loss_scale.scale is None else loss_scale.scale)
             told = to_host(torch.stack([one.to(stepped.device, torch.float32) for one in given]))
         there = to_host(stepped if verdict is None else verdict)
-        self._arriving.append(_Pending(report, there, told, heard, Arrival(stepped.device)))
+        pending = _Pending(report, there, told, heard, Arrival(stepped.device))
+        self._arriving.append(pending)
+        if told is not None:
+            report.overflowed = partial(self._is_overflow, pending)
+
+    def _is_overflow(self, pending: _Pending) -> bool:
+        """Whether the loss scale is to blame, as far as the steps before it are known; waits for the device."""
+        pending.arrival.wait()
+        found_inf, scale = pending.scaler()
+        return found_inf and self.expects_overflow(scale)
 
     def look(self) -> None:
         """Judge the verdicts that have arrived, without waiting for any."""
         if not self._arriving or is_capturing(self._arriving[0].report.stepped_tensor().device):
             return  # asking would break the capture
         while self._arriving and self._arriving[0].arrival.is_there():
-            report, there, told, heard, _ = self._arriving.pop(0)
+            pending = self._arriving.pop(0)
+            report, there = pending.report, pending.there
             stepped, *_, scaled = there.tolist() if there.dim() else (bool(there), None)
-            if heard is not None and scaled is not None:
-                heard(bool(scaled))
-            _, found_inf, scale = (0.0, 0.0, math.nan) if told is None else told.tolist()
+            if pending.heard is not None and scaled is not None:
+                pending.heard(bool(scaled))
+            is_overflow = not stepped and self._is_overflow(pending)
+            # Said once and for all: later steps count otherwise.
+            report.why, report.overflowed = SkipReason.LOSS_SCALE if is_overflow else None, None
             if stepped:
                 self.made()
-            elif found_inf and self.expects_overflow(None if math.isnan(scale) else scale):
+            elif is_overflow:
                 self.overflowed()
             else:
                 self.skipped(report.reason or "a gradient was not finite")

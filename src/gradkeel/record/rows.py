@@ -165,9 +165,9 @@ def _derive(series: dict[str, Tensor], kept: Kept) -> None:
 
 def _skip(report: StepReport, series: Mapping[str, Tensor], row: int) -> tuple[int, SkipReason, str]:
     """A skipped step's number, reason and words, from norms and losses that are on the host already."""
-    losses = series.get(SCALAR_PREFIX + "loss")
+    losses, why = series.get(SCALAR_PREFIX + "loss"), report.told_why()
     place = nonfinite_words(
         report, series["norms"][row].tolist(), None if losses is None else float(losses[row])
     )
-    why = report.why or (SkipReason.POLICY if place is None else SkipReason.NONFINITE)
+    why = why or (SkipReason.POLICY if place is None else SkipReason.NONFINITE)
     return report.step, why, why.words(report.step, place)
