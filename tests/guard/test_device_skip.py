@@ -6,6 +6,7 @@ Played is only what a CPU cannot do: to be an accelerator, and to let a flag arr
 import math
 import pickle
 import sys
+import warnings
 
 import pytest
 import torch
@@ -145,6 +146,25 @@ def test_an_overflow_is_named_whoever_skips_and_however_late_it_is_heard(
         assert copied.skip_reason is SkipReason.LOSS_SCALE
     assert found[0] == found[1]
     assert {why for why, _ in found[0][1]} == {None, SkipReason.LOSS_SCALE}
+
+
+@pytest.mark.filterwarnings("ignore::gradkeel.errors.SkippedStepWarning")
+@pytest.mark.parametrize("scale", [None, 1024.0])
+def test_an_overflow_is_no_alarm(scale, on_device):
+    """It would use the one autopsy up that steps which are not finite have."""
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter], lr=0.1, fused=True)
+    autopsy = gk.Autopsy(gk.attach(optimizer, None), loss=lambda batch: (parameter * batch).sum())
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", gk.errors.GradkeelWarning)
+        for factor in (1.0, math.inf):
+            optimizer.zero_grad()
+            with autopsy(torch.ones(2) * factor):
+                scaler.scale(autopsy.loss()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    assert (autopsy.last is None) == (scale is not None)
 
 
 def test_a_step_that_raises_leaves_no_verdict_behind(on_device):

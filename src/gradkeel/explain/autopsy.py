@@ -142,7 +142,7 @@ class Autopsy(Generic[Batch]):
         if not now or report.step == self._seen:
             return
         self._seen = report.step
-        if report.why in (SkipReason.LOSS_SCALE, SkipReason.NO_GRADIENT, SkipReason.EMPTY_WINDOW):
+        if report.told_why() in (SkipReason.LOSS_SCALE, SkipReason.NO_GRADIENT, SkipReason.EMPTY_WINDOW):
             return
         step = _weighed(now, guard.window)
         rate = learning_rate(guard.optimizer.param_groups[0])

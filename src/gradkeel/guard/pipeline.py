@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -171,6 +172,7 @@ class Pipeline:
             self._carry_out(row, entry, table)
             self._first.give("found_inf", (~may_step).float())
             row.stepped_or_pending, commit = may_step, finite
+            row.overflowed = partial(self._is_overflow, measured.found_inf)
         elif may_step:
             self._carry_out(row, entry, table)
             commit = not tolerant or bool(finite)
@@ -190,6 +192,7 @@ class Pipeline:
                 captured.apply(row, gradients)
             self._first.give("found_inf", row.found_inf)
             report.stepped_or_pending = row.may_step
+            report.overflowed = partial(self._is_overflow, given.found_inf)
             self._told = row.verdict
             return report, row.states, row.may_step
         may_step, is_finite, is_scaled = row.flags()
@@ -238,7 +241,7 @@ class Pipeline:
     def _is_overflow(self, found_inf: Tensor | None) -> bool:
         """Whether the loss scaler saw an inf, and lowering its scale may help; syncs the host, as a scaler's step does.
 
-        Asked under ``nonfinite="keep"``, and of steps that are skipped by the host.
+        Asked under ``nonfinite="keep"``, of steps that the host skips, and by who looks at one before it is made.
         """
         loss_scale = self._first.loss_scale
         # The scaler looks at the other optimizers' gradients when they step.

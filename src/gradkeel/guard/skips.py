@@ -152,9 +152,9 @@ class SkipWatch:
 
         A step that is being captured has none: it is not made now.
         """
+        report.overflowed = told = None  # the scaler changes its numbers now
         if is_capturing(stepped.device):
             return
-        told = None
         if loss_scale.found_inf is not None:
             unknown = torch.full_like(loss_scale.found_inf, math.nan)
             given = (loss_scale.found_inf, unknown if loss_scale.scale is None else loss_scale.scale)
