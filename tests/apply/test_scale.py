@@ -8,9 +8,9 @@ from torch import nn
 
 import reference
 from gradkeel.apply import apply, factors
-from gradkeel.measure import measure
 from gradkeel.norms import Decision, Needs
 from gradkeel.selection import Selection
+from measuring import measure
 
 CPU = torch.device("cpu")
 

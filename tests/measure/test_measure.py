@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import reference
-from gradkeel.measure import measure
 from gradkeel.norms import Needs, combine
 from gradkeel.ranks.total import measure_total
 from gradkeel.selection import Selection
 from gradkeel.tensors import entries_by_position, entries_to_read, entries_to_scale
+from measuring import measure
 
 CPU = torch.device("cpu")
 

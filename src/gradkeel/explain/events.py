@@ -65,7 +65,6 @@ class Event:
 
     start: int
     stop: int
-    alarm: int  # the first row at which it was beyond doubt
     baseline: Baseline | None  # what was normal before; None where it began before there was a past
     ended: Ended
 
@@ -188,7 +187,7 @@ class _Finder:
         ended: Ended = "recovered"
         if stop == len(self._logs):
             ended = "non-finite" if bool(self._nonfinite[-1]) else "high"
-        return Event(start, stop, alarm, baseline, ended)
+        return Event(start, stop, baseline, ended)
 
     def _baseline(self, row: int) -> Baseline | None:
         median = float(self._median[row])

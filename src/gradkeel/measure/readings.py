@@ -62,33 +62,6 @@ class Members(Protocol):
         """Return how many units along ``dim`` each has, and how many entries a unit."""
 
 
-@torch.no_grad()
-def measure(
-    selection: Selection,
-    needs: Needs,
-    *,
-    device: torch.device,
-    prescale: Tensor | float = 1.0,
-    step: int = 1,
-    loss: Tensor | None = None,
-) -> tuple[GradientNorms, tuple[bool, ...]]:
-    """Return norms of a selection's gradients times ``prescale``, and which of its parameters had a gradient.
-
-    Args:
-        selection: n parameters; one without a gradient gets the norm 0.
-        needs: norm type, and whether weights, units or peaks are wanted too.
-        device: where the norms are put together.
-        prescale: [] what turns the stored gradients into the true ones, above 0.
-        step: number of the step, from 1.
-        loss: [] loss of the step, if known.
-
-    Does not sync the host on an accelerator.
-    """
-    found = readings(selection, needs, device)
-    blank = blank_norms(selection, needs, device)
-    return true_norms(blank, found, prescale, step=step, loss=loss), found.present
-
-
 def blank_norms(members: Members, needs: Needs, device: torch.device) -> GradientNorms:
     """Return norms of the right shapes, all 0."""
     counts, unit_sizes = members.units(needs.unit_dim)
