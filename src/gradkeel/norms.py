@@ -133,22 +133,17 @@ class Lines:
     """A formula that is followed for each of many cells, operation by operation.
 
     Its numbers are in this order: what all cells share, what each has of its own, constants, and results of the lines.
-
-    Attributes:
-        shared: how many numbers all cells share.
-        own: how many each has of its own: its norm, what else is looked at, and what is remembered of it.
-        constants: these numbers stand in the formula.
-        operations: each line's, by name, and the places of the numbers that it is on.
-        found: the places of what comes of it: a verdict, a bound, and what is remembered from now on.
-        entry: the places of what decides whether a norm enters the cell's ring of them, of how many it has seen, and of
-            the norm; empty where there is no ring. The operation "window" is of the ring as it was.
     """
 
-    shared: int
-    own: int
-    constants: tuple[float, ...]
+    shared: int  # how many numbers all cells share
+    own: int  # how many each has of its own: its norm, what else is looked at, and what is remembered of it
+    constants: tuple[float, ...]  # these numbers stand in the formula
+    # each line's, by name, and the places of the numbers that it is on
     operations: tuple[tuple[Any, ...], ...]
+    # the places of what comes of it: a verdict, a bound, and what is remembered from now on
     found: tuple[int, ...]
+    # the places of what decides whether a norm enters the cell's ring of them, of how many it has seen, and of the
+    # norm; empty where there is no ring. The operation "window" is of the ring as it was.
     entry: tuple[int, ...] = ()
 
 

@@ -11,15 +11,10 @@ from gradkeel.norms import Decision, GradientNorms, per_tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outcome:
-    """The norms of one selection under a decision; every answer is computed when it is asked for, without a sync.
+    """The norms of one selection under a decision; every answer is computed when it is asked for, without a sync."""
 
-    Attributes:
-        norms: what was measured.
-        decision: what is done.
-    """
-
-    norms: GradientNorms
-    decision: Decision
+    norms: GradientNorms  # what was measured
+    decision: Decision  # what is done
 
     @property
     def factors(self) -> tuple[Tensor, ...]:

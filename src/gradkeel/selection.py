@@ -29,19 +29,12 @@ Groups = Sequence[dict[str, Any]]
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """The parameters that one policy looks at together.
+    """The parameters that one policy looks at together."""
 
-    Attributes:
-        label: "main", "group 0", ..., or "excluded".
-        names: the parameters' names.
-        parameters: the parameters, in the optimizer's order, each once.
-        groups: their group indices in the optimizer.
-    """
-
-    label: str
-    names: tuple[str, ...]
-    parameters: tuple[Tensor, ...]
-    groups: tuple[int, ...]
+    label: str  # "main", "group 0", ..., or "excluded"
+    names: tuple[str, ...]  # the parameters' names
+    parameters: tuple[Tensor, ...]  # the parameters, in the optimizer's order, each once
+    groups: tuple[int, ...]  # their group indices in the optimizer
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:

@@ -21,14 +21,11 @@ class Lookahead(Generic[Batch]):
     Args:
         loader: what to iterate.
         by_length: answer ``is_more_coming`` by the loader's length, where it has one, without fetching.
-
-    Attributes:
-        is_filler: whether the item taken last was taken before, since there are no more.
-        failure: what the loader has raised, where it was not passed on at once.
     """
 
     def __init__(self, loader: Iterable[Batch], *, by_length: bool) -> None:
-        self.is_filler = False
+        self.is_filler = False  # whether the item taken last was taken before, since there are no more
+        # what the loader has raised, where it was not passed on at once
         self.failure: Exception | None = None
         self._iterator = iter(loader)
         self._fetched: list[Batch] = []

@@ -18,17 +18,11 @@ from gradkeel.tensors import Seen, entries_to_read
 
 @dataclass(slots=True, eq=False)
 class Denominator:
-    """One of the numbers by which a window's sums are divided, and the losses that belong to it.
+    """One of the numbers by which a window's sums are divided, and the losses that belong to it."""
 
-    Attributes:
-        weight: of this rank's micro-batches.
-        loss: [] sum of the losses of this rank; None where nobody told any.
-        weighs: whether the micro-batches have weights of their own; None before the first.
-    """
-
-    weight: Tensor | float = 0.0
-    loss: Tensor | None = None
-    weighs: bool | None = None
+    weight: Tensor | float = 0.0  # of this rank's micro-batches
+    loss: Tensor | None = None  # [] sum of the losses of this rank; None where nobody told any
+    weighs: bool | None = None  # whether the micro-batches have weights of their own; None before the first
 
     def check(self, weight: Tensor | float | None) -> None:
         """Refuse a micro-batch that is weighed where the others count alike, or the other way round."""
@@ -51,25 +45,15 @@ class Denominator:
 
 @dataclass(slots=True, eq=False)
 class OpenWindow:
-    """What has been accumulated since the last step.
+    """What has been accumulated since the last step."""
 
-    Attributes:
-        per: by what its terms are divided, by name.
-        count: micro-batches so far; the window is open from the end of the first one to the step.
-        is_complete: no micro-batch follows.
-        broken: what left it half done, in words.
-        cause: the exception behind that, where it is not raised already.
-        total: the weight of all ranks, once the window is complete.
-        has_logged: whether the guard has been told the mean loss, for the step.
-    """
-
-    per: dict[str, Denominator]
-    count: int = 0
-    is_complete: bool = False
-    broken: str | None = None
-    cause: Exception | None = None
-    total: Tensor | float = 0.0
-    has_logged: bool = False
+    per: dict[str, Denominator]  # by what its terms are divided, by name
+    count: int = 0  # micro-batches so far; the window is open from the end of the first one to the step
+    is_complete: bool = False  # no micro-batch follows
+    broken: str | None = None  # what left it half done, in words
+    cause: Exception | None = None  # the exception behind that, where it is not raised already
+    total: Tensor | float = 0.0  # the weight of all ranks, once the window is complete
+    has_logged: bool = False  # whether the guard has been told the mean loss, for the step
 
     @classmethod
     def empty(cls, names: Iterable[str]) -> "OpenWindow":

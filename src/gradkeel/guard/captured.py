@@ -61,24 +61,17 @@ class _Pattern:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Row:
-    """What one replayed step came to, in its own memory.
+    """What one replayed step came to, in its own memory."""
 
-    Attributes:
-        states: the policies' states after the step.
-        verdict: [3] int64: whether the step may be made, all is finite, and anything is to be applied.
-        may_step: [] bool the first of them.
-        reports: makes the selections' reports.
-        again: for each selection what measures it once more, where a clamp was applied.
-        found_inf: [] float32 what a fused kernel skips by, where it does; written anew in the next step.
-        kernel_scale: [] float32 what it divides by, where it may and one factor is for all; likewise.
-    """
-
-    states: dict[str, State]
-    verdict: Tensor
-    may_step: Tensor
-    reports: Callable[[], tuple[SelectionReport, ...]]
+    states: dict[str, State]  # the policies' states after the step
+    verdict: Tensor  # [3] int64: whether the step may be made, all is finite, and anything is to be applied
+    may_step: Tensor  # [] bool the first of them
+    reports: Callable[[], tuple[SelectionReport, ...]]  # makes the selections' reports
+    # for each selection what measures it once more, where a clamp was applied
     again: list[Callable[[], Tensor | None] | None]
+    # [] float32 what a fused kernel skips by, where it does; written anew in the next step
     found_inf: Tensor | None
+    # [] float32 what it divides by, where it may and one factor is for all; likewise
     kernel_scale: Tensor | None
 
     def flags(self) -> list[bool]:

@@ -25,23 +25,14 @@ class Route(Enum):
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Given:
-    """What one step is given besides its gradients.
+    """What one step is given besides its gradients."""
 
-    Attributes:
-        step: its number.
-        prescale: [] what turns the stored gradients into the true ones.
-        loss: [] the loss, where it was logged.
-        found_inf: [] above 0 where a loss scaler saw a non-finite gradient.
-        tolerant: whether a step may be made on non-finite gradients.
-        route: who skips, and who multiplies.
-    """
-
-    step: Any
-    prescale: Tensor | float
-    loss: Tensor | float | None
-    found_inf: Tensor | None
-    tolerant: bool
-    route: Route
+    step: Any  # its number
+    prescale: Tensor | float  # [] what turns the stored gradients into the true ones
+    loss: Tensor | float | None  # [] the loss, where it was logged
+    found_inf: Tensor | None  # [] above 0 where a loss scaler saw a non-finite gradient
+    tolerant: bool  # whether a step may be made on non-finite gradients
+    route: Route  # who skips, and who multiplies
 
     def kind(self) -> tuple[object, ...]:
         """What a graph depends on: which of the numbers there are, and what is done."""

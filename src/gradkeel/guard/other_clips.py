@@ -32,15 +32,11 @@ class Canary:
 
     A foreign clip multiplies gradients in place, which their version counter shows (``GradScaler.unscale_`` does
     not). Under distributed training the reducer writes to gradients too, so nothing is watched there.
-
-    Attributes:
-        is_new: whether no step has been looked at yet.
-        is_settled: whether who clips is known, so that there is nothing more to look for.
     """
 
     def __init__(self, parameter: Tensor | None) -> None:
-        self.is_new = True
-        self.is_settled = False
+        self.is_new = True  # whether no step has been looked at yet
+        self.is_settled = False  # whether who clips is known, so that there is nothing more to look for
         self._note = _Note()
         # Not weakly: torch does not move a parameter that has a weak reference, where moving means swapping.
         self._parameter = parameter

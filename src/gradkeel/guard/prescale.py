@@ -17,17 +17,12 @@ _ATTRIBUTES = ("grad_scale", "found_inf")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LossScale:
-    """What a GradScaler set on the optimizer for the step under way.
+    """What a GradScaler set on the optimizer for the step under way."""
 
-    Attributes:
-        present: whether a scaler drives this step.
-        scale: [] what gradients must be divided by, or None where they are unscaled already.
-        found_inf: [] above 0 where the scaler saw a non-finite gradient.
-    """
-
-    present: bool = False
+    present: bool = False  # whether a scaler drives this step
+    # [] what gradients must be divided by, or None where they are unscaled already
     scale: Tensor | None = None
-    found_inf: Tensor | None = None
+    found_inf: Tensor | None = None  # [] above 0 where the scaler saw a non-finite gradient
 
 
 _NONE = LossScale()

@@ -43,31 +43,18 @@ _NAMED = 10
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """One selection under its policy: what does not change from step to step.
+    """One selection under its policy: what does not change from step to step."""
 
-    Attributes:
-        label: the selection's.
-        selection: the parameters on this rank.
-        policy: what decides on them; None where they are only measured.
-        needs: what is measured of them.
-        blank: norms of the whole selection, over all ranks, on which nothing has been measured.
-        order: each parameter's place in the model, or in the optimizer where there is no model.
-        nothing: what is read where there are no parameters here; None where there are.
-        report: what is said of it where there are none on any rank, or before the first step.
-        shown: the policy's repr.
-        is_own: whether the policy is made of gradkeel's own parts.
-    """
-
-    label: str
-    selection: Selection
-    policy: Policy | None
-    needs: Needs
-    blank: GradientNorms
-    order: tuple[int, ...]
-    nothing: Readings | None
-    report: SelectionReport
-    shown: str
-    is_own: bool
+    label: str  # the selection's
+    selection: Selection  # the parameters on this rank
+    policy: Policy | None  # what decides on them; None where they are only measured
+    needs: Needs  # what is measured of them
+    blank: GradientNorms  # norms of the whole selection, over all ranks, on which nothing has been measured
+    order: tuple[int, ...]  # each parameter's place in the model, or in the optimizer where there is no model
+    nothing: Readings | None  # what is read where there are no parameters here; None where there are
+    report: SelectionReport  # what is said of it where there are none on any rank, or before the first step
+    shown: str  # the policy's repr
+    is_own: bool  # whether the policy is made of gradkeel's own parts
 
 
 class Roster:

@@ -30,25 +30,15 @@ _FEW = 64
 
 @dataclass(slots=True, eq=False)
 class Measured:
-    """What one step's gradients are, before any decision.
+    """What one step's gradients are, before any decision."""
 
-    Attributes:
-        prescale: [] what turns the stored gradients into the true ones.
-        norms: each part's.
-        present: for each part, which of its parameters have a gradient.
-        has_gradients: whether any parameter has one, on any rank.
-        found_inf: [] above 0 where a loss scaler saw a non-finite gradient, or a rank has raised.
-        agreed: what the ranks told each other.
-        agreed_scalars: what was logged and is now the same on all ranks.
-    """
-
-    prescale: Tensor | float
-    norms: list[GradientNorms]
-    present: list[tuple[bool, ...]]
-    has_gradients: bool
-    found_inf: Tensor | None
-    agreed: Agreed | None
-    agreed_scalars: Mapping[str, Tensor]
+    prescale: Tensor | float  # [] what turns the stored gradients into the true ones
+    norms: list[GradientNorms]  # each part's
+    present: list[tuple[bool, ...]]  # for each part, which of its parameters have a gradient
+    has_gradients: bool  # whether any parameter has one, on any rank
+    found_inf: Tensor | None  # [] above 0 where a loss scaler saw a non-finite gradient, or a rank has raised
+    agreed: Agreed | None  # what the ranks told each other
+    agreed_scalars: Mapping[str, Tensor]  # what was logged and is now the same on all ranks
 
 
 def measure_all(

@@ -43,44 +43,30 @@ class _Team(ctypes.Structure):
 
 @dataclass(slots=True, eq=False)
 class Table:
-    """Addresses, sizes and dtypes of dense CPU tensors; valid while none of them is resized.
+    """Addresses, sizes and dtypes of dense CPU tensors; valid while none of them is resized."""
 
-    Attributes:
-        tensors: the tensors, so that they live as long.
-        address: of the table, as the library reads it.
-        rows: how many units the tensors have; each is one where it was not cut.
-        team: the address of the threads that go through it.
-        memory: of the table.
-        are_few: whether there are so few entries that the interpreter's lock need not be released for them.
-        is_wide: whether one of them is known to be float64.
-    """
-
-    tensors: list[Tensor]
-    address: int
-    rows: int
-    team: int
-    memory: Any
+    tensors: list[Tensor]  # the tensors, so that they live as long
+    address: int  # of the table, as the library reads it
+    rows: int  # how many units the tensors have; each is one where it was not cut
+    team: int  # the address of the threads that go through it
+    memory: Any  # of the table
+    # whether there are so few entries that the interpreter's lock need not be released for them
     are_few: bool = False
-    is_wide: bool = False
+    is_wide: bool = False  # whether one of them is known to be float64
 
 
 @late("norms")
 @dataclass(slots=True, eq=False)
 class Read:
-    """What one read of k tensors gave, in float64 (float32 on devices without it).
+    """What one read of k tensors gave, in float64 (float32 on devices without it)."""
 
-    Attributes:
-        norms: [k] norm of each tensor.
-        total: norm of all of them together, where it is known already: a number of the host's, or [] on an accelerator.
-        units: [u] norm of each unit, tensor after tensor, where asked for.
-        peaks: [k, 2] each tensor's lowest and highest entry, where asked for: NaN where an entry is, 0 if empty.
-        table: where they lie, if they were read as they are by these kernels and no two begin at one address.
-    """
-
-    norms: Tensor
+    norms: Tensor  # [k] norm of each tensor
+    # norm of all of them together, where it is known already: a number of the host's, or [] on an accelerator
     total: Tensor | float | None = None
-    units: Tensor | None = None
+    units: Tensor | None = None  # [u] norm of each unit, tensor after tensor, where asked for
+    # [k, 2] each tensor's lowest and highest entry, where asked for: NaN where an entry is, 0 if empty
     peaks: Tensor | None = None
+    # where they lie, if they were read as they are by these kernels and no two begin at one address
     table: Table | None = None
 
     if TYPE_CHECKING:

@@ -83,35 +83,22 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layout:
-    """How k tensors are cut into pieces, and where they lie.
+    """How k tensors are cut into pieces, and where they lie."""
 
-    Attributes:
-        tensors, pieces, units: how many of each.
-        table: [pieces, 4] int64 address's index, first byte, number of entries, index of the factor; run after run.
-        spans: [k, 2] int64 each tensor's first piece and number of pieces.
-        unit_spans: [u, 2] int64 the same of units, where they are cut into these.
-        runs: what is launched together.
-        unit_counts: how many units each tensor has, where they are cut into these.
-        longest: the largest number of pieces that one tensor has.
-        longest_unit: likewise of one unit.
-        has_gaps: whether any unit has no piece.
-        addresses: int64, one for each index that the table has; 0 for a tensor that is not there.
-        alignment: bytes to which all of them are aligned, 16 at most.
-    """
-
-    tensors: int
+    tensors: int  # how many of each
     pieces: int
     units: int
+    # [pieces, 4] int64 address's index, first byte, number of entries, index of the factor; run after run
     table: Tensor
-    spans: Tensor
-    unit_spans: Tensor | None
-    runs: tuple[Run, ...]
-    unit_counts: tuple[int, ...]
-    longest: int
-    longest_unit: int
-    has_gaps: bool
-    addresses: Tensor
-    alignment: int
+    spans: Tensor  # [k, 2] int64 each tensor's first piece and number of pieces
+    unit_spans: Tensor | None  # [u, 2] int64 the same of units, where they are cut into these
+    runs: tuple[Run, ...]  # what is launched together
+    unit_counts: tuple[int, ...]  # how many units each tensor has, where they are cut into these
+    longest: int  # the largest number of pieces that one tensor has
+    longest_unit: int  # likewise of one unit
+    has_gaps: bool  # whether any unit has no piece
+    addresses: Tensor  # int64, one for each index that the table has; 0 for a tensor that is not there
+    alignment: int  # bytes to which all of them are aligned, 16 at most
 
     @property
     def has_float64(self) -> bool:

@@ -19,22 +19,18 @@ from gradkeel.tensors import local_parts, without_codes
 class Readings:
     """Norms of a selection's stored gradients, without prescale: one rank's, or all ranks' together.
 
-    Attributes:
-        present: which of the parameters have a gradient.
-        norms, units, peaks: as in `gradkeel.norms.GradientNorms`; n parameters, u units.
-        weights, unit_weights: of the parameters themselves, where asked for.
-        total: norm of all of them together, where it is known already: a number of the host's, or [] on an accelerator.
-        table: as in `gradkeel.kernels.native.Read`; None where a parameter has no gradient.
+    Those of units, peaks and weights are there where asked for, as in `gradkeel.norms.GradientNorms`.
     """
 
-    present: tuple[bool, ...]
+    present: tuple[bool, ...]  # which of the parameters have a gradient
     norms: Tensor
     units: Tensor | None = None
     peaks: Tensor | None = None
     weights: Tensor | None = None
     unit_weights: Tensor | None = None
+    # norm of all of them together, where it is known already: a number of the host's, or [] on an accelerator
     total: Tensor | float | None = None
-    table: Table | None = None
+    table: Table | None = None  # as in `gradkeel.kernels.native.Read`; None where a parameter has no gradient
 
     if TYPE_CHECKING:
 

@@ -83,16 +83,11 @@ class Cells:
 
 
 class WrittenCell(Cells):
-    """What stands for one cell in a formula that is written down; its attributes are those of `Cells`.
-
-    Attributes:
-        page: on which it is written.
-        uses: what else the formula looks at, by the names of `Cells`.
-    """
+    """What stands for one cell in a formula that is written down; its attributes are those of `Cells`."""
 
     def __init__(self, page: Page) -> None:
-        self.page = page
-        self.uses: dict[str, Symbol] = {}
+        self.page = page  # on which it is written
+        self.uses: dict[str, Symbol] = {}  # what else the formula looks at, by the names of `Cells`
         self.norms = page.symbol("norm")
         self.total = page.symbol("total")
         self.step = page.symbol("step")  # type: ignore[assignment]

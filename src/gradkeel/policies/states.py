@@ -84,16 +84,12 @@ class NumberState(LazyState):
 
 
 class PlainState(NumberState):
-    """The state of a few cells in plain numbers.
-
-    Attributes:
-        cells: what each cell keeps, in the order of ``dtypes``: whole and real numbers, and rings.
-        dtypes: of the tensors that stand for them, by name.
-    """
+    """The state of a few cells in plain numbers."""
 
     def __init__(self, cells: Sequence[tuple[Any, ...]], dtypes: Mapping[str, torch.dtype]) -> None:
+        # what each cell keeps, in the order of ``dtypes``: whole and real numbers, and rings
         self.cells = cells
-        self.dtypes = dtypes
+        self.dtypes = dtypes  # of the tensors that stand for them, by name
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor]) -> "PlainState":
@@ -119,19 +115,12 @@ class PlainState(NumberState):
 
 @dataclass(frozen=True, slots=True)
 class CellLayout:
-    """What of a `CompiledState` stays as it is.
+    """What of a `CompiledState` stays as it is."""
 
-    Attributes:
-        dtypes: of the tensors that stand for the numbers, by name.
-        cells: how many there are.
-        ring: which of the names is of a ring, if one is.
-        window: how many values each ring has; 0 where there is none.
-    """
-
-    dtypes: Mapping[str, torch.dtype]
-    cells: int
-    ring: int | None
-    window: int
+    dtypes: Mapping[str, torch.dtype]  # of the tensors that stand for the numbers, by name
+    cells: int  # how many there are
+    ring: int | None  # which of the names is of a ring, if one is
+    window: int  # how many values each ring has; 0 where there is none
 
 
 class CompiledState(NumberState):

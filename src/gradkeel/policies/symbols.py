@@ -34,20 +34,15 @@ _TEXTS = {
 
 @dataclass(frozen=True, slots=True)
 class Formula:
-    """What is written on a page, as functions of plain numbers and as lines.
+    """What is written on a page, as functions of plain numbers and as lines."""
 
-    Attributes:
-        plain: takes what all cells share, then a list of each thing that cells have of their own, and one of tuples of
-            what is remembered of each; returns a list of each result.
-        shared: takes the same first arguments; returns the numbers that the lines share.
-        lines: the operations on a cell; None where one of them is on something else than numbers.
-        ring: which of what is remembered is a ring, in the lines.
-    """
-
+    # takes what all cells share, then a list of each thing that cells have of their own, and one of tuples of what is
+    # remembered of each; returns a list of each result
     plain: Callable[..., tuple[list[Any], ...]]
+    # takes the same first arguments; returns the numbers that the lines share
     shared: Callable[..., list[float]]
-    lines: Lines | None
-    ring: int | None
+    lines: Lines | None  # the operations on a cell; None where one of them is on something else than numbers
+    ring: int | None  # which of what is remembered is a ring, in the lines
 
 
 class Page:

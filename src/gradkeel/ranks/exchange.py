@@ -39,44 +39,27 @@ _TOLERANCE = 1e-3  # ranks that compute the same by themselves may differ by rou
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Told:
-    """A rank tells this besides norms.
+    """A rank tells this besides norms."""
 
-    Attributes:
-        gradients: how many of its parameters have a gradient.
-        found_inf: [] above 0 where its loss scaler saw a non-finite gradient.
-        weight: [] of its accumulation window.
-        loss: [] of its share of the batch.
-    """
-
-    gradients: int
-    found_inf: Tensor | None = None
-    weight: Tensor | float | None = None
-    loss: Tensor | float | None = None
+    gradients: int  # how many of its parameters have a gradient
+    found_inf: Tensor | None = None  # [] above 0 where its loss scaler saw a non-finite gradient
+    weight: Tensor | float | None = None  # [] of its accumulation window
+    loss: Tensor | float | None = None  # [] of its share of the batch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Agreed:
-    """All ranks know this after an exchange, to the same bits.
+    """All ranks know this after an exchange, to the same bits."""
 
-    Attributes:
-        readings: each selection's, of whole parameters.
-        gradients: [] how many gradients there are on all ranks.
-        found_inf: [] above 0 if any rank's scaler saw a non-finite gradient.
-        failed: [] bool: some rank raised before the exchange.
-        weight: [] of the window over all data-parallel ranks, where there is one.
-        loss: [] mean of the ranks' losses, each with its window's weight; NaN if no rank has one.
-        bad: [2] how many ranks have a gradient that is not finite, and the sum of their places.
-        first_bad: for each parameter, selection after selection, the place of the first rank on which it is not
-            finite; None where that was not asked for.
-    """
-
-    readings: tuple[Readings, ...]
-    gradients: Tensor
-    found_inf: Tensor
-    failed: Tensor
-    weight: Tensor | None
-    loss: Tensor
-    bad: Tensor
+    readings: tuple[Readings, ...]  # each selection's, of whole parameters
+    gradients: Tensor  # [] how many gradients there are on all ranks
+    found_inf: Tensor  # [] above 0 if any rank's scaler saw a non-finite gradient
+    failed: Tensor  # [] bool: some rank raised before the exchange
+    weight: Tensor | None  # [] of the window over all data-parallel ranks, where there is one
+    loss: Tensor  # [] mean of the ranks' losses, each with its window's weight; NaN if no rank has one
+    bad: Tensor  # [2] how many ranks have a gradient that is not finite, and the sum of their places
+    # for each parameter, selection after selection, the place of the first rank on which it is not finite; None where
+    # that was not asked for
     first_bad: list[int] | None
 
 

@@ -25,17 +25,11 @@ ALONE = "torch.distributed.new_group([rank], use_local_synchronization=True)"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ranks:
-    """A process group's ranks.
+    """A process group's ranks."""
 
-    Attributes:
-        group: the group, of which this rank is a member.
-        members: the ranks, by their numbers in the whole job, in the group's order.
-        here: this rank's place among them.
-    """
-
-    group: "ProcessGroup"
-    members: tuple[int, ...]
-    here: int
+    group: "ProcessGroup"  # the group, of which this rank is a member
+    members: tuple[int, ...]  # the ranks, by their numbers in the whole job, in the group's order
+    here: int  # this rank's place among them
 
     def gather(self, row: Tensor) -> Tensor:
         """Return [ranks, k] each rank's row [k], in the group's order: one collective, which every rank must join."""

@@ -16,31 +16,19 @@ from gradkeel.tensors import coordinate, local_part, units_here
 
 
 class Parameter(NamedTuple):
-    """A rank tells this of one of its parameters; it is equal on ranks whose parameters are the same.
+    """A rank tells this of one of its parameters; it is equal on ranks whose parameters are the same."""
 
-    Attributes:
-        name: the parameter's; those of one name on several ranks are one parameter.
-        group: its group's index in the optimizer.
-        shape: of the whole, as far as the rank knows.
-        is_wide: whether its entries are float64.
-        is_split: whether its placements cut it into several pieces.
-        is_alias: whether it was declared a copy of what other ranks hold.
-        entry: which entry of ``shard_over`` declares it one of several pieces; None where none does.
-        dim: the dimension along which these pieces lie, where that was told.
-        mesh: which of its set's meshes it lies on; -1 for a plain tensor.
-        axes: the mesh axes that split it.
-    """
-
-    name: str
-    group: int
-    shape: tuple[int, ...]
-    is_wide: bool = False
-    is_split: bool = False
-    is_alias: bool = False
+    name: str  # the parameter's; those of one name on several ranks are one parameter
+    group: int  # its group's index in the optimizer
+    shape: tuple[int, ...]  # of the whole, as far as the rank knows
+    is_wide: bool = False  # whether its entries are float64
+    is_split: bool = False  # whether its placements cut it into several pieces
+    is_alias: bool = False  # whether it was declared a copy of what other ranks hold
+    # which entry of ``shard_over`` declares it one of several pieces; None where none does
     entry: int | None = None
-    dim: int | None = None
-    mesh: int = -1
-    axes: tuple[int, ...] = ()
+    dim: int | None = None  # the dimension along which these pieces lie, where that was told
+    mesh: int = -1  # which of its set's meshes it lies on; -1 for a plain tensor
+    axes: tuple[int, ...] = ()  # the mesh axes that split it
 
 
 Holding = tuple[int, int | None, int, tuple[int, ...]]
@@ -48,35 +36,24 @@ Holding = tuple[int, int | None, int, tuple[int, ...]]
 
 
 class Manifest(NamedTuple):
-    """A manifest says what a rank has; ranks with equal ones need to tell it only once.
+    """A manifest says what a rank has; ranks with equal ones need to tell it only once."""
 
-    Attributes:
-        kinds: each selection's label and policy, and what is done to non-finite gradients.
-        parameters: each selection's.
-        meshes: shape and ranks of the meshes on which they lie.
-        unmatched: patterns of ``shard_over`` that match nothing here.
-    """
-
+    # each selection's label and policy, and what is done to non-finite gradients
     kinds: tuple[tuple[str, str], ...]
-    parameters: tuple[tuple[Parameter, ...], ...]
+    parameters: tuple[tuple[Parameter, ...], ...]  # each selection's
+    # shape and ranks of the meshes on which they lie
     meshes: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
-    unmatched: tuple[str, ...]
+    unmatched: tuple[str, ...]  # patterns of ``shard_over`` that match nothing here
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Census:
-    """The census knows, alike on all ranks, which rank has which set of parameters.
+    """The census knows, alike on all ranks, which rank has which set of parameters."""
 
-    Attributes:
-        ranks: who takes part.
-        sets: the distinct manifests, by their first ranks.
-        whose: [ranks] which of them each rank has.
-        indices: [ranks, entries] which piece each rank has of what its entries of ``shard_over`` declare.
-    """
-
-    ranks: Ranks
-    sets: Sequence[Manifest]
-    whose: Tensor
+    ranks: Ranks  # who takes part
+    sets: Sequence[Manifest]  # the distinct manifests, by their first ranks
+    whose: Tensor  # [ranks] which of them each rank has
+    # [ranks, entries] which piece each rank has of what its entries of ``shard_over`` declare
     indices: Tensor
     # Few parameters lie in ways of their own, so that what follows is found once for all that lie alike.
     _pieces: dict[tuple[Holding, ...], tuple[list[list[int]], list[list[int]], int]] = field(

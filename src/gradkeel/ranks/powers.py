@@ -73,23 +73,14 @@ class PowerSums:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Kind:
-    """One kind of numbers of one selection.
+    """One kind of numbers of one selection."""
 
-    Attributes:
-        selection: the selection's index.
-        layout: the selection's.
-        name: the field of `Readings` that has them; "lowest" and "highest" are those of its peaks.
-        count: how many all ranks have together.
-        of_units: whether they are those of units.
-        sums: how they add up; None where the largest counts.
-    """
-
-    selection: int
-    layout: Layout
-    name: str
-    count: int
-    of_units: bool
-    sums: PowerSums | None
+    selection: int  # the selection's index
+    layout: Layout  # the selection's
+    name: str  # the field of `Readings` that has them; "lowest" and "highest" are those of its peaks
+    count: int  # how many all ranks have together
+    of_units: bool  # whether they are those of units
+    sums: PowerSums | None  # how they add up; None where the largest counts
 
     def read(self, readings: Readings) -> Tensor:
         """Return [k] this rank's numbers."""

@@ -33,15 +33,10 @@ class Remembered:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lag:
-    """What the figure follows from, which nobody needs before it is written.
+    """What the figure follows from, which nobody needs before it is written."""
 
-    Attributes:
-        norms: those of the gradients of each selection, as they are applied.
-        remembered: by the optimizers' groups.
-    """
-
-    norms: Sequence[Tensor]
-    remembered: Sequence[Remembered]
+    norms: Sequence[Tensor]  # those of the gradients of each selection, as they are applied
+    remembered: Sequence[Remembered]  # by the optimizers' groups
 
     def on_host(self) -> "Lag":
         """A copy on the CPU, to be read when it has arrived."""

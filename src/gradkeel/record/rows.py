@@ -17,26 +17,16 @@ from gradkeel.record.schema import CLIPPED, NONFINITE, SCALAR_PREFIX, STEPPED
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is recorded.
+    """What is recorded."""
 
-    Attributes:
-        names: the parameters, in the order in which they are to be shown.
-        shapes: their shapes, by name.
-        policy: spec of the main policy.
-        optimizer: name of the optimizer's class.
-        nonfinite: what the guard does with non-finite gradients.
-        rank: who records.
-        ranks: how many do, each into a file of its own.
-        pieces: which piece of each parameter this rank holds; None where it holds whole ones.
-    """
-
-    names: tuple[str, ...] = ()
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    policy: str = ""
-    optimizer: str = ""
-    nonfinite: str = ""
-    rank: int = 0
-    ranks: int = 1
+    names: tuple[str, ...] = ()  # the parameters, in the order in which they are to be shown
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # their shapes, by name
+    policy: str = ""  # spec of the main policy
+    optimizer: str = ""  # name of the optimizer's class
+    nonfinite: str = ""  # what the guard does with non-finite gradients
+    rank: int = 0  # who records
+    ranks: int = 1  # how many do, each into a file of its own
+    # which piece of each parameter this rank holds; None where it holds whole ones
     pieces: dict[str, tuple[int, ...]] | None = None
 
 

@@ -71,23 +71,14 @@ _OWN = "AS session, 0 AS superseded_by"
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One thing that is recorded at every step, and how its blobs are read.
+    """One thing that is recorded at every step, and how its blobs are read."""
 
-    Attributes:
-        name: its name in the table ``series``.
-        shape: of a block's blob; k is the block's rows, n its width (how many parameters it knows).
-        unit: of the numbers.
-        meaning: in words.
-        dtype: of the numbers in a blob, little-endian, in C order.
-        fill: what a step holds where the series was not recorded.
-    """
-
-    name: str
-    shape: str
-    unit: str
-    meaning: str
-    dtype: torch.dtype = torch.float64
-    fill: float = float("nan")
+    name: str  # its name in the table ``series``
+    shape: str  # of a block's blob; k is the block's rows, n its width (how many parameters it knows)
+    unit: str  # of the numbers
+    meaning: str  # in words
+    dtype: torch.dtype = torch.float64  # of the numbers in a blob, little-endian, in C order
+    fill: float = float("nan")  # what a step holds where the series was not recorded
 
     @property
     def is_wide(self) -> bool:
