@@ -5,7 +5,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from numbers import Real
-from typing import Any, Literal, NoReturn
+from typing import Any, ClassVar, Literal, NoReturn
 
 from torch import Tensor
 
@@ -168,12 +168,38 @@ def count(owner: str, argument: str, value: object, *, least: int = 1) -> int:
     return value
 
 
-def plain_parameters(part: Any) -> None:
-    """Turn NumPy's numbers among a dataclass's fields into Python's: NumPy's compute differently, and warn."""
-    for field in dataclasses.fields(part):
-        value = getattr(part, field.name)
-        if isinstance(value, Real) and not isinstance(value, int):
-            object.__setattr__(part, field.name, float(value))
+def check_fields(owner: Any) -> None:
+    """Refuse a dataclass unless the fields that its class names in ``_positive`` and ``_shares`` are such numbers."""
+    for name in owner._positive:
+        positive(type(owner).__name__, name, getattr(owner, name))
+    for name in owner._shares:
+        between(type(owner).__name__, name, getattr(owner, name), 0, 1)
+
+
+class Part:
+    """A bound or a form: a frozen dataclass of plain numbers, with a formula.
+
+    A subclass whose formula is written in the operations of `gradkeel.policies.numbers` says so by
+    ``class Mine(Bound, on_numbers=True)``, and which of its fields are numbers above 0, or between 0 and 1, in
+    ``_positive`` and ``_shares``.
+    """
+
+    on_numbers: ClassVar[bool] = False
+    _positive: ClassVar[tuple[str, ...]] = ()
+    _shares: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, *, on_numbers: bool = False) -> None:
+        """Note what the subclass says of its own formula; it is not inherited, for formulas may be overridden."""
+        super().__init_subclass__()
+        cls.on_numbers = on_numbers
+
+    def __post_init__(self) -> None:
+        # NumPy's numbers compute differently, and warn.
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # whoever is made is a dataclass
+            value = getattr(self, field.name)
+            if isinstance(value, Real) and not isinstance(value, int):
+                object.__setattr__(self, field.name, float(value))
+        check_fields(self)
 
 
 def _number(owner: str, argument: str, value: object, rule: str) -> float:

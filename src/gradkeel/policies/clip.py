@@ -9,29 +9,19 @@ from typing import Any, ClassVar, get_args
 from torch import Tensor
 
 from gradkeel.norms import Decision, GradientNorms, Needs, State, from_list
-from gradkeel.policies.base import Policy, Scope, count, plain_parameters, positive
+from gradkeel.policies.base import Part, Policy, Scope, count, positive
 from gradkeel.policies.bounds.base import Bound, HostBound
 from gradkeel.policies.numbers import Memory, Number
 from gradkeel.policies.scopes import Cells, spread
 from gradkeel.policies.written import Verdict, Written
 
 
-class Form(ABC):
+class Form(Part, ABC):
     """A form says what happens to a cell above its bound."""
 
     asks_to_skip: ClassVar[bool] = False
     clamps: ClassVar[bool] = False
     """Whether the form has a meaning for single entries."""
-
-    on_numbers: ClassVar[bool] = False
-
-    def __init_subclass__(cls, *, on_numbers: bool = False) -> None:
-        """Note whether the subclass's formula is written in the operations of `numbers`, as with `Bound`."""
-        super().__init_subclass__()
-        cls.on_numbers = on_numbers
-
-    def __post_init__(self) -> None:
-        plain_parameters(self)
 
     @abstractmethod
     def coefficient(self, norms: Number, bound: Number) -> Number:
@@ -67,7 +57,6 @@ class Clip(Policy):
     unit_dim: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse combinations that mean nothing."""
         if self.scope not in get_args(Scope):
             raise ValueError(f"Clip(scope={self.scope!r}): scope must be one of {', '.join(get_args(Scope))}")
         for argument, kind, example in (("bound", Bound, "Constant(1.0)"), ("form", Form, "Hard()")):

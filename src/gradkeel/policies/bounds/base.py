@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from gradkeel.norms import State
-from gradkeel.policies.base import count, plain_parameters
+from gradkeel.policies.base import Part, count
 from gradkeel.policies.numbers import Memory, Number, ask, constant, where
 from gradkeel.policies.scopes import Cells
 
@@ -16,7 +16,7 @@ from gradkeel.policies.scopes import Cells
 LEAST_SPREAD = 0.01
 
 
-class Bound(ABC):
+class Bound(Part, ABC):
     """A bound says how large a cell's norm may be. It is configuration; state tensors have the leading dimension k.
 
     A subclass whose formulas are written in the operations of `gradkeel.policies.numbers` says so by
@@ -28,15 +28,6 @@ class Bound(ABC):
     """
 
     needs_weights: ClassVar[bool] = False
-    on_numbers: ClassVar[bool] = False
-
-    def __init_subclass__(cls, *, on_numbers: bool = False) -> None:
-        """Note what the subclass says of its own formulas; it is not inherited, for formulas may be overridden."""
-        super().__init_subclass__()
-        cls.on_numbers = on_numbers
-
-    def __post_init__(self) -> None:
-        plain_parameters(self)
 
     def init(self, cells: Cells) -> State:
         """Return the state before the first step; empty unless a bound says otherwise."""

@@ -69,11 +69,8 @@ class RootMeanSquare(Bound, on_numbers=True):
         highest: the largest root mean square allowed, above 0.
     """
 
+    _positive = ("highest",)
     highest: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive("RootMeanSquare", "highest", self.highest)
 
     def init(self, cells: Cells) -> State:
         """Keep nothing, but bring the sizes to the device before the first step."""
@@ -95,13 +92,9 @@ class ParameterRatio(Bound, on_numbers=True):
     """
 
     needs_weights: ClassVar[bool] = True
+    _positive = ("ratio", "floor")
     ratio: float
     floor: float = 1e-3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive("ParameterRatio", "ratio", self.ratio)
-        positive("ParameterRatio", "floor", self.floor)
 
     def bound(self, cells: Cells, state: Memory) -> Number:
         """Return [k] the largest gradient norm allowed."""
@@ -123,13 +116,9 @@ class Smoothness(Bound, on_numbers=True):
         Zhang, He, Sra, Jadbabaie, "Why gradient clipping accelerates training", 2020.
     """
 
+    _positive = ("L0", "L1")
     L0: float
     L1: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive("Smoothness", "L0", self.L0)
-        positive("Smoothness", "L1", self.L1)
 
     def bound(self, cells: Cells, state: Memory) -> Number:
         """Return [k] the length of the best step."""

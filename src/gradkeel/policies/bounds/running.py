@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 
 from gradkeel.norms import State
-from gradkeel.policies.base import between, positive
+from gradkeel.policies.base import positive
 from gradkeel.policies.bounds.base import LEAST_SPREAD, AdaptiveBound, Bound
 from gradkeel.policies.numbers import (
     Memory,
@@ -67,14 +67,10 @@ class Ema(AdaptiveBound, on_numbers=True):
         patience: see `AdaptiveBound`.
     """
 
+    _positive, _shares = ("ratio",), ("decay",)
     ratio: float
     _: KW_ONLY
     decay: float = 0.98
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive("Ema", "ratio", self.ratio)
-        between("Ema", "decay", self.decay, 0, 1)
 
     def start(self, cells: Cells) -> State:
         """Return no average yet."""
@@ -111,15 +107,11 @@ class RunningZScore(AdaptiveBound, on_numbers=True):
         patience: see `AdaptiveBound`.
     """
 
+    _positive, _shares = ("z",), ("decay",)
     z: float
     _: KW_ONLY
     decay: float = 0.97
     warmup: int = 25
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive("RunningZScore", "z", self.z)
-        between("RunningZScore", "decay", self.decay, 0, 1)
 
     def start(self, cells: Cells) -> State:
         """Return no averages yet."""
@@ -167,6 +159,7 @@ class GeometricQuantile(Bound, on_numbers=True):
         Andrew, Thakkar, McMahan, Ramaswamy, "Differentially private learning with adaptive clipping", 2021.
     """
 
+    _positive, _shares = ("eta",), ("q",)
     q: float
     _: KW_ONLY
     eta: float = 0.2
@@ -174,8 +167,6 @@ class GeometricQuantile(Bound, on_numbers=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        between("GeometricQuantile", "q", self.q, 0, 1)
-        positive("GeometricQuantile", "eta", self.eta)
         if self.initial is not None:
             positive("GeometricQuantile", "initial", self.initial)
 

@@ -5,7 +5,7 @@ from abc import abstractmethod
 from dataclasses import KW_ONLY, dataclass
 
 from gradkeel.norms import State
-from gradkeel.policies.base import between, count, positive
+from gradkeel.policies.base import count
 from gradkeel.policies.bounds.base import LEAST_SPREAD, AdaptiveBound
 from gradkeel.policies.bounds.window import Window, entered, window_of
 from gradkeel.policies.numbers import Memory, Number, exp, maximum, minimum, real, sqrt, where
@@ -66,14 +66,11 @@ class Quantile(Windowed, on_numbers=True):
         patience: see `AdaptiveBound`.
     """
 
+    _shares = ("q",)
     q: float
     _: KW_ONLY
     window: int = 1000
     warmup: int = 50
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        between("Quantile", "q", self.q, 0, 1)
 
     def statistic(self, window: Window) -> Number:
         """Return [k] the quantile."""
@@ -98,6 +95,7 @@ class ZScore(Windowed, on_numbers=True):
             then hides all smaller ones until it leaves the window.
     """
 
+    _positive = ("z",)
     z: float
     _: KW_ONLY
     warmup: int = 64
@@ -105,7 +103,6 @@ class ZScore(Windowed, on_numbers=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive("ZScore", "z", self.z)
         count("ZScore", "warmup", self.warmup, least=2)
 
     def learn(self, cells: Cells, state: Memory, bound: Number) -> Memory:
@@ -143,13 +140,10 @@ class RobustZScore(Windowed, on_numbers=True):
         patience: see `AdaptiveBound`.
     """
 
+    _positive = ("z",)
     z: float
     _: KW_ONLY
     warmup: int = 32
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive("RobustZScore", "z", self.z)
 
     def statistic(self, window: Window) -> Number:
         """Return [k] exp(median + z std), std estimated by the MAD."""

@@ -3,7 +3,7 @@
 from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar
 
-from gradkeel.policies.base import Policy, Scope, count, positive
+from gradkeel.policies.base import Policy, Scope, count
 from gradkeel.policies.bounds.published import PublishedEma, PublishedZScore
 from gradkeel.policies.bounds.running import Ema, GeometricQuantile, RunningZScore
 from gradkeel.policies.bounds.windowed import Quantile, RobustZScore
@@ -250,6 +250,7 @@ class AdaGC(NamedPolicy):
     """
 
     spec_name: ClassVar[str] = "adagc"
+    _positive = ("warmup_norm",)
     ratio: float = 1.05
     _: KW_ONLY
     decay: float = 0.98
@@ -260,7 +261,6 @@ class AdaGC(NamedPolicy):
 
     def __post_init__(self) -> None:
         count("AdaGC", "warmup", self.warmup, least=2)
-        positive("AdaGC", "warmup_norm", self.warmup_norm)
         super().__post_init__()
 
     @property

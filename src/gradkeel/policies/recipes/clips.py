@@ -99,10 +99,8 @@ class ClipByNorm(NamedPolicy):
     """
 
     spec_name: ClassVar[str] = "norm"
+    _positive = ("max_norm",)
     max_norm: float
-
-    def __post_init__(self) -> None:
-        positive("ClipByNorm", "max_norm", self.max_norm)
 
     @property
     def parts(self) -> Clip:
@@ -141,12 +139,12 @@ class ClipByGlobalNorm(NamedPolicy):
     """
 
     spec_name: ClassVar[str] = "global-norm"
+    _positive = ("max_norm",)
     max_norm: float
     norm_type: float = 2.0
     eps: float = 0.0
 
     def __post_init__(self) -> None:
-        positive("ClipByGlobalNorm", "max_norm", self.max_norm)
         if str(self.norm_type) == "inf":  # the word stands for it in torch's functions
             object.__setattr__(self, "norm_type", math.inf)
         super().__post_init__()
@@ -227,10 +225,8 @@ class BlockRms(NamedPolicy):
     """
 
     spec_name: ClassVar[str] = "block-rms"
+    _positive = ("max_rms",)
     max_rms: float
-
-    def __post_init__(self) -> None:
-        positive("BlockRms", "max_rms", self.max_rms)
 
     @property
     def parts(self) -> Clip:

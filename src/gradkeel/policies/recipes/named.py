@@ -8,7 +8,7 @@ from numbers import Real
 from typing import Any, ClassVar, get_args
 
 from gradkeel.norms import Decision, GradientNorms, Needs, State
-from gradkeel.policies.base import SCOPE_WORDS, Policy, spec_value
+from gradkeel.policies.base import SCOPE_WORDS, Policy, check_fields, spec_value
 from gradkeel.policies.clip import Clip
 
 
@@ -21,6 +21,8 @@ class NamedPolicy(Policy):
     """
 
     spec_name: ClassVar[str]
+    _positive: ClassVar[tuple[str, ...]] = ()
+    _shares: ClassVar[tuple[str, ...]] = ()
 
     @property
     @abstractmethod
@@ -32,6 +34,7 @@ class NamedPolicy(Policy):
         return self.parts
 
     def __post_init__(self) -> None:
+        check_fields(self)
         try:
             _ = self._parts
         except (TypeError, ValueError) as error:

@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from gradkeel.norms import Decision, GradientNorms, Needs, State
-from gradkeel.policies.base import Policy, positive
+from gradkeel.policies.base import Policy
 from gradkeel.policies.bounds.base import Bound
 from gradkeel.policies.bounds.windowed import ZScore
 from gradkeel.policies.clip import Clip, any_of, judge
@@ -99,15 +99,12 @@ class SkipStep(NamedPolicy):
     """
 
     spec_name: ClassVar[str] = "skip-step"
+    _positive = ("sigma",)
     sigma: float = 6.0
     _: KW_ONLY
     window: int = 128
     warmup: int = 64
     reference: bool = False
-
-    def __post_init__(self) -> None:
-        positive("SkipStep", "sigma", self.sigma)
-        super().__post_init__()
 
     @property
     def parts(self) -> Chain:

@@ -3,7 +3,7 @@
 from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar
 
-from gradkeel.policies.base import Scope, positive
+from gradkeel.policies.base import Scope
 from gradkeel.policies.bounds.fixed import Constant, Smoothness
 from gradkeel.policies.clip import Clip
 from gradkeel.policies.forms import Rescale, Smooth
@@ -40,13 +40,10 @@ class SmoothClip(NamedPolicy):
     """
 
     spec_name: ClassVar[str] = "smooth"
+    _positive = ("max_norm",)
     max_norm: float
     _: KW_ONLY
     scope: Scope = "global"
-
-    def __post_init__(self) -> None:
-        positive("SmoothClip", "max_norm", self.max_norm)
-        super().__post_init__()
 
     @property
     def parts(self) -> Clip:
@@ -83,13 +80,10 @@ class Normalize(NamedPolicy):
     """
 
     spec_name: ClassVar[str] = "normalize"
+    _positive = ("norm",)
     norm: float = 1.0
     _: KW_ONLY
     scope: Scope = "global"
-
-    def __post_init__(self) -> None:
-        positive("Normalize", "norm", self.norm)
-        super().__post_init__()
 
     @property
     def parts(self) -> Clip:
