@@ -46,7 +46,6 @@ class GradientTable:
         return len(self.rows)
 
     def __getitem__(self, name: str) -> GradientRow:
-        """The row of a parameter, by name."""
         for row in self.rows:
             if row.name == name:
                 return row
@@ -70,11 +69,9 @@ class GradientTable:
         ]
 
     def __repr__(self) -> str:
-        """A table in plain text, with heads in the reader's language."""
         return "\n".join(aligned([_HEAD, *self._cells()], words=2))
 
     def _repr_html_(self) -> str:
-        """A table for notebooks."""
         from html import escape  # seldom needed, and slow to import
 
         head = f"<tr>{''.join(f'<th>{shown(name)}</th>' for name in _HEAD)}</tr>"

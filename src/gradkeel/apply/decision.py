@@ -52,12 +52,9 @@ def factors(decision: Decision, prescale: Tensor | float) -> Tensor | float | li
 def scale(
     parameters: Sequence[Tensor], factor: Tensor | float | list[float], table: Table | None = None
 ) -> None:
-    """Multiply all gradients by one factor, or each by its own, in place; what the host knows may be numbers.
+    """Multiply the gradients of n parameters, where they have one, by a number or [], or n numbers or [n], in place.
 
-    Args:
-        parameters: n parameters; those without a gradient are passed over.
-        factor: a number, n numbers, [] or [n].
-        table: where all the gradients lie, where that is known.
+    ``table``: where all of them lie, where that is known.
     """
     if isinstance(factor, Tensor):
         if not factor.is_cpu:
@@ -70,10 +67,7 @@ def scale(
 def clamp(parameters: Sequence[Tensor], limits: tuple[float, float], peaks: Tensor | None = None) -> None:
     """Clamp every entry of every gradient into ``limits``, in place; NaN stays.
 
-    Args:
-        parameters: n parameters; those without a gradient are passed over.
-        limits: lowest and highest value.
-        peaks: [n, 2] lowest and highest entries, where they are known: a gradient within the limits is not touched.
+    With ``peaks`` [n, 2], the lowest and highest entries, a gradient within the limits is not touched.
     """
     gradients = [parameter.grad for parameter in parameters]
     if any(gradient is not None and gradient.device.type != "cpu" for gradient in gradients):

@@ -11,24 +11,14 @@ from gradkeel.tensors import are_plain, entries_to_scale, is_only_a_view
 
 
 def scale(parameters: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiply each gradient by its factor, which lies on an accelerator.
-
-    Args:
-        parameters: n parameters; those without a gradient are passed over.
-        factor: [] or [n].
-    """
+    """Multiply the gradients of n parameters, where they have one, by ``factor``, [] or [n] on an accelerator."""
     gradients = [own(parameter) for parameter in parameters]
     entries = [None if gradient is None else entries_to_scale(gradient) for gradient in gradients]
     scale_entries(entries, factor)
 
 
 def scale_entries(entries: Sequence[Tensor | None], factors: Tensor) -> None:
-    """Multiply each tensor by its factor, on whatever devices they lie, without the host knowing the factors.
-
-    Args:
-        entries: n tensors; None is passed over.
-        factors: [] or [n].
-    """
+    """Multiply n tensors or None, on whatever devices, by ``factors``, [] or [n], which the host need not know."""
     if triton_host.scale(entries, factors):
         return
     miss()

@@ -21,13 +21,7 @@ _MANY = 4096
 def scale(
     parameters: Sequence[Tensor], factor: float | list[float], table: native.Table | None = None
 ) -> None:
-    """Multiply each gradient whose factor is not 1.
-
-    Args:
-        parameters: n parameters; those without a gradient are passed over.
-        factor: a number for all of them, or n numbers.
-        table: where all the gradients lie, where that is known.
-    """
+    """Multiply each gradient whose factor, a number for all or one of n, is not 1; ``table``: where all of them lie."""
     if isinstance(factor, float):
         if factor == 1.0:
             return
@@ -62,13 +56,9 @@ def scale(
 
 
 def scale_units(parameters: Sequence[Tensor], coefficients: Tensor, counts: Sequence[int], dim: int) -> None:
-    """Multiply each unit by its coefficient, [u] on CPU; gradients whose units all have 1 are not touched.
+    """Multiply each unit along ``dim`` by its coefficient, [u] on CPU; gradients whose units all have 1 stay untouched.
 
-    Args:
-        parameters: n parameters; those without a gradient are passed over.
-        coefficients: one for each unit, parameter after parameter.
-        counts: how many units each parameter has.
-        dim: the dimension that counts units.
+    The coefficients stand parameter after parameter, so many for each as ``counts`` says, with a gradient or without.
     """
     least, most = (end.item() for end in coefficients.aminmax()) if coefficients.numel() else (1.0, 1.0)
     if least == most == 1.0:

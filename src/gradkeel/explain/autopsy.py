@@ -109,7 +109,6 @@ class Autopsy(Generic[Batch]):
         return self
 
     def __enter__(self) -> Self:
-        """Itself, with the batch that it was called with."""
         return self
 
     def __exit__(

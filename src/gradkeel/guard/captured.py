@@ -32,11 +32,9 @@ class RowState(LazyState):
         self._places = places
 
     def __getitem__(self, key: str) -> Tensor:
-        """The tensor of this name."""
         return read(self.words, self._places[key])
 
     def __iter__(self) -> Iterator[str]:
-        """The names."""
         return iter(self._places)
 
 
@@ -82,12 +80,7 @@ class Row:
 class Captured:
     """The graphs of one list of gradients, and the buffers that they read.
 
-    Args:
-        optimizer: into whose kernel the factor may go; None where there are several.
-        roster: whose gradients they are.
-        states: the policies' states before the captured step.
-        given: what that step is given.
-        capture: captures a body.
+    ``states`` and ``given`` are those of the captured step; without an ``optimizer``, as of several, nothing is folded.
     """
 
     def __init__(

@@ -1,6 +1,7 @@
 """What a step is given besides its gradients, and what stands for it in a step that is captured."""
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable
 from enum import Enum
@@ -96,26 +97,11 @@ class Watched:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def __eq__(self, other: object) -> Any:
-        """As a number."""
-        return self._compared(operator.eq, other)
-
-    def __lt__(self, other: object) -> Any:
-        """As a number."""
-        return self._compared(operator.lt, other)
-
-    def __le__(self, other: object) -> Any:
-        """As a number."""
-        return self._compared(operator.le, other)
-
-    def __gt__(self, other: object) -> Any:
-        """As a number."""
-        return self._compared(operator.gt, other)
-
-    def __ge__(self, other: object) -> Any:
-        """As a number."""
-        return self._compared(operator.ge, other)
-
+    __eq__ = functools.partialmethod(_compared, operator.eq)  # as a number has them
+    __lt__ = functools.partialmethod(_compared, operator.lt)
+    __le__ = functools.partialmethod(_compared, operator.le)
+    __gt__ = functools.partialmethod(_compared, operator.gt)
+    __ge__ = functools.partialmethod(_compared, operator.ge)
     __bool__ = __int__ = __float__ = __index__ = __str__ = __format__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
     __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = __neg__ = _refuse

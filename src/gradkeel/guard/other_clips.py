@@ -63,9 +63,7 @@ class Canary:
 def warn_of_other_clips(canary: Canary, *, clips: bool) -> None:
     """Warn, once, if somebody else clips as well; trainers are looked for on the first step, or after a touch.
 
-    Args:
-        canary: what watches.
-        clips: whether the guard clips anything; one that only measures has no advice to give.
+    A guard that clips nothing, but only measures, has no advice to give.
     """
     touched = canary.was_touched()
     if canary.is_settled or not (touched or canary.is_new):

@@ -180,7 +180,6 @@ class SelectionReport:
         return None if self.remeasure is None else self.remeasure()
 
     def __repr__(self) -> str:
-        """One line."""
         return (
             f"{self.label}: {self.policy}: norm {self.norm:.6g}, coefficient {self.coefficient:.6g}, "
             f"{count(len(self.measured.names), '{n:,} parameter', '{n:,} parameters')}"
@@ -307,7 +306,6 @@ class StepReport:
         return pd.DataFrame(rows, columns=["parameter", "selection", "norm", "coefficient"])
 
     def __repr__(self) -> str:
-        """The step in one line."""
         kind = "inf-norm" if math.isinf(self.norm_type) else f"{self.norm_type:g}-norm"
         after = self.clipped_norm
         words = [

@@ -67,11 +67,7 @@ class SkipWatch:
         self._overflows = self._empty = 0
 
     def expects_overflow(self, scale: float | None) -> bool:
-        """Whether a non-finite gradient may be the loss scale's fault: it is not too small, nor has it fallen too long.
-
-        Args:
-            scale: the loss scale; None where it is not known.
-        """
+        """Whether a non-finite gradient may be the loss scale's fault: not too small, and not fallen for too long."""
         return self._overflows < (LONGEST_RUN if scale is None or scale >= 1.0 else LONGEST_RUN_BELOW_1)
 
     def overflowed(self) -> None:

@@ -116,13 +116,8 @@ def judge(
 ) -> tuple[bool | Tensor, bool | Tensor]:
     """Whether every gradient is finite, excluded ones included; and whether the step may be made.
 
-    Booleans where the host can know without waiting, [] bool tensors on an accelerator.
-
-    Args:
-        reports: all of them, with their policies' decisions.
-        found_inf: [] above 0 where a loss scaler, or another rank, knows of a non-finite gradient.
-        window: the accumulation window, if there is one.
-        tolerant: whether a step may be made on non-finite gradients.
+    Booleans where the host can know without waiting, [] bool tensors on an accelerator. ``found_inf`` is above 0 where
+    a loss scaler, or another rank, knows of a non-finite gradient; a ``tolerant`` step may be made on those.
     """
     finite: Tensor | bool = True
     skips: list[Tensor | bool] = []

@@ -16,15 +16,7 @@ _PLAIN = {Tensor, nn.Parameter, type(None)}
 
 
 class Addresses:
-    """Addresses on a device, sent from pinned memory; the host is not synced.
-
-    Args:
-        count: how many.
-        device: where they are read.
-
-    Attributes:
-        buffer: [count] int64 on the device, always the same memory.
-    """
+    """So many addresses on a device, sent from pinned memory to ``buffer``, always the same; the host is not synced."""
 
     def __init__(self, count: int, device: torch.device) -> None:
         self.buffer = torch.zeros(count, dtype=torch.int64, device=device)

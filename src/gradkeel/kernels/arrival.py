@@ -10,11 +10,7 @@ _ASYNCHRONOUS = {"cuda", "xpu"}
 
 
 class Arrival:
-    """Tells when the copies to the host that were begun before it are there.
-
-    Args:
-        device: from which they come; its current stream is meant.
-    """
+    """Tells when the copies to the host that were begun before it on the device's current stream are there."""
 
     def __init__(self, device: torch.device) -> None:
         self._event: Any = None

@@ -118,13 +118,9 @@ def scale(tensors: Sequence[Tensor], factors: Tensor) -> None:
 
 
 def scale_units(tensors: Sequence[Tensor], factors: Tensor, counts: Sequence[int], dim: int) -> None:
-    """Multiply each unit by its factor, [u], in place.
+    """Multiply each unit of strided tensors by its factor, [u] tensor after tensor, in place.
 
-    Args:
-        tensors: k strided tensors.
-        factors: one for each unit, tensor after tensor.
-        counts: how many units along ``dim`` each tensor has; one with at most one dimension has 1.
-        dim: the dimension that counts units.
+    ``counts``: how many units along ``dim`` each tensor has; one with at most one dimension has 1.
     """
     for (device, dtype), rows in alike(tensors).items():
         members, own = [tensors[i] for i in rows], [counts[i] for i in rows]

@@ -80,11 +80,7 @@ class Entry(Generic[T]):
 
 
 class Graphs(Generic[T]):
-    """What was captured for the lists of tensors that were seen last.
-
-    Args:
-        device: where everything is done.
-    """
+    """What was captured for the lists of tensors that were seen last."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -95,9 +91,7 @@ class Graphs(Generic[T]):
     def of(self, key: Hashable, tensors: Sequence[Tensor | None]) -> Entry[T] | None:
         """The entry of these tensors, their addresses sent; None where they are to be launched.
 
-        Args:
-            key: what else a graph depends on.
-            tensors: k tensors of the device, or None for one that is not there.
+        ``key`` is what else a graph depends on.
         """
         if is_capturing(self.device):
             return None  # in somebody else's graph
@@ -117,11 +111,9 @@ class Graphs(Generic[T]):
         return None if entry.slots.missed else entry
 
     def capture(self, entry: Entry[T], bodies: Callable[[Callable[..., Graph[Any]]], T]) -> bool:
-        """Capture what belongs to an entry; whether that was possible. What cannot be captured is launched for ever.
+        """Capture what belongs to a rehearsed entry; whether that was possible. Else it is launched for ever.
 
-        Args:
-            entry: one that was rehearsed.
-            bodies: makes what is kept; what it is given captures one body and returns its `Graph`.
+        ``bodies`` makes what is kept; what it is given captures one body and returns its `Graph`.
         """
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()

@@ -141,12 +141,8 @@ class Kernels:
     ) -> Table | None:
         """Where the tensors lie, each cut into the units of ``unit_dim`` if given; None if one is not fit for that.
 
-        Fit are dense CPU tensors of float32, bfloat16, float16 and float64, whose units lie one after the other.
-
-        Args:
-            tensors: k tensors.
-            unit_dim: the dimension that counts units.
-            otherwise: where a tensor is not fit as it is, the table is of what this makes of each of them.
+        Fit are dense CPU tensors of float32, bfloat16, float16 and float64, whose units lie one after the other. Where
+        one is not fit as it is, the table is of what ``otherwise`` makes of each of them.
         """
         held, team = list(tensors), self._team()
         memory = self._tabled(held, -1 if unit_dim is None else unit_dim, -1, team, None)
@@ -250,12 +246,7 @@ class Kernels:
         torch.autograd.graph.increment_version(table.tensors)
 
     def add(self, sums: Table, table: Table) -> None:
-        """Add each tensor to the one of the same index in ``sums``, in place.
-
-        Args:
-            sums: float32 or float64, with the shapes and strides of the tensors.
-            table: the tensors.
-        """
+        """Add each tensor to the one of the same index in ``sums``, float32 or float64 and lying alike, in place."""
         for total, tensor in zip(sums.tensors, table.tensors, strict=True):
             assert total.dtype in (torch.float32, torch.float64), "sums are wide"
             assert (total.shape, total.stride()) == (tensor.shape, tensor.stride()), "they lie alike"
@@ -296,13 +287,7 @@ class Kernels:
 def scale(
     tensors: Sequence[Tensor] | Table, factors: Tensor | list[float] | float, unit_dim: int | None = None
 ) -> bool:
-    """Multiply all tensors by one number, each by its own, or each of their units; whether the kernels did it.
-
-    Args:
-        tensors: k tensors, or where they lie.
-        factors: a number, k numbers, or a tensor of one for each unit.
-        unit_dim: the dimension that counts units, where each has its own.
-    """
+    """Multiply tensors by a number or one each, or units along ``unit_dim`` by a tensor; whether the kernels did it."""
     own = kernels()
     table = tensors if own is None or isinstance(tensors, Table) else own.table(tensors, unit_dim)
     if own is None or not isinstance(table, Table):

@@ -199,13 +199,9 @@ def _fault(kernels: TritonKernels, operation: str, dtype: torch.dtype) -> str | 
 def read(
     tensors: Sequence[Tensor | None], norm_type: float, unit_dim: int | None = None, *, peaks: bool = False
 ) -> Read | None:
-    """One read of each tensor; 0 for None. None where the kernels do not do it.
+    """One read of each tensor, of its units along ``unit_dim`` and its extremes where wanted; 0 for None.
 
-    Args:
-        tensors: k tensors.
-        norm_type: the p of the p-norm.
-        unit_dim: the dimension that counts units, where their norms are wanted.
-        peaks: whether the lowest and highest entries are wanted.
+    None where the kernels do not do it.
     """
     own = _kernels_of(tensors) if norm_type in (1.0, 2.0) else None
     if own is None:

@@ -45,13 +45,7 @@ class Kind(NamedTuple):
 def kinds_of(
     tensors: Sequence[Tensor | None], device: torch.device, unit_dim: int | None = None
 ) -> list[Kind | None] | None:
-    """The tensors' kinds, None for None; None if one is not a dense float tensor of this device, or its units are not.
-
-    Args:
-        tensors: k tensors.
-        device: on which they must be.
-        unit_dim: the dimension that counts units, where they are to be cut into these.
-    """
+    """The tensors' kinds, None for None; None if one, or its units, are not dense floats of this device."""
     if not are_plain(tensor for tensor in tensors if tensor is not None):
         return None
     kinds: list[Kind | None] = []

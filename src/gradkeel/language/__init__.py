@@ -43,7 +43,6 @@ class Said(str):
         return self
 
     def __getnewargs__(self) -> tuple[str, str | None, Mapping[str, object]]:  # type: ignore[override]
-        """For copies and pickles."""
         return str(self), self.template, self.values
 
 

@@ -13,12 +13,7 @@ from gradkeel.tensors import entries_to_read
 
 
 class Copies:
-    """What tensors hold, in memory of its own.
-
-    Args:
-        tensors: k tensors of any layout.
-        table: where they lie, if the native kernels have read them.
-    """
+    """What tensors of any layout hold, in memory of its own; ``table``: where they lie, if the kernels read them."""
 
     def __init__(self, tensors: Sequence[Tensor], table: Table | None) -> None:
         kernels, self._copied = native.kernels(), None

@@ -113,7 +113,6 @@ class Kept:
         self.steps: list[tuple[Any, ...]] = []
 
     def __len__(self) -> int:
-        """How many steps they are."""
         return len(self.steps)
 
     def taken(

@@ -117,7 +117,6 @@ class Reader:
         return arrow(self, parameters=parameters, long=long)
 
     def __repr__(self) -> str:
-        """Which record, how long, under which policy."""
         policy = f", {self.policy}" if self.sessions else ""
         steps = count(len(self), "{n:,} step", "{n:,} steps")
         parameters = count(len(self.names), "{n:,} parameter", "{n:,} parameters")

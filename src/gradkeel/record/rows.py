@@ -97,7 +97,6 @@ class Batch:
         self._arrival = Arrival(kept.like.device)
 
     def __len__(self) -> int:
-        """How many steps they are."""
         return len(self._kept)
 
     def rows(self) -> Rows:

@@ -99,7 +99,6 @@ class PlainWindow:
         self.ordered = ordered
 
     def __len__(self) -> int:
-        """Return the number of numbers."""
         return len(self.ordered)
 
     def quantile(self, q: float) -> float:
