@@ -104,14 +104,9 @@ def select(
 ) -> tuple[Selection, ...]:
     """Split the optimizer's parameters: main selection first, groups with their own ``"clip"``, excluded ones last.
 
-    The main and the excluded selection are always there, empty or not.
-
-    Args:
-        groups: the optimizer's. A parameter group's key ``"clip"`` takes the group out of the main
-            selection: None excludes it.
-        names: see `name_parameters`.
-        exclude: what the main policy leaves alone; see `Exclude`.
-        model: tells names of parameters that are not in the optimizer, which a pattern may match without error.
+    The main and the excluded selection are always there, empty or not. A parameter group's key ``"clip"`` takes the
+    group out of the main selection: None excludes it. A pattern of ``exclude`` may match parameters of the ``model``
+    that are not in the optimizer.
 
     Raises:
         SelectionError: for an entry that selects nothing, listing near names.

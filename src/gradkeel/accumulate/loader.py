@@ -18,9 +18,7 @@ _NO_LENGTH, _FAILED = -1, -2  # told in a length's place
 class Lookahead(Generic[Batch]):
     """An iterator that can tell whether there is more, fetching the next item no sooner than it must.
 
-    Args:
-        loader: what to iterate.
-        by_length: answer ``is_more_coming`` by the loader's length, where it has one, without fetching.
+    With ``by_length``, ``is_more_coming`` is answered by the loader's length, where it has one, without fetching.
     """
 
     def __init__(self, loader: Iterable[Batch], *, by_length: bool) -> None:
@@ -58,12 +56,7 @@ class Together(Lookahead[Batch]):
     whether they have another item, and whoever has fewer than a window of them repeats its last one.
 
     Where a loader raises, its rank goes on to the window's end likewise, for the others wait for it in backward.
-
-    Args:
-        loader: this rank's.
-        ranks: all of them must go through their loaders alike.
-        device: on which numbers are told.
-        opens_window: whether the next item is the first of a window.
+    ``opens_window`` tells whether the next item is the first of a window.
 
     Raises:
         WindowError: on every rank, if one of them has no item at all that it could repeat.

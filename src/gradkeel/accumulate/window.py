@@ -105,10 +105,7 @@ class OpenWindow:
     def merge(self, totals: Tensor, whole: float, ranks: int) -> Tensor:
         """Return [denominators] what each one's sums are multiplied by, to be divided by one number from now on.
 
-        Args:
-            totals: [denominators] all ranks' weights.
-            whole: the one number, which stands for the weight of all ranks.
-            ranks: between how many it is shared out.
+        ``totals`` are all ranks' weights; ``whole``, the one number, stands for the weight of so many ``ranks``.
         """
         factors = torch.where(totals > 0, whole / _nonzero(totals), 0.0)
         merged = Denominator(torch.where((totals > 0).any(), whole / ranks, 0.0), weighs=True)

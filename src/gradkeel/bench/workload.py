@@ -47,10 +47,7 @@ SHAPES: Mapping[str, Shapes] = {
 class Gradients:
     """Parameters with gradients of normally distributed entries, of standard deviation ``scale``.
 
-    Attributes:
-        parameters: with their gradients; `refill` writes these anew, in place.
-        true: what it writes.
-        norm: the global 2-norm, in float64.
+    `refill` writes the ``true`` gradients anew, in place; ``norm`` is their global 2-norm, in float64.
     """
 
     def __init__(

@@ -136,11 +136,9 @@ def heat_map(
 ) -> Any:
     """A plotly figure of every parameter's norm over the steps: parameters in their order, color the log of the norm.
 
-    Args:
-        names, buckets: [c, n] norms; the highest of each bucket is shown, for one step is enough to blow a run up.
-        nonfinite: [c] bool: buckets with a gradient that was not finite.
-        norm_type: for those of whole modules, which the page's script puts together.
-        onset: a parameter that is shown by itself where modules are shown.
+    Of the [c, n] norms the highest of each bucket is shown, for one step is enough to blow a run up; ``nonfinite`` [c]
+    are buckets with a gradient that was not finite. The page's script puts norms of whole modules together, by
+    ``norm_type``, and shows the parameter ``onset`` by itself.
     """
     figure = _plotly().Figure()
     high = buckets.high.T

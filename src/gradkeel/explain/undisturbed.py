@@ -21,14 +21,9 @@ def undisturbed(
     Yields a function that puts buffers and randomness back to what they were at the beginning, so that each
     evaluation inside sees the same dropout masks and the same running statistics. Gradients are set aside while
     inside, not copied. What a module keeps in plain Python attributes, or draws from a generator of its own, is not
-    known here and not restored.
-
-    Args:
-        parameters: the tensors that the caller moves, written through ``.data`` so that a graph that still waits for
-            its backward stays valid.
-        module: whose buffers are kept; None where there is no module.
-        in_place: copy gradients as well, for a backward inside may write to where they lie, as into the buckets of
-            DistributedDataParallel.
+    known here and not restored. Parameters are written through ``.data``, so that a graph that still waits for its
+    backward stays valid. With ``in_place`` gradients are copied as well, for a backward inside may write to where they
+    lie, as into the buckets of DistributedDataParallel.
     """
     gradients = [parameter.grad for parameter in parameters]
     copies = [gradient.clone() if in_place and gradient is not None else None for gradient in gradients]

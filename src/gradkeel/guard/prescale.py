@@ -31,10 +31,8 @@ _NONE = LossScale()
 def take_loss_scale(optimizer: Optimizer, own: Mapping[str, Tensor]) -> LossScale:
     """Take the scaler's attributes off the optimizer (non-fused optimizers refuse to run with them).
 
-    Args:
-        optimizer: the optimizer about to step.
-        own: the attributes that gradkeel itself set for a step that then raised, and so left behind. A scaler
-            multiplies its scale into the one it finds, or, after an explicit ``unscale_``, passes it on as it is.
+    ``own`` are those that gradkeel itself set for a step that then raised, and so left behind. A scaler multiplies its
+    scale into the one it finds, or, after an explicit ``unscale_``, passes it on as it is.
     """
     if not own and vars(optimizer).keys().isdisjoint(_ATTRIBUTES):
         return _NONE

@@ -59,10 +59,8 @@ def nonfinite_words(report: "StepReport", norms: Sequence[float], loss: Tensor |
     Not so where the loss was finite: it began before the first parameter, or one gradient has spoiled all, as a clip
     by the total norm does, or the ranks' mean; but under a loss scale what overflows is another loss than is logged.
 
-    Args:
-        report: of the step.
-        norms: the norms of its parameters' gradients, selection after selection.
-        loss: what was logged; a tensor on an accelerator is waited for, where all gradients are hit.
+    ``norms`` are those of the parameters' gradients, selection after selection; a logged ``loss`` on an accelerator is
+    waited for, where all gradients are hit.
     """
     step = report.step
     columns = [(one, i) for one in report.selections for i in range(len(one.measured.names))]

@@ -39,12 +39,8 @@ class SkipWatch:
     """Warns of the first skip and raises after more than ``limit`` in a row.
 
     Where the device skips by itself, the verdict is copied to the host without waiting for it and looked at in a
-    later step, so that the warning comes a little late and the host is never synced.
-
-    Args:
-        limit: more skips in a row than this raise.
-        broken: tells the names of the model's buffers that hold a NaN, as a forward pass leaves it behind; asked at
-            each skip until there are some.
+    later step, so that the warning comes a little late and the host is never synced. ``broken`` tells the names of the
+    model's buffers that hold a NaN, as a forward pass leaves it behind; it is asked at each skip until there are some.
     """
 
     def __init__(self, limit: int, broken: Callable[[], Sequence[str]] = tuple) -> None:
@@ -137,16 +133,10 @@ class SkipWatch:
         verdict: Tensor | None = None,
         heard: Callable[[bool], None] | None = None,
     ) -> None:
-        """Take note of a verdict that only the device knows yet, with what the loss scaler says of it.
+        """Take note of ``stepped``, [] bool, which only the device knows yet, with what the loss scaler says of it.
 
-        Args:
-            report: of the step.
-            stepped: [] bool whether it was made.
-            loss_scale: what the scaler has set.
-            verdict: [3] int64 whether it was made, all was finite, and anything was scaled, where this is known.
-            heard: is told the last of these, once it has arrived.
-
-        A step that is being captured has none: it is not made now.
+        Or of ``verdict``, [3] int64: whether the step was made, all was finite, and anything was scaled, the last of
+        which ``heard`` is told, once it has arrived. A step that is being captured has none: it is not made now.
         """
         report.overflowed = told = None  # the scaler changes its numbers now
         if is_capturing(stepped.device):

@@ -152,12 +152,9 @@ class CompiledState(NumberState):
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor], cells: int, ring: int | None) -> "CompiledState | None":
-        """Return the state as such numbers, read from tensors unless it is so already; None if these do not fit.
+        """Return the state of so many cells as such numbers, read from tensors unless it is so already; None if unfit.
 
-        Args:
-            state: [k] each name, and [k, window] that of the ring.
-            cells: k.
-            ring: which of the names is of a ring.
+        The tensors are [k], and [k, window] that of the ``ring``, by its place among the names.
         """
         if type(state) is CompiledState and (state.layout.cells, state.layout.ring) == (cells, ring):
             return state

@@ -48,8 +48,7 @@ class Formula:
 class Page:
     """The lines of a formula under way: each gives what one operation comes to a name; none is written twice.
 
-    Args:
-        shared: names of the arguments that are for all cells.
+    ``shared`` are the names of the arguments that are for all cells.
     """
 
     def __init__(self, shared: Sequence[str]) -> None:
@@ -100,11 +99,8 @@ class Page:
     ) -> Formula:
         """Return what these lines make of one cell after the other.
 
-        Args:
-            own: names of what each cell has of its own.
-            kept: names of what is remembered of each.
-            found: what comes of a cell.
-            after: what is to be remembered of it.
+        ``own`` and ``kept`` are names of what each cell has of its own, and of what is remembered of it; ``found`` is
+        what comes of it, and ``after`` what is to be remembered.
         """
         lists, cell, results = [f"of{i}" for i in range(len(own))], [*own], [*map(self.text, found)]
         if kept:

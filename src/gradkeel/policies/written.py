@@ -24,11 +24,9 @@ FEW, MANY = 64, 4096
 
 
 class Written:
-    """A verdict, written down when it is first asked for: once for each set of names that a state may have.
+    """A verdict on ``Cells``, written down when it is first asked for: once for each set of names a state may have.
 
-    Args:
-        verdict: the formulas, on `Cells` and what they remember.
-        cell: what stands for a cell in them.
+    ``cell`` is what stands for a cell in its formulas.
     """
 
     def __init__(
@@ -81,11 +79,7 @@ class Written:
 
 
 class WrittenVerdict:
-    """A verdict that is written down.
-
-    Attributes:
-        looks: what it looks at besides norms and state, by the names of `Cells`.
-    """
+    """A verdict that is written down; it ``looks`` at more than norms and state, by the names of `Cells`."""
 
     def __init__(self, formula: Formula, looks: tuple[str, ...], *, remembers: bool) -> None:
         self.looks, self._remembers = looks, remembers

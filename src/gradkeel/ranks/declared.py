@@ -237,10 +237,7 @@ class Sharing:
 def participants(parameters: Iterable[Tensor], known: Sequence[Ranks], given: Ranks | None) -> Ranks | None:
     """Return the ranks that must exchange numbers of these parameters; None if no rank needs to.
 
-    Args:
-        parameters: of which those that lie alike count once.
-        known: groups of ranks that must be among them.
-        given: the ranks that the user wants, if told.
+    Groups that are ``known`` must be among them; ``given`` are the ranks that the user wants, if told.
     """
     if not is_running():
         return None

@@ -109,11 +109,7 @@ class Census:
 
 
 class _Whole:
-    """One parameter as all ranks together hold it.
-
-    Args:
-        parts: how each set of parameters has it, and the set's number.
-        unit_dim: the dimension that counts units; None where nobody looks at units.
+    """One parameter as all ranks together hold it; ``parts``: how each set of parameters, by its number, has it.
 
     Raises:
         SelectionError: where copies have different shapes, or it cannot be known which units the pieces are of.
@@ -317,12 +313,9 @@ class Layout:
         return result
 
     def counting(self, present: Tensor, here: int, device: torch.device) -> Tensor:
-        """Return [k] bool: whether this rank is the first that holds this piece and has a gradient of it.
+        """Return [k] bool: whether this rank, the one at ``here``, is the first that has a gradient of this piece.
 
-        Args:
-            present: [ranks, n] what ranks told.
-            here: this rank's place.
-            device: of the result.
+        ``present`` [ranks, n] is what ranks told.
         """
         counted = [True] * len(self._positions) if self.counted is None else self.counted.tolist()
         for i, (position, holders) in enumerate(zip(self._positions, self._holders, strict=True)):

@@ -48,12 +48,7 @@ def _taken(selection: SelectionReport) -> tuple[Any, ...]:
 
 
 class Columns:
-    """What one selection's steps have measured and decided.
-
-    Args:
-        like: [n] norms of one of its steps.
-        rows: of each of them what was kept of the selection.
-    """
+    """What one selection's steps have measured and decided; ``like`` are the [n] norms of one of them."""
 
     def __init__(self, like: Tensor, rows: Sequence[tuple[Any, ...]]) -> None:
         self._like, self._rows = like, rows
