@@ -7,7 +7,7 @@ import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,37 +42,30 @@ def _outside_of_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
     return outside
 
 
+class Calls(NamedTuple):
+    """What is called around a step."""
+
+    begin: Callable[..., None]  # first in each step
+    # Once the gradients of the step are there: at once, or after each evaluation of the closure; returns whether the
+    # step is to be made. Where it is not, the optimizer's own step is not run.
+    evaluate: Callable[[], bool]
+    fail: Callable[[], None]  # where the optimizer's own step raises, or somebody else's hook may
+    finish: Callable[[], None]  # after the step
+
+
 class Hooks:
     """Calls a guard around ``optimizer.step()``, and after each evaluation of the closure where there is one.
 
-    Args:
-        optimizer: the torch optimizer.
-        guard: left on the optimizer as a mark, so that a second guard can be refused.
-        begin: called first in each step.
-        evaluate: called once the gradients of the step are there: at once, or after each evaluation of the closure;
-            returns whether the step is to be made. Where it is not, the optimizer's own step is not run.
-        fail: called where the optimizer's own step raises, or somebody else's hook may.
-        finish: called after the step.
+    The ``guard`` is left on the optimizer as a mark, so that a second one can be refused.
 
     Attributes:
         loss_scale: what a GradScaler set on the optimizer for the step under way.
         own: the attributes that gradkeel itself has set for the optimizer's kernel; a step that raises leaves them.
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        guard: object,
-        begin: Callable[[], None],
-        evaluate: Callable[[], bool],
-        fail: Callable[[], None],
-        finish: Callable[[], None],
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, guard: object, calls: Calls) -> None:
         self.optimizer = optimizer
-        self._begin = begin
-        self._evaluate = evaluate
-        self._fail = fail
-        self._finish = finish
+        self._begin, self._evaluate, self._fail, self._finish = calls
         # Of the optimizer's own step: a subclass's may call its parent's, and torch runs the hooks for each of the two.
         self._is_inside = False
         self._is_made = True

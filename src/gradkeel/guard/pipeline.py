@@ -66,11 +66,11 @@ class Pipeline:
     def _connect_hooks(self) -> None:
         """From now on the optimizers' steps are guarded."""
         self._canary = other_clips.Canary(next((p for p in self._roster.parameters if p.requires_grad), None))
-        calls = self._begin, self._evaluate, self._fail, self._finish
+        calls = hooks.Calls(self._begin, self._evaluate, self._fail, self._finish)
         if len(self.optimizers) == 1:
-            self._hooks = [hooks.Hooks(self.optimizers[0], self, *calls)]
+            self._hooks = [hooks.Hooks(self.optimizers[0], self, calls)]
         else:
-            self._hooks = Turns(self.optimizers, self, *calls, lambda: self._staged is not None).hooks
+            self._hooks = Turns(self.optimizers, self, calls, lambda: self._staged is not None).hooks
         self._first = self._hooks[0]  # of the optimizer that has decided on the step under way
 
     @abstractmethod

@@ -8,57 +8,32 @@ from torch.optim import Optimizer
 
 from gradkeel.errors import AttachError
 from gradkeel.guard import other_clips
-from gradkeel.guard.hooks import Hooks
+from gradkeel.guard.hooks import Calls, Hooks
 
 
 class Turns:
     """One round of steps, one of each optimizer, in any order, as one step of the guard.
 
-    Args:
-        optimizers: they must step once each, on gradients that are all there before the first of them steps.
-        guard: see `Hooks`, as for ``fail``.
-        begin: begins the guard's step, with the index of the optimizer that comes first.
-        evaluate: from the gradients to the verdict; returns whether the steps are to be made.
-        fail: called where an optimizer's own step raises.
-        finish: ends the guard's step.
-        is_staged: whether there is a verdict; there is none where a step only creates state.
-
-    Attributes:
-        hooks: each optimizer's.
+    They must step once each, on gradients that are all there before the first of them steps. ``is_staged`` tells
+    whether there is a verdict; there is none where a step only creates state. `Calls.begin` is told which comes first.
     """
 
     def __init__(
-        self,
-        optimizers: Sequence[Optimizer],
-        guard: object,
-        begin: Callable[[int], None],
-        evaluate: Callable[[], bool],
-        fail: Callable[[], None],
-        finish: Callable[[], None],
-        is_staged: Callable[[], bool],
+        self, optimizers: Sequence[Optimizer], guard: object, calls: Calls, is_staged: Callable[[], bool]
     ) -> None:
         self._optimizers = optimizers
-        self._begin = begin
-        self._evaluate = evaluate
-        self._finish = finish
+        self._begin, self._evaluate, self._fail, self._finish = calls
         self._is_staged = is_staged
-        self._fail = fail
         self._stepped: list[int] = []
         self._has_failed = False  # a step of this round, which may be made again or given up
         self._is_evaluated = False
         self._is_made = True
         self._seen: list[list[tuple[Tensor | None, int]]] = []
-        self.hooks = [
-            Hooks(
-                optimizer,
-                guard,
-                partial(self._begun, i),
-                partial(self._evaluated, i),
-                self._failed,
-                partial(self._ended, i),
-            )
-            for i, optimizer in enumerate(optimizers)
-        ]
+        self.hooks = [Hooks(optimizer, guard, self._calls(i)) for i, optimizer in enumerate(optimizers)]
+
+    def _calls(self, index: int) -> Calls:
+        begin, evaluate = partial(self._begun, index), partial(self._evaluated, index)
+        return Calls(begin, evaluate, self._failed, partial(self._ended, index))
 
     def _begun(self, index: int) -> None:
         """An optimizer begins its step.
