@@ -24,15 +24,10 @@ _AVERAGES = (
 
 
 class GradientSync:
-    """Puts a distributed model's gradient exchange off to a window's last micro-batch.
+    """Puts a distributed model's gradient exchange off to a window's last micro-batch; arguments as in `Accumulator`.
 
-    Args:
-        model: DistributedDataParallel or FSDP1 (``no_sync`` must go around forward and backward) or FSDP2
-            (``set_requires_gradient_sync``), or a module that has such parts; any other module, or None, exchanges
-            nothing.
-        process_group: the data-parallel ranks, between which the window's weights are added up; those of the model
-            unless given.
-        divides: by what a communication hook of DistributedDataParallel divides the sum over ranks.
+    DistributedDataParallel and FSDP1 want ``no_sync`` around forward and backward, FSDP2 has
+    ``set_requires_gradient_sync``. A module without such parts, or None, exchanges nothing.
 
     Attributes:
         is_needed: gradients are exchanged, so that a micro-batch must know at its start whether it is the last.

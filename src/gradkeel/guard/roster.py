@@ -58,14 +58,7 @@ class Part:
 
 
 class Roster:
-    """The optimizer's parameters under their policies, read again whenever the optimizer's groups change.
-
-    Args:
-        optimizers: the torch optimizers, whose groups are taken together.
-        policy: the main policy, or None.
-        model: tells the parameters' names.
-        exclude: what the main policy leaves alone.
-        sharing: what was declared about ranks.
+    """The optimizers' parameters under their policies, read again whenever the optimizers' groups change.
 
     Attributes:
         parts: the selections, as in `gradkeel.selection.select`.

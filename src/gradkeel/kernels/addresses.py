@@ -34,11 +34,7 @@ class Addresses:
 
 
 class Slots:
-    """The same k tensors, step after step, at whatever addresses: what a graph reads that is captured once.
-
-    Args:
-        tensors: plain tensors of the device, or None for one that is not there.
-        device: where the kernels run.
+    """The same k tensors or None, step after step, at whatever addresses: what a graph reads that is captured once.
 
     Attributes:
         count: how many there are, and one more: slot 0 is that of no tensor.

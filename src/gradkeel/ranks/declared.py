@@ -43,13 +43,7 @@ class Split:
 
 
 class Sharing:
-    """What the user has declared about ranks, and the exchange that follows from it.
-
-    Args:
-        process_group: the ranks that decide together, a group or a device mesh; None takes those over which
-            parameters are split.
-        shard_over: what plain parameters cannot tell themselves; see `gradkeel.attach`.
-        nonfinite: what happens to non-finite gradients, alike on all ranks.
+    """What the user has declared about ranks, with the arguments of `gradkeel.attach`, and the exchange that follows.
 
     Raises:
         TypeError, AttachError: for something that is no group, or a group without this rank.

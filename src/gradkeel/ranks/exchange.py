@@ -66,15 +66,8 @@ class Agreed:
 class Exchange:
     """One collective tells everything that ranks must know of each other in a step; a second tells maxima, if any.
 
-    Args:
-        ranks: who takes part; all of them must call alike.
-        layouts: each selection's parameters over all ranks, and on this one.
-        device: where norms are put together.
-        data_parallel: the ranks whose windows' weights belong together; all ranks unless given.
-
-    Attributes:
-        layouts: what all ranks have of each selection, and which of it is on this rank.
-        splits: whether other ranks have parts of these parameters, or further ones; copies are none.
+    All of the ``ranks`` must call alike. ``data_parallel`` are those whose windows' weights belong together; all ranks
+    unless given.
     """
 
     def __init__(
@@ -86,6 +79,7 @@ class Exchange:
     ) -> None:
         self.ranks = ranks
         self.layouts = tuple(layouts)
+        # Whether other ranks have parts of these parameters, or further ones; copies are none.
         self.splits = any(layout.is_split for layout in layouts)
         self._device = device
         # A device without float64 leaves the sums to the host.

@@ -174,21 +174,13 @@ class _Whole:
 
 
 class Layout:
-    """One selection over all ranks, and which of its parameters and units lie on this one.
-
-    Args:
-        census: who has what.
-        selection: the selection's number.
-        needs: what is measured.
-        parameters: this rank's k parameters.
-        device: where norms are put together.
+    """The selection of this number over all ranks, and which of its parameters and units lie on this one.
 
     Attributes:
         names, groups, sizes: of the n parameters that any rank has, group by group and rank by rank, as one process
             would have them.
         unit_total: how many units they have together.
-        needs: as given.
-        here: k.
+        here: k, the number of this rank's parameters.
         is_wide: whether any entries are float64.
         is_split: whether other ranks have parts of them, or further ones; copies are none.
         rows: [k] indices of this rank's parameters among the n; None if it has all of them, in the same order.

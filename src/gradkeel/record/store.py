@@ -32,14 +32,10 @@ def before(session: int) -> str:
 class Store:
     """An open record: one consistent view, taken when it is opened, of what the file holds.
 
-    Rows are counted from 0 over the whole record; each holds one step.
-
-    Args:
-        path: of the record.
-        where: which rows, `LIVE`, `SUPERSEDED` or `before` a session.
+    Rows are counted from 0 over the whole record; each holds one step. ``where`` says which there are: `LIVE`,
+    `SUPERSEDED` or those `before` a session.
 
     Attributes:
-        path: of the record.
         meta: key and value, as in the table of that name.
         sessions: the sessions that wrote these rows, in order.
         rollbacks: the sessions that went back, in order.
