@@ -19,6 +19,7 @@ GradkeelWarning (UserWarning)
 └── RecordWarning            recording stopped, or its file was moved or deleted; training goes on
 """
 
+import importlib
 import typing
 
 
@@ -83,6 +84,18 @@ class MissingExtraError(GradkeelError, ImportError):
         super().__init__(
             f"{purpose} needs {package}, which is not installed; run: pip install 'gradkeel[{extra}]'"
         )
+
+
+def import_extra(module: str, extra: str, purpose: str) -> typing.Any:
+    """A module of an optional dependency.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise MissingExtraError(module.partition(".")[0], extra, purpose) from None
 
 
 class GradkeelWarning(UserWarning):

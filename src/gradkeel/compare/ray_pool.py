@@ -19,7 +19,7 @@ from gradkeel.compare.command import on_ctrl_c
 from gradkeel.compare.plan import Plan, run_in_worker
 from gradkeel.compare.run import Run, Trial, set_aside
 from gradkeel.compare.task import TaskError
-from gradkeel.errors import MissingExtraError
+from gradkeel.errors import import_extra
 
 SUBMITTED = 1000  # runs at a time where nobody says how many: each wait looks through all of them
 REACHED_WITHIN = 5.0  # seconds for a connection; Ray itself goes on trying for minutes
@@ -74,10 +74,7 @@ def _connected(address: str) -> Iterator[Any]:
 
     They are not cancelled one by one: Ray 2.60 aborts this process if one finishes while ``ray.cancel`` is at work.
     """
-    try:
-        import ray
-    except ImportError:
-        raise MissingExtraError("ray", "ray", "comparing on a Ray cluster") from None
+    ray = import_extra("ray", "ray", "comparing on a Ray cluster")
     if ray.is_initialized():
         raise TaskError(
             "--ray: this program is connected to Ray already; call ray.shutdown() before it compares"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gradkeel.errors import MissingExtraError
+from gradkeel.errors import import_extra
 from gradkeel.language import say, shown
 from gradkeel.page.page import escaped
 
@@ -165,11 +165,7 @@ def hover(*lines: str) -> str:
 
 
 def _plotly() -> Any:
-    try:
-        import plotly.graph_objects as go
-    except ImportError:
-        raise MissingExtraError("plotly", "report", "a figure") from None
-    return go
+    return import_extra("plotly.graph_objects", "report", "a figure")
 
 
 def _style(figure: Any, x_title: str, y_title: str, ys: Sequence[float] = ()) -> None:

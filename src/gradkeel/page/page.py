@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradkeel.errors import MissingExtraError
+from gradkeel.errors import import_extra
 from gradkeel.language import language, shown
 
 _TAGS = {"en": "en", "zh": "zh-Hans"}  # of languages, as HTML has them
@@ -130,8 +130,4 @@ def _table(table: Table) -> str:
 
 
 def _plotly_script() -> str:
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError:
-        raise MissingExtraError("plotly", "report", "a page with figures") from None
-    return get_plotlyjs()
+    return import_extra("plotly.offline", "report", "a page with figures").get_plotlyjs()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradkeel.errors import MissingExtraError
+from gradkeel.errors import import_extra
 from gradkeel.record.reader import Reader, completed
 from gradkeel.record.schema import CLIPPED, NONFINITE, SCALAR_PREFIX, STEPPED, refuse_record, to_blob
 
@@ -60,7 +60,7 @@ def columns(reader: Reader, *, parameters: bool, long: bool) -> Columns:
 
 def arrow(reader: Reader, *, parameters: bool, long: bool) -> Any:
     """The same as an Arrow table."""
-    pa = _pyarrow("to_arrow()")
+    pa = import_extra("pyarrow", "parquet", "to_arrow()")
     return pa.table(
         {name: _array(pa, v) for name, v in columns(reader, parameters=parameters, long=long).items()}
     )
@@ -146,18 +146,9 @@ def _cells(values: Tensor | list[str]) -> Sequence[object]:
     return values.tolist()
 
 
-def _pyarrow(what: str) -> Any:
-    try:
-        import pyarrow
-    except ImportError:
-        raise MissingExtraError("pyarrow", "parquet", what) from None
-    return pyarrow
-
-
 def _write_parquet(path: Path, chunks: Iterator[Columns]) -> None:
-    pa = _pyarrow("export to Parquet")
-    import pyarrow.parquet as pq
-
+    pa = import_extra("pyarrow", "parquet", "export to Parquet")
+    pq = import_extra("pyarrow.parquet", "parquet", "export to Parquet")
     writer = None
     try:
         for columns in chunks:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gradkeel.errors import MissingExtraError
+from gradkeel.errors import import_extra
 from gradkeel.explain.smoothness.fit import SmoothnessFit
 from gradkeel.explain.smoothness.probe import LocalSmoothness
 from gradkeel.language import say, shown
@@ -113,11 +113,8 @@ def picture(width: float, height: float) -> Any:
     Raises:
         MissingExtraError: without matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtraError("matplotlib", "report", "a picture") from None
-    return Figure(figsize=(width, height), layout="constrained")
+    drawing = import_extra("matplotlib.figure", "report", "a picture")
+    return drawing.Figure(figsize=(width, height), layout="constrained")
 
 
 def save(figure: Any, path: Path) -> None:
