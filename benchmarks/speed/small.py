@@ -8,7 +8,7 @@ from torch import nn
 
 import gradkeel as gk
 from gradkeel.bench import Gradients, Quartiles, Race, Table, race
-from gradkeel.bench.contenders import FUNCTION, TORCH, NoStep, guard_alone, own_clip, torch_clip
+from gradkeel.bench.contenders import FUNCTION, TORCH, NoStep, clip_functions, guard_alone
 from gradkeel.bench.stopwatch import Contender, quartiles
 from gradkeel.policies import AdaGC, AutoClip, ClipByGlobalNorm, Policy, ZClip
 
@@ -98,9 +98,7 @@ def clipped(gradients: Gradients, *, active: bool, rounds: int) -> Race:
         for name, policy in policies.items()
     ]
     plain = Contender(PLAIN, NoStep(gradients.parameters).step, gradients.refill)
-    return race(
-        [torch_clip(gradients, limit), own_clip(gradients, limit), *guards, plain], rounds=rounds * TIMES
-    )
+    return race([*clip_functions(gradients, limit), *guards, plain], rounds=rounds * TIMES)
 
 
 def trained(name: str, folder: Path, rounds: int) -> Race:

@@ -29,16 +29,6 @@ class NoStep(Optimizer):
         """Do nothing."""
 
 
-def torch_clip(gradients: Gradients, bound: float) -> Contender:
-    """Clip by global norm as torch does."""
-    return clip_function(TORCH, torch.nn.utils.clip_grad_norm_, gradients, bound)
-
-
-def own_clip(gradients: Gradients, bound: float) -> Contender:
-    """Clip by gradkeel's function of the same signature."""
-    return clip_function(FUNCTION, clip_grad_norm_, gradients, bound)
-
-
 def clip_function(
     name: str, function: Callable[..., object], gradients: Gradients, bound: float
 ) -> Contender:
@@ -49,6 +39,12 @@ def clip_function(
         gradients.refill,
         lambda: gradients.error(bound),
     )
+
+
+def clip_functions(gradients: Gradients, bound: float) -> list[Contender]:
+    """Return torch's ``clip_grad_norm_``, and gradkeel's."""
+    functions = ((TORCH, torch.nn.utils.clip_grad_norm_), (FUNCTION, clip_grad_norm_))
+    return [clip_function(name, function, gradients, bound) for name, function in functions]
 
 
 def guard_alone(
@@ -63,7 +59,7 @@ def guard_alone(
 def clips(gradients: Gradients, bound: float) -> list[Contender]:
     """Return all that clip by the global norm, torch's first, and the limit."""
     guard = guard_alone(gradients, ClipByGlobalNorm(bound), lambda: gradients.error(bound))
-    return [torch_clip(gradients, bound), own_clip(gradients, bound), guard, gradients.read()]
+    return [*clip_functions(gradients, bound), guard, gradients.read()]
 
 
 def steps(gradients: Gradients, bound: float) -> list[Contender]:

@@ -1,6 +1,7 @@
 """``gradkeel replay``: what other policies would have done to a recorded run's norms."""
 
 import json
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -34,22 +35,8 @@ def command(
         )
         note_damage(reader.damage)
     if as_json:
-        numbers = ("policy", "is_live", "clip_rate", "skip_rate", "mean_coefficient")
-        series = (
-            "steps",
-            "coefficients",
-            "clipped",
-            "skipped",
-            "bounds",
-            "norms",
-            "clipped_norms",
-            "differs",
-        )
-        policies = [
-            {name: getattr(result, name) for name in numbers}
-            | {name: getattr(result, name).tolist() for name in series}
-            for result in replays
-        ]
+        rates = ("clip_rate", "skip_rate", "mean_coefficient")
+        policies = [asdict(result) | {name: getattr(result, name) for name in rates} for result in replays]
         print(json.dumps({"version": 1, "open_loop": True, "run": str(run), "policies": plain(policies)}))
         return
     from gradkeel.cli.screen import console, flowing, tables

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from gradkeel.errors import RecordError, check_kind
+from gradkeel.errors import check_kind
 from gradkeel.explain.run_figures import BLUE, GREEN, ORANGE, Trace, heat_map, traces
 from gradkeel.language import count, say, shown
 from gradkeel.page.figures import _plotly
@@ -35,10 +35,7 @@ def plot(run: str | os.PathLike[str] | Reader) -> Any:
     if not isinstance(run, Reader):
         with Reader(run) as reader:
             return plot(reader)
-    if not len(run):
-        raise RecordError(
-            f"{run.path} holds no steps yet; a step is on disk about a second after it was made"
-        )
+    policy = run.policy  # says so where nothing is recorded yet
     _plotly()  # says what to install
     from plotly.subplots import make_subplots
 
@@ -71,7 +68,7 @@ def plot(run: str | os.PathLike[str] | Reader) -> Any:
     whole.data[-1].colorbar.update(len=domain[1] - domain[0], y=sum(domain) / 2)
     whole.update_xaxes(title=shown(say("step")), row=len(parts), col=1)
     length = count(len(run), "{n:,} step", "{n:,} steps")
-    told = say("{name}: {steps}, {policy}", name=run.path.name, steps=length, policy=run.policy)
+    told = say("{name}: {steps}, {policy}", name=run.path.name, steps=length, policy=policy)
     return whole.update_layout(
         height=260 * len(parts), title=shown(told), legend={"orientation": "h", "y": -0.08}
     )

@@ -32,7 +32,9 @@ def run_page(reader: Reader, *, script: str | None = None) -> str:
         for one in explanation.autopsies
     ]
     sections += [_norm(reader, steps, marks), _heat(reader, steps, marks, explanation), *_spread(explanation)]
-    sections += _loss(reader, steps, marks)
+    missing = say("No loss was recorded; this line, before optimizer.step(), gives one: guard.log(loss=loss)")
+    loss = _scalar(reader, steps, marks, "loss", say("Loss"), ORANGE)
+    sections += loss or [Section(say("Loss"), missing)]
     sections += _coefficient(reader, steps, marks)
     sections += _updates(reader, marks)
     sections += _scalar(reader, steps, marks, "lr", say("Learning rate"), GREEN)
@@ -166,11 +168,6 @@ def _spread(explanation: Explanation) -> list[Section]:
     return [
         Section(say("How it spread"), join([text, more]), Table([say("parameter"), say("step"), times], rows))
     ]
-
-
-def _loss(reader: Reader, steps: Tensor, marks: list[Mark]) -> list[Section]:
-    missing = say("No loss was recorded; this line, before optimizer.step(), gives one: guard.log(loss=loss)")
-    return _scalar(reader, steps, marks, "loss", say("Loss"), ORANGE) or [Section(say("Loss"), missing)]
 
 
 def _scalar(

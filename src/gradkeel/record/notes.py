@@ -9,6 +9,8 @@ import sqlite3
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 _WAIT = 10.0  # seconds for the recorder's own thread to end a write
 
 
@@ -27,6 +29,8 @@ def plain(value: Any) -> Any:
     """The value as JSON has it: numbers that are not finite are None."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, Tensor):
+        value = value.tolist()
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
