@@ -40,7 +40,6 @@ class CharLSTM(TextTask):
     validated = 128
 
     def model(self) -> nn.Module:
-        """A CharModel with torch's default initialization."""
         return CharModel()
 
     def batches(self, seed: int) -> Iterator[Tensor]:

@@ -54,7 +54,6 @@ class ExplodingLinear(Task):
         return F.mse_loss(model(batch), batch + 3)
 
     def weight(self, batch: Tensor) -> float:
-        """Points in the batch."""
         return float(len(batch))
 
     @torch.no_grad()

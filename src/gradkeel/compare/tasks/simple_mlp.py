@@ -41,12 +41,10 @@ class SimpleMLP(Task):
                 yield self._inputs[chosen], self._targets[chosen]
 
     def loss(self, model: nn.Module, batch: Pair) -> Tensor:
-        """[] mean squared error."""
         inputs, targets = batch
         return F.mse_loss(model(inputs), targets)
 
     def weight(self, batch: Pair) -> float:
-        """Samples in the batch."""
         return float(len(batch[0]))
 
 
@@ -57,5 +55,4 @@ class SimpleMLPAdam(SimpleMLP):
     learning_rates = (0.001,)
 
     def optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-        """Adam with torch's defaults."""
         return torch.optim.Adam(model.parameters(), lr=lr)

@@ -45,11 +45,9 @@ class TinyTransformer(TextTask):
     validated = LONGEST
 
     def model(self) -> nn.Module:
-        """A TinyModel with torch's default initialization."""
         return TinyModel()
 
     def optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-        """AdamW with torch's defaults."""
         return torch.optim.AdamW(model.parameters(), lr=lr)
 
     def batches(self, seed: int) -> Iterator[Tensor]:

@@ -30,7 +30,6 @@ class Constant(HostBound, on_numbers=True):
             positive("Constant", "highest", self.highest)
 
     def at(self, step: int) -> tuple[float, float]:
-        """Return the two limits."""
         return (-self.highest if self.lowest is None else self.lowest, self.highest)
 
 
@@ -78,7 +77,6 @@ class RootMeanSquare(Bound, on_numbers=True):
         return {}
 
     def bound(self, cells: Cells, state: Memory) -> Number:
-        """Return [k] the largest 2-norm allowed."""
         return self.highest * sqrt(cells.sizes)
 
 
@@ -97,7 +95,6 @@ class ParameterRatio(Bound, on_numbers=True):
     floor: float = 1e-3
 
     def bound(self, cells: Cells, state: Memory) -> Number:
-        """Return [k] the largest gradient norm allowed."""
         return self.ratio * maximum(cells.weights, self.floor)
 
 
@@ -121,5 +118,4 @@ class Smoothness(Bound, on_numbers=True):
     L1: float
 
     def bound(self, cells: Cells, state: Memory) -> Number:
-        """Return [k] the length of the best step."""
         return divide(cells.norms, self.L0 + self.L1 * cells.norms)

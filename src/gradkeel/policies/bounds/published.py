@@ -34,7 +34,6 @@ class PublishedZScore(Bound, on_numbers=True):
     eps: float = 1e-6
 
     def init(self, cells: Cells) -> State:
-        """Return a state that has seen nothing."""
         zeros = torch.zeros_like(cells.norms)
         return {"seen": zeros.to(torch.int64), "mean": zeros, "variance": zeros}
 
@@ -47,7 +46,6 @@ class PublishedZScore(Bound, on_numbers=True):
         return where(state["seen"] >= self.warmup, limit, math.inf)
 
     def update(self, cells: Cells, state: Memory, bound: Number) -> Memory:
-        """Return the averages with this step's norms, clipped."""
         mean, variance, seen = state["mean"], state["variance"], state["seen"] + 1
         fed = minimum(cells.norms, bound)
         early = mean + (fed - mean) / seen
@@ -81,7 +79,6 @@ class PublishedEma(Bound, on_numbers=True):
     warmup_norm: float
 
     def init(self, cells: Cells) -> State:
-        """Return a state that has seen nothing."""
         return {
             "seen": torch.zeros_like(cells.norms, dtype=torch.int64),
             "gamma": torch.full_like(cells.norms, math.inf),
@@ -95,7 +92,6 @@ class PublishedEma(Bound, on_numbers=True):
         return where(state["seen"] + 1 < self.warmup, together, self.ratio * state["gamma"])
 
     def update(self, cells: Cells, state: Memory, bound: Number) -> Memory:
-        """Return gamma with this step's norms, clipped."""
         gamma, clipped = state["gamma"], minimum(cells.norms, bound)
         warm = state["seen"] + 1 < self.warmup
         late = self.decay * gamma + (1 - self.decay) * clipped

@@ -73,16 +73,13 @@ class Ema(AdaptiveBound, on_numbers=True):
     decay: float = 0.98
 
     def start(self, cells: Cells) -> State:
-        """Return no average yet."""
         return {"log_mean": torch.zeros_like(cells.norms)}
 
     def learn(self, cells: Cells, state: Memory, bound: Number) -> Memory:
-        """Return the average with this step's norms."""
         mean = state["log_mean"]
         return {"log_mean": mean + (log(cells.norms) - mean) * share(state["seen"], self.decay, mean)}
 
     def estimate(self, cells: Cells, state: Memory) -> Number:
-        """Return [k] the ratio times the geometric mean."""
         return self.ratio * exp(state["log_mean"])
 
 
@@ -114,7 +111,6 @@ class RunningZScore(AdaptiveBound, on_numbers=True):
     warmup: int = 25
 
     def start(self, cells: Cells) -> State:
-        """Return no averages yet."""
         return {"log_mean": torch.zeros_like(cells.norms), "log_variance": torch.zeros_like(cells.norms)}
 
     def learn(self, cells: Cells, state: Memory, bound: Number) -> Memory:
@@ -135,7 +131,6 @@ class RunningZScore(AdaptiveBound, on_numbers=True):
         return self.z * maximum(sqrt(state["log_variance"]), LEAST_SPREAD)
 
     def estimate(self, cells: Cells, state: Memory) -> Number:
-        """Return [k] the bound for these norms."""
         margin = self._margin(state)
         distance = maximum(log(cells.norms) - state["log_mean"], margin)
         return exp(state["log_mean"] + divide(margin * margin, distance))
@@ -175,7 +170,6 @@ class GeometricQuantile(Bound, on_numbers=True):
         return {"quantile": torch.full_like(cells.norms, math.inf if self.initial is None else self.initial)}
 
     def bound(self, cells: Cells, state: Memory) -> Number:
-        """Return [k] the quantile."""
         return state["quantile"]
 
     def update(self, cells: Cells, state: Memory, bound: Number) -> Memory:

@@ -41,15 +41,12 @@ class Windowed(AdaptiveBound):
         """Return [k] the bound that follows from the last norms."""
 
     def start(self, cells: Cells) -> State:
-        """Return an empty ring."""
         return {"history": cells.norms.new_zeros(cells.norms.shape[0], self.window)}
 
     def learn(self, cells: Cells, state: Memory, bound: Number) -> Memory:
-        """Return the ring with this step's norms."""
         return {"history": entered(state["history"], state["seen"], cells.norms)}
 
     def estimate(self, cells: Cells, state: Memory) -> Number:
-        """Return the statistic of the norms seen."""
         return self.statistic(window_of(state["history"], state["seen"]))
 
 
@@ -73,7 +70,6 @@ class Quantile(Windowed, on_numbers=True):
     warmup: int = 50
 
     def statistic(self, window: Window) -> Number:
-        """Return [k] the quantile."""
         return window.quantile(self.q)
 
 
@@ -106,7 +102,6 @@ class ZScore(Windowed, on_numbers=True):
         count("ZScore", "warmup", self.warmup, least=2)
 
     def learn(self, cells: Cells, state: Memory, bound: Number) -> Memory:
-        """Return the ring with this step's norms, limited."""
         norms = cells.norms
         if self.limited:
             mean, std = self._moments(window_of(state["history"], state["seen"]))
@@ -115,7 +110,6 @@ class ZScore(Windowed, on_numbers=True):
         return {"history": entered(state["history"], state["seen"], norms)}
 
     def statistic(self, window: Window) -> Number:
-        """Return [k] mean + z std."""
         mean, std = self._moments(window)
         return mean + self.z * std
 
@@ -146,7 +140,6 @@ class RobustZScore(Windowed, on_numbers=True):
     warmup: int = 32
 
     def statistic(self, window: Window) -> Number:
-        """Return [k] exp(median + z std), std estimated by the MAD."""
         logs = window.logs()
         median = logs.quantile(0.5)
         deviation = logs.distances(median).quantile(0.5)

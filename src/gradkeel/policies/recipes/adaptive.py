@@ -58,7 +58,6 @@ class AutoClip(NamedPolicy):
 
     @property
     def parts(self) -> Clip:
-        """Windowed quantile, hard form."""
         bound = Quantile(self.q, window=self.window, warmup=self.warmup, patience=self.patience)
         return Clip(self.scope, bound, Hard())
 
@@ -104,7 +103,6 @@ class QuantileClip(NamedPolicy):
 
     @property
     def parts(self) -> Clip:
-        """Geometric quantile, hard form."""
         return Clip(self.scope, GeometricQuantile(self.q, eta=self.eta, initial=self.initial), Hard())
 
 
@@ -157,7 +155,6 @@ class ZClip(NamedPolicy):
 
     @property
     def parts(self) -> Clip:
-        """Running z-score, hard form."""
         hardened = RunningZScore(self.z, decay=self.decay, warmup=self.warmup, patience=self.patience)
         bound = PublishedZScore(self.z, self.decay, self.warmup) if self.reference else hardened
         return Clip(self.scope, bound, Hard())
@@ -207,7 +204,6 @@ class RobustClip(NamedPolicy):
 
     @property
     def parts(self) -> Clip:
-        """Robust z-score, hard form."""
         bound = RobustZScore(self.z, window=self.window, warmup=self.warmup, patience=self.patience)
         return Clip(self.scope, bound, Hard())
 
@@ -265,7 +261,6 @@ class AdaGC(NamedPolicy):
 
     @property
     def parts(self) -> Policy:
-        """Running mean of each tensor, hard form; before that the global norm."""
         hardened = Ema(self.ratio, decay=self.decay, patience=self.patience)
         if self.reference:
             published = PublishedEma(self.ratio, self.decay, self.warmup, self.warmup_norm)

@@ -61,7 +61,6 @@ class ClipByValue(NamedPolicy):
 
     @property
     def parts(self) -> Clip:
-        """Scope value, constant bound, hard form."""
         return Clip("value", Constant(float(self.max), self.min), Hard())
 
     @property
@@ -104,7 +103,6 @@ class ClipByNorm(NamedPolicy):
 
     @property
     def parts(self) -> Clip:
-        """Scope tensor, constant bound, hard form."""
         return Clip("tensor", Constant(float(self.max_norm)), Hard())
 
 
@@ -151,7 +149,6 @@ class ClipByGlobalNorm(NamedPolicy):
 
     @property
     def parts(self) -> Clip:
-        """Scope global, constant bound, hard form."""
         return Clip("global", Constant(float(self.max_norm)), Hard(eps=self.eps), self.norm_type)
 
 
@@ -193,7 +190,6 @@ class AdaptiveGradientClip(NamedPolicy):
 
     @property
     def parts(self) -> Clip:
-        """Scope unit, bound relative to the weights, hard form."""
         return Clip("unit", ParameterRatio(self.ratio, self.floor), Hard(), unit_dim=self.unit_dim)
 
 
@@ -230,5 +226,4 @@ class BlockRms(NamedPolicy):
 
     @property
     def parts(self) -> Clip:
-        """Scope tensor, constant bound on the root mean square, hard form."""
         return Clip("tensor", RootMeanSquare(self.max_rms), Hard())

@@ -43,15 +43,12 @@ class NamedPolicy(Policy):
 
     @property
     def needs(self) -> Needs:
-        """It needs what its parts need."""
         return self._parts.needs
 
     def init(self, norms: GradientNorms) -> State:
-        """Return the state of the parts."""
         return self._parts.init(norms)
 
     def decide(self, norms: GradientNorms, state: State) -> tuple[Decision, State]:
-        """Let the parts decide."""
         return self._parts.decide(norms, state)
 
     @property

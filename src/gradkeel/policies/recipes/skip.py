@@ -40,11 +40,9 @@ class SkipOnLoss(Policy):
         raise TypeError(f"{self!r} cannot be written as a spec string; use SkipStep")
 
     def init(self, norms: GradientNorms) -> State:
-        """Return the bound's state."""
         return self.bound.init(Cells(norms, "global"))
 
     def decide(self, norms: GradientNorms, state: State) -> tuple[Decision, State]:
-        """Decide whether to skip."""
         if norms.loss is None:
             return Decision(), state
         found: Any
@@ -108,7 +106,6 @@ class SkipStep(NamedPolicy):
 
     @property
     def parts(self) -> Chain:
-        """Windowed z-score of the norm and of the loss, form skip."""
         # Without patience: outliers widen the window's own spread, so no run of skips can be long.
         limited = not self.reference
         bound = ZScore(self.sigma, window=self.window, warmup=self.warmup, patience=None, limited=limited)

@@ -47,7 +47,6 @@ class SmoothClip(NamedPolicy):
 
     @property
     def parts(self) -> Clip:
-        """Constant bound, smooth form."""
         return Clip(self.scope, Constant(float(self.max_norm)), Smooth())
 
 
@@ -87,7 +86,6 @@ class Normalize(NamedPolicy):
 
     @property
     def parts(self) -> Clip:
-        """Constant bound, always reached."""
         return Clip(self.scope, Constant(float(self.norm)), Rescale())
 
 
@@ -126,5 +124,4 @@ class SmoothnessStep(NamedPolicy):
 
     @property
     def parts(self) -> Clip:
-        """Scope global, bound by smoothness, always reached."""
         return Clip("global", Smoothness(self.L0, self.L1), Rescale())
