@@ -3,7 +3,7 @@
 import itertools
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,7 @@ def local_parts(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         return [_local(tensor) if is_distributed(tensor) else tensor for tensor in tensors]
 
 
-def is_distributed(tensor: Tensor) -> bool:
+def is_distributed(tensor: Tensor) -> TypeGuard[Any]:
     """Tell whether the tensor is a DTensor: one tensor, whose entries lie on a mesh of ranks."""
     if type(tensor) in _PLAIN:
         return False
@@ -200,8 +200,7 @@ def units_here(tensor: Tensor, unit_dim: int) -> Sequence[int]:
 
 def mesh_of(tensor: Tensor) -> Any:
     """Return the mesh of a distributed tensor; None for a plain one."""
-    given: Any = tensor
-    return given.device_mesh if is_distributed(tensor) else None
+    return tensor.device_mesh if is_distributed(tensor) else None
 
 
 def on_mesh_of(tensors: Sequence[Tensor], number: Tensor) -> Tensor:
@@ -216,8 +215,7 @@ def on_mesh_of(tensors: Sequence[Tensor], number: Tensor) -> Tensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """Return all ranks' entries of a distributed tensor, a collective unless it is replicated; others as they are."""
-    given: Any = tensor
-    return given.full_tensor() if is_distributed(tensor) else tensor
+    return tensor.full_tensor() if is_distributed(tensor) else tensor
 
 
 def shard_groups(tensor: Tensor) -> list[Any]:
@@ -230,8 +228,7 @@ def shard_groups(tensor: Tensor) -> list[Any]:
 
 def placement_key(tensor: Tensor) -> object:
     """Return a key that is equal for distributed tensors that lie alike on one mesh; None for a plain tensor."""
-    given: Any = tensor
-    return (given.device_mesh, tuple(given.placements)) if is_distributed(tensor) else None
+    return (tensor.device_mesh, tuple(tensor.placements)) if is_distributed(tensor) else None
 
 
 def is_member(tensor: Tensor) -> bool:

@@ -103,7 +103,7 @@ class Trials:
     def _norm(self) -> float:
         """2-norm of all gradients, those that ranks share put together."""
         gradients = [p.grad.detach() for p in self.guard.parameters if p.grad is not None]
-        whole = [g.full_tensor() if is_distributed(g) else g for g in gradients]  # type: ignore[attr-defined]
+        whole = [g.full_tensor() if is_distributed(g) else g for g in gradients]
         return math.hypot(*(float(torch.linalg.vector_norm(g, dtype=torch.float64)) for g in whole))
 
     def told(self, number: float) -> list[float]:

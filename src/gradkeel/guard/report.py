@@ -110,16 +110,8 @@ class SelectionReport:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles hold what was measured, and cannot measure again."""
-        return type(self), (
-            self.label,
-            self.policy,
-            self.measured,
-            self.decision,
-            self.present,
-            None,
-            None,
-            self.order,
-        )
+        held = (self.label, self.policy, self.measured, self.decision, self.present)
+        return type(self), (*held, None, None, self.order)
 
     @property
     def outcome(self) -> Outcome:

@@ -199,16 +199,16 @@ class Store:
 
     def skips(self) -> list[tuple[int, str, SkipReason]]:
         """Number, words and reason of each step that was skipped."""
-        rows = self.query(
-            "SELECT step, reason, kind FROM skips WHERE typeof(step) = 'integer' AND "  # noqa: S608
-            + self._where
-            + self._order
-        )
         kinds = {reason.value: reason for reason in SkipReason}
         return [
             (step, str(words), kinds.get(kind) or SkipReason.of_words(str(words)))
-            for step, words, kind in rows
+            for step, words, kind in self._noted("step, reason, kind", "skips")
         ]
+
+    def _noted(self, columns: str, table: str) -> list[tuple[Any, ...]]:
+        """What a table says of single steps, in their order."""
+        chosen = f"{table} WHERE typeof(step) = 'integer' AND {self._where}{self._order}"
+        return self.query(f"SELECT {columns} FROM {chosen}")  # noqa: S608  # our own words
 
     def piece(self, name: str) -> tuple[int, ...] | None:
         """Which piece of a parameter this file's rank held; None for a parameter that counts for another rank."""
@@ -218,11 +218,7 @@ class Store:
 
     def weight_samples(self) -> tuple[Tensor, Tensor, Tensor]:
         """Steps [s], and what was measured of the weights [s, n] and of their updates [s, n]; else NaN."""
-        rows = self.query(
-            "SELECT step, weights, updates FROM weight_samples WHERE typeof(step) = 'integer' AND "  # noqa: S608
-            + self._where
-            + self._order
-        )
+        rows = self._noted("step, weights, updates", "weight_samples")
         if self._where != SUPERSEDED:  # an index that is damaged gives other orders, and steps twice
             rows = sorted({row[0]: row for row in rows}.values(), key=lambda row: row[0])
         steps = torch.tensor([step for step, _, _ in rows], dtype=torch.int64)

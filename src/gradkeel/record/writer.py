@@ -312,11 +312,9 @@ class RecordFile:
         if split is not None:
             block, width, session = split
             self._split(block, width, session, step)
-        execute("UPDATE blocks SET superseded_by = ? WHERE superseded_by = 0 AND first_step >= ?", (by, step))
-        execute("UPDATE skips SET superseded_by = ? WHERE superseded_by = 0 AND step >= ?", (by, step))
-        execute(
-            "UPDATE weight_samples SET superseded_by = ? WHERE superseded_by = 0 AND step >= ?", (by, step)
-        )
+        for table, column in (("blocks", "first_step"), ("skips", "step"), ("weight_samples", "step")):
+            those = f"superseded_by = 0 AND {column} >= ?"
+            execute(f"UPDATE {table} SET superseded_by = ? WHERE {those}", (by, step))  # noqa: S608  # our own words
         if not self._scalar("SELECT count(*) FROM blocks WHERE superseded_by = 0"):
             # A run from scratch, perhaps of another model.
             execute("UPDATE parameters SET superseded_by = ? WHERE superseded_by = 0", (by,))
