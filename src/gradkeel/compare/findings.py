@@ -37,11 +37,7 @@ class Findings:
 
 
 def findings(comparison: Comparison) -> Findings:
-    """The four lines.
-
-    Raises:
-        ValueError: no run has finished.
-    """
+    """The four lines."""
     contest = contest_of(comparison)
     return Findings(_found(contest), _why(contest), caution(contest), shlex.join(next_command(contest)))
 

@@ -53,11 +53,7 @@ def _steps(row: Row) -> str:
 
 
 def compare_page(comparison: Comparison, rows: Sequence[Row], words: Findings) -> str:
-    """The page of a comparison, as HTML.
-
-    Raises:
-        MissingExtraError: plotly is not installed.
-    """
+    """The page of a comparison, as HTML."""
     plan, runs = comparison.plan, comparison.runs
     colors = {policy: i for i, policy in enumerate(plan.policies)}
     sections = [_ranking(comparison, rows), *_sweeps(comparison), *_rates(comparison, rows, colors)]

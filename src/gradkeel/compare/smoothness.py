@@ -113,11 +113,7 @@ def document(run: ProbedRun) -> dict[str, Any]:
 
 
 def smoothness_page(run: ProbedRun) -> str:
-    """The page of a run, as HTML.
-
-    Raises:
-        MissingExtraError: without plotly.
-    """
+    """The page of a run, as HTML."""
     subtitle = say(
         "{run.policy} at lr {run.lr:g}, seed {run.seed}: {steps}, {measurements}",
         run=run,

@@ -18,12 +18,7 @@ _MOST_CELLS = 120_000  # of the heat map: some 3 MB of page
 
 
 def run_page(reader: Reader, *, script: str | None = None) -> str:
-    """The page of an open record, as HTML that needs nothing else but the ``script`` of `gradkeel.page.page.page`.
-
-    Raises:
-        RecordError: it holds no steps yet.
-        MissingExtraError: plotly is not installed.
-    """
+    """The page of an open record, as HTML that needs nothing else but the ``script`` of `gradkeel.page.page.page`."""
     explanation = explain(reader)
     steps = reader.steps()
     marks = _marks(explanation)

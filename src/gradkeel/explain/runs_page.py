@@ -20,12 +20,7 @@ _LINES = [(COLORS[i], dash) for dash in ("solid", "dash", "dot") for i in _ORDER
 
 
 def runs_page(readers: Sequence[Reader], *, script: str | None = None) -> str:
-    """The page of several open records: each run's verdict, their figures in a table, and their curves over each other.
-
-    Raises:
-        RecordError: one holds no steps yet.
-        MissingExtraError: plotly is not installed.
-    """
+    """The page of several open records: each run's verdict, figures in a table, and their curves over each other."""
     runs = dict(zip(_names(readers), readers, strict=True))
     explanations = {name: explain(reader) for name, reader in runs.items()}
     lines = [Line(name, words.verdict(one.diagnosis)) for name, one in explanations.items()]

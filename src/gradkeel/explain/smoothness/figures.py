@@ -72,11 +72,7 @@ def lines_of(fit: SmoothnessFit, norms: Sequence[float]) -> list[tuple[str, list
 def save_smoothness(
     path: Path, measurements: Sequence[LocalSmoothness], fit: SmoothnessFit, *, title: str = ""
 ) -> None:
-    """Write the same figure as a picture; PNG or SVG by the path's ending.
-
-    Raises:
-        MissingExtraError: without matplotlib.
-    """
+    """Write the same figure as a picture; PNG or SVG by the path's ending."""
     figure = picture(6.4, 4.6)
     axes = figure.add_subplot()
     points = [m for m in measurements if m.resolved]
