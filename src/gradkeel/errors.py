@@ -24,13 +24,9 @@ import typing
 
 
 def check_kind(value: object, kind: typing.Any, argument: str, rule: str) -> None:
-    """Raise `TypeError` unless a value is of this kind.
+    """Raise `TypeError` unless a value is of this kind, as ``isinstance`` takes it.
 
-    Args:
-        value: what was given.
-        kind: what it must be, as ``isinstance`` takes it.
-        argument: where, such as ``"attach(model=...)"``.
-        rule: what it must be, in words, with the fix.
+    It names the ``argument``, such as ``"attach(model=...)"``, and the ``rule``: what it must be, with the fix.
     """
     if not isinstance(value, kind):
         raise TypeError(f"{argument}: {rule}, not {type(value).__name__}")

@@ -14,11 +14,7 @@ CHUNK = 262_144
 
 
 class WideSums:
-    """Sums of gradients in a wider dtype than theirs, kept apart from ``.grad`` until the window closes.
-
-    Args:
-        dtype: of the sums; gradients that are as wide already are summed as they are.
-    """
+    """Sums of gradients, at least as wide as ``dtype``, kept apart from ``.grad`` until the window closes."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype

@@ -97,15 +97,9 @@ def _held(optimizer: Optimizer, seen: set[int]) -> Iterator[Optimizer]:
 class Buffers:
     """A model's buffers as of the last step, so that a skip takes back what the forward pass put into them.
 
-    Only those that training changes are kept, which the first step shows: BatchNorm's statistics, but no masks.
-
-    Args:
-        model: the model; None keeps nothing.
-        parameters: the optimizer's. Where they have been written to between two steps, as by loading a checkpoint,
-            what was kept belongs to other weights, and is not put back.
-
-    Attributes:
-        kept: modules, names of buffers in them, and copies of these.
+    Only those that training changes are kept, which the first step shows: BatchNorm's statistics, but no masks. Where
+    the optimizer's parameters have been written to between two steps, as by loading a checkpoint, what was kept belongs
+    to other weights, and is not put back. Without a model nothing is kept.
     """
 
     def __init__(self, model: nn.Module | None, parameters: Sequence[Tensor]) -> None:

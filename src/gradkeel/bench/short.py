@@ -18,12 +18,8 @@ from gradkeel.language import say
 def shapes_of(model: str) -> Shapes:
     """Return the shapes of a model's parameters.
 
-    Args:
-        model: a name in ``SHAPES``, a built-in task's, or ``package.module:name`` of a module, a `Task`, or a function
-            that returns one of these.
-
-    Raises:
-        TaskError: for an unknown name, or something that is neither.
+    It is a name in ``SHAPES``, a built-in task's, or ``package.module:name`` of a module, a `Task`, or a function that
+    returns one of these; else a `TaskError` is raised.
     """
     if model in SHAPES:
         return SHAPES[model]

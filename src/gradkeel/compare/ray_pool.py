@@ -29,12 +29,9 @@ def in_ray(plan: Plan, jobs: int | None, records: Path, address: str) -> Generat
     """Index and result of each trial as it finishes.
 
     A run whose worker or machine dies is made again, as Ray does by default. What is begun here is ended here: runs
-    that have not finished, and Ray, if it was started for them.
-
-    Args:
-        plan: made by ``make_plan`` in this process, which has thereby imported the task's modules.
-        jobs, address: as ``compare`` takes them; None leaves the number of runs at a time to the cluster's CPUs.
-        records: folder on this machine that records are brought to, where the plan asks for them.
+    that have not finished, and Ray, if it was started for them. Without ``jobs`` the cluster's CPUs are the number of
+    runs at a time. Records, where the plan asks for them, are brought to a folder on this machine. This process must
+    have made the plan, and thereby imported the task's modules.
 
     Raises:
         MissingExtraError: Ray is not installed.

@@ -20,16 +20,12 @@ class AbandonedStepError(BaseException):
 class Closure:
     """Stands for the closure of one step, and has the guard look at the gradients after each evaluation.
 
-    Args:
-        optimizer: whose step it is.
-        closure: the user's.
-        evaluate: looks at the gradients; returns whether the step is to be made.
-        copies: whether parameters and state are copied first, because the optimizer changes them before an
-            evaluation, or may.
-        expects_gradient: whether a closure that leaves a loss to differentiate and no gradient is refused.
+    ``evaluate`` looks, and returns whether the step is to be made. With ``copies`` parameters and state are copied
+    first, because the optimizer changes them before an evaluation, or may.
 
     Attributes:
-        expects_gradient: the same; False once a closure has left one.
+        expects_gradient: a closure that leaves a loss to differentiate and no gradient is refused, until one has left
+            a gradient.
         loss: what the first evaluation gave, which is what optimizers return.
         has_moved: whether parameters were changed before an evaluation.
     """

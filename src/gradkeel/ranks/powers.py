@@ -22,14 +22,8 @@ class PowerSums:
     """Turns norms of parts into numbers that add up, and their sums into norms of wholes.
 
     These are the norms' p-th powers. Where they can leave float64's range, each part has one number for each range of
-    norms that it might be in, relative to that range's centre, so that ranks need not agree on a scale first.
-
-    Args:
-        norm_type: the p of the p-norm, finite.
-        is_wide: whether entries are float64 on any rank; smaller ones have norms between 2^-150 and 2^150.
-
-    Attributes:
-        width: how many numbers there are for each norm.
+    norms that it might be in, relative to that range's centre, so that ranks need not agree on a scale first: ``width``
+    numbers for each norm. Without float64 entries on any rank norms lie between 2^-150 and 2^150. p is finite.
     """
 
     def __init__(self, norm_type: float, *, is_wide: bool) -> None:

@@ -28,14 +28,9 @@ def total_norm(
 ) -> tuple[Tensor | float, Table | None]:
     """Norm of all these tensors taken together: a number on CPU, [] float64 elsewhere; and their table, if known.
 
-    A collective if some are distributed over ranks.
-
-    Args:
-        tensors: such as gradients; none is ``Partial``, as `settle` and `settled` see to.
-        norm_type: the p of the p-norm.
-        device: where norms are put together.
-        among: where some ranks have fewer tensors than others: some that lie in all the ways that any rank's do, such
-            as the parameters.
+    None of them is ``Partial``, as `settle` and `settled` see to; norms are put together on ``device``. A collective if
+    some are distributed over ranks; where some ranks have fewer than others, ``among`` has some that lie in all ways
+    in which any rank's do, such as the parameters.
     """
     alike = among or tensors
     ranks = participants(alike, (), None) if are_distributed(alike) else None

@@ -72,13 +72,10 @@ def second_moment_lag(
     It divides by the root of its second moment, bias-corrected; where the gradients have grown and that lags behind,
     updates are as many times larger than they are meant to be. About 1 while nothing changes.
 
-    Args:
-        optimizers: those with ``exp_avg_sq`` in their state count, or what AMSGrad divides by, its highest value; None
-            comes of it where there are none, or where the gradients as they are applied are not known by their 2-norms.
-        report: of the step, which has been decided and not been made.
-        parameters: in the order of the report; those without a gradient are passed over, as the optimizer does.
-
-    Does not sync the host.
+    Optimizers with ``exp_avg_sq`` in their state count, or what AMSGrad divides by, its highest value; None comes of it
+    where there are none, or where the gradients as they are applied are not known by their 2-norms. The step of the
+    report has been decided and not been made; ``parameters`` are in its order, and those without a gradient are passed
+    over, as the optimizer does. Does not sync the host.
 
     Source:
         Bai et al., "Adaptive preconditioners trigger loss spikes in Adam", 2025, arXiv:2506.04805.

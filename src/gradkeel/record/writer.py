@@ -40,10 +40,7 @@ class RecordFile:
     Nothing is ever taken out of it. Steps that are recorded again supersede the old ones from the first such step on:
     these stay, marked, and a new session begins. One recorder writes to a file at a time; any number may read. A file
     that is moved or deleted while it is open is said once, and recording goes on under the path that was given.
-
-    Args:
-        path: made, with its folders, if it is not there.
-        say: is told of what whoever trains should know.
+    Folders are made; ``say`` is told what whoever trains should know.
 
     Raises:
         RecordError: the file is something else, or another recorder is writing to it.
