@@ -1,6 +1,6 @@
 """Policies made of policies: one after the other, and one until the other is ready."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import mul, or_
@@ -16,6 +16,20 @@ class Composite(Policy):
     """A policy made of policies; the state of each is kept under a prefix of its own."""
 
     spec_name: ClassVar[str]
+
+    @property
+    def _policies(self) -> Mapping[str, Policy]:
+        """The policies by these prefixes."""
+        raise NotImplementedError
+
+    @cached_property
+    def needs(self) -> Needs:
+        """It needs what any of its policies needs."""
+        return union(type(self).__name__, list(self._policies.values()))
+
+    def init(self, norms: GradientNorms) -> State:
+        """Return the states of its policies, each under its prefix."""
+        return JoinedState({key: policy.init(norms) for key, policy in self._policies.items()})
 
     @cached_property
     def _is_own(self) -> bool:
@@ -65,7 +79,7 @@ class Chain(Composite):
 
     def __init__(self, *stages: Policy) -> None:
         object.__setattr__(self, "stages", stages)
-        check_policies("Chain", stages)
+        _ = self.needs  # which says what does not fit together
         if len(stages) < 2:
             raise ValueError(f"{self!r}: a chain needs at least two policies; use one alone as it is")
         for stage in stages[:-1]:
@@ -73,21 +87,15 @@ class Chain(Composite):
                 raise ValueError(
                     f"{self!r}: {brief(stage)} clamps single entries, after which norms are unknown; put it last"
                 )
-        union("Chain", stages)
 
-    @cached_property
-    def needs(self) -> Needs:
-        """It needs what any stage needs."""
-        return union("Chain", self.stages)
+    @property
+    def _policies(self) -> Mapping[str, Policy]:
+        return {str(i): stage for i, stage in enumerate(self.stages)}
 
     @property
     def spec(self) -> str:
         """The stages' specs, joined by ``+``."""
         return "+".join(nested(stage) for stage in self.stages)
-
-    def init(self, norms: GradientNorms) -> State:
-        """Return the states of the stages, under ``0.``, ``1.``, ..."""
-        return JoinedState({str(i): stage.init(norms) for i, stage in enumerate(self.stages)})
 
     def decide(self, norms: GradientNorms, state: State) -> tuple[Decision, State]:
         """Let each stage decide on what the one before leaves."""
@@ -142,23 +150,17 @@ class Warmup(Composite):
 
     def __post_init__(self) -> None:
         count("Warmup", "steps", self.steps)
-        check_policies("Warmup", [policy for policy in (self.before, self.after) if policy is not None])
-        union("Warmup", (self.before, self.after))
+        _ = self.needs  # which says what does not fit together
 
-    @cached_property
-    def needs(self) -> Needs:
-        """It needs what either needs."""
-        return union("Warmup", (self.before, self.after))
+    @property
+    def _policies(self) -> Mapping[str, Policy]:
+        phases = {"before": self.before, "after": self.after}
+        return {key: policy for key, policy in phases.items() if policy is not None}
 
     @property
     def spec(self) -> str:
         """``warmup:STEPS/BEFORE/AFTER``."""
         return f"warmup:{self.steps}/{nested(self.before)}/{nested(self.after)}"
-
-    def init(self, norms: GradientNorms) -> State:
-        """Return the states of both, under ``before.`` and ``after.``."""
-        parts = {"before": self.before, "after": self.after}
-        return JoinedState({key: policy.init(norms) for key, policy in parts.items() if policy is not None})
 
     def decide(self, norms: GradientNorms, state: State) -> tuple[Decision, State]:
         """Let the policy in force decide; the second one learns in any case."""
@@ -192,15 +194,17 @@ def both(operation: Callable[[Any, Any], Any], first: Any, second: Any) -> Any:
     return operation(first, second)
 
 
-def union(owner: str, policies: Sequence[Policy | None]) -> Needs:
-    """What any of the policies needs; refuses needs that one measurement cannot serve."""
-    given = [policy for policy in policies if policy is not None]
-    needs = [policy.needs for policy in given]
-    types = {need.norm_type for policy, need in zip(given, needs, strict=True) if not _clamps_only(policy)}
+def union(owner: str, policies: Sequence[Policy]) -> Needs:
+    """What any of the policies needs; refuses what is no policy, and needs that one measurement cannot serve."""
+    for policy in policies:
+        if not isinstance(policy, Policy):
+            raise TypeError(f"{owner}({policy!r}): must be made of policies, such as ClipByGlobalNorm(1.0)")
+    needs = [policy.needs for policy in policies]
+    types = {need.norm_type for policy, need in zip(policies, needs, strict=True) if not _clamps_only(policy)}
     dims = {need.unit_dim for need in needs if need.unit_dim is not None}
     for argument, values in (("norm_type", types), ("unit_dim", dims)):
         if len(values) > 1:
-            shown = ", ".join(f"{brief(policy)}" for policy in given)
+            shown = ", ".join(f"{brief(policy)}" for policy in policies)
             raise ValueError(
                 f"{owner}({shown}): its policies have different values of {argument}, {sorted(values)}, but gradients "
                 "are measured once; give them the same"
@@ -217,13 +221,6 @@ def union(owner: str, policies: Sequence[Policy | None]) -> Needs:
 def _clamps_only(policy: Policy) -> bool:
     parts = getattr(policy, "parts", policy)
     return isinstance(parts, Clip) and parts.scope == "value"
-
-
-def check_policies(owner: str, policies: Sequence[object]) -> None:
-    """Refuse what is no policy."""
-    for policy in policies:
-        if not isinstance(policy, Policy):
-            raise TypeError(f"{owner}({policy!r}): must be made of policies, such as ClipByGlobalNorm(1.0)")
 
 
 def brief(policy: Policy | None) -> str:

@@ -1,8 +1,7 @@
 """One policy for each parameter group."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from operator import or_
 from typing import ClassVar
 
@@ -12,7 +11,6 @@ from torch import Tensor
 from gradkeel.norms import (
     Decision,
     GradientNorms,
-    Needs,
     State,
     combine,
     expanded,
@@ -21,7 +19,7 @@ from gradkeel.norms import (
     take,
 )
 from gradkeel.policies.base import Policy
-from gradkeel.policies.compose.chain import Composite, both, brief, check_policies, nested, part, union
+from gradkeel.policies.compose.chain import Composite, both, brief, nested, part
 from gradkeel.policies.scopes import group_members
 from gradkeel.policies.states import JoinedState
 
@@ -61,8 +59,8 @@ class PerGroup(Composite):
 
     def __init__(self, *policies: Policy | None) -> None:
         object.__setattr__(self, "policies", policies)
-        given = [policy for policy in policies if policy is not None]
-        check_policies("PerGroup", given)
+        _ = self.needs  # which says what does not fit together
+        given = self._policies.values()
         if not given:
             raise ValueError(
                 f"{self!r}: give at least one group a policy; to clip nothing pass None as the policy"
@@ -73,12 +71,10 @@ class PerGroup(Composite):
                     f"{self!r}: {brief(policy)} clamps single entries, which can only be done to all groups alike; "
                     "give that parameter group a 'clip' key instead"
                 )
-        union("PerGroup", policies)
 
-    @cached_property
-    def needs(self) -> Needs:
-        """It needs what any of them needs."""
-        return union("PerGroup", self.policies)
+    @property
+    def _policies(self) -> Mapping[str, Policy]:
+        return {str(g): policy for g, policy in enumerate(self.policies) if policy is not None}
 
     @property
     def spec(self) -> str:
