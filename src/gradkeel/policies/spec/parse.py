@@ -10,33 +10,24 @@ from gradkeel.errors import PolicySpecError, check_kind
 from gradkeel.policies.base import Policy
 from gradkeel.policies.compose.chain import Chain, Composite, Warmup
 from gradkeel.policies.compose.groups import PerGroup
-from gradkeel.policies.recipes.adaptive import AdaGC, AutoClip, QuantileClip, RobustClip, ZClip
-from gradkeel.policies.recipes.clips import (
-    AdaptiveGradientClip,
-    BlockRms,
-    ClipByGlobalNorm,
-    ClipByNorm,
-    ClipByValue,
-)
+from gradkeel.policies.recipes import adaptive, clips, skip, smooth
 from gradkeel.policies.recipes.named import NamedPolicy
-from gradkeel.policies.recipes.skip import SkipStep
-from gradkeel.policies.recipes.smooth import Normalize, SmoothClip, SmoothnessStep
 
 _NAMED: tuple[type[NamedPolicy], ...] = (
-    ClipByGlobalNorm,
-    ClipByNorm,
-    ClipByValue,
-    AdaptiveGradientClip,
-    BlockRms,
-    SmoothClip,
-    Normalize,
-    SmoothnessStep,
-    AutoClip,
-    QuantileClip,
-    ZClip,
-    RobustClip,
-    AdaGC,
-    SkipStep,
+    clips.ClipByGlobalNorm,
+    clips.ClipByNorm,
+    clips.ClipByValue,
+    clips.AdaptiveGradientClip,
+    clips.BlockRms,
+    smooth.SmoothClip,
+    smooth.Normalize,
+    smooth.SmoothnessStep,
+    adaptive.AutoClip,
+    adaptive.QuantileClip,
+    adaptive.ZClip,
+    adaptive.RobustClip,
+    adaptive.AdaGC,
+    skip.SkipStep,
 )
 REGISTRY: dict[str, type[NamedPolicy]] = {policy.spec_name: policy for policy in _NAMED}
 """Every named policy by the name that it has in specs."""
@@ -177,7 +168,7 @@ def _build(spec: str, policy: type[NamedPolicy], words: list[str]) -> Policy:
 
 def _arguments(spec: str, fields: list[str], words: list[str], policy: type[NamedPolicy]) -> dict[str, str]:
     positional = [word for word in words if "=" not in word]
-    names = ["min", "max"] if policy is ClipByValue and len(positional) == 2 else fields
+    names = ["min", "max"] if policy is clips.ClipByValue and len(positional) == 2 else fields
     if len(positional) > len(names):
         raise PolicySpecError(f"policy {spec!r}: too many arguments; it takes {', '.join(fields)}")
     given = dict(zip(names, positional, strict=False))
