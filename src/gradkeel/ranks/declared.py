@@ -17,15 +17,7 @@ from gradkeel.ranks.group import ALONE, Group, Ranks, covering, is_running, rank
 from gradkeel.ranks.layout import Census, Layout, Manifest, Parameter
 from gradkeel.ranks.powers import WIDE
 from gradkeel.selection import Exclude, Selection, matches
-from gradkeel.tensors import (
-    is_member,
-    is_split,
-    mesh_of,
-    mesh_ranks,
-    placement_key,
-    shard_groups,
-    split_axes,
-)
+from gradkeel.tensors import is_member, is_split, mesh_of, mesh_ranks, placement_key, shard_groups, split_axes
 
 Where: TypeAlias = "Group | tuple[Group, int] | str | None"
 """Over which ranks a parameter is split, and along which dimension; or of which parameter it is a copy."""

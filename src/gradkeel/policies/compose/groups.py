@@ -8,16 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradkeel.norms import (
-    Decision,
-    GradientNorms,
-    State,
-    combine,
-    expanded,
-    index,
-    per_tensor,
-    take,
-)
+from gradkeel.norms import Decision, GradientNorms, State, combine, expanded, index, per_tensor, take
 from gradkeel.policies.base import Policy
 from gradkeel.policies.compose.chain import Composite, both, brief, nested, part
 from gradkeel.policies.scopes import group_members
