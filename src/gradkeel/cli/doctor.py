@@ -20,9 +20,7 @@ _SWITCHES = {"native": "GRADKEEL_NATIVE", "triton": "GRADKEEL_TRITON"}
 
 
 @reported
-def command(
-    as_json: Annotated[bool, json_option("the diagnosis")] = False,
-) -> None:
+def command(as_json: Annotated[bool, json_option("the diagnosis")] = False) -> None:
     """Say which code measures gradients here and why, and check it against float64; exits with 1 if it is wrong."""
     from gradkeel.doctor import diagnose
 

@@ -192,11 +192,7 @@ class RecordFile:
     def _note_rank(self, rows: Rows) -> None:
         """Write down whose file this is, and from which step on its samples are of which pieces."""
         subject = rows.subject
-        told = {
-            "rank": str(subject.rank),
-            "ranks": str(subject.ranks),
-            "pieces": json.dumps(subject.pieces),
-        }
+        told = {"rank": str(subject.rank), "ranks": str(subject.ranks), "pieces": json.dumps(subject.pieces)}
         before = dict(self._connection.execute("SELECT key, value FROM meta"))
         if rows.steps[0] < int(before.get("pieces_since", 0)) or told.items() - before.items():
             told["pieces_since"] = str(rows.steps[0])
