@@ -61,7 +61,6 @@ class TensorWindow:
         self.values, self.filled, self.number = values, filled, number
 
     def quantile(self, q: float) -> Tensor:
-        """Return [k] from the sorted rows."""
         ordered = torch.where(self.filled, self.values, math.inf).sort(dim=1).values
         position = q * (self.number - 1).clamp(min=0).to(ordered.dtype)
         below = position.floor()
@@ -71,7 +70,6 @@ class TensorWindow:
         return torch.where(low == high, low, low + (high - low) * (position - below))
 
     def mean(self) -> Tensor:
-        """Return [k] of the filled places."""
         return torch.where(self.filled, self.values, 0.0).sum(1) / self.number.clamp(min=1)
 
     def deviation(self, center: Tensor) -> Tensor:
@@ -83,7 +81,6 @@ class TensorWindow:
         return TensorWindow(torch.where(self.filled, self.values, 1.0).log(), self.filled, self.number)
 
     def distances(self, center: Tensor) -> "TensorWindow":
-        """Return the distances of each row from its own center."""
         return TensorWindow((self.values - center.unsqueeze(1)).abs(), self.filled, self.number)
 
 
@@ -102,7 +99,6 @@ class PlainWindow:
         return len(self.ordered)
 
     def quantile(self, q: float) -> float:
-        """Return it from the two places next to it."""
         if not self.ordered:
             return math.inf
         position = q * (len(self.ordered) - 1)
@@ -111,7 +107,6 @@ class PlainWindow:
         return low if low == high else low + (high - low) * (position - below)
 
     def mean(self) -> float:
-        """Return the mean of all."""
         return sum(self.ordered) / max(len(self.ordered), 1)
 
     def deviation(self, center: float) -> float:
@@ -136,27 +131,21 @@ class WrittenWindow:
 
     @property
     def number(self) -> Symbol:
-        """What stands for the number of numbers."""
         return self._window.call(len, self._window, operation="length")
 
     def quantile(self, q: float) -> Symbol:
-        """Write it down."""
         return self._window.call(PlainWindow.quantile, self._window, q, operation="quantile")
 
     def mean(self) -> Symbol:
-        """Write it down."""
         return self._window.call(PlainWindow.mean, self._window, operation="mean")
 
     def deviation(self, center: Number) -> Symbol:
-        """Write it down."""
         return self._window.call(PlainWindow.deviation, self._window, center, operation="deviation")
 
     def logs(self) -> "WrittenWindow":
-        """Write the window of the logarithms down."""
         return WrittenWindow(self._window.call(PlainWindow.logs, self._window, operation="logs"))
 
     def distances(self, center: Number) -> "WrittenWindow":
-        """Write the window of the distances down."""
         return WrittenWindow(
             self._window.call(PlainWindow.distances, self._window, center, operation="distances")
         )
