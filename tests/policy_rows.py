@@ -85,10 +85,7 @@ class Run:
     """Parameters, optimizer and guard, to which gradients are given."""
 
     def __init__(self, policy, dtype=torch.float64, state=None):
-        generator = torch.Generator().manual_seed(1)
-        # Representable in every dtype, so that all of them start from the same weights.
-        draw = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in SHAPES.items()}
-        self.parameters = {name: torch.nn.Parameter(value.half().to(dtype)) for name, value in draw.items()}
+        self.parameters = {name: torch.nn.Parameter(value) for name, value in weights(dtype).items()}
         groups = [{"params": [(name, self.parameters[name]) for name in group]} for group in GROUPS]
         # So small that weights stay the same in every dtype: policies see weights only through AGC.
         self.optimizer = torch.optim.SGD(groups, lr=1e-30, foreach=False)
@@ -106,6 +103,13 @@ class Run:
         return {name: g.to_dense() if g.layout != torch.strided else g.clone() for name, g in left.items()}
 
 
+def weights(dtype=torch.float64):
+    """What every run starts from: representable in every dtype, so that it is the same in all of them."""
+    generator = torch.Generator().manual_seed(1)
+    drawn = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in SHAPES.items()}
+    return {name: value.half().to(dtype) for name, value in drawn.items()}
+
+
 def gradients(scale, seed, dtype=torch.float64):
     """Gradients with entries of about ``scale``, representable in every dtype, without zeros."""
     generator = torch.Generator().manual_seed(seed)
@@ -117,7 +121,7 @@ def gradients(scale, seed, dtype=torch.float64):
     return result
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def seasoned(row):
     """The guard's state after a history of ordinary steps, and the reports of these."""
     run, reports = Run(row.policy), []

@@ -12,7 +12,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import gradkeel as gk
 from gradkeel import policies as gp
-from policy_rows import GROUPS, ROWS, SHAPES, Run, gradients, seasoned
+from policy_rows import GROUPS, ROWS, SHAPES, Run, gradients, seasoned, weights
 
 from tests.distributed import layouts
 from tests.distributed.layouts import LAYOUTS
@@ -57,8 +57,7 @@ class SpreadRun:
 
     def __init__(self, policy, layout, state=None):
         self.layout = layout
-        whole = Run(policy).parameters
-        placed = {name: layout.place(name, value.detach()) for name, value in whole.items()}
+        placed = {name: layout.place(name, value) for name, value in weights().items()}
         self.parameters = {name: torch.nn.Parameter(p) for name, p in placed.items() if p is not None}
         groups = [
             {"params": [(name, self.parameters[name]) for name in group if name in self.parameters]}
@@ -69,9 +68,9 @@ class SpreadRun:
         if state is not None:
             self.guard.load_state_dict(state)
 
-    def step(self, wholes):
+    def step(self, placed):
         for name, parameter in self.parameters.items():
-            parameter.grad = self.layout.gradient(name, wholes[name])
+            parameter.grad = placed[name].clone()
         self.optimizer.step()
         return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
 
@@ -108,59 +107,73 @@ def digest(report):
     return result.hexdigest()
 
 
-def battery(rank, count, make_layout, kind, states):
-    """For each row and step: what one process knows, and how far this rank is from it."""
-    layout = make_layout(rank, count)
-    found = []
-    for row, stored in zip(BATTERIES[kind], states, strict=True):
-        state = torch.load(io.BytesIO(stored), weights_only=True)
-        alone, spread = Run(row.policy, state=state), SpreadRun(row.policy, layout, state)
+def said(row, scale, report):
+    """What a report says of a step of a row."""
+    return {
+        "row": f"{row.id} at {scale}",
+        "norm": report.norm,
+        "norms": report.norms,
+        "coefficient": report.coefficient,
+        "verdict": (report.clipped, report.stepped, report.reason),
+        "sizes": report.selections[0].measured.sizes,
+    }
+
+
+@functools.cache
+def alone(kind):
+    """What one process finds, for each row and step; and, stored, each row's state with the gradients that are left."""
+    found, stored = [], []
+    for row in BATTERIES[kind]:
+        state = seasoned(row)[0]
+        run, left = Run(row.policy, state=state), []
         for seed, scale in enumerate(SCALES):
-            expected = alone.step(gradients(scale, seed))
-            left = spread.step(gradients(scale, seed))
-            wanted, report = alone.guard.report, spread.guard.report
+            left.append(run.step(gradients(scale, seed)))
+            found.append(said(row, scale, run.guard.report))
+        stored.append((state, left))
+    buffer = io.BytesIO()
+    torch.save(stored, buffer)
+    return found, buffer.getvalue()
+
+
+@functools.cache
+def loaded(stored):
+    """Once for all layouts of a rank's process."""
+    return torch.load(io.BytesIO(stored), weights_only=True)
+
+
+def battery(rank, count, make_layout, kind, stored):
+    """For each row and step: what this rank finds, and how far its gradients are from those of one process."""
+    layout = make_layout(rank, count)
+    given = [
+        {name: layout.gradient(name, whole) for name, whole in gradients(scale, seed).items()}
+        for seed, scale in enumerate(SCALES)
+    ]
+    found = []
+    for row, (state, wanted) in zip(BATTERIES[kind], loaded(stored), strict=True):
+        run = SpreadRun(row.policy, layout, state)
+        for scale, placed, expected in zip(SCALES, given, wanted, strict=True):
+            left = run.step(placed)
+            report = run.guard.report
             found.append(
-                {
-                    "row": f"{row.id} at {scale}",
-                    "norm": (report.norm, wanted.norm),
-                    "norms": (report.norms, wanted.norms),
-                    "coefficient": (report.coefficient, wanted.coefficient),
-                    "verdict": (
-                        (report.clipped, report.stepped, report.reason),
-                        (wanted.clipped, wanted.stepped, wanted.reason),
-                    ),
-                    "sizes": (report.selections[0].measured.sizes, wanted.selections[0].measured.sizes),
-                    "error": spread.error(left, expected),
-                    "digest": digest(report),
-                }
+                said(row, scale, report) | {"error": run.error(left, expected), "digest": digest(report)}
             )
     return found
 
 
-@functools.cache
-def stored_states(kind):
-    stored = []
-    for row in BATTERIES[kind]:
-        buffer = io.BytesIO()
-        torch.save(seasoned(row)[0], buffer)
-        stored.append(buffer.getvalue())
-    return stored
-
-
 @pytest.mark.parametrize(("count", "layout", "kind"), cases)
 def test_layouts(ranks, count, layout, kind):
-    answers = ranks(count, battery, count, layout, kind, stored_states(kind))
-    for answer in zip(*answers, strict=True):
+    expected, stored = alone(kind)
+    # Sums of the same float64 numbers in another order.
+    close = functools.partial(pytest.approx, rel=1e-12, abs=1e-300)
+    for wanted, *answer in zip(expected, *ranks(count, battery, count, layout, kind, stored), strict=True):
         for one in answer:
-            # Sums of the same float64 numbers in another order.
-            close = functools.partial(pytest.approx, rel=1e-12, abs=1e-300)
-            assert one["norm"][0] == close(one["norm"][1]), one["row"]
-            assert one["norms"][0] == close(one["norms"][1]), one["row"]
-            assert one["coefficient"][0] == close(one["coefficient"][1]), one["row"]
-            assert one["verdict"][0] == one["verdict"][1], one["row"]
-            assert one["sizes"][0] == one["sizes"][1]
-            assert one["error"] < 1e-12, one["row"]
-        assert len({one["digest"] for one in answer}) == 1, answer[0]["row"]
+            assert one["norm"] == close(wanted["norm"]), wanted["row"]
+            assert one["norms"] == close(wanted["norms"]), wanted["row"]
+            assert one["coefficient"] == close(wanted["coefficient"]), wanted["row"]
+            assert one["verdict"] == wanted["verdict"], wanted["row"]
+            assert one["sizes"] == wanted["sizes"]
+            assert one["error"] < 1e-12, wanted["row"]
+        assert len({one["digest"] for one in answer}) == 1, wanted["row"]
 
 
 def messages(rank, count, make_layout):
