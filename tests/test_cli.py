@@ -13,6 +13,7 @@ pytest.importorskip("rich", reason="the command line needs the extra cli")
 
 from typer.testing import CliRunner
 
+import warm
 from ctrl_c import interrupt_after_the_first_run
 from gradkeel.cli.app import app
 
@@ -27,15 +28,9 @@ def gradkeel(tmp_path, monkeypatch):
     return lambda *arguments: CliRunner().invoke(app, ["compare", *arguments])
 
 
-def python(*arguments, cwd, **other):
+def run(python, *arguments, cwd):
     return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        **other,
+        [*python, *arguments], cwd=cwd, capture_output=True, text=True, timeout=120, check=False
     )
 
 
@@ -97,7 +92,7 @@ def test_what_a_task_prints_does_not_get_into_the_json(tmp_path, jobs):
         "--jobs",
         jobs,
     ]
-    done = python(*command, cwd=tmp_path)
+    done = run(warm.python(), *command, cwd=tmp_path)
     assert json.loads(done.stdout)["task"] == "chatty:Chatty"
     assert {"imported", "made"} <= set(done.stderr.split())
 
@@ -177,7 +172,7 @@ def test_a_policy_in_the_environment_does_not_take_the_place_of_those_compared(g
 
 def test_the_example_task_runs(tmp_path):
     command = ["-m", "gradkeel", "compare", "examples.own_task:make_task", "--json", "--jobs", "1", "--out"]
-    done = python(*command, os.fspath(tmp_path / "o"), cwd=ROOT)
+    done = run(warm.python(), *command, os.fspath(tmp_path / "o"), cwd=ROOT)
     assert done.returncode == 0, done.stderr
     data = json.loads(done.stdout)
     assert data["task"] == "examples.own_task:make_task"
@@ -188,7 +183,7 @@ def test_the_example_task_runs(tmp_path):
 @pytest.mark.parametrize("module", ["typer", "rich"])
 def test_without_the_extra_there_is_one_line_with_the_command(tmp_path, module):
     code = f"import sys; sys.modules[{module!r}] = None\nfrom gradkeel.cli import main\nmain()"
-    done = python("-c", code, cwd=tmp_path)
+    done = run([sys.executable], "-c", code, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr == (
         f"gradkeel's commands need {module}, which is not installed; run: pip install 'gradkeel[cli,report]'\n"

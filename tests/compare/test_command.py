@@ -1,9 +1,11 @@
 """``compare --run``: a script of the user's own, changed in nothing."""
 
+import shlex
 import sys
 
 import pytest
 
+import warm
 from gradkeel.compare import TaskError, compare, make_command_plan
 from gradkeel.compare.command import _filled
 from gradkeel.compare.findings import findings
@@ -38,12 +40,13 @@ LOG = "guard.log(loss=loss, lr=0.01)"
 
 @pytest.fixture
 def script(tmp_path):
-    """The command that runs a script with this source."""
+    """The command that runs a script with this source, in Python or in a copy of one that has imported torch."""
 
-    def write(source):
+    def write(source, python=None):
         path = tmp_path / "train.py"
         path.write_text(source, encoding="utf-8")
-        return f"'{sys.executable}' '{path}'"
+        python = python or (warm.python() if "import torch" in source else [sys.executable])
+        return shlex.join([*python, str(path)])
 
     return write
 
@@ -53,7 +56,8 @@ def run(command, tmp_path, say=lambda words: None, **other):
 
 
 def test_an_unmodified_script_is_run_under_each_policy_and_seed(script, tmp_path):
-    result = run(script(SCRIPT.format(log=LOG)), tmp_path, policies=["none", "norm:1.0"], seeds=2)
+    command = script(SCRIPT.format(log=LOG), python=[sys.executable])
+    result = run(command, tmp_path, policies=["none", "norm:1.0"], seeds=2)
     assert [(r.policy, r.seed, r.lr) for r in result.runs] == [
         ("none", 0, 0.01), ("norm:1.0", 0, 0.01), ("none", 1, 0.01), ("norm:1.0", 1, 0.01),
     ]  # fmt: skip

@@ -2,11 +2,12 @@
 
 import math
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+import warm
 
 from experiments.theory import EXPERIMENTS
 from experiments.theory.descent import best_fixed_step, cosh_problems, iterations, log_slope, quartic_problems
@@ -160,7 +161,7 @@ def test_pictures_are_the_same_bytes_for_the_same_numbers(tmp_path):
 
 def run_command(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "experiments.theory", *arguments],
+        [*warm.python(), "-m", "experiments.theory", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -1,13 +1,14 @@
 """Runs scripts in processes of their own, and kills processes that record: for tests of tests/record."""
 
 import subprocess
-import sys
 import textwrap
+
+import warm
 
 
 def run_script(script, *arguments, check=True, timeout=120):
     """Run a script, whose own arguments follow in ``sys.argv``; its output."""
-    command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
+    command = [*warm.python(), "-c", textwrap.dedent(script), *map(str, arguments)]
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=check, timeout=timeout).stdout
 
 

@@ -2,12 +2,12 @@
 
 import os
 import subprocess
-import sys
 import textwrap
 import threading
 
 import pytest
 
+import warm
 from gradkeel.record import Reader, Recorder, outbox
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes")
@@ -52,7 +52,7 @@ WORKERS = """
 def run(folder, *arguments):
     script = folder / "workers.py"  # spawned workers import it
     script.write_text(textwrap.dedent(WORKERS), encoding="utf-8")
-    command = [sys.executable, script, folder, *arguments]
+    command = [*warm.python(), script, folder, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
