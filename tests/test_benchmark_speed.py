@@ -1,5 +1,7 @@
 """The benchmarks of speed, on shapes so small that they take no time: every question is answered, and rightly."""
 
+import functools
+
 import pytest
 
 from gradkeel import bench
@@ -34,16 +36,23 @@ def _small(monkeypatch):
 
     monkeypatch.setattr(answer, "SHAPES", dict.fromkeys(bench.SHAPES, SMALL))
 
+    for module in (growth, small):
+        monkeypatch.setattr(module, "TIMES", 1)
     monkeypatch.setattr(growth, "ENTRIES", (64, 1024))
     monkeypatch.setattr(growth, "TENSORS", (1, 64))
     monkeypatch.setattr(small, "TURNS", dict.fromkeys(small.SMALL, 5))
     monkeypatch.setattr(tiny.Cold, "block", tiny.Cold.block[:10])
 
 
+@functools.cache
+def asked(question):
+    return speed.asked(question, 5)
+
+
 @pytest.mark.parametrize("question", QUICK)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # optax's and Paddle's, where they are installed
 def test_every_question_is_answered_and_every_contender_is_right(question):
-    answer = speed.asked(question, 5)
+    answer = asked(question)
     assert answer.tables or answer.curves or answer.rows
     for table in answer.tables:
         assert all(error < RIGHT for error in table.race.errors.values()), table.race.errors
@@ -78,7 +87,7 @@ def test_the_page_is_written_between_its_marks(tmp_path, monkeypatch):
     page = tmp_path / "benchmarks.md"
     page.write_text("above\n<!-- benchmarks:begin -->\nold\n<!-- benchmarks:end -->\nbelow\n")
     monkeypatch.setattr(pages, "DOCS", tmp_path)
-    answers = {"step": speed.asked("step", 5), "growth": speed.asked("growth", 5)}
+    answers = {"step": asked("step"), "growth": asked("growth")}
     speed.write(answers)
     text = page.read_text()
     assert text.startswith("above\n<!--")

@@ -2,7 +2,9 @@
 
 import importlib.metadata
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -57,9 +59,9 @@ print(json.dumps({
 """
 
 
-def run(*command):
+def run(*command, env=None):
     done = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, cwd="/", check=False
+        [str(part) for part in command], capture_output=True, text=True, cwd="/", env=env, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -82,7 +84,8 @@ def requirements(name, found):
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("GRADKEEL_")}
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT, env=kept)
     (built,) = folder.glob("*.whl")
     return built
 
@@ -133,6 +136,15 @@ def test_wheel_holds_the_types_marker_the_version_and_the_license(wheel):
         "Requires-Dist: torch>=2.6"
     ]
     assert not [name for name in names if not name.startswith(("gradkeel/", "gradkeel-"))]
+
+
+@pytest.mark.skipif(not (os.environ.get("CC") or shutil.which("cc")), reason="no C compiler")
+def test_the_wheel_is_for_every_python_where_there_is_a_compiler(wheel):
+    """And pure without one: tests/kernels/test_native.py builds that."""
+    assert "-py3-none-linux_" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        libraries = [name for name in archive.namelist() if name.endswith(".so")]
+    assert libraries == ["gradkeel/kernels/_native.so"]
 
 
 def test_sdist_holds_what_git_does(tmp_path):

@@ -56,8 +56,7 @@ def run(command, tmp_path, say=lambda words: None, **other):
 
 
 def test_an_unmodified_script_is_run_under_each_policy_and_seed(script, tmp_path):
-    command = script(SCRIPT.format(log=LOG), python=[sys.executable])
-    result = run(command, tmp_path, policies=["none", "norm:1.0"], seeds=2)
+    result = run(script(SCRIPT.format(log=LOG)), tmp_path, policies=["none", "norm:1.0"], seeds=2)
     assert [(r.policy, r.seed, r.lr) for r in result.runs] == [
         ("none", 0, 0.01), ("norm:1.0", 0, 0.01), ("none", 1, 0.01), ("norm:1.0", 1, 0.01),
     ]  # fmt: skip
@@ -83,7 +82,8 @@ def test_an_unmodified_script_is_run_under_each_policy_and_seed(script, tmp_path
 
 
 def test_without_a_logged_loss_the_gradients_tell(script, tmp_path):
-    result = run(script(SCRIPT.format(log="")), tmp_path, policies=["none", "norm:1.0"])
+    command = script(SCRIPT.format(log=""), python=[sys.executable])  # once with the real one throughout
+    result = run(command, tmp_path, policies=["none", "norm:1.0"])
     none, clipped = result.runs
     assert (none.losses, none.lr) == ([], 0.01)
     assert none.diverged

@@ -3,10 +3,11 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+import warm
 
 from tests.distributed.pool import HAS_FSDP2_ON_CPU
 
@@ -23,7 +24,7 @@ def test_example(name, ranks):
     assert len(script.read_text(encoding="utf-8").splitlines()) < 80
     run = subprocess.run(
         [
-            sys.executable,
+            *warm.python(),  # torchrun itself, which starts each rank in a Python of its own
             "-m",
             "torch.distributed.run",
             "--standalone",

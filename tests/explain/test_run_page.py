@@ -1,8 +1,10 @@
 """The page of a recorded run: what it says, and how a real browser shows it."""
 
+import functools
 import http.client
 import math
 import re
+import shutil
 import time
 import urllib.error
 import urllib.request
@@ -79,6 +81,18 @@ def page(browser, html, tmp_path_factory):
     browser.set_window_size(1280, 900)
     browser.get(path.as_uri())
     return browser
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """The record of a run of so many steps, which nobody changes."""
+    folder = tmp_path_factory.mktemp("recorded")
+
+    @functools.cache
+    def of(steps, name="run"):
+        return train(folder / f"{name}.keel", steps=steps)
+
+    return of
 
 
 def outside_scripts(html):
@@ -277,9 +291,9 @@ def test_watching_answers_loopback_names(served, host):
         [],
     ],
 )
-def test_watching_answers_nobody_elses_name(served, tmp_path, headers):
+def test_watching_answers_nobody_elses_name(served, recorded, tmp_path, headers):
     """A page of somebody else's whose name points to this machine (DNS rebinding)."""
-    train(tmp_path / "run.keel", steps=5)
+    shutil.copy(recorded(5), tmp_path / "run.keel")
     for path in ("/", "/version", "/favicon.ico"):
         status, _, text = ask(served, path, headers)
         assert status == 403
@@ -470,8 +484,8 @@ def test_figures_over_the_steps_stand_under_each_other(opened, html):
     assert len(set(map(tuple, edges))) == 1
 
 
-def test_samples_are_points_and_a_number_that_is_zero_is_drawn(tmp_path):
-    with Reader(train(tmp_path / "run.keel", steps=150)) as run:
+def test_samples_are_points_and_a_number_that_is_zero_is_drawn(recorded, tmp_path):
+    with Reader(recorded(150, "long")) as run:
         (section,) = _updates(run, [])
     assert {trace.mode for trace in section.figure.data} == {"markers"}
     assert len(section.figure.data[0].x) < 150  # those that were measured
@@ -483,10 +497,8 @@ def test_samples_are_points_and_a_number_that_is_zero_is_drawn(tmp_path):
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "dark"), (390, "light")])
-def test_several_runs_over_each_other(opened, tmp_path, width, scheme):
-    train(tmp_path / "long.keel", steps=150)
-    train(tmp_path / "short.keel", steps=80)
-    with Reader(tmp_path / "long.keel") as one, Reader(tmp_path / "short.keel") as other:
+def test_several_runs_over_each_other(opened, recorded, width, scheme):
+    with Reader(recorded(150, "long")) as one, Reader(recorded(80, "short")) as other:
         html = runs_page([one, other])
         losses = one.losses()
     plain = outside_scripts(html)
@@ -508,10 +520,8 @@ def test_several_runs_over_each_other(opened, tmp_path, width, scheme):
     assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 
-def test_a_run_of_three_steps_beside_a_long_one(opened, tmp_path):
-    train(tmp_path / "short.keel", steps=3)
-    train(tmp_path / "long.keel", steps=150)
-    with Reader(tmp_path / "short.keel") as one, Reader(tmp_path / "long.keel") as other:
+def test_a_run_of_three_steps_beside_a_long_one(opened, recorded):
+    with Reader(recorded(3, "three")) as one, Reader(recorded(150, "long")) as other:
         page = opened(runs_page([one, other]))
     ticks = page.execute_script(
         "return plots.map((p) => ['xaxis', 'yaxis'].map((a) => p._fullLayout[a]._vals.filter((v) => v.text).length))"

@@ -431,29 +431,26 @@ def test_without_a_compiler_the_build_says_so(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(COMPILER is None, reason="no C compiler")
 def test_the_build_takes_the_place_of_an_old_library_only_when_it_works(tmp_path, monkeypatch):
-    library = tmp_path / "_native.so"
-    assert hook().build(library) is None
+    library, build = tmp_path / "_native.so", hook()
+    # The wheel's test compiles as it is meant, which takes long.
+    monkeypatch.setattr(build, "FLAGS", [flag.replace("-O3", "-O0") for flag in build.FLAGS])
+    assert build.build(library) is None
     assert [path.name for path in tmp_path.iterdir()] == ["_native.so"]
     monkeypatch.setenv("CC", "false")
-    assert "false" in hook().build(library)
+    assert "false" in build.build(library)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "compiler", ["false", pytest.param(COMPILER, marks=pytest.mark.skipif(COMPILER is None, reason="none"))]
-)
-def test_the_wheel_is_pure_without_a_compiler_and_for_every_python_with_one(tmp_path, compiler):
+def test_the_wheel_is_pure_without_a_compiler(tmp_path):
+    """And for every Python with one, as tests/test_wheel.py asks of the one that it builds."""
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT]
-    environment = {**os.environ, "CC": compiler}
+    environment = {**os.environ, "CC": "false"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = tmp_path.glob("*.whl")
-    is_pure = wheel.name.endswith("-py3-none-any.whl")
-    assert is_pure == (compiler == "false")
-    assert is_pure or "-py3-none-linux_" in wheel.name
+    assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
-        libraries = [name for name in archive.namelist() if name.endswith(".so")]
-    assert libraries == ([] if is_pure else ["gradkeel/kernels/_native.so"])
+        assert [name for name in archive.namelist() if name.endswith(".so")] == []
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C compiler")
