@@ -120,7 +120,7 @@ def test_what_the_signals_come_to(given, verdict, onset):
     assert (found.verdict, found.onset) == (verdict, onset)
 
 
-# An agent's: it never fell, and swings. And a game's between two networks: it fell, and slowly came back.
+# An agent's: it never fell, and swings around 0. And a game's between two networks: it fell, and slowly came back.
 AGENT = [-0.5] * 30 + [-0.4, 5.0] * 30 + [1.0] * 40
 GAME = [1.3 - 0.02 * i for i in range(35)] + [0.6 + 0.01 * i for i in range(80)]
 
@@ -128,9 +128,7 @@ GAME = [1.3 - 0.02 * i for i in range(35)] + [0.6 + 0.01 * i for i in range(80)]
 JUMP = [2.3] * 60 + [4.0] * 240
 
 
-@pytest.mark.parametrize(
-    ("losses", "signs"), [(AGENT, []), (GAME, []), (JUMP, []), (JUMP, [Sign("loss", 61, (), True)])]
-)
+@pytest.mark.parametrize(("losses", "signs"), [(GAME, []), (JUMP, []), (JUMP, [Sign("loss", 61, (), True)])])
 def test_an_objective_that_moves_by_itself_is_no_divergence(losses, signs):
     found = judge(signals(losses, signs=signs))
     assert found.verdict is Verdict.HEALTHY
@@ -138,7 +136,28 @@ def test_an_objective_that_moves_by_itself_is_no_divergence(losses, signs):
     assert "its objective moves" in found.reasons[-1]
 
 
-@pytest.mark.parametrize("losses", [AGENT, [*GAME, *[2.0] * 30]])
+# Of policy gradients: around 0 all along, as GRPO's for completions of unlike lengths, and for those of one length,
+# whose only size is its penalty for leaving the first policy.
+AROUND_0 = [-0.1, *[0.0, -0.3, 1e-9, -0.02, 0.2, -1e-9] * 12, *[0.0, -1e-9, 1e-9, 0.1] * 12]
+FROM_0 = [0.0] * 20 + [1e-5 * i for i in range(100)]
+
+
+@pytest.mark.parametrize(
+    ("losses", "signs"), [(AGENT, []), (AROUND_0, []), (FROM_0, [Sign("loss", 24, (), False)])]
+)
+def test_the_level_of_a_surrogate_says_nothing(losses, signs):
+    found = judge(signals(losses, signs=signs))
+    assert (found.verdict, found.confidence) == (Verdict.HEALTHY, 0.5)
+    assert "as that of a policy gradient" in found.reasons[-1]
+
+
+def test_a_density_loss_that_falls_through_0_and_rises_again_has_diverged():
+    falling = [2.0 - 0.03 * i for i in range(100)]
+    assert judge(signals([*falling, *[1.5] * 30])).verdict is Verdict.SPIKE_UNRECOVERED
+    assert judge(signals([*falling, *[5.0] * 30])).verdict is Verdict.DIVERGED
+
+
+@pytest.mark.parametrize("losses", [AGENT, [*GAME, *[2.0] * 30], FROM_0])
 @pytest.mark.parametrize(
     "evidence",
     [

@@ -25,6 +25,8 @@ _SIGNIFICANT = 5.0  # standard errors between two levels of the loss
 _WANDERED = 0.2  # of the first loss
 _WORSE = 0.15  # of what training had gained: so much more after an event is not recovered
 _RESTLESS = 2  # times that it had jumped up like that before
+_SIGNED = 0.1  # of the losses: so many are positive, and so many negative
+_NOTHING = 1e-4  # of the later losses
 _RETURNED = 0.3  # of what training had gained: more than this lost again is not recovered
 
 
@@ -74,6 +76,12 @@ class LossCourse:
     is_finite: bool  # at the end
     is_sudden: bool = True  # it left at once
     is_restless: bool = False  # it had jumped up as it did then before
+    is_surrogate: bool = False  # only its gradient means something
+
+    @property
+    def moves_by_itself(self) -> bool:
+        """Whether a level that is higher than before is nothing new."""
+        return self.is_restless or self.is_surrogate
 
     @property
     def is_clearly_above(self) -> bool:
@@ -161,10 +169,22 @@ def loss_course(all_steps: Tensor, losses: Tensor) -> LossCourse | None:
     noise = float(changes.median()) if len(changes) else 0.0
     # Standard error of a median of so many, from the usual change between two values.
     error = _SIGNIFICANT * 1.3 * noise / math.sqrt(width) if len(values) >= 3 * TAIL else _NOISE * noise
+    surrogate = _is_surrogate(values, max(abs(highest), abs(last)))
     left = _left(values, best, lowest, last) if last - lowest > error else None
     if left is None:
         onset = None if is_finite else int(all_steps[bad][0])
-        return LossCourse(float(values[0]), first, lowest, last, highest, noise, error, onset, is_finite)
+        return LossCourse(
+            float(values[0]),
+            first,
+            lowest,
+            last,
+            highest,
+            noise,
+            error,
+            onset,
+            is_finite,
+            is_surrogate=surrogate,
+        )
     before, after = values[max(0, left - TAIL) : left], values[left : left + TAIL]
     jump = float(after.median() - before.median()) if len(before) else math.inf
     size = 0.5 * (last - lowest)
@@ -173,7 +193,20 @@ def loss_course(all_steps: Tensor, losses: Tensor) -> LossCourse | None:
     )
     # Standard error of the difference of two such medians: among so many stretches, some differ by a few by chance.
     is_clear = size > _SIGNIFICANT * 1.3 * math.sqrt(2) * noise / math.sqrt(TAIL)
-    return replace(course, is_restless=is_clear and _jumps(values[:left], size) >= _RESTLESS)
+    is_restless = is_clear and _jumps(values[:left], size) >= _RESTLESS
+    return replace(course, is_restless=is_restless, is_surrogate=surrogate)
+
+
+def _is_surrogate(values: Tensor, size: float) -> bool:
+    """Whether only the loss's gradient means something: it is around 0 all along, or begins at 0, of this later size.
+
+    So is that of a policy gradient, and its penalty for leaving the first policy. A density's loss may fall through 0,
+    but has one sign at first; and a loss that is 0 because all is learned has no gradient there, which the verdict
+    looks at.
+    """
+    halves = values.tensor_split(2)
+    both = [min(int((half > 0).sum()), int((half < 0).sum())) >= _SIGNED * len(half) for half in halves]
+    return len(values) >= 2 * TAIL and (all(both) or abs(float(values[0])) < _NOTHING * size)
 
 
 def _jumps(values: Tensor, size: float) -> int:

@@ -144,19 +144,18 @@ class _Judge:
         A step that raises its own loss is a large part of the weights, or the gradients grow with the loss. Where
         neither is so, a loss that rises and never fell, or that slowly comes back, is one whose objective moves: an
         agent that meets more, two networks that play against each other. One that had fallen and jumps met other data,
-        unless it had jumped like that before, and one that jumps where norms or weights show something was moved by
-        that.
+        unless it had jumped before or is a surrogate; and one that jumps where norms or weights do was moved by that.
         """
         s, loss = self.signals, self.loss
         if loss is None or not loss.is_finite or not self._are_small:
             return False
         near = None if loss.left is None else self._nearest(loss.left)
-        fell = loss.has_fallen and not loss.is_restless
+        fell = loss.has_fallen and not loss.moves_by_itself
         if fell and (loss.is_sudden or not loss.is_back or near):
             return False
         if loss.is_sudden and near and near.kind != "loss":
             return False
-        if any(not sign.is_over and not (loss.is_restless and sign.kind == "loss") for sign in self._signs):
+        if any(not one.is_over and not (loss.moves_by_itself and one.kind == "loss") for one in self._signs):
             return False
         row = len(s.steps) if loss.left is None else int(torch.searchsorted(s.steps, loss.left))
         before, after = (_level(part) for part in (s.totals[: max(1, row)], s.totals[-2 * TAIL :]))
@@ -361,12 +360,16 @@ class _Judge:
     def _idle(self) -> Diagnosis | None:
         """Nothing happened, and in part nothing was learned."""
         if self.signals.hardly:
-            names = [name for name, _ in self.signals.hardly]
-            since = min(step for _, step in self.signals.hardly)
-            return self._say(Verdict.VANISHING, since, names, 0.8)
+            names, steps = zip(*self.signals.hardly, strict=True)
+            return self._say(Verdict.VANISHING, min(steps), names, 0.8)
         loss = self.loss
         if loss is None:
             return None
+        if loss.is_surrogate and self._is_moved:
+            return self._healthy(_UNSURE, say(
+                "The loss began at 0, or was positive and negative again and again, as that of a policy gradient: "
+                "its level says nothing of the training, and steps were small.",
+            ))  # fmt: skip
         if loss.is_restless and loss.is_lost and self._is_moved:
             words = say(
                 "The loss was {best} at best, and ended at {end}, but it had jumped up like that before, and steps "
