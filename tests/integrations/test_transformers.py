@@ -112,6 +112,17 @@ def test_the_guard_is_detached_at_the_end_and_can_train_again(tmp_path):
     assert callback.guard.step == 4
 
 
+def test_a_trainer_that_tells_callbacks_of_what_holds_its_model(tmp_path):
+    """As SetFit does."""
+    callback = callback_of()
+    trainer = trainer_of(tmp_path, max_grad_norm=0, callbacks=[callback])
+    tell = callback.on_train_begin
+    callback.on_train_begin = lambda *given, model, **others: tell(*given, model=[model], **others)
+    trainer.train()
+    assert callback.guard.step == 4
+    assert set(callback.guard.names) == {name for name, _ in trainer.model.named_parameters()}
+
+
 class Subclass(transformers.Trainer):
     pass
 

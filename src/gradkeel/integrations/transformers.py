@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradkeel.errors import MissingExtraError
 from gradkeel.explain.autopsy import Autopsy
@@ -58,6 +58,8 @@ class GuardCallback(TrainerGuard, TrainerCallback):  # type: ignore[misc]  # the
     ) -> None:
         """Attach to the optimizer that the Trainer has made, and go on from the checkpoint that it resumes from."""
         trainer, saved = _training()
+        if trainer is not None and not isinstance(model, nn.Module):
+            model = trainer.model  # SetFit's Trainer tells callbacks of what holds it
         told = self._begin(optimizer, model, saved, state.global_step)
         if trainer is not None:
             self._listen(trainer, told)
