@@ -573,3 +573,12 @@ def test_the_repr_of_a_guard_of_many_parameters_is_short():
     assert "layer9" in words
     assert "... and 990 more" in words
     assert len(words.splitlines()) < 20
+
+
+def test_an_optimizer_that_is_none_of_torchs_is_told_another_way():
+    class Own:  # as fastai's and Pyro's
+        def step(self):
+            pass
+
+    with pytest.raises(TypeError, match=r"call gradkeel\.clip_grad_norm_\(parameters, bound\) yourself"):
+        gk.attach(Own(), "global-norm:1")

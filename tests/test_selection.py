@@ -2,6 +2,7 @@
 
 import io
 import math
+import warnings
 
 import pytest
 import torch
@@ -76,6 +77,19 @@ def test_parameters_that_the_model_does_not_have_are_positions_and_warned_of(mod
     with pytest.warns(gk.GradkeelWarning, match="1 of the optimizer's parameters are not in model"):
         guard = gk.attach(optimizer, None, model=model)
     assert guard.names == ("head.weight", "head.bias", "2")
+
+
+def test_a_loss_with_parameters_of_its_own_is_not_warned_of(model):
+    """As ArcFace has them; under nn.ModuleDict they have names too."""
+    loss = nn.Linear(2, 3)
+    optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1)
+    both = nn.ModuleDict({"model": model, "loss": loss})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        guard = gk.attach(optimizer, None, model=model)
+        assert guard.names[-2:] == (str(len(NAMES)), str(len(NAMES) + 1))
+        guard = gk.attach(optimizer, None, model=both)
+    assert guard.names[-2:] == ("loss.weight", "loss.bias")
 
 
 # -- exclude --------------------------------------------------------------------------------------------------

@@ -265,12 +265,15 @@ def _parameters(optimizers: Sequence[Optimizer]) -> list[Tensor]:
 
 
 def _warn_of_strangers(optimizers: Sequence[Optimizer], model: nn.Module) -> None:
-    known = {id(parameter) for parameter in model.parameters()}
-    strangers = sum(id(p) not in known for p in _parameters(optimizers))
-    if strangers:
+    """Warn of parameters that model may have had, and has others in their place; a loss's own are no such."""
+    known, own = {id(p): p for p in model.parameters()}, {id(p) for p in _parameters(optimizers)}
+    strangers = len(own - known.keys())
+    if strangers and any(p.requires_grad and i not in own for i, p in known.items()):
         warnings.warn(
-            f"{strangers} of the optimizer's parameters are not in model; if the model was sharded or changed after "
-            "the optimizer was built, build the optimizer afterwards",
+            f"{strangers} of the optimizer's parameters are not in model, and some of the model's are not in the "
+            "optimizer; if the model was sharded or changed after the optimizer was built, build the optimizer "
+            "afterwards; if they are another module's, such as a loss's, give both: "
+            "model=nn.ModuleDict({'model': model, 'loss': loss})",
             GradkeelWarning,
             stacklevel=3,
         )

@@ -53,5 +53,9 @@ def _no_optimizer(outer: Any) -> Exception:
             f"is no method of its class){fix}"
         )
     return TypeError(
-        f"{words}optimizer must be a torch.optim.Optimizer or a wrapper that holds one as .optimizer{fix}"
+        f"{words}optimizer must be a torch.optim.Optimizer or a wrapper that holds one as .optimizer"
+        + (
+            fix
+            or "; before a step that is not torch's, call gradkeel.clip_grad_norm_(parameters, bound) yourself"
+        )
     )
