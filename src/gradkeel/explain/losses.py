@@ -79,11 +79,6 @@ class LossCourse:
     is_surrogate: bool = False  # only its gradient means something
 
     @property
-    def moves_by_itself(self) -> bool:
-        """Whether a level that is higher than before is nothing new."""
-        return self.is_restless or self.is_surrogate
-
-    @property
     def is_clearly_above(self) -> bool:
         """Whether it ended above where it began, by more than noise."""
         return not self.is_finite or self.last > self.first + max(self.noise / 2, FLAT * abs(self.first))
@@ -228,3 +223,9 @@ def _left(values: Tensor, best: int, lowest: float, last: float) -> int:
         (2 * above.long() - 1).flip(0).cumsum(0).flip(0)
     )  # how many more are above than not, from here to the end
     return best + int(since.argmax())
+
+
+def level(values: Tensor) -> float:
+    """The median of the finite ones; NaN without any."""
+    finite = values[torch.isfinite(values)]
+    return float(finite.median()) if len(finite) else math.nan

@@ -11,6 +11,7 @@ from gradkeel.explain.course import Course
 from gradkeel.explain.explosion import Explosion
 from gradkeel.explain.fading import Fading
 from gradkeel.explain.findings import AutopsyResult
+from gradkeel.explain.renewals import find_renewals
 from gradkeel.explain.signs import EARLY, Signals, find_signs
 from gradkeel.explain.verdict import Diagnosis, Verdict, judge
 from gradkeel.explain.weights import LARGE, larger_updates
@@ -43,6 +44,7 @@ def diagnose(
     faded += [(name, stopped.get(name, first)) for name in had_gradient if name in unmoved]
     faults = [event for event in events if event.kind != "rhythm"]
     rhythm = next((event for event in events if event.kind == "rhythm"), None)
+    renewals = find_renewals(course)
     diagnosis = judge(
         Signals(
             steps=course.steps,
@@ -54,7 +56,8 @@ def diagnose(
             skips=course.skip_reasons,
             larger=larger_updates(course, course.step(-1)),
             shares=shares,
-            signs=find_signs(course, faults, rhythm),
+            signs=find_signs(course, faults, rhythm, renewals),
+            renewals=renewals,
             # A bias before a normalization has no gradient, by its nature: only weights are told of.
             hardly=[(name, since) for name, since in faded if name in matrices],
             weights=len(matrices),

@@ -18,7 +18,7 @@ EARLY = 20
 _OFTEN, _SIMILAR, _PART = 8, 4.0, 4
 """What comes so often, is no more than so many times as high as the highest of the others, and goes on for a quarter of
 a run, is how the run goes."""
-_SOON = 3  # steps
+_SOON, _NEAR = 3, 5  # steps
 _BEFORE, _NOISE = 8, 4.0  # rows that show the loss as it was, and times its usual change that a jump is
 
 
@@ -26,7 +26,7 @@ _BEFORE, _NOISE = 8, 4.0  # rows that show the loss as it was, and times its usu
 class Sign:
     """Something that the norms or the weights showed: where it began, in which parameters, and how it ended.
 
-    ``recurs`` is whether the run showed the like again and again.
+    ``recurs`` is whether the run showed the like again and again, ``renews`` whether the loss rose by itself.
     """
 
     kind: str
@@ -34,6 +34,7 @@ class Sign:
     where: tuple[str, ...]
     is_over: bool
     recurs: bool = False
+    renews: bool = False
 
     @property
     def lasts(self) -> bool:
@@ -55,17 +56,38 @@ class Signals:
     larger: Sequence[tuple[str, int, float]] = ()  # first updates larger than weights: parameter, step, ratio
     shares: Sequence[tuple[int, float]] = ()  # step, and the whole update's norm over that of all weights
     signs: Sequence[Sign] = ()  # in order
+    renewals: Sequence[int] = ()  # steps at which the loss rose by itself, and was learned away
     hardly: Sequence[tuple[str, int]] = ()  # weights that hardly learn, with the step since when
     weights: int = 0  # how many there are, biases left out
 
+    def warmup_end(self) -> int | None:
+        """How many steps the learning rate rose from the beginning; None where it did not."""
+        rates = self.rates
+        if len(rates) < 3 or not bool(rates.isfinite().all()):
+            return None
+        top = int(rates.argmax())
+        rose = rates[top] > 2 * rates[0] and rates[(top + 1) // 2] > rates[0]  # and not only at the end
+        return top + 1 if rose else None
 
-def find_signs(course: Course, events: Sequence[Explosion], rhythm: Explosion | None) -> list[Sign]:
-    """All signs of a run, from its events and its rhythm, in order."""
+
+def find_signs(
+    course: Course, events: Sequence[Explosion], rhythm: Explosion | None, renewals: Sequence[int]
+) -> list[Sign]:
+    """All signs of a run, from its events, its rhythm and its renewals, in order."""
     altered = {event.step for event in events if event.altered or event.overwritten}
     found = [*(_sign(course, event) for event in events), *_of_losses(course, events, rhythm)]
     signs = sorted(found, key=attrgetter("step"))
     recurring = set(_recurring(course, [sign for sign in signs if sign.step not in altered]))
-    return [replace(sign, recurs=sign in recurring) for sign in signs]
+    return [
+        replace(
+            sign,
+            recurs=sign in recurring,
+            renews=sign.kind in ("loss", "spike", "explosion")
+            and sign.step not in altered
+            and any(abs(sign.step - step) <= _NEAR for step in renewals),
+        )
+        for sign in signs
+    ]
 
 
 def _recurring(course: Course, signs: Sequence[Sign]) -> list[Sign]:

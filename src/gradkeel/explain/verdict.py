@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
-from torch import Tensor
 
-from gradkeel.explain.losses import TAIL, had_loss, loss_course, not_finite
+from gradkeel.explain import renewals
+from gradkeel.explain.events import CALM_ROWS
+from gradkeel.explain.losses import TAIL, had_loss, level, loss_course, not_finite
 from gradkeel.explain.signs import EARLY, Sign, Signals
 from gradkeel.explain.weights import LARGE
 from gradkeel.guard import SkipReason
@@ -19,6 +20,7 @@ HIDDEN = 0.01
 _STEPS, _GREW = 0.04, 10.0
 """Steps of less than this share of all weights, while gradients grow by less than that, do not make a loss rise."""
 _NOTHING = 1e-9  # of the first gradient
+_AGAIN = 3  # times that what is asked was renewed
 _UNSURE = 0.5  # how sure one is of a run that is healthy if its objective moves
 
 
@@ -82,20 +84,24 @@ class _Judge:
         bad[had] |= not_finite(losses[had])
         self.reasons: list[str] = []
         self._are_small = bool(signals.shares) and all(share <= _STEPS for _, share in signals.shares)
+        self._moves_by_itself = len(signals.renewals) >= _AGAIN or (
+            self.loss is not None and (self.loss.is_restless or self.loss.is_surrogate)
+        )
         self._recurring = self._usual()
         usual = set(self._recurring)
         self._signs = [sign for sign in signals.signs if sign not in usual]
+        self._of_the_lost = [sign for sign in signals.signs if sign.renews or sign not in usual]
         self._first_bad: int | None = next(iter((bad & counts).nonzero().flatten().tolist()), None)
         self._is_moved = self._objective_moves()
 
     def _usual(self) -> list[Sign]:
-        """Signs that recur at small steps, where the loss is no worse for them."""
+        """Signs that recur at small steps, or that are what was asked anew, where the loss is no worse for them."""
         s, loss = self.signals, self.loss
-        recurring = [sign for sign in s.signs if sign.recurs and self._are_small]
+        recurring = [sign for sign in s.signs if self._are_small and (sign.recurs or sign.renews)]
         if not recurring or loss is None:
             return recurring
         first = int(torch.searchsorted(s.steps, recurring[0].step))
-        return [] if loss.is_worse_since(s.losses, first) else recurring
+        return [] if not self._moves_by_itself and loss.is_worse_since(s.losses, first) else recurring
 
     def verdict(self) -> Diagnosis:
         """The first of these that holds."""
@@ -109,14 +115,15 @@ class _Judge:
 
     def _healthy(self, confidence: float, *reasons: str) -> Diagnosis:
         """Nothing that is no part of how the run goes."""
-        often = self._recurring
+        often = [sign for sign in self._recurring if not sign.renews]
+        confidence = min(confidence, _UNSURE if self._recurring else 1.0)
+        if self.signals.renewals and confidence == _UNSURE:
+            reasons = (renewals.words(self.signals.renewals), *reasons)
         if often:
-            confidence = min(confidence, _UNSURE)
             words = say(
                 "From step {first} to step {last} the gradient norm or the loss left its past {n} times and came back "
                 "each time, and no step was large: that is how this run goes, as in reinforcement learning, or its "
-                "data.",
-                first=often[0].step, last=often[-1].step, n=len(often),
+                "data.", first=often[0].step, last=often[-1].step, n=len(often),
             )  # fmt: skip
             reasons = (*reasons, words)
         return self._say(Verdict.HEALTHY, None, (), confidence, *reasons)
@@ -144,22 +151,25 @@ class _Judge:
         A step that raises its own loss is a large part of the weights, or the gradients grow with the loss. Where
         neither is so, a loss that rises and never fell, or that slowly comes back, is one whose objective moves: an
         agent that meets more, two networks that play against each other. One that had fallen and jumps met other data,
-        unless it had jumped before or is a surrogate; and one that jumps where norms or weights do was moved by that.
+        unless it is a surrogate or what is asked was renewed again and again; and one that jumps where norms or weights
+        do was moved by that.
         """
         s, loss = self.signals, self.loss
         if loss is None or not loss.is_finite or not self._are_small:
             return False
         near = None if loss.left is None else self._nearest(loss.left)
-        fell = loss.has_fallen and not loss.moves_by_itself
+        fell = loss.has_fallen and not self._moves_by_itself
         if fell and (loss.is_sudden or not loss.is_back or near):
             return False
-        if loss.is_sudden and near and near.kind != "loss":
+        if loss.is_sudden and near and near.kind != "loss" and near in self._signs:
             return False
-        if any(not one.is_over and not (loss.moves_by_itself and one.kind == "loss") for one in self._signs):
+        if any(
+            not sign.is_over and not (self._moves_by_itself and sign.kind == "loss") for sign in self._signs
+        ):
             return False
         row = len(s.steps) if loss.left is None else int(torch.searchsorted(s.steps, loss.left))
-        before, after = (_level(part) for part in (s.totals[: max(1, row)], s.totals[-2 * TAIL :]))
-        return not after > _GREW * before
+        before = max(level(s.totals[: max(1, row)]), level(s.totals[: 2 * TAIL]))
+        return not level(s.totals[-2 * TAIL :]) > _GREW * before
 
     # ---- not a number ----------------------------------------------------------------------------------------------
 
@@ -212,7 +222,7 @@ class _Judge:
         if self._is_moved:
             return None
         large = self._overwrites()
-        warmup = self._warmup_end()
+        warmup = self.signals.warmup_end()
         early = max(EARLY, warmup or 0)
         first = int(s.steps[0]) if len(s.steps) else 0
         if loss is None:
@@ -246,15 +256,6 @@ class _Judge:
         totals = self.signals.totals
         return bool((totals[1:EARLY] < _NOTHING * totals[:1]).any())
 
-    def _warmup_end(self) -> int | None:
-        """How many steps the learning rate rose from the beginning; None where it did not."""
-        rates = self.signals.rates
-        if len(rates) < 3 or not bool(rates.isfinite().all()):
-            return None
-        top = int(rates.argmax())
-        rose = rates[top] > 2 * rates[0] and rates[(top + 1) // 2] > rates[0]  # and not only at the end
-        return top + 1 if rose else None
-
     def _diverged(self, verdict: Verdict, onset: int, where: Sequence[str]) -> Diagnosis:
         """A divergence, under the name that clipping gives it where it hides it."""
         s, loss = self.signals, self.loss
@@ -282,7 +283,7 @@ class _Judge:
         """What the norms or weights showed at about this step."""
         near = [
             sign
-            for sign in self._signs
+            for sign in self._of_the_lost
             if step is None or -10 <= step - sign.step <= 30 or (sign.lasts and sign.step <= step)
         ]
         return min(near, key=lambda sign: abs(sign.step - (step or sign.step)), default=None)
@@ -320,6 +321,9 @@ class _Judge:
             return self._say(Verdict.DRIFT, sign.step, sign.where, 0.7)
         if self._is_worse_since(sign.step):
             return self._say(Verdict.SPIKE_UNRECOVERED, sign.step, sign.where, 0.7)
+        if not sign.is_over and sign.step > int(self.signals.steps[-1]) - CALM_ROWS:
+            words = say("The record ends with it: whether it comes back is not known.")
+            return self._say(Verdict.SPIKE_RECOVERED, sign.step, sign.where, _UNSURE, words)
         if sign.is_over or self.loss is not None:
             return self._say(Verdict.SPIKE_RECOVERED, sign.step, sign.where, 0.8)
         initial = sign.kind == "initialization"
@@ -339,7 +343,7 @@ class _Judge:
         if not s.hardly or 2 * len(s.hardly) < s.weights or (loss is not None and loss.has_learned):
             return None
         since, early = min(step for _, step in s.hardly), self._overwrites()
-        first, warmup = int(s.steps[0]), self._warmup_end()
+        first, warmup = int(s.steps[0]), self.signals.warmup_end()
         if early is None and warmup and first < since <= warmup + EARLY:
             early = since
         if early is None:
@@ -366,11 +370,12 @@ class _Judge:
         if loss is None:
             return None
         if loss.is_surrogate and self._is_moved:
-            return self._healthy(_UNSURE, say(
+            words = say(
                 "The loss began at 0, or was positive and negative again and again, as that of a policy gradient: "
                 "its level says nothing of the training, and steps were small.",
-            ))  # fmt: skip
-        if loss.is_restless and loss.is_lost and self._is_moved:
+            )
+            return self._healthy(_UNSURE, words)
+        if self._moves_by_itself and loss.is_lost and self._is_moved:
             words = say(
                 "The loss was {best} at best, and ended at {end}, but it had jumped up like that before, and steps "
                 "were small: its objective moves, as in games between networks and in reinforcement learning, or the "
@@ -393,8 +398,3 @@ class _Judge:
             words = say("The loss began at {first} and ended at {last}.", first=first, last=last)
             return self._say(Verdict.STALLED, int(self.signals.steps[0]), (), 0.6, words)
         return None
-
-
-def _level(values: Tensor) -> float:
-    finite = values[torch.isfinite(values)]
-    return float(finite.median()) if len(finite) else math.nan
