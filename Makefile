@@ -31,7 +31,7 @@ simulated := SIMULATED_CUDA=$(abspath $(VENV))/simulated_cuda.so $(pytest) -p te
 
 .PHONY: help
 help: ## list the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 # -- the main job ------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import torch
 import gradkeel as gk
 from gradkeel import doctor
 from gradkeel.kernels import triton_host
+from gradkeel.record import Reader
 from syncs import without_sync
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -43,17 +44,17 @@ def path(request, monkeypatch):
     triton_host.kernels.cache_clear()
 
 
-def training(policy, device, dtype=torch.float32, fused=True):
+def training(policy, device, dtype=torch.float32, fused=True, **arguments):
     """Parameters, their optimizer and guard; and a function that sets this step's gradients."""
     shapes = [(3, 5), (40_000,), (8, 32, 3, 3), (1,), ()]
     generator = torch.Generator().manual_seed(0)
-    drawn = [torch.randn(shape, generator=generator) for shape in shapes]
-    gradients = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+    drawn = [torch.randn(shape, generator=generator, device="cpu") for shape in shapes]
+    gradients = [torch.randn(shape, generator=generator, device="cpu").to(device, dtype) for shape in shapes]
     parameters = [torch.nn.Parameter(value.to(device, dtype)) for value in drawn]
     # What torch asks for before a step may be captured; a fused kernel computes the same with it.
     capturable = fused and device == "cuda"
     optimizer = torch.optim.AdamW(parameters, lr=0.1, fused=fused, capturable=capturable)
-    guard = gk.attach(optimizer, policy)
+    guard = gk.attach(optimizer, policy, **arguments)
 
     def backward():
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -410,3 +411,41 @@ def test_the_doctor_finds_it_right(path):
     assert (route.device, route.path) == ("cuda", path)
     check = doctor.check(route)
     assert check.is_right, check
+
+
+@pytest.mark.parametrize("places", [("cpu", "cuda"), ("cuda", "cpu")])
+def test_tensors_that_are_offloaded_beside_others(places):
+    """Norms are put together where the first of them is; those of the others are waited for."""
+    parameters = [torch.nn.Parameter(torch.zeros(1000, device=place)) for place in places]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    held = [parameter.grad.double().cpu() for parameter in parameters]
+    true = torch.cat(held).norm()
+    norm = gk.get_total_norm([parameter.grad for parameter in parameters])
+    assert float(norm) == pytest.approx(float(true), rel=1e-6)
+    guard = gk.attach(torch.optim.SGD(parameters, lr=0.0), None)
+    guard.optimizer.step()
+    assert guard.report.norm == pytest.approx(
+        float(true), rel=1e-7
+    )  # short tensors on the CPU are added up in float32
+    guard.detach()
+    assert float(gk.clip_grad_norm_(parameters, 1.0)) == pytest.approx(float(true), rel=1e-6)
+    for parameter, gradient in zip(parameters, held, strict=True):
+        torch.testing.assert_close(parameter.grad.cpu().double(), gradient / true, rtol=1e-5, atol=0)
+
+
+def test_under_a_default_device_a_step_is_captured_and_recorded_all_the_same(path, tmp_path):
+    torch.set_default_device("cuda")
+    try:
+        _, optimizer, guard, backward = training(gk.policies.ZClip(), "cuda", record=tmp_path / "run.keel")
+        for _ in range(6):
+            backward()
+            optimizer.step()
+        norm = guard.report.norm
+        assert is_captured(guard) == (path == "triton")
+        guard.detach()
+        with Reader(tmp_path / "run.keel") as run:
+            assert run.totals().tolist()[-1] == norm
+        assert gk.explain.explain(tmp_path / "run.keel").steps == 6
+    finally:
+        torch.set_default_device(None)

@@ -149,7 +149,7 @@ def _check(route: Route) -> Check:
     device = torch.device(route.device)
     generator = torch.Generator().manual_seed(0)
     samples = [
-        (torch.randn(_ENTRIES, generator=generator, dtype=torch.float64) * size).to(dtype)
+        (torch.randn(_ENTRIES, generator=generator, dtype=torch.float64, device="cpu") * size).to(dtype)
         for dtype, sizes in _SIZES.items()
         if dtype != torch.float64 or powers.wide_dtype(device) == torch.float64
         for size in sizes

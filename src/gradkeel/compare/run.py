@@ -228,12 +228,14 @@ def _verdict(loop: "_Loop", record: Path | None) -> str:
     """What explain calls the run: from its record, or from what was seen of it."""
     if record is not None and record.exists():
         return str(explain(record).verdict)
-    losses, norms = (torch.tensor(values, dtype=torch.float64) for values in (loop.losses, loop.norms))
+    losses, norms = (
+        torch.tensor(values, dtype=torch.float64, device="cpu") for values in (loop.losses, loop.norms)
+    )
     onset = loop.onset
     return str(
         judge(
             Signals(
-                steps=torch.arange(1, len(losses) + 1),
+                steps=torch.arange(1, len(losses) + 1, device="cpu"),
                 losses=losses,
                 totals=norms,
                 coefficients=torch.ones_like(norms),

@@ -83,7 +83,7 @@ def find_events(
     ``nonfinite`` [k] says where any gradient was not finite, and ``levels`` [k] what of the log10 norms is due to other
     parameters than before having gradients. Those at most so many rows ``apart`` are one.
     """
-    levels = torch.zeros(len(norms), dtype=torch.float64) if levels is None else levels
+    levels = torch.zeros(len(norms), dtype=torch.float64, device="cpu") if levels is None else levels
     logs = (log_norms(norms) - levels).masked_fill(nonfinite, math.nan)
     events: list[Event] = []
     calm = logs.clone()

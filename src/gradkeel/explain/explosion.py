@@ -112,7 +112,7 @@ def _events(course: Course) -> tuple[list[Event], Rhythm | None]:
     apart = find_events(totals, course.nonfinite, levels, apart=0) if events else []
     rhythm = find_rhythm(course, apart)
     if rhythm is not None:
-        beats = torch.arange(rhythm.rows[0] % rhythm.period, len(totals), rhythm.period)
+        beats = torch.arange(rhythm.rows[0] % rhythm.period, len(totals), rhythm.period, device="cpu")
         calm = totals.index_copy(0, beats, totals[(beats - 1).clamp(min=0)])  # a beat as the step before it
         events = find_events(calm, course.nonfinite, levels)
     return [replace(one, baseline=one.baseline or _short_past(course, one)) for one in events], rhythm

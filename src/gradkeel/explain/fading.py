@@ -94,7 +94,7 @@ def _stopped(course: Course, without: Tensor) -> tuple[Faded, ...]:
 
 def _without_gradient(reader: Reader, since: int) -> Tensor:
     """[n] bool: no gradient at all from step ``since`` on."""
-    result = torch.ones(len(reader.names), dtype=torch.bool)
+    result = torch.ones(len(reader.names), dtype=torch.bool, device="cpu")
     first, last = reader.store.row_range(since, None)
     for _, present in reader.store.pieces("present", first, last):
         result &= ~present.bool().any(dim=0)
@@ -106,6 +106,6 @@ def _without_gradient(reader: Reader, since: int) -> Tensor:
 def _unmoved(course: Course) -> Tensor:
     """[n] bool: several updates were measured at steps that were made, and all were zero."""
     steps, _, updates = course.samples
-    made = torch.tensor([step not in course.skips for step in steps.tolist()], dtype=torch.bool)
+    made = torch.tensor([step not in course.skips for step in steps.tolist()], dtype=torch.bool, device="cpu")
     measured = ~updates.isnan() & made.unsqueeze(1)
     return (measured.sum(dim=0) >= 3) & ~((updates != 0) & measured).any(dim=0)

@@ -127,16 +127,16 @@ class LossCourse:
 
 def had_loss(steps: Tensor, losses: Tensor, reasons: Mapping[int, SkipReason]) -> Tensor:
     """[k] bool: steps whose missing loss tells something; one that nothing was computed for has none to be missed."""
-    had = torch.ones(len(losses), dtype=torch.bool)
+    had = torch.ones(len(losses), dtype=torch.bool, device="cpu")
     idle = [step for step, reason in reasons.items() if reason in _IDLE]
-    return had if not idle else ~(torch.isin(steps, torch.tensor(idle)) & losses.isnan())
+    return had if not idle else ~(torch.isin(steps, torch.tensor(idle, device="cpu")) & losses.isnan())
 
 
 def not_finite(losses: Tensor) -> Tensor:
     """[k] bool: losses that were logged and not finite; where most steps have one, a NaN is a loss too."""
     known = ~losses.isnan()
     before = known.double().cumsum(0) - known.double()
-    count = torch.arange(len(losses), dtype=torch.float64)
+    count = torch.arange(len(losses), dtype=torch.float64, device="cpu")
     return losses.isinf() | (~known & (before >= 0.9 * count) & (count >= 4))
 
 

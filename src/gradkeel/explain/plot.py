@@ -49,7 +49,10 @@ def plot(run: str | os.PathLike[str] | Reader) -> Any:
         parts.append((say("loss"), traces([loss], y_title="")))
     norms = bucket_norms(run, _COLUMNS)
     parts.append(
-        (say("every parameter"), heat_map(run.names, norms, torch.zeros(len(norms.first), dtype=torch.bool)))
+        (
+            say("every parameter"),
+            heat_map(run.names, norms, torch.zeros(len(norms.first), dtype=torch.bool, device="cpu")),
+        )
     )
     titles = [shown(title) for title, _ in parts]
     whole = make_subplots(

@@ -20,7 +20,7 @@ def level_changes(course: Course) -> Tensor:
     Where the set of those with a gradient changes, and had been and is the same for several steps, norms are compared
     by what the others had; where no other has one, by their medians.
     """
-    shifts = torch.zeros(len(course.totals), dtype=torch.float64)
+    shifts = torch.zeros(len(course.totals), dtype=torch.float64, device="cpu")
     rows = [0, *_changes(course.reader), len(shifts)]
     stays = [b - a >= FEWEST for a, b in pairwise(rows)]
     lasting = [
@@ -61,8 +61,8 @@ def _difference(course: Course, row: int) -> float:
 
 def last_gradients(reader: Reader) -> Tensor:
     """[n] the last row at which each parameter had a gradient; -1 where it never had one."""
-    result = torch.full((len(reader.names),), -1)
+    result = torch.full((len(reader.names),), -1, device="cpu")
     for first, rows in reader.store.pieces("present", 0, reader.store.rows):
-        numbers = torch.arange(first, first + len(rows)).unsqueeze(1)
+        numbers = torch.arange(first, first + len(rows), device="cpu").unsqueeze(1)
         result = torch.maximum(result, torch.where(rows.bool(), numbers, -1).amax(dim=0))
     return result

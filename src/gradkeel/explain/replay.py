@@ -100,7 +100,7 @@ def replay(reader: Reader, policy: Policy | str, *, exclude: Sequence[str] = ())
     if chosen is not None:
         _check(reader, chosen, name, columns)
     rows = list(_rows(reader, chosen, columns, live_totals=same_columns))
-    table = torch.tensor(rows, dtype=torch.float64).reshape(-1, 6)
+    table = torch.tensor(rows, dtype=torch.float64, device="cpu").reshape(-1, 6)
     coefficients, clipped, asked, bounds, norms, after = table.unbind(1)
     skipped = asked.bool() | _skipped(reader, set(SkipReason) - {SkipReason.POLICY})  # whatever the policy
     coefficients = torch.where(skipped, 1.0, coefficients)
@@ -194,7 +194,7 @@ def _rows(
 def _skipped(reader: Reader, reasons: Collection[SkipReason]) -> Tensor:
     """[k] bool: steps that were skipped for one of these reasons."""
     steps = [step for step, why in reader.skip_reasons().items() if why in reasons]
-    return torch.isin(reader.steps(), torch.tensor(steps, dtype=torch.int64))
+    return torch.isin(reader.steps(), torch.tensor(steps, dtype=torch.int64, device="cpu"))
 
 
 def _steps(reader: Reader, needs: Needs, columns: list[int], *, live_totals: bool) -> Iterator[GradientNorms]:

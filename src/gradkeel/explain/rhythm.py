@@ -95,7 +95,7 @@ def _recurrence(
     logs: Tensor, period: int, found: Sequence[Event], others: Sequence[Event]
 ) -> tuple[tuple[int, ...], float]:
     """Rows from the first event on that are the highest of a period, () where by chance; and the log of that."""
-    rows = torch.arange(found[0].start % period, len(logs), period)
+    rows = torch.arange(found[0].start % period, len(logs), period, device="cpu")
     for event in others:
         rows = rows[(rows < event.start) | (rows >= event.stop)]
     padding = logs.new_full((period - 1,), -math.inf)

@@ -201,7 +201,7 @@ def distribution(norms: Tensor, marks: Sequence[Mark], *, x_title: str) -> Any:
         reach += [low, high]
         low, high = (low - 0.05, high + 0.05) if high - low < 0.1 else (low, high)
         counts = torch.histc(logs, bins=60, min=low, max=high)
-        edges = torch.linspace(low, high, 61, dtype=torch.float64)
+        edges = torch.linspace(low, high, 61, dtype=torch.float64, device="cpu")
         spans = [
             shown(say("{low} to {high}", low=f"{10**a:.3g}", high=f"{10**b:.3g}"))
             for a, b in pairwise(edges.tolist())

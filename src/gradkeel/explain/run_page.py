@@ -126,7 +126,7 @@ def _heat(reader: Reader, steps: Tensor, marks: list[Mark], explanation: Explana
     columns = max(40, min(COLUMNS, _MOST_CELLS // max(1, len(reader.names))))
     buckets = bucket_norms(reader, columns)
     bad = steps[reader.nonfinite()]
-    touched = torch.zeros(len(buckets.first), dtype=torch.bool)
+    touched = torch.zeros(len(buckets.first), dtype=torch.bool, device="cpu")
     touched[torch.searchsorted(buckets.last, bad).clamp(max=len(touched) - 1)] = True
     width = width_of(buckets)
     told = [

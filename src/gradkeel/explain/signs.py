@@ -95,7 +95,9 @@ def _recurring(course: Course, signs: Sequence[Sign]) -> list[Sign]:
 
     Where the loss mostly jumps in the very step in which the gradient does, it is no update that makes them jump.
     """
-    rows = torch.searchsorted(course.steps, torch.tensor([sign.step for sign in signs])).tolist()
+    rows = torch.searchsorted(
+        course.steps, torch.tensor([sign.step for sign in signs], device="cpu")
+    ).tolist()
     found = [
         (sign, row)
         for sign, row in zip(signs, rows, strict=True)
@@ -113,7 +115,7 @@ def _recurring(course: Course, signs: Sequence[Sign]) -> list[Sign]:
     rows = [row for _, row in found]
     if course.totals[-ONE_EVENT:].nanmedian() > _peaks(course.totals, rows).median():
         return []  # what follows the last event that was looked for is one
-    is_usual, last = torch.ones(len(rows), dtype=torch.bool), 0
+    is_usual, last = torch.ones(len(rows), dtype=torch.bool, device="cpu"), 0
     for values in (course.totals, course.losses):
         above = values - values[torch.isfinite(values)].median()
         spread = float(above[torch.isfinite(above)].abs().median())
@@ -131,7 +133,7 @@ def _measured(course: Course, steps: Sequence[int]) -> list[bool]:
     """Of each of these steps, whether its update was measured, or one right after it: some would be large."""
     sampled, _, updates = course.samples
     known = sampled[~updates.isnan().all(dim=1)]
-    after = torch.searchsorted(known, torch.tensor(steps)).tolist()
+    after = torch.searchsorted(known, torch.tensor(steps, device="cpu")).tolist()
     return [
         place < len(known) and int(known[place]) < step + _SOON
         for place, step in zip(after, steps, strict=True)

@@ -177,12 +177,14 @@ def _blocks(rows: int) -> list[Tensor]:
     """Row indices of each bootstrap resample: blocks of about sqrt(rows) consecutive steps, drawn with replacement."""
     length = max(1, math.isqrt(rows))
     generator = torch.Generator().manual_seed(0)
-    starts = torch.randint(rows - length + 1, (_RESAMPLES, math.ceil(rows / length)), generator=generator)
-    return list((starts.unsqueeze(2) + torch.arange(length)).flatten(1)[:, :rows])
+    starts = torch.randint(
+        rows - length + 1, (_RESAMPLES, math.ceil(rows / length)), generator=generator, device="cpu"
+    )
+    return list((starts.unsqueeze(2) + torch.arange(length, device="cpu")).flatten(1)[:, :rows])
 
 
 def _quantiles(norms: Tensor, resampled: list[Tensor]) -> dict[float, Estimate]:
-    levels = torch.tensor(LEVELS, dtype=norms.dtype)
+    levels = torch.tensor(LEVELS, dtype=norms.dtype, device="cpu")
     values = norms.quantile(levels)
     again = torch.stack([norms[i].quantile(levels) for i in resampled])
     return {level: _estimate(again[:, i], values[i]) for i, level in enumerate(LEVELS)}

@@ -74,7 +74,7 @@ class _Judge:
     def __init__(self, signals: Signals) -> None:
         self.signals = signals
         skips = map(signals.skips.get, signals.steps.tolist())
-        counts = torch.tensor([skip is not SkipReason.LOSS_SCALE for skip in skips], dtype=torch.bool)
+        counts = torch.tensor([w is not SkipReason.LOSS_SCALE for w in skips], dtype=torch.bool, device="cpu")
         # Where gradients are not finite to the end, and no loss was logged any more, it was not finite either.
         to_end = (counts & signals.nonfinite).flip(0).long().cumprod(0).flip(0).bool()
         losses = signals.losses.masked_fill(to_end & signals.losses.isnan(), math.inf)

@@ -84,12 +84,14 @@ def _growth(course: Course, values: Tensor, level: Callable[[Tensor], Tensor]) -
     """[s - 1] highest of a number a step from each sample up to the next, over its level shortly before it."""
     steps = course.samples[0]
     if not len(values) or bool(values.isnan().all()):
-        return torch.ones(len(steps) - 1, dtype=torch.float64)
+        return torch.ones(len(steps) - 1, dtype=torch.float64, device="cpu")
     rows = torch.searchsorted(course.steps, steps)
     padded = torch.cat([values[:1].expand(EVERY), values]).nan_to_num()
     before = level(padded.unfold(0, EVERY, 1)[rows[:-1]])
     parts = (values[first:last] for first, last in pairwise(rows.tolist()))
-    now = torch.tensor([float(part.nan_to_num().amax()) if len(part) else 0.0 for part in parts])
+    now = torch.tensor(
+        [float(part.nan_to_num().amax()) if len(part) else 0.0 for part in parts], device="cpu"
+    )
     return torch.where(before > 0, (now / before).clamp(min=1.0), math.inf)
 
 

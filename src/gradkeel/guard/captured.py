@@ -51,7 +51,8 @@ class _Pattern:
     ) -> SelectionReport:
         """The report of the step whose row this is."""
         old = self.report
-        new = {"step": given.step, "loss": None if given.loss is None else torch.as_tensor(given.loss)}
+        loss = torch.tensor(given.loss, device="cpu") if isinstance(given.loss, float) else given.loss
+        new = {"step": given.step, "loss": loss}
         measured = dataclasses.replace(old.measured, **_read(words, self.norms), **new)
         decision = dataclasses.replace(old.decision, **_read(words, self.decision))
         return dataclasses.replace(old, measured=measured, decision=decision, remeasure=remeasure)
@@ -246,7 +247,7 @@ def _remembered(states: Mapping[str, State]) -> tuple[Tensor, dict[str, dict[str
     """[w] words of all states, in memory of their own, and where each tensor of theirs stands."""
     tensors = [tensor for state in states.values() for tensor in state.values()]
     if not tensors:
-        return torch.zeros(0, dtype=torch.float64), {label: {} for label in states}
+        return torch.zeros(0, dtype=torch.float64, device="cpu"), {label: {} for label in states}
     words, places = packed(tensors)
     rest = iter(places)
     return words, {label: {key: next(rest) for key in state} for label, state in states.items()}

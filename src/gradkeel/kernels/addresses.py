@@ -20,7 +20,9 @@ class Addresses:
 
     def __init__(self, count: int, device: torch.device) -> None:
         self.buffer = torch.zeros(count, dtype=torch.int64, device=device)
-        pinned = torch.zeros(_RING, count, dtype=torch.int64, pin_memory=device.type != "cpu").unbind()
+        pinned = torch.zeros(
+            _RING, count, dtype=torch.int64, pin_memory=device.type != "cpu", device="cpu"
+        ).unbind()
         self._ring: list[tuple[Tensor, Arrival | None]] = [(one, None) for one in pinned]
 
     def send(self, found: Tensor) -> None:
@@ -44,7 +46,7 @@ class Slots:
 
     def __init__(self, tensors: Sequence[Tensor | None], device: torch.device) -> None:
         self.count = 1 + len(tensors)
-        self._found = torch.zeros(self.count, dtype=torch.int64)
+        self._found = torch.zeros(self.count, dtype=torch.int64, device="cpu")
         self._addresses = Addresses(self.count, device)
         self._description = _described(tensors, self._found[1:])
         self.missed = self._description is None or any(t is not None and t.device != device for t in tensors)
@@ -122,7 +124,7 @@ def _described(tensors: Sequence[Tensor | None], addresses: Tensor) -> Any:
         return kernels.described(list(tensors), addresses)
     words = _in_words(tensors)
     if words is not None:
-        addresses.copy_(torch.tensor(_addresses(tensors), dtype=torch.int64))
+        addresses.copy_(torch.tensor(_addresses(tensors), dtype=torch.int64, device="cpu"))
     return words
 
 
@@ -134,7 +136,7 @@ def _moved(description: Any, tensors: Sequence[Tensor | None], addresses: Tensor
         return kernels.locate(description, list(tensors), addresses)
     if _in_words(tensors) != description:
         return None
-    found = torch.tensor(_addresses(tensors), dtype=torch.int64)
+    found = torch.tensor(_addresses(tensors), dtype=torch.int64, device="cpu")
     moved = not torch.equal(found, addresses)
     addresses.copy_(found)
     return moved

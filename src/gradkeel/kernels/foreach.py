@@ -58,7 +58,7 @@ def unit_norms(tensors: Sequence[Tensor], norm_type: float, wide: torch.dtype, d
     groups: dict[tuple[object, ...], list[int]] = {}
     for i, rows in enumerate(moved):
         groups.setdefault((rows.dtype, rows.shape[1:]), []).append(i)
-    found = [torch.zeros(0, dtype=wide)] * len(moved)
+    found = [torch.zeros(0, dtype=wide, device="cpu")] * len(moved)
     for members in groups.values():
         for start, end in buckets([moved[i] for i in members]):
             part = members[start:end]

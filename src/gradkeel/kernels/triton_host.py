@@ -164,7 +164,7 @@ def _fault(kernels: TritonKernels, operation: str, dtype: torch.dtype) -> str | 
     generator = torch.Generator().manual_seed(0)
     by_unit = operation.endswith("units")
     shapes = [(3, 5), (17, 2049), (1, 7)] if by_unit else [(3, 5), (70_003,), (1,)]
-    drawn = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    drawn = [torch.randn(shape, generator=generator, device="cpu").to(dtype) for shape in shapes]
     tensors = [tensor.to(kernels.device, copy=True) for tensor in drawn]
     layout = kernels.layout(operation, tensors, 0 if by_unit else None)
     assert layout is not None, "they are fit, and this check is noted already"
@@ -184,7 +184,7 @@ def _fault(kernels: TritonKernels, operation: str, dtype: torch.dtype) -> str | 
         kernels.clamp(layout, -0.3, 0.7)
         results = [cell.clamp(-0.3, 0.7) for cell in cells]
     else:
-        factors = torch.rand(len(cells), generator=generator, dtype=torch.float64)
+        factors = torch.rand(len(cells), generator=generator, dtype=torch.float64, device="cpu")
         kernels.scale(layout, factors.to(kernels.device), by_unit=by_unit)
         wide = torch.promote_types(dtype, torch.float32)
         results = [(cell.to(wide) * f.to(wide)).to(dtype) for cell, f in zip(cells, factors, strict=True)]

@@ -159,7 +159,7 @@ class Layouts:
                 pinned = plan.spare.pop()
                 # A replay reads them again.
                 self._captured.append((plan, pinned))
-                pinned.copy_(torch.tensor(found, dtype=torch.int64))
+                pinned.copy_(torch.tensor(found, dtype=torch.int64, device="cpu"))
                 return plan.at(pinned.to(self._device, non_blocking=True), _alignment(found))
         return None
 
@@ -180,7 +180,9 @@ class _Plan:
         self._last: list[int] = []
         self._layout = _made(kinds, device, self._addresses.buffer, range(count), 16)
         self.spare = list(
-            torch.zeros(_SPARE, count, dtype=torch.int64, pin_memory=device.type != "cpu").unbind()
+            torch.zeros(
+                _SPARE, count, dtype=torch.int64, pin_memory=device.type != "cpu", device="cpu"
+            ).unbind()
         )
 
     def covers(self, kinds: Sequence[Kind | None]) -> bool:
@@ -199,7 +201,7 @@ class _Plan:
     def sent(self, found: list[int]) -> Layout:
         """The layout with these addresses, which travel only if one is another than before; does not sync the host."""
         if found != self._last:
-            self._addresses.send(torch.tensor(found, dtype=torch.int64))
+            self._addresses.send(torch.tensor(found, dtype=torch.int64, device="cpu"))
             self._last = found
             self._layout = self.at(self._addresses.buffer, _alignment(found))
         return self._layout
@@ -221,14 +223,14 @@ def _made(
     by_unit = any(kind.units is not None for _, kind in known)
     counts = tuple(0 if kind is None else kind.units or 0 for kind in kinds)
     firsts = list(itertools.accumulate(counts, initial=0)) if by_unit else list(range(len(kinds)))
-    parts, runs, done = [torch.zeros(0, 4, dtype=torch.int64)], [], 0
-    spans = torch.zeros(len(kinds), 2, dtype=torch.int64)
+    parts, runs, done = [torch.zeros(0, 4, dtype=torch.int64, device="cpu")], [], 0
+    spans = torch.zeros(len(kinds), 2, dtype=torch.int64, device="cpu")
     for dtype, own in dict.fromkeys((kind.dtype, kind.alignment) for _, kind in known):
         start = done
         for i, kind in known:
             if (kind.dtype, kind.alignment) == (dtype, own):
                 rows = _pieces(places[i], kind, firsts[i])
-                spans[i] = torch.tensor([done, len(rows)])
+                spans[i] = torch.tensor([done, len(rows)], device="cpu")
                 parts.append(rows)
                 done += len(rows)
         if done > start:
@@ -257,19 +259,19 @@ def _pieces(place: int, kind: Kind, first: int) -> Tensor:
     """[pieces, 4] rows of one tensor: each unit, or the whole, in pieces of at most ``PIECE`` entries."""
     units = 1 if kind.units is None else kind.units
     length = kind.size // max(1, units)
-    within = torch.arange(0, length, PIECE)
-    begins = (torch.arange(units).unsqueeze(1) * length + within).flatten()
+    within = torch.arange(0, length, PIECE, device="cpu")
+    begins = (torch.arange(units, device="cpu").unsqueeze(1) * length + within).flatten()
     sizes = (length - within).clamp(max=PIECE).repeat(units)
-    factors = first + torch.arange(units).repeat_interleave(len(within))
+    factors = first + torch.arange(units, device="cpu").repeat_interleave(len(within))
     return torch.stack([torch.full_like(begins, place), begins * kind.dtype.itemsize, sizes, factors], dim=1)
 
 
 def _unit_spans(table: Tensor, units: int) -> Tensor:
     """[units, 2] first piece and number of pieces of each unit; those of one lie one after the other."""
-    spans = torch.zeros(units, 2, dtype=torch.int64)
+    spans = torch.zeros(units, 2, dtype=torch.int64, device="cpu")
     owners = table[:, 3]
     spans[:, 1].index_add_(0, owners, torch.ones_like(owners))
-    spans[:, 0].fill_(len(table)).scatter_reduce_(0, owners, torch.arange(len(table)), "amin")
+    spans[:, 0].fill_(len(table)).scatter_reduce_(0, owners, torch.arange(len(table), device="cpu"), "amin")
     return spans
 
 

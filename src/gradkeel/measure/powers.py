@@ -91,7 +91,9 @@ def _reading(
             own = replace(own, units=read_here(cut, norm_type, unit_dim=unit_dim, peaks=False).units)
         total = own.total if len(places) == 1 else None
         held = (own.norms, own.units, own.peaks)
-        found.append([one.to(device, wide, non_blocking=True) for one in held if one is not None])
+        # To the host only when it is there: nobody would wait for it.
+        is_late = device.type != "cpu"
+        found.append([one.to(device, wide, non_blocking=is_late) for one in held if one is not None])
     order = list(places.values())
     norms = foreach.in_order(order, [own[0] for own in found])
     units = None

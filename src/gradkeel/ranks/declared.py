@@ -204,20 +204,26 @@ class Sharing:
                     "different parameters, attach with process_group= or shard_over=; ranks that train models of their "
                     f"own attach with process_group={ALONE}"
                 )
-            manifests, indices = [own], torch.zeros(len(told), 0, dtype=torch.int64)
+            manifests, indices = [own], torch.zeros(len(told), 0, dtype=torch.int64, device="cpu")
         else:
             manifests = [own] if len(places) == 1 else [ranks.broadcast(own, place) for place in places]
             _check_kinds([ranks.members[place] for place in places], manifests)
             indices = self._indices(ranks, device)
         numbers = {told[place]: i for i, place in enumerate(places)}
-        return Census(ranks, manifests, torch.tensor([numbers[number] for number in told]), indices)
+        return Census(
+            ranks, manifests, torch.tensor([numbers[number] for number in told], device="cpu"), indices
+        )
 
     def _indices(self, ranks: Ranks, device: torch.device) -> Tensor:
         """Return [ranks, entries] which piece each rank has of what its entries of ``shard_over`` declare."""
         own = [where.ranks.here if isinstance(where, Split) else 0 for _, where in self._entries]
         width = max(_tell(ranks, len(own), device))  # each rank has its own shard_over
         row = torch.tensor(own + [0] * (width - len(own)), dtype=torch.int64, device=device)
-        return ranks.gather(row).cpu() if width else torch.zeros(len(ranks.members), 0, dtype=torch.int64)
+        return (
+            ranks.gather(row).cpu()
+            if width
+            else torch.zeros(len(ranks.members), 0, dtype=torch.int64, device="cpu")
+        )
 
 
 def participants(parameters: Iterable[Tensor], known: Sequence[Ranks], given: Ranks | None) -> Ranks | None:

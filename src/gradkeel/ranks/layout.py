@@ -84,7 +84,7 @@ class Census:
         """Return [k] places of the ranks that hold the piece of this index and mesh coordinate, in order."""
         key = held, index, where
         if key not in self._holders:
-            found, members = [], torch.tensor(self.ranks.members)
+            found, members = [], torch.tensor(self.ranks.members, device="cpu")
             for one in held:
                 set_number, _, mesh, axes = one
                 places = self._places(one)
@@ -93,7 +93,7 @@ class Census:
                     continue
                 if mesh >= 0:
                     shape, ranks = self.sets[set_number].meshes[mesh]
-                    copies = torch.tensor(ranks).view(shape)
+                    copies = torch.tensor(ranks, device="cpu").view(shape)
                     for axis, at in zip(axes, where, strict=True):
                         copies = copies[(slice(None),) * axis + (slice(at, at + 1),)]
                     places = places[torch.isin(members[places], copies)]
@@ -248,7 +248,9 @@ class Layout:
             whole = wholes[at]
             is_owner = where is not None and not (parameter.is_alias and whole.has_owner)
             holders = (
-                census.holders(whole.held, index, where) if is_owner and where is not None else torch.zeros(0)
+                census.holders(whole.held, index, where)
+                if is_owner and where is not None
+                else torch.zeros(0, device="cpu")
             )
             if where is not None and not parameter.is_alias:
                 self.pieces[parameter.name] = where if index < 0 else (index, *where)
@@ -265,7 +267,9 @@ class Layout:
                 units = units_here(tensor, self.needs.unit_dim)
                 first = first_unit[at] + whole.first_unit(index)
                 rows.append(_indices(units) + first)
-        self.rows = _unless_all(torch.tensor(self._positions, dtype=torch.int64), len(wholes), device)
+        self.rows = _unless_all(
+            torch.tensor(self._positions, dtype=torch.int64, device="cpu"), len(wholes), device
+        )
         self.units_rows = _unless_all(torch.cat([_indices(()), *rows]), self.unit_total, device)
         self.unit_counts = tuple(map(len, rows))
         self._unit_counts = torch.tensor(self.unit_counts, dtype=torch.int64, device=device)
@@ -299,7 +303,7 @@ class Layout:
 
     def told_present(self, own: Sequence[bool]) -> Tensor:
         """Return [n] uint8: which of the n have a gradient on this rank."""
-        result = torch.zeros(len(self.names), dtype=torch.uint8)
+        result = torch.zeros(len(self.names), dtype=torch.uint8, device="cpu")
         for position, here in zip(self._positions, own, strict=True):
             result[position] |= here
         return result
@@ -337,13 +341,13 @@ class Layout:
 
 def _indices(values: Sequence[int]) -> Tensor:
     if isinstance(values, range):
-        return torch.arange(values.start, values.stop, values.step)
-    return torch.tensor(values, dtype=torch.int64)
+        return torch.arange(values.start, values.stop, values.step, device="cpu")
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
 def _unless_all(indices: Tensor, count: int, device: torch.device) -> Tensor | None:
     """Return the indices; None if they are all of ``count``, in order."""
-    return None if torch.equal(indices, torch.arange(count)) else indices.to(device)
+    return None if torch.equal(indices, torch.arange(count, device="cpu")) else indices.to(device)
 
 
 def _unless_true(flags: Sequence[bool], device: torch.device) -> Tensor | None:

@@ -88,7 +88,7 @@ def bucket_norms(reader: Reader, columns: int, start: int | None = None, stop: i
     for i, j in spans:
         summaries = reader.store.block_summaries(i, j)
         parts.append(torch.stack([summarize(summaries[:, row])[row] for row in range(3)]))
-    first_steps = torch.tensor([reader.store.blocks[i].first_step for i, _ in spans])
-    last_steps = torch.tensor([reader.store.blocks[j - 1].last_step for _, j in spans])
+    first_steps = torch.tensor([reader.store.blocks[i].first_step for i, _ in spans], device="cpu")
+    last_steps = torch.tensor([reader.store.blocks[j - 1].last_step for _, j in spans], device="cpu")
     low, median, high = torch.stack(parts).unbind(1)
     return Buckets(first_steps, last_steps, low, median, high, is_exact=False)

@@ -80,8 +80,8 @@ class Columns:
     def present(self) -> Tensor:
         """[k, n] of all steps, on the host."""
         runs = [(own, len(list(run))) for own, run in itertools.groupby(row[PRESENT] for row in self._rows)]
-        rows = torch.tensor([own for own, _ in runs], dtype=torch.uint8)
-        return rows.repeat_interleave(torch.tensor([steps for _, steps in runs]), dim=0)
+        rows = torch.tensor([own for own, _ in runs], dtype=torch.uint8, device="cpu")
+        return rows.repeat_interleave(torch.tensor([steps for _, steps in runs], device="cpu"), dim=0)
 
 
 STEP, TIME, TOTAL, BOUND, MADE, LOGGED, CAME_TO, MAYBE_SKIPPED, SAMPLE, _SELECTIONS = range(10)

@@ -110,6 +110,6 @@ def second_moment_lag(
 def _corrections(beta: Any, steps: Sequence[Any], device: torch.device) -> Tensor:
     """[k] Adam's bias correction of each of k parameters: one without a gradient makes no step."""
     if any(isinstance(one, Tensor) and not one.is_cpu for one in (beta, *steps)):
-        made = torch.stack([torch.as_tensor(step, dtype=torch.float32).to(device) for step in steps])
+        made = torch.stack([torch.as_tensor(step, dtype=torch.float32, device=device) for step in steps])
         return 1 - beta**made
     return from_list([1 - float(beta) ** float(step) for step in steps])

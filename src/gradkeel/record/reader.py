@@ -181,7 +181,7 @@ class Reader:
     @property
     def main(self) -> Tensor:
         """[n] bool: which parameters the main policy looks at."""
-        return torch.tensor([p.selection == "main" for p in self.parameters], dtype=torch.bool)
+        return torch.tensor([p.selection == "main" for p in self.parameters], dtype=torch.bool, device="cpu")
 
     @property
     def scalar_names(self) -> list[str]:
@@ -256,8 +256,8 @@ class Reader:
         the files is missing.
         """
         if len(self._stores) < self.store.ranks and not self.store.rank:
-            empty = torch.empty(0, len(self.names), dtype=torch.float64)
-            return torch.empty(0, dtype=torch.int64), empty, empty
+            empty = torch.empty(0, len(self.names), dtype=torch.float64, device="cpu")
+            return torch.empty(0, dtype=torch.int64, device="cpu"), empty, empty
         return _merged_samples(self._stores)
 
     def by_rank(self, name: str, start: int | None = None, stop: int | None = None) -> Tensor:
@@ -266,7 +266,7 @@ class Reader:
         One column where only rank 0 wrote, or a rank's file is missing; NaN at steps that a rank has not written.
         """
         steps = self.steps(start, stop)
-        result = torch.full((len(steps), len(self._stores)), math.nan, dtype=torch.float64)
+        result = torch.full((len(steps), len(self._stores)), math.nan, dtype=torch.float64, device="cpu")
         for column, store in enumerate(self._stores):
             found = torch.isin(steps, store.steps)
             values = store.series(name, 0, store.rows).to(torch.float64)
@@ -287,7 +287,7 @@ class Reader:
             raise ValueError(f"stride={stride}: it must be 1 or more")
         if not self._is_in_order:
             steps = self.store.steps
-            chosen = torch.ones(len(steps), dtype=torch.bool)
+            chosen = torch.ones(len(steps), dtype=torch.bool, device="cpu")
             chosen &= True if start is None else steps >= start
             chosen &= True if stop is None else steps < stop
             return self.store.series(name, 0, len(steps))[chosen][::stride]
@@ -323,7 +323,7 @@ def _merged_samples(stores: Sequence[Store]) -> tuple[Tensor, Tensor, Tensor]:
     samples = [store.weight_samples() for store in stores]
     since = max(store.pieces_since for store in stores)
     known = set.intersection(*(set(steps.tolist()) for steps, _, _ in samples))
-    steps = torch.tensor(sorted(step for step in known if step >= since), dtype=torch.int64)
+    steps = torch.tensor(sorted(step for step in known if step >= since), dtype=torch.int64, device="cpu")
     parts: dict[str, dict[tuple[int, ...], Tensor]] = {p.name: {} for p in stores[0].parameters}
     for store, (own, weights, updates) in zip(stores, samples, strict=True):
         both = torch.stack([weights, updates])[:, torch.searchsorted(own, steps)]
@@ -331,7 +331,7 @@ def _merged_samples(stores: Sequence[Store]) -> tuple[Tensor, Tensor, Tensor]:
             key = store.piece(parameter.name)
             if key is not None and parameter.name in parts:
                 parts[parameter.name].setdefault(key, both[:, :, column])
-    unknown = torch.full((2, len(steps)), math.nan, dtype=torch.float64)
+    unknown = torch.full((2, len(steps)), math.nan, dtype=torch.float64, device="cpu")
     columns = [
         combine(torch.stack([*own.values()], dim=2), 2.0) if own else unknown for own in parts.values()
     ]

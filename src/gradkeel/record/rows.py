@@ -134,7 +134,7 @@ def _derive(series: dict[str, Tensor], kept: Kept) -> None:
     main = kept.selections[0].measured
     columns = len(main.names)
     norms, own = series["norms"], series["coefficients"][:, :columns]
-    smallest = largest = torch.ones(len(own), dtype=torch.float64)
+    smallest = largest = torch.ones(len(own), dtype=torch.float64, device="cpu")
     if columns:
         smallest, largest = own.aminmax(dim=1)
     clipped = (own < 1).any(dim=1)  # also beside a coefficient that is NaN, as the smallest then is

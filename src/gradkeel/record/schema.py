@@ -162,7 +162,7 @@ def placed(values: Tensor, columns: Sequence[int], width: int, fill: float) -> T
     """Values [k, columns, ...] at their places in [k, width, ...], and ``fill`` in the other columns."""
     if columns == list(range(width)):
         return values
-    result = torch.full((len(values), width, *values.shape[2:]), fill, dtype=values.dtype)
+    result = torch.full((len(values), width, *values.shape[2:]), fill, dtype=values.dtype, device="cpu")
     result[:, columns] = values
     return result
 
@@ -170,7 +170,7 @@ def placed(values: Tensor, columns: Sequence[int], width: int, fill: float) -> T
 def from_blobs(blobs: Sequence[bytes | bytearray], dtype: torch.dtype) -> Tensor:
     """[m] the numbers of these blobs, one after the other."""
     data = bytearray().join(blobs)  # torch wants a buffer that it may write to
-    return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype, device="cpu")
 
 
 def create(connection: sqlite3.Connection) -> None:

@@ -134,7 +134,7 @@ class Store:
             self.blocks.append(block)
             parts.append(steps)
             self._offsets.append(self._offsets[-1] + block.rows)
-        self.steps = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+        self.steps = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device="cpu")
         # Series that were read from end to end since the blocks were last looked for.
         self._whole: dict[str, Tensor] = {}
         if found and not parts:
@@ -152,7 +152,7 @@ class Store:
         blob = self._blob("step", block)
         if blob is None:
             follows = block.last_step - block.first_step + 1 == block.rows
-            return torch.arange(block.first_step, block.last_step + 1) if follows else None
+            return torch.arange(block.first_step, block.last_step + 1, device="cpu") if follows else None
         steps = from_blobs([blob], torch.int64)
         fits = int(steps[0]) == block.first_step and int(steps[-1]) == block.last_step
         return steps if fits and bool((steps[1:] > steps[:-1]).all()) else None
@@ -221,12 +221,12 @@ class Store:
         rows = self._noted("step, weights, updates", "weight_samples")
         if self._where != SUPERSEDED:  # an index that is damaged gives other orders, and steps twice
             rows = sorted({row[0]: row for row in rows}.values(), key=lambda row: row[0])
-        steps = torch.tensor([step for step, _, _ in rows], dtype=torch.int64)
+        steps = torch.tensor([step for step, _, _ in rows], dtype=torch.int64, device="cpu")
         return steps, self._samples([row[1] for row in rows]), self._samples([row[2] for row in rows])
 
     def _samples(self, blobs: list[bytes]) -> Tensor:
         """[s, n] of blobs that may be shorter: parameters are added, and an empty one holds nothing."""
-        result = torch.full((len(blobs), self.width), math.nan, dtype=torch.float64)
+        result = torch.full((len(blobs), self.width), math.nan, dtype=torch.float64, device="cpu")
         sizes = [len(blob) if isinstance(blob, bytes) else 0 for blob in blobs]
         for size in {size for size in sizes if 0 < size <= 8 * self.width and not size % 8}:
             rows = [i for i, own in enumerate(sizes) if own == size]
@@ -304,7 +304,11 @@ class Store:
         if not series.is_wide:
             return self._narrow(name, first, last, stride)
         parts = [rows for _, rows in self.pieces(name, first, last, stride)]
-        return torch.cat(parts) if parts else torch.empty(series.sizes(0, self.width), dtype=series.dtype)
+        return (
+            torch.cat(parts)
+            if parts
+            else torch.empty(series.sizes(0, self.width), dtype=series.dtype, device="cpu")
+        )
 
     def _narrow(self, name: str, first: int, last: int, stride: int) -> Tensor:
         if name == "step":
@@ -318,9 +322,9 @@ class Store:
     def _narrow_of(self, name: str, first: int, last: int) -> Tensor:
         series, touched = series_of(name), self._touched(first, last)
         if not touched:
-            return torch.empty(0, dtype=series.dtype)
+            return torch.empty(0, dtype=series.dtype, device="cpu")
         blocks = self.blocks[touched.start : touched.stop]
-        fill = to_blob(torch.full((1,), series.fill, dtype=series.dtype))
+        fill = to_blob(torch.full((1,), series.fill, dtype=series.dtype, device="cpu"))
         found = self._all_blobs(name, blocks)
         blobs = [blob or fill * block.rows for block, blob in zip(blocks, found, strict=True)]
         offset = self._offsets[touched.start]
@@ -340,7 +344,9 @@ class Store:
                 continue
             blob = self._blob(name, block)
             if blob is None:
-                rows = torch.full(series.sizes(block.rows, self.width), series.fill, dtype=series.dtype)
+                rows = torch.full(
+                    series.sizes(block.rows, self.width), series.fill, dtype=series.dtype, device="cpu"
+                )
             else:
                 rows = from_blobs([blob], series.dtype).reshape(series.sizes(block.rows, block.width))
                 rows = self._placed(rows, block, series.fill)
@@ -350,12 +356,12 @@ class Store:
     def block_summaries(self, first: int, last: int) -> Tensor:
         """[b, 3, n] lowest, median and highest norm of each parameter in each of the blocks ``first`` to ``last``."""
         if first >= last:
-            return torch.empty(0, 3, self.width, dtype=torch.float64)
+            return torch.empty(0, 3, self.width, dtype=torch.float64, device="cpu")
         parts: list[Tensor] = []
         blocks = self.blocks[first:last]
         for block, blob in zip(blocks, self._all_blobs("summary", blocks), strict=True):
             if blob is None:
-                parts.append(torch.full((3, self.width), math.nan, dtype=torch.float64))
+                parts.append(torch.full((3, self.width), math.nan, dtype=torch.float64, device="cpu"))
             else:
                 summary = from_blobs([blob], torch.float64).reshape(3, block.width)
                 parts.append(self._placed(summary, block, math.nan))

@@ -187,7 +187,9 @@ class RecordFile:
         selections = self._connection.execute(
             "SELECT selection FROM parameters WHERE superseded_by = 0 ORDER BY position"
         )
-        return torch.tensor([selection == "main" for (selection,) in selections], dtype=torch.bool)
+        return torch.tensor(
+            [selection == "main" for (selection,) in selections], dtype=torch.bool, device="cpu"
+        )
 
     def _note_rank(self, rows: Rows) -> None:
         """Write down whose file this is, and from which step on its samples are of which pieces."""
@@ -338,7 +340,9 @@ def _or_fill(name: str, series: dict[str, Tensor], other: dict[str, Tensor], row
     """The series, or ``rows`` rows of what stands for one that was not recorded."""
     if name in series:
         return series[name]
-    return torch.full((rows, *other[name].shape[1:]), series_of(name).fill, dtype=other[name].dtype)
+    return torch.full(
+        (rows, *other[name].shape[1:]), series_of(name).fill, dtype=other[name].dtype, device="cpu"
+    )
 
 
 def _connect(path: Path) -> sqlite3.Connection:

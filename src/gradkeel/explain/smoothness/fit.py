@@ -169,7 +169,7 @@ def theorem_3(L0: float, L1: float) -> tuple[float, ClipByGlobalNorm]:
 
 
 def _checked(name: str, values: Sequence[float]) -> Tensor:
-    result = torch.as_tensor(values, dtype=torch.float64).reshape(-1)
+    result = torch.as_tensor(values, dtype=torch.float64, device="cpu").reshape(-1)
     wrong = ~(torch.isfinite(result) & (result > 0))
     if wrong.any():
         i = int(wrong.nonzero()[0])
@@ -197,8 +197,10 @@ def _resample(count: int) -> Tensor:
     """[RESAMPLES, count] indices: circular blocks of neighbours, about as many as their length (cube root rule)."""
     generator = torch.Generator().manual_seed(0)
     length = max(1, round(count ** (1 / 3)))
-    starts = torch.randint(count, (RESAMPLES, math.ceil(count / length), 1), generator=generator)
-    return ((starts + torch.arange(length)) % count).flatten(1)[:, :count]
+    starts = torch.randint(
+        count, (RESAMPLES, math.ceil(count / length), 1), generator=generator, device="cpu"
+    )
+    return ((starts + torch.arange(length, device="cpu")) % count).flatten(1)[:, :count]
 
 
 def _fit_rows(n: Tensor, smoothness: Tensor, *, rounds: int = 4) -> tuple[Tensor, Tensor]:
@@ -210,7 +212,7 @@ def _fit_rows(n: Tensor, smoothness: Tensor, *, rounds: int = 4) -> tuple[Tensor
     low, high = (n.amin(1).log() - 7.0), (n.amax(1).log() + 7.0)
     target = smoothness.log()
     for _ in range(rounds):
-        grid = low[:, None] + (high - low)[:, None] * torch.linspace(0, 1, 33, dtype=n.dtype)
+        grid = low[:, None] + (high - low)[:, None] * torch.linspace(0, 1, 33, dtype=n.dtype, device="cpu")
         residual = target[:, None] - (grid.exp()[:, :, None] + n[:, None]).log()
         best = residual.var(2, correction=0).argmin(1, keepdim=True)
         width = (high - low) / 32
