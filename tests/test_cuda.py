@@ -12,6 +12,7 @@ import torch
 import gradkeel as gk
 from gradkeel import doctor
 from gradkeel.kernels import triton_host
+from gradkeel.norms import Decision
 from gradkeel.record import Reader
 from syncs import without_sync
 
@@ -169,6 +170,30 @@ def test_a_policy_of_the_users_is_launched(path):
         optimizer.step()
     assert Own.calls == 6
     assert not is_captured(guard)
+
+
+@pytest.mark.parametrize("given", [list, torch.tensor, lambda values: values[0]])
+@pytest.mark.parametrize(
+    "made", [lambda own: own, lambda own: gk.policies.Chain(own, gk.ClipByNorm(1.0)),
+             lambda own: gk.policies.Chain(gk.ClipByNorm(1.0), own), gk.policies.PerGroup],
+)  # fmt: skip
+def test_numbers_of_a_policy_of_the_users_may_be_on_the_host(given, made):
+    class Own(gk.ClipByGlobalNorm):
+        def decide(self, norms, state):
+            half = given([0.5] * len(norms.names))
+            return Decision(coefficients=half, bound=half), state
+
+    results = []
+    for device in ("cpu", "cuda"):
+        parameters, optimizer, guard, backward = training(made(Own(1.0)), device)
+        for _ in range(3):
+            backward()
+            optimizer.step()
+        results.append(([p.grad.cpu() for p in parameters], guard.report.clipped_norm))
+    (ours, norm), (theirs, gpu_norm) = results
+    assert gpu_norm == pytest.approx(norm, rel=1e-9)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-6, atol=1e-12)
 
 
 def scaled_steps(optimizer, parameters, clip=None):

@@ -281,6 +281,16 @@ class Decision:
     skip: Tensor | None = None
     bound: Tensor | None = None
 
+    def beside(self, norms: Tensor) -> "Decision":
+        """The same where norms are on an accelerator: lists of the host's, and its tensors, are sent there."""
+        return Decision(
+            coefficients=_sent(self.known_coefficients, norms),
+            unit_coefficients=_sent(self.unit_coefficients, norms),
+            clamp=self.clamp,
+            skip=self.known_skip,  # type: ignore[arg-type]  # a number of the host's may be given
+            bound=_sent(self.known_bound, norms),
+        )
+
     def apart(self) -> "Decision":
         """The same decision, which stays as it is when whoever made it writes to its tensors and lists again."""
         return Decision(
@@ -304,6 +314,12 @@ class Decision:
         @property
         def known_bound(self) -> Tensor | float | list[float] | None:
             """The same, or the numbers of the host's that it was given as."""
+
+
+def _sent(value: Any, beside: Tensor) -> Any:
+    if isinstance(value, list):
+        return from_list(value).to(beside)
+    return value.to(beside.device) if isinstance(value, Tensor) and value.dim() else value
 
 
 def _copied(value: Any) -> Any:

@@ -87,7 +87,10 @@ def decide(
             _misfit(policy, "clamp", given, "(lowest, highest): two numbers, lowest not above highest")
         if not may_clamp:
             _misfit(policy, "clamp", given, "None, for entries are clamped last, and of all groups alike")
-    return decision, after
+    held = norms.known_norms
+    if isinstance(held, bytearray) or held.is_cpu:
+        return decision, after
+    return decision.beside(held), after
 
 
 def is_own(value: object) -> bool:

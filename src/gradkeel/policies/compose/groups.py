@@ -150,7 +150,7 @@ def _placed(
     if values is None or like is None:
         return so_far
     whole = torch.full_like(like, empty) if so_far is None else so_far
-    return whole.index_copy(0, index(rows, whole.device), values.expand(len(rows)).to(whole.dtype))
+    return whole.index_copy(0, index(rows, whole.device), values.expand(len(rows)).to(whole))
 
 
 def _unit_rows(norms: GradientNorms, rows: Sequence[int]) -> tuple[int, ...]:
