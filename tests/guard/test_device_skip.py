@@ -98,6 +98,10 @@ def test_the_device_does_what_the_host_would(name, policy, scale, request):
     assert isinstance(told[-1].stepped_or_pending, torch.Tensor)
     assert [report.stepped for report in told] == [report.stepped for report in reports]
     assert [report.reason for report in told] == [report.reason for report in reports]
+    assert [report.clipped for report in told] == [report.clipped for report in reports]
+    assert [report.coefficient for report in told] == pytest.approx(
+        [report.coefficient for report in reports]
+    )
     assert [report.norm for report in told] == pytest.approx([report.norm for report in reports], nan_ok=True)
     assert not {"grad_scale", "found_inf"} & vars(fused).keys()
 
@@ -129,7 +133,7 @@ def test_an_overflow_of_the_loss_scale_is_neither_warned_of_nor_counted(on_devic
 
 @pytest.mark.filterwarnings("ignore::gradkeel.errors.SkippedStepWarning")
 @pytest.mark.parametrize("so_far", [0, math.inf])
-def test_an_overflow_is_named_whoever_skips_and_however_late_it_is_heard(
+def test_a_skipped_step_is_told_alike_whoever_skips_and_however_late_it_is_heard(
     so_far, request, tmp_path, monkeypatch
 ):
     found = []
@@ -138,10 +142,12 @@ def test_an_overflow_is_named_whoever_skips_and_however_late_it_is_heard(
             request.getfixturevalue("on_device")
             monkeypatch.setattr(Late, "so_far", so_far)
         path = tmp_path / f"{name}.keel"
-        _, _, guard, reports = train("AdamW-fused", "none", 8, [*range(1, 4), 6], scale=64.0, record=path)
+        _, _, guard, reports = train("AdamW-fused", "norm:0.1", 8, [*range(1, 4), 6], 64.0, record=path)
         guard.detach()
         with Reader(path) as run:
-            found.append((list(run.skips()), [(report.skip_reason, report.reason) for report in reports]))
+            numbers = [run.series(key).tolist() for key in ("coefficient", "verdict", "coefficients")]
+            why = [(report.skip_reason, report.reason) for report in reports]
+            found.append((numbers, why, run.skips(), run.series("clipped_total").nan_to_num().tolist()))
         copied = pickle.loads(pickle.dumps(reports[2]))
         assert copied.skip_reason is SkipReason.LOSS_SCALE
     assert found[0] == found[1]

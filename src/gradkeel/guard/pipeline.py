@@ -25,7 +25,7 @@ from gradkeel.guard.turns import Turns
 from gradkeel.kernels.graph import Entry
 from gradkeel.kernels.native import Table
 from gradkeel.measure import Readings
-from gradkeel.norms import Decision, State, Window
+from gradkeel.norms import State, Window
 from gradkeel.tensors import Seen
 
 NonFinite = Literal["skip", "raise", "keep"]
@@ -257,9 +257,8 @@ class Pipeline:
         """Skip this step, as the host knows that it must; returns whether the policies' statistics go on."""
         if self.window is not None and bool(self.window.is_empty()):
             why = SkipReason.EMPTY_WINDOW
-        for selection in row.selections:  # nothing is applied; the bound stays, for the report
-            selection.decision = Decision(bound=selection.decision.bound)
         row.stepped_or_pending, row.why = False, why
+        row.forget_decisions()
         if self._buffers.kept and self._spoils_buffers(why):
             self._buffers.put_back()
         if why is SkipReason.NONFINITE:

@@ -214,6 +214,18 @@ class StepReport:
             self.given = self.given()
         return self.given
 
+    def forget_decisions(self) -> None:
+        """Nothing was applied, for the step was skipped; the bounds stay."""
+        for selection in self.selections:
+            selection.decision = Decision(bound=selection.decision.bound)
+
+    @property
+    def _main(self) -> SelectionReport:
+        """What was done to the main selection, as the host is told: also of a step that the device has skipped."""
+        if isinstance(self.stepped_or_pending, Tensor) and not self.stepped:
+            self.forget_decisions()
+        return self.selections[0]
+
     @property
     def norm_type(self) -> float:
         """The p of the norm that the main policy looks at."""
@@ -227,17 +239,17 @@ class StepReport:
     @property
     def clipped_norm(self) -> float | None:
         """Norm of the gradients after clipping."""
-        return self.selections[0].clipped_norm
+        return self._main.clipped_norm
 
     @property
     def coefficient(self) -> float:
         """What clipping multiplied the gradients by; the smallest one where parameters have their own."""
-        return self.selections[0].coefficient
+        return self._main.coefficient
 
     @property
     def clipped(self) -> bool:
         """Whether the main policy made any gradient smaller."""
-        return self.selections[0].clipped
+        return self._main.clipped
 
     @property
     def stepped(self) -> bool:

@@ -170,6 +170,8 @@ class SkipWatch:
             is_overflow = not stepped and self._is_overflow(pending)
             # Said once and for all: later steps count otherwise.
             report.why, report.overflowed = SkipReason.LOSS_SCALE if is_overflow else None, None
+            if not stepped:
+                report.forget_decisions()
             if stepped:
                 self.made()
             elif is_overflow:

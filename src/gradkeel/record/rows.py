@@ -146,7 +146,11 @@ def _derive(series: dict[str, Tensor], kept: Kept) -> None:
     if places := list(kept.some(CAME_TO)):
         after[places] = series.pop("outcome_total")
         clipped[places] |= series.pop("outcome_clipped") == 1.0
-    series["clipped_total"], series["coefficient"] = after, smallest
+    # What a device has skipped by itself had been decided on, and nothing came of it.
+    made = series["stepped"].bool()
+    series["coefficients"] = torch.where(made.unsqueeze(1), series["coefficients"], 1.0)
+    clipped, smallest = clipped & made, torch.where(made, smallest, 1.0)
+    series["clipped_total"], series["coefficient"] = torch.where(made, after, series["total"]), smallest
     is_finite = torch.isfinite(norms).all(dim=1)
     verdict = series.pop("stepped") * STEPPED + clipped * CLIPPED + ~is_finite * NONFINITE
     series["verdict"] = verdict.to(torch.uint8)
