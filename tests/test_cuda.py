@@ -123,6 +123,16 @@ def test_a_replayed_step_gives_the_bits_of_a_launched_one(policy, fused, path, m
         assert all(torch.equal(value, their_states[label][key]) for key, value in state.items())
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_what_is_left_alone_by_a_clamp_has_the_norm_that_it_had(fused):
+    parameters, optimizer, guard, _ = training("global-norm:1e9+value:1e9", "cuda", fused=fused)
+    for _ in range(5):
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        assert guard.report.clipped_norm == pytest.approx(guard.report.norm, rel=1e-12)
+
+
 def test_a_step_whose_gradients_moved_is_replayed_on_the_new_ones(path):
     parameters, optimizer, guard, _ = training(gk.ClipByGlobalNorm(1.0), "cuda")
     for i in range(10):

@@ -164,14 +164,17 @@ class Captured:
         after: dict[str, State] = {label: RowState(words, places) for label, places in self._places.items()}
         return Row(after, verdict, may_step, reports, again, decided.found_inf, decided.kernel_scale)
 
-    def apply(self, row: Row, gradients: Sequence[Tensor | None]) -> None:
-        """Carry the last decision, which is the row's, out on the gradients, if it was not; does not sync the host."""
-        if self._apply is not None:
+    def apply(self, row: Row, gradients: Sequence[Tensor | None], *, scales: bool = True) -> None:
+        """Carry the last decision, which is the row's, out on the gradients, if it was not; does not sync the host.
+
+        Unless it ``scales`` anything, as the host may know, they are left alone.
+        """
+        if scales and self._apply is not None:
             self._apply.replay()
         parts, reports = self._roster.parts, self._decide.result.reports
         clamped = [i for i in self._roster.here if reports[i].decision.clamp is not None]
-        # Whoever measures after a clamp sees by the version whether there has been another one since.
-        tell_autograd(gradients, all_of_them=bool(clamped))
+        if scales:  # who measures after a clamp sees by the version whether there has been another one since
+            tell_autograd(gradients, all_of_them=bool(clamped))
         for i in clamped:
             row.again[i] = norm_while_unchanged(parts[i].selection.parameters, reports[i].measured)
 

@@ -199,8 +199,8 @@ class Pipeline:
         if not may_step:
             why = self._why(given.found_inf, is_finite=is_finite, tolerant=given.tolerant)
             self._abandon(report, why)
-        elif is_scaled:
-            captured.apply(row, gradients)
+        else:
+            captured.apply(row, gradients, scales=is_scaled)
         return report, row.states, is_finite
 
     def _is_tolerant(self, found_inf: Tensor | None) -> bool:
