@@ -63,7 +63,8 @@ class Ema(AdaptiveBound, on_numbers=True):
     Args:
         ratio: the bound as a multiple of the mean, above 0.
         decay: weight of the past in the average, between 0 and 1; 0.98 remembers about 50 steps.
-        warmup, patience: see `AdaptiveBound`.
+        warmup: see `AdaptiveBound`.
+        patience: see `AdaptiveBound`.
     """
 
     _positive, _shares = ("ratio",), ("decay",)
@@ -99,7 +100,8 @@ class RunningZScore(AdaptiveBound, on_numbers=True):
     Args:
         z: how many standard deviations above the mean, above 0.
         decay: weight of the past in the averages, between 0 and 1; 0.97 remembers about 33 steps.
-        warmup, patience: see `AdaptiveBound`.
+        warmup: see `AdaptiveBound`.
+        patience: see `AdaptiveBound`.
     """
 
     _positive, _shares = ("z",), ("decay",)

@@ -59,7 +59,8 @@ class Quantile(Windowed, on_numbers=True):
     Args:
         q: which quantile, between 0 and 1.
         window: how many norms are looked at.
-        warmup, patience: see `AdaptiveBound`.
+        warmup: see `AdaptiveBound`.
+        patience: see `AdaptiveBound`.
     """
 
     _shares = ("q",)
@@ -84,7 +85,8 @@ class ZScore(Windowed, on_numbers=True):
     Args:
         z: how many standard deviations above the mean, above 0.
         window: how many norms are looked at.
-        warmup, patience: see `AdaptiveBound`.
+        warmup: see `AdaptiveBound`.
+        patience: see `AdaptiveBound`.
         limited: False lets outliers into the window as they are, as OLMo-core does: one of 1000 times the usual norm
             then hides all smaller ones until it leaves the window.
     """
@@ -128,7 +130,8 @@ class RobustZScore(Windowed, on_numbers=True):
     Args:
         z: how many standard deviations above the median, above 0.
         window: how many norms are looked at.
-        warmup, patience: see `AdaptiveBound`.
+        warmup: see `AdaptiveBound`.
+        patience: see `AdaptiveBound`.
     """
 
     _positive = ("z",)
