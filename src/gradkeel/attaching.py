@@ -268,7 +268,8 @@ def _warn_of_strangers(optimizers: Sequence[Optimizer], model: nn.Module) -> Non
     """Warn of parameters that model may have had, and has others in their place; a loss's own are no such."""
     known, own = {id(p): p for p in model.parameters()}, {id(p) for p in _parameters(optimizers)}
     strangers = len(own - known.keys())
-    if strangers and any(p.requires_grad and i not in own for i, p in known.items()):
+    is_another = own.isdisjoint(known) or any(p.requires_grad and i not in own for i, p in known.items())
+    if strangers and is_another:
         warnings.warn(
             f"{strangers} of the optimizer's parameters are not in model, and some of the model's are not in the "
             "optimizer; if the model was sharded or changed after the optimizer was built, build the optimizer "

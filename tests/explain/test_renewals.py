@@ -104,3 +104,19 @@ def test_of_a_jump_that_the_record_ends_with_little_is_known(tmp_path):
     found, _ = judged(tmp_path / "run.keel", losses, norms)
     assert (found.verdict, found.onset, found.confidence) == ("spike_recovered", STEPS, 0.5)
     assert "The record ends with it" in found.reasons[-1]
+
+
+def test_a_single_one_may_be_the_work_of_an_update_that_was_not_measured(tmp_path):
+    """As where something wrote to the weights, or on an accelerator, which samples no more for an alarm."""
+    losses, norms = agent([0.5])
+    losses += learned(626, 0.5)
+    norms += 2.5 * learned(626, 0.1)
+    found, renewals = judged(tmp_path / "run.keel", losses, norms)
+    assert renewals == []
+    assert (found.verdict, found.onset) == ("spike_recovered", 626)
+
+
+def test_a_blow_up_at_the_end_of_a_record_without_losses_has_diverged(tmp_path):
+    norms = torch.cat([torch.exp(noise(1, 0.1))[:200], torch.tensor([10.0, 1e3, 1e5, 1e7, 1e9])])
+    with Reader(scripted_run(tmp_path / "run.keel", norms)) as reader:
+        assert explain(reader).diagnosis.verdict == "diverged"

@@ -16,6 +16,8 @@ from gradkeel.guard import pipeline as pipeline_module
 from gradkeel.guard import skips as skips_module
 from gradkeel.guard import step as step_module
 from gradkeel.guard.report import SkipReason
+from gradkeel.integrations.callback import Told
+from gradkeel.norms import Decision
 from gradkeel.record import Reader
 from optimizers import BY_NAME, FUSED, contents, is_same
 
@@ -150,6 +152,7 @@ def test_a_skipped_step_is_told_alike_whoever_skips_and_however_late_it_is_heard
             found.append((numbers, why, run.skips(), run.series("clipped_total").nan_to_num().tolist()))
         copied = pickle.loads(pickle.dumps(reports[2]))
         assert copied.skip_reason is SkipReason.LOSS_SCALE
+        assert (copied.selections[0].coefficient, copied.selections[0].clipped) == (1.0, False)
     assert found[0] == found[1]
     assert {why for why, _ in found[0][1]} == {None, SkipReason.LOSS_SCALE}
 
@@ -171,6 +174,31 @@ def test_an_overflow_is_no_alarm(scale, on_device):
             scaler.step(optimizer)
             scaler.update()
     assert (autopsy.last is None) == (scale is not None)
+
+
+def test_a_skip_that_the_policy_asks_for_is_neither_warned_of_nor_counted(on_device):
+    class Wary(gk.ClipByGlobalNorm):
+        def decide(self, norms, state):
+            return Decision(skip=torch.tensor(norms.step > 2)), state
+
+    _, _, guard, reports = train("AdamW-fused", Wary(1.0), 6, max_consecutive_skips=2)
+    assert [report.skip_reason for report in reports] == [None] * 2 + [SkipReason.POLICY] * 4
+    assert on_device[2:] == [True] * 4
+    assert guard.state_dict()["consecutive_skips"] == 0
+
+
+@pytest.mark.filterwarnings("ignore::gradkeel.errors.SkippedStepWarning")
+def test_trainers_are_told_of_a_skipped_step_as_of_one_that_was_not_clipped(on_device):
+    parameter = torch.nn.Parameter(torch.ones(2))
+    guard = gk.attach(torch.optim.SGD([parameter], lr=0.1, fused=True), gk.ClipByGlobalNorm(1.0))
+    told = Told(guard)
+    for entry, wanted in ((3.0, (0.25, 1.0, 0)), (math.inf, (1.0, 0.5, 1)), (3.0, (0.25, 2 / 3, 1))):
+        parameter.grad = torch.tensor([entry, math.sqrt(7)])
+        guard.optimizer.step()
+        assert told.look()
+        numbers = told.numbers()
+        found = [float(numbers[key]) for key in ("clip_coefficient", "clipped_share", "skipped_steps")]
+        assert found == pytest.approx(wanted)
 
 
 def test_a_step_that_raises_leaves_no_verdict_behind(on_device):

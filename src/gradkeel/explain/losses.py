@@ -26,7 +26,7 @@ _WANDERED = 0.2  # of the first loss
 _WORSE = 0.15  # of what training had gained: so much more after an event is not recovered
 _RESTLESS = 2  # times that it had jumped up like that before
 _SIGNED = 0.1  # of the losses: so many are positive, and so many negative
-_NOTHING = 1e-4  # of the later losses
+_NOTHING, _LITTLE = 1e-4, 1e-2  # of the later losses: the first one, and the first three
 _RETURNED = 0.3  # of what training had gained: more than this lost again is not recovered
 
 
@@ -201,7 +201,9 @@ def _is_surrogate(values: Tensor, size: float) -> bool:
     """
     halves = values.tensor_split(2)
     both = [min(int((half > 0).sum()), int((half < 0).sum())) >= _SIGNED * len(half) for half in halves]
-    return len(values) >= 2 * TAIL and (all(both) or abs(float(values[0])) < _NOTHING * size)
+    first, level = abs(float(values[0])), abs(float(values[:3].median()))
+    at_zero = first < _NOTHING * size and level < _LITTLE * size
+    return len(values) >= 2 * TAIL and (all(both) or at_zero)
 
 
 def _jumps(values: Tensor, size: float) -> int:

@@ -18,6 +18,8 @@ _PAST = 32  # rows, above the highest of which it stays: noise does not
 _LATELY = 3  # measured updates, the largest of which stands for the one before
 _GAVE_UP = 0.3  # of what was learned until then
 _APART = 10  # rows: nearer ones are one
+AGAIN = 3
+"""So many are no accident: fewer are believed where the update before each was measured, and not only usual ones."""
 
 
 def find_renewals(course: Course) -> list[int]:
@@ -42,7 +44,14 @@ def find_renewals(course: Course) -> list[int]:
     for row in is_new.nonzero().flatten().tolist():
         near = found.pop() if found and row - found[-1] < _APART else row
         found.append(max(near, row, key=rise.__getitem__))
+    if len(found) < AGAIN:
+        found = [row for row in found if _is_measured(course, row - 1)]
     return [course.step(row) for row in found]
+
+
+def _is_measured(course: Course, row: int) -> bool:
+    steps, _, updates = course.samples
+    return bool((steps[~updates.isnan().all(dim=1)] == course.steps[row]).any())
 
 
 def _after(losses: Tensor) -> Tensor:
@@ -53,10 +62,10 @@ def words(renewals: Sequence[int]) -> str:
     """Of these steps, what they mean."""
     return count(
         len(renewals),
-        "At step {first} the loss rose at once, by more than the update before can have done, and training brought it "
-        "down again: what is asked of the network changed there, as where an agent's target network or experience is "
-        "renewed, or the data.",
-        "{n} times, from step {first} to step {last}, the loss rose at once, by more than the update before can have "
+        "At step {first} the loss rose at once, by more than the updates before can have done, and training brought "
+        "it down again: what is asked of the network changed there, as where an agent's target network or experience "
+        "is renewed, or the data.",
+        "{n} times, from step {first} to step {last}, the loss rose at once, by more than the updates before can have "
         "done, and training brought it down again: what is asked of the network changed there, as where an agent's "
         "target network or experience is renewed, or the data.",
         first=renewals[0],
@@ -72,7 +81,7 @@ def _median_before(values: Tensor, many: int, *, own: bool = False) -> Tensor:
 
 
 def _can_change(course: Course) -> Tensor:
-    """[k] by how much the update before each row can have changed the loss; NaN where none had been measured."""
+    """[k] by how much an update like the last that were measured can have changed the loss; NaN where none was."""
     steps, _, updates = course.samples
     sizes = torch.linalg.vector_norm(updates, dim=1)
     known = ~sizes.isnan()

@@ -20,7 +20,6 @@ HIDDEN = 0.01
 _STEPS, _GREW = 0.04, 10.0
 """Steps of less than this share of all weights, while gradients grow by less than that, do not make a loss rise."""
 _NOTHING = 1e-9  # of the first gradient
-_AGAIN = 3  # times that what is asked was renewed
 _UNSURE = 0.5  # how sure one is of a run that is healthy if its objective moves
 
 
@@ -84,7 +83,7 @@ class _Judge:
         bad[had] |= not_finite(losses[had])
         self.reasons: list[str] = []
         self._are_small = bool(signals.shares) and all(share <= _STEPS for _, share in signals.shares)
-        self._moves_by_itself = len(signals.renewals) >= _AGAIN or (
+        self._moves_by_itself = len(signals.renewals) >= renewals.AGAIN or (
             self.loss is not None and (self.loss.is_restless or self.loss.is_surrogate)
         )
         self._recurring = self._usual()
@@ -321,7 +320,7 @@ class _Judge:
             return self._say(Verdict.DRIFT, sign.step, sign.where, 0.7)
         if self._is_worse_since(sign.step):
             return self._say(Verdict.SPIKE_UNRECOVERED, sign.step, sign.where, 0.7)
-        if not sign.is_over and sign.step > int(self.signals.steps[-1]) - CALM_ROWS:
+        if self.loss and not sign.is_over and sign.step > int(self.signals.steps[-1]) - CALM_ROWS:
             words = say("The record ends with it: whether it comes back is not known.")
             return self._say(Verdict.SPIKE_RECOVERED, sign.step, sign.where, _UNSURE, words)
         if sign.is_over or self.loss is not None:

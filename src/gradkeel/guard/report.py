@@ -92,7 +92,7 @@ class SelectionReport:
         label: "main", "group 0", ..., or "excluded".
         policy: the policy's repr, or "None" where gradients were only measured.
         measured: the norms of the true gradients, before clipping.
-        decision: what was applied; empty where the step was skipped.
+        decision: what was applied; empty where the host knows that the step was skipped.
         present: which of the parameters had a gradient.
         remeasure: measures the norm after a clamp; None from it once the gradients are gone or changed.
         locate: on which rank the gradient of the parameter of an index is not finite, in words.
@@ -203,6 +203,7 @@ class StepReport:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles hold the selections' reports themselves."""
+        _ = self._main
         return type(self), (
             self.step, self.selections, self.prescale, self.scalars, self.stepped_or_pending, self.told_why(),
         )  # fmt: skip
@@ -267,7 +268,8 @@ class StepReport:
 
     def told_why(self) -> SkipReason | None:
         """Why the step was skipped, as the host or a loss scaler says; None where that follows from the norms."""
-        if self.why is None and self.overflowed is not None and self.overflowed():
+        asks = self.overflowed  # which another thread may settle meanwhile
+        if self.why is None and asks is not None and asks():
             self.why = SkipReason.LOSS_SCALE
         return self.why
 
@@ -299,6 +301,7 @@ class StepReport:
         """Parameter, selection, norm and coefficient of each parameter as a pandas DataFrame; syncs the host."""
         import pandas as pd
 
+        _ = self._main
         rows = [
             (name, selection.label, norm, coefficients[name])
             for selection in self.selections

@@ -176,7 +176,7 @@ class SkipWatch:
                 self.made()
             elif is_overflow:
                 self.overflowed()
-            else:
+            elif report.skip_reason is not SkipReason.POLICY:
                 self.skipped(report.reason or "a gradient was not finite")
 
 

@@ -46,18 +46,21 @@ class Told:
             return False
         self._seen, report = self.guard.step, self.guard.report
         self.steps += 1
-        self.clipped = self.clipped + report.selections[0].outcome.is_clipped()
-        self.skipped = self.skipped + ~report.stepped_tensor().to(self.skipped.device).bool()
+        made = report.stepped_tensor().to(self.skipped.device).bool()
+        self.clipped = self.clipped + (report.selections[0].outcome.is_clipped() & made)
+        self.skipped = self.skipped + ~made
         return True
 
     def numbers(self) -> dict[str, Tensor]:
         """Of the last step its norm and coefficient, and over all steps the clipped share and the skipped ones."""
-        main = self.guard.report.selections[0]
+        report, one = self.guard.report, self.clipped.new_ones(())
+        main = report.selections[0]
         factors = [part.min() for part in main.outcome.factors]
-        one = self.clipped.new_ones(())
+        coefficient = torch.stack(factors).prod() if factors else one
+        made = report.stepped_tensor().to(coefficient.device).bool()
         return {
             "grad_norm": main.measured.total,
-            "clip_coefficient": torch.stack(factors).prod() if factors else one,
+            "clip_coefficient": torch.where(made, coefficient, 1.0),
             "clipped_share": self.clipped / max(1, self.steps),
             "skipped_steps": self.skipped,
         }
