@@ -329,6 +329,11 @@ extern "C" {
 
 int simulated_cuda_works() { return at::detail::getCUDAHooks().hasCUDA(); }
 
-void simulated_cuda_forbids_waiting(int forbidden) { waiting_is_an_error = forbidden != 0; }
+// Returns how it was.
+int simulated_cuda_forbids_waiting(int forbidden) {
+    const int before = waiting_is_an_error;
+    waiting_is_an_error = forbidden != 0;
+    return before;
+}
 
 }

@@ -22,9 +22,6 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 
 assert _library.simulated_cuda_works(), "torch was imported before"
 
-WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2"}
-"""Operations whose result the host waits for, as in `simulated_cuda.cpp`."""
-
 _capturing = []
 """The graph that is being captured, if one is."""
 
@@ -43,10 +40,8 @@ class Capture(TorchDispatchMode):
         if not is_made_there and not any(tensor.is_cuda for tensor in tensors):
             return function(*args, **kwargs)
         name = function._schema.name.partition("::")[2]
-        if name in WAITING or (
-            name == "copy_" and any(not t.is_cuda and not t.is_pinned() for t in args[:2])
-        ):
-            raise RuntimeError(f"operation not permitted when stream is capturing (simulated): {name}")
+        if name == "copy_" and any(not tensor.is_cuda and not tensor.is_pinned() for tensor in args[:2]):
+            raise RuntimeError("operation not permitted when stream is capturing (simulated): copy_")
         aliases = [argument.alias_info for argument in function._schema.arguments]
         if any(alias is not None and alias.is_write for alias in aliases):
             self.launches.append(lambda: function(*args, **kwargs))
@@ -80,11 +75,13 @@ class CUDAGraph:
         assert torch.cuda.current_stream().cuda_stream != 0, "the default stream cannot be captured"
         assert not _capturing, "one capture at a time"
         _capturing.append(self._capture)
+        self._may_wait = not _library.simulated_cuda_forbids_waiting(True)
         self._capture.__enter__()
 
     def capture_end(self):
         self._capture.__exit__(None, None, None)
         _capturing.remove(self._capture)
+        _library.simulated_cuda_forbids_waiting(not self._may_wait)
         self._capture.end()
 
     def replay(self):

@@ -79,6 +79,15 @@ def test_parameters_that_the_model_does_not_have_are_positions_and_warned_of(mod
     assert guard.names == ("head.weight", "head.bias", "2")
 
 
+def test_parameters_whose_place_in_the_model_others_have_are_warned_of(model):
+    """As where weights are quantized after the optimizer was built: those of the model are not trained any more."""
+    optimizer = torch.optim.SGD(model.head.parameters(), lr=0.1)
+    model.head = nn.Linear(3, 2).requires_grad_(False)
+    model.norm.requires_grad_(False)
+    with pytest.warns(gk.GradkeelWarning, match="2 of the optimizer's parameters are not in model"):
+        gk.attach(optimizer, None, model=model)
+
+
 def test_a_loss_with_parameters_of_its_own_is_not_warned_of(model):
     """As ArcFace has them; under nn.ModuleDict they have names too."""
     loss = nn.Linear(2, 3)

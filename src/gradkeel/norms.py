@@ -282,7 +282,7 @@ class Decision:
     bound: Tensor | None = None
 
     def beside(self, norms: Tensor) -> "Decision":
-        """The same where norms are on an accelerator: lists of the host's, and its tensors, are sent there."""
+        """The same where norms are on an accelerator: what is on the host is sent there, which syncs it."""
         return Decision(
             coefficients=_sent(self.known_coefficients, norms),
             unit_coefficients=_sent(self.unit_coefficients, norms),

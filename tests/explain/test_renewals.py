@@ -1,5 +1,7 @@
 """A loss that rises at once by more than an update can do, and is learned away: what is asked has changed."""
 
+import re
+
 import pytest
 import torch
 
@@ -120,3 +122,19 @@ def test_a_blow_up_at_the_end_of_a_record_without_losses_has_diverged(tmp_path):
     norms = torch.cat([torch.exp(noise(1, 0.1))[:200], torch.tensor([10.0, 1e3, 1e5, 1e7, 1e9])])
     with Reader(scripted_run(tmp_path / "run.keel", norms)) as reader:
         assert explain(reader).diagnosis.verdict == "diverged"
+
+
+def test_what_recurs_is_counted_whole_whether_or_not_it_is_new(tmp_path):
+    heights = [0.5] * 14
+    jumps = sum(
+        learned(step, height, over=8.0) for step, height in zip(range(1, STEPS, 90), heights, strict=True)
+    )
+    losses, norms = (
+        (jumps + 0.02) * torch.exp(noise(0, 0.1)),
+        0.1 * (1 + 20 * jumps) * torch.exp(noise(1, 0.1)),
+    )
+    found, renewals = judged(tmp_path / "run.keel", losses, norms)
+    assert len(renewals) >= 3
+    assert (found.verdict, found.confidence) == ("healthy", 0.5)
+    told = re.search(r"left its past (\d+) times", " ".join(found.reasons))
+    assert int(told[1]) >= 8

@@ -19,7 +19,7 @@ _LATELY = 3  # measured updates, the largest of which stands for the one before
 _GAVE_UP = 0.3  # of what was learned until then
 _APART = 10  # rows: nearer ones are one
 AGAIN = 3
-"""So many are no accident: fewer are believed where the update before each was measured, and not only usual ones."""
+"""So many are no accident; fewer count only where the very update before each was measured."""
 
 
 def find_renewals(course: Course) -> list[int]:
@@ -45,13 +45,9 @@ def find_renewals(course: Course) -> list[int]:
         near = found.pop() if found and row - found[-1] < _APART else row
         found.append(max(near, row, key=rise.__getitem__))
     if len(found) < AGAIN:
-        found = [row for row in found if _is_measured(course, row - 1)]
+        measured = set(_sizes(course)[0].tolist())
+        found = [row for row in found if course.step(row - 1) in measured]
     return [course.step(row) for row in found]
-
-
-def _is_measured(course: Course, row: int) -> bool:
-    steps, _, updates = course.samples
-    return bool((steps[~updates.isnan().all(dim=1)] == course.steps[row]).any())
 
 
 def _after(losses: Tensor) -> Tensor:
@@ -80,14 +76,20 @@ def _median_before(values: Tensor, many: int, *, own: bool = False) -> Tensor:
     return torch.cat([part.nanmedian(dim=1).values for part in parts])
 
 
-def _can_change(course: Course) -> Tensor:
-    """[k] by how much an update like the last that were measured can have changed the loss; NaN where none was."""
+def _sizes(course: Course) -> tuple[Tensor, Tensor]:
+    """[s] the steps whose whole update was measured, and its norm."""
     steps, _, updates = course.samples
     sizes = torch.linalg.vector_norm(updates, dim=1)
     known = ~sizes.isnan()
-    sizes = torch.cat([sizes.new_full((_LATELY,), -torch.inf), sizes[known]])
+    return steps[known], sizes[known]
+
+
+def _can_change(course: Course) -> Tensor:
+    """[k] by how much an update like the last that were measured can have changed the loss; NaN where none was."""
+    steps, sizes = _sizes(course)
+    sizes = torch.cat([sizes.new_full((_LATELY,), -torch.inf), sizes])
     largest = sizes.unfold(0, _LATELY, 1).amax(dim=1)
     largest = torch.where(largest < 0, torch.nan, largest)
     totals = course.totals
     gradients = (totals + torch.cat([totals[:1], totals[:-1]])) / 2
-    return gradients * largest[torch.searchsorted(steps[known], course.steps)]
+    return gradients * largest[torch.searchsorted(steps, course.steps)]

@@ -89,7 +89,7 @@ class _Judge:
         self._recurring = self._usual()
         usual = set(self._recurring)
         self._signs = [sign for sign in signals.signs if sign not in usual]
-        self._of_the_lost = [sign for sign in signals.signs if sign.renews or sign not in usual]
+        self._candidates = [sign for sign in signals.signs if sign.renews or sign not in usual]
         self._first_bad: int | None = next(iter((bad & counts).nonzero().flatten().tolist()), None)
         self._is_moved = self._objective_moves()
 
@@ -114,7 +114,7 @@ class _Judge:
 
     def _healthy(self, confidence: float, *reasons: str) -> Diagnosis:
         """Nothing that is no part of how the run goes."""
-        often = [sign for sign in self._recurring if not sign.renews]
+        often = [sign for sign in self._recurring if sign.recurs]
         confidence = min(confidence, _UNSURE if self._recurring else 1.0)
         if self.signals.renewals and confidence == _UNSURE:
             reasons = (renewals.words(self.signals.renewals), *reasons)
@@ -282,7 +282,7 @@ class _Judge:
         """What the norms or weights showed at about this step."""
         near = [
             sign
-            for sign in self._of_the_lost
+            for sign in self._candidates
             if step is None or -10 <= step - sign.step <= 30 or (sign.lasts and sign.step <= step)
         ]
         return min(near, key=lambda sign: abs(sign.step - (step or sign.step)), default=None)
@@ -320,7 +320,8 @@ class _Judge:
             return self._say(Verdict.DRIFT, sign.step, sign.where, 0.7)
         if self._is_worse_since(sign.step):
             return self._say(Verdict.SPIKE_UNRECOVERED, sign.step, sign.where, 0.7)
-        if self.loss and not sign.is_over and sign.step > int(self.signals.steps[-1]) - CALM_ROWS:
+        is_told = self.loss is not None and not sign.is_over
+        if is_told and sign.step > int(self.signals.steps[-1]) - CALM_ROWS:
             words = say("The record ends with it: whether it comes back is not known.")
             return self._say(Verdict.SPIKE_RECOVERED, sign.step, sign.where, _UNSURE, words)
         if sign.is_over or self.loss is not None:

@@ -203,9 +203,8 @@ class StepReport:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles hold the selections' reports themselves."""
-        _ = self._main
         return type(self), (
-            self.step, self.selections, self.prescale, self.scalars, self.stepped_or_pending, self.told_why(),
+            self.step, self._settled(), self.prescale, self.scalars, self.stepped_or_pending, self.told_why(),
         )  # fmt: skip
 
     @property
@@ -220,12 +219,11 @@ class StepReport:
         for selection in self.selections:
             selection.decision = Decision(bound=selection.decision.bound)
 
-    @property
-    def _main(self) -> SelectionReport:
-        """What was done to the main selection, as the host is told: also of a step that the device has skipped."""
+    def _settled(self) -> tuple[SelectionReport, ...]:
+        """The selections' reports, without what was decided for a step that the device has skipped; syncs the host."""
         if isinstance(self.stepped_or_pending, Tensor) and not self.stepped:
             self.forget_decisions()
-        return self.selections[0]
+        return self.selections
 
     @property
     def norm_type(self) -> float:
@@ -240,17 +238,17 @@ class StepReport:
     @property
     def clipped_norm(self) -> float | None:
         """Norm of the gradients after clipping."""
-        return self._main.clipped_norm
+        return self._settled()[0].clipped_norm
 
     @property
     def coefficient(self) -> float:
         """What clipping multiplied the gradients by; the smallest one where parameters have their own."""
-        return self._main.coefficient
+        return self._settled()[0].coefficient
 
     @property
     def clipped(self) -> bool:
         """Whether the main policy made any gradient smaller."""
-        return self._main.clipped
+        return self._settled()[0].clipped
 
     @property
     def stepped(self) -> bool:
@@ -301,10 +299,9 @@ class StepReport:
         """Parameter, selection, norm and coefficient of each parameter as a pandas DataFrame; syncs the host."""
         import pandas as pd
 
-        _ = self._main
         rows = [
             (name, selection.label, norm, coefficients[name])
-            for selection in self.selections
+            for selection in self._settled()
             for coefficients in [selection.coefficients]
             for name, norm in selection.norms.items()
         ]

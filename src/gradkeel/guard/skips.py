@@ -39,8 +39,9 @@ class SkipWatch:
     """Warns of the first skip and raises after more than ``limit`` in a row.
 
     Where the device skips by itself, the verdict is copied to the host without waiting for it and looked at in a
-    later step, so that the warning comes a little late and the host is never synced. ``broken`` tells the names of the
-    model's buffers that hold a NaN, as a forward pass leaves it behind; it is asked at each skip until there are some.
+    later step, so that the warning comes a little late and the host is not synced, but to say why one was skipped.
+    ``broken`` tells the names of the model's buffers that hold a NaN, as a forward pass leaves it behind; it is asked
+    at each skip until there are some.
     """
 
     def __init__(self, limit: int, broken: Callable[[], Sequence[str]] = tuple) -> None:
@@ -170,11 +171,11 @@ class SkipWatch:
             is_overflow = not stepped and self._is_overflow(pending)
             # Said once and for all: later steps count otherwise.
             report.why, report.overflowed = SkipReason.LOSS_SCALE if is_overflow else None, None
-            if not stepped:
-                report.forget_decisions()
             if stepped:
                 self.made()
-            elif is_overflow:
+                continue
+            report.forget_decisions()
+            if is_overflow:
                 self.overflowed()
             elif report.skip_reason is not SkipReason.POLICY:
                 self.skipped(report.reason or "a gradient was not finite")

@@ -46,7 +46,7 @@ class Told:
             return False
         self._seen, report = self.guard.step, self.guard.report
         self.steps += 1
-        made = report.stepped_tensor().to(self.skipped.device).bool()
+        made = report.stepped_tensor().to(self.skipped.device)
         self.clipped = self.clipped + (report.selections[0].outcome.is_clipped() & made)
         self.skipped = self.skipped + ~made
         return True
@@ -57,7 +57,7 @@ class Told:
         main = report.selections[0]
         factors = [part.min() for part in main.outcome.factors]
         coefficient = torch.stack(factors).prod() if factors else one
-        made = report.stepped_tensor().to(coefficient.device).bool()
+        made = report.stepped_tensor().to(coefficient.device)
         return {
             "grad_norm": main.measured.total,
             "clip_coefficient": torch.where(made, coefficient, 1.0),

@@ -146,11 +146,12 @@ def _derive(series: dict[str, Tensor], kept: Kept) -> None:
     if places := list(kept.some(CAME_TO)):
         after[places] = series.pop("outcome_total")
         clipped[places] |= series.pop("outcome_clipped") == 1.0
-    # What a device has skipped by itself had been decided on, and nothing came of it.
-    made = series["stepped"].bool()
-    series["coefficients"] = torch.where(made.unsqueeze(1), series["coefficients"], 1.0)
-    clipped, smallest = clipped & made, torch.where(made, smallest, 1.0)
-    series["clipped_total"], series["coefficient"] = torch.where(made, after, series["total"]), smallest
+    skipped = series["stepped"] == 0.0
+    if skipped.any():  # by a device, it may be, after something had been decided of which nothing came
+        series["coefficients"] = series["coefficients"].masked_fill(skipped.unsqueeze(1), 1.0)
+        clipped, smallest = clipped & ~skipped, smallest.masked_fill(skipped, 1.0)
+        after = torch.where(skipped, series["total"], after)
+    series["clipped_total"], series["coefficient"] = after, smallest
     is_finite = torch.isfinite(norms).all(dim=1)
     verdict = series.pop("stepped") * STEPPED + clipped * CLIPPED + ~is_finite * NONFINITE
     series["verdict"] = verdict.to(torch.uint8)
