@@ -21,7 +21,7 @@ from gradkeel.errors import RecordError, RecordWarning
 from gradkeel.norms import Decision, Needs
 from gradkeel.record import Reader, Recorder, bucket_norms
 from gradkeel.record.kept import Kept
-from gradkeel.record.outbox import Outbox
+from gradkeel.record.outbox import MOST_KEPT, Outbox
 from gradkeel.record.rows import Batch
 from gradkeel.record.schema import SCHEMA_VERSION
 
@@ -731,13 +731,13 @@ def test_steps_wait_for_each_other_until_there_are_enough(make_report):
     sink = Gate()
     sink.go.set()
     recorder = Recorder(None, sinks=[sink], flush_seconds=600)
-    for step in range(1, 2048):
+    for step in range(1, MOST_KEPT):
         recorder.record(make_report(step))
     recorder._outbox._batches.join()
     assert sink.steps == []
-    recorder.record(make_report(2048))
+    recorder.record(make_report(MOST_KEPT))
     recorder._outbox._batches.join()
-    assert sink.steps == list(range(1, 2049))
+    assert sink.steps == list(range(1, MOST_KEPT + 1))
     recorder.close()
 
 

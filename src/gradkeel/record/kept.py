@@ -51,11 +51,11 @@ class Columns:
     """What one selection's steps have measured and decided; ``like`` are the [n] norms of one of them."""
 
     def __init__(self, like: Tensor, rows: Sequence[tuple[Any, ...]]) -> None:
-        self._like, self._rows = like, rows
+        self._like, self._columns = like, tuple(zip(*rows, strict=True))
 
     def norms(self) -> Tensor:
         """[k, n] of all steps."""
-        norms = [row[NORMS] for row in self._rows]
+        norms = self._columns[NORMS]
         if bytearray in set(map(type, norms)):  # the host's, whose tensors are made where somebody looks
             blobs = [own if type(own) is bytearray else to_blob(own.to(torch.float64)) for own in norms]
             return from_blobs(blobs, torch.float64).reshape(len(norms), self._like.numel())
@@ -63,14 +63,14 @@ class Columns:
 
     def coefficients(self) -> Tensor:
         """[k, n] of all steps."""
-        values = [row[FACTORS] for row in self._rows]
+        values = self._columns[FACTORS]
         if Outcome in set(map(type, values)):
-            values = [own.coefficients() if isinstance(own, Outcome) else own for own in values]
+            values = tuple([own.coefficients() if isinstance(own, Outcome) else own for own in values])
         return _coefficients(values, self._like)
 
-    def known(self, field: int) -> list[Tensor | None]:
+    def known(self, field: int) -> Sequence[Tensor | None]:
         """Of each step the norms of weights or the peaks, where they were measured."""
-        return [row[field] for row in self._rows]
+        return self._columns[field]
 
     def stacked(self, known: Sequence[Tensor | None], unknown: Tensor, shape: Sequence[int]) -> Tensor:
         """[k, n, ...] of what is known of some steps; ``unknown`` elsewhere."""
@@ -79,7 +79,7 @@ class Columns:
 
     def present(self) -> Tensor:
         """[k, n] of all steps, on the host."""
-        runs = [(own, len(list(run))) for own, run in itertools.groupby(row[PRESENT] for row in self._rows)]
+        runs = [(own, len(list(run))) for own, run in itertools.groupby(self._columns[PRESENT])]
         rows = torch.tensor([own for own, _ in runs], dtype=torch.uint8, device="cpu")
         return rows.repeat_interleave(torch.tensor([steps for _, steps in runs], device="cpu"), dim=0)
 
@@ -106,6 +106,7 @@ class Kept:
         self.like = self.selections[0].measured.norms
         self._places = [i for i, selection in enumerate(self.selections) if selection.measured.names] or [0]
         self.steps: list[tuple[Any, ...]] = []
+        self._columns: tuple[tuple[Any, ...], ...] = ((),)
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -128,9 +129,11 @@ class Kept:
             came_to, None if made is True else report, sample, *taken,
         )  # fmt: skip
 
-    def of(self, field: int) -> list[Any]:
+    def of(self, field: int) -> tuple[Any, ...]:
         """What there is in a field, of all steps."""
-        return [step[field] for step in self.steps]
+        if len(self._columns[0]) != len(self.steps):
+            self._columns = tuple(zip(*self.steps, strict=True))
+        return self._columns[field]
 
     def some(self, field: int) -> dict[int, Any]:
         """By place what there is in a field of the steps that have it."""
@@ -186,7 +189,10 @@ class Kept:
             series["outcome_clipped"] = torch.stack([own.is_clipped() for own, _ in outcomes]).to(
                 unknown.dtype
             )
-        scalars = [{"lr": own} if type(own) is float else dict(own) for own in self.of(LOGGED)]
+        logged = self.of(LOGGED)
+        if _are_floats(logged):
+            return series | {SCALAR_PREFIX + "lr": _scalars(logged, unknown)}
+        scalars = [{"lr": own} if type(own) is float else dict(own) for own in logged]
         for name in dict.fromkeys(itertools.chain.from_iterable(scalars)):
             series[SCALAR_PREFIX + name] = _scalars([row.get(name, math.nan) for row in scalars], unknown)
         return series
@@ -237,8 +243,10 @@ def _scalars(values: Sequence[Tensor | float], like: Tensor) -> Tensor:
 def _coefficients(values: Sequence[Tensor | tuple[float, ...] | float | None], norms: Tensor) -> Tensor:
     """[k, n] from one coefficient a step, or one a parameter and step; None is 1."""
     filled: Sequence[Any] = values
-    if not _are_floats(values):
+    kinds = set(map(type, values))
+    if kinds != {float}:
         filled = [1.0 if value is None else value for value in filled]
+    if not kinds <= {float, type(None)}:
         filled = [from_list(value) if isinstance(value, tuple) else value for value in filled]
         if any(isinstance(value, Tensor) and value.dim() for value in filled):
             return torch.stack(

@@ -24,7 +24,7 @@ FORK_SECONDS = 1.0
 """How long a fork waits for each record's write to end: a lock of SQLite's that is held then is held for ever in the
 new process, where whatever else uses SQLite would wait for it."""
 
-MOST_KEPT = 2048
+MOST_KEPT = 8192
 """Steps that wait to be sent together: a batch has its price, which fast steps share."""
 
 

@@ -33,7 +33,7 @@ class Recorder:
     """Records every step of a guarded run: to a file, to trackers, or to both.
 
     Pass it (or just the path) to ``gradkeel.attach(..., record=...)``. A step costs the training thread some
-    ten microseconds: its tensors are kept where they are, stacked after a second or 2,048 steps, copied to the host
+    ten microseconds: its tensors are kept where they are, stacked after a second or 8,192 steps, copied to the host
     without waiting, and written by a thread. Nothing that goes wrong there reaches the training: recording stops with
     one `RecordWarning`. ``kill -9`` loses at most the steps that wait, and never harms the file.
 
@@ -52,7 +52,7 @@ class Recorder:
             holds, which stay in it: ``Reader(path, superseded=True)``. Where another recorder of this process has
             the file, this one takes it over. None writes no file.
         sinks: who else is to be told, such as ``gradkeel.integrations.trackers.TensorBoard("runs/1")``.
-        flush_seconds: steps wait in memory for at most so long while training goes on, or until there are 2,048.
+        flush_seconds: steps wait in memory for at most so long while training goes on, or until there are 8,192.
         per_rank: give each rank of a distributed run a file of its own; the same on all ranks.
 
     Attributes:

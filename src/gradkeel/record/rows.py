@@ -106,7 +106,7 @@ class Batch:
         stacked = kept.stacked() if self._series is None else self._series
         series = {name: value.to(torch.float64) for name, value in stacked.items()}
         _derive(series, kept)
-        steps = kept.of(STEP)
+        steps = list(kept.of(STEP))
         series["step"] = from_list(steps, torch.int64)
         series["time"] = from_list(kept.of(TIME))
         series["present"] = torch.cat([columns.present() for columns in kept.columns()], dim=1)

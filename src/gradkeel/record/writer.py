@@ -8,6 +8,7 @@ import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ from gradkeel.record.schema import (
 from gradkeel.version import __version__
 
 _MAYBE_IMPLIED = ("present", "coefficients")
+_VARIABLES = 999
+"""Of one statement, which any SQLite takes."""
 _WAIT_SECONDS = 60  # for a reader that holds the file where there is no write-ahead log
 
 
@@ -90,12 +93,12 @@ class RecordFile:
             self._append(
                 {name: self._in_order(name, values, columns) for name, values in rows.series.items()}
             )
-            self._connection.executemany(
-                "INSERT INTO skips (step, kind, reason, session) VALUES (?, ?, ?, ?)",
+            self._insert(
+                "INSERT INTO skips (step, kind, reason, session)",
                 [(step, why.value, words, self._session) for step, why, words in rows.skips],
             )
-            self._connection.executemany(
-                "INSERT INTO weight_samples (step, weights, updates, session) VALUES (?, ?, ?, ?)",
+            self._insert(
+                "INSERT INTO weight_samples (step, weights, updates, session)",
                 [(step, *blobs, self._session) for step, blobs in self._sampled(rows.samples)],
             )
         self._last_step = rows.steps[-1]
@@ -145,6 +148,14 @@ class RecordFile:
                 self._connection.execute("ROLLBACK")
             self.close()  # what was committed before stays, and the file is free
             raise
+
+    def _insert(self, into: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        """Insert rows, many by one statement: at the end of each the interpreter's lock changes hands."""
+        most = _VARIABLES // len(rows[0]) if rows else 1
+        for first in range(0, len(rows), most):
+            part = rows[first : first + most]
+            places = ", ".join([f"({', '.join('?' * len(part[0]))})"] * len(part))
+            self._connection.execute(f"{into} VALUES {places}", list(itertools.chain.from_iterable(part)))
 
     def _scalar(self, query: str) -> int:
         return self._connection.execute(query).fetchone()[0] or 0
@@ -239,7 +250,8 @@ class RecordFile:
             kept = torch.stack([norms for one in own for norms in (one.weights, one.updates)])[:, list(known)]
             rows = placed(kept.to(torch.float64), list(known.values()), self._width, float("nan"))
             has_updates = (~rows[1::2].isnan()).any(dim=1).tolist()
-            blobs = [to_blob(row) for row in rows]
+            blob, size = to_blob(rows), rows.shape[1] * rows.itemsize
+            blobs = [blob[i * size : (i + 1) * size] for i in range(len(rows))]
             for step, weights, updates, has in zip(steps, blobs[::2], blobs[1::2], has_updates, strict=True):
                 yield step, (weights, updates if has else b"")
 
@@ -271,16 +283,16 @@ class RecordFile:
             return
         steps = rows["step"].reshape(-1, size).tolist()
         count = len(steps)
-        self._connection.executemany(
-            "INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?, ?, ?, 0)",
+        self._insert(
+            "INSERT OR REPLACE INTO blocks (block, first_step, last_step, rows, width, session)",
             [(first + i, one[0], one[-1], size, self._width, self._session) for i, one in enumerate(steps)],
         )
         norms = rows["norms"].reshape(count, size, self._width).transpose(0, 1)
         blobs = {name: to_blob(values) for name, values in rows.items()}
         blobs["summary"] = to_blob(summarize(norms).transpose(0, 1))
         implied = {name: self._are_implied(name, rows, count) for name in _MAYBE_IMPLIED if name in rows}
-        self._connection.executemany(
-            "INSERT OR REPLACE INTO series VALUES (?, ?, ?)",
+        self._insert(
+            "INSERT OR REPLACE INTO series",
             [
                 (name, first + i, blob[len(blob) // count * i : len(blob) // count * (i + 1)])
                 for name, blob in blobs.items()
