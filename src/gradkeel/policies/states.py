@@ -224,6 +224,8 @@ def _packed(numbers: Tensor) -> bytes:
 class JoinedState(LazyState):
     """The states of a policy's parts as one, each name under its part's prefix, such as ``0.seen``."""
 
+    __slots__ = ("parts",)
+
     def __init__(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
         self.parts = parts
 

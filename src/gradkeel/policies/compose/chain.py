@@ -43,6 +43,9 @@ class Composite(Policy):
         return decision if self._is_own else decision.apart(), after
 
 
+_NO_STATE: State = {}
+
+
 @dataclass(frozen=True, init=False, repr=False)
 class Chain(Composite):
     """Apply several policies in turn, each to what the one before leaves.
@@ -164,14 +167,14 @@ class Warmup(Composite):
 
     def decide(self, norms: GradientNorms, state: State) -> tuple[Decision, State]:
         """Let the policy in force decide; the second one learns in any case."""
-        decision, before, after = Decision(), part(state, "before"), part(state, "after")
+        before, after, decision = part(state, "before"), part(state, "after"), None
         if self.after is not None:
             decision, after = self.after.decide(norms, after)
         if norms.step <= self.steps:
-            decision = Decision()
+            decision = None
             if self.before is not None:
                 decision, before = self.before.decide(norms, before)
-        return decision, JoinedState({"before": before, "after": after})
+        return decision or Decision(), JoinedState({"before": before, "after": after})
 
     def __repr__(self) -> str:
         return f"Warmup({self.steps}, {brief(self.before)}, {brief(self.after)})"
@@ -237,6 +240,6 @@ def nested(policy: Policy | None) -> str:
 
 def part(state: State, prefix: str) -> State:
     """The state of the part with this prefix, out of a `JoinedState` or a saved one."""
-    if isinstance(state, JoinedState):
-        return state.parts.get(prefix, {})
+    if type(state) is JoinedState:
+        return state.parts.get(prefix, _NO_STATE)
     return {key[len(prefix) + 1 :]: value for key, value in state.items() if key.startswith(f"{prefix}.")}
