@@ -102,8 +102,8 @@ test-triton: $(VENV)/triton-$(TRITON).stamp ## the GPU kernels, in Triton's inte
 
 .PHONY: test-simulated
 test-simulated: $(VENV)/simulated_cuda.so $(VENV)/triton-$(TRITON).stamp ## the tests that want a GPU, on one that is simulated; needs a C++ compiler
-	$(simulated) tests/test_simulated_cuda.py tests/record/test_cuda.py tests/test_cuda.py -k 'not triton' $(ARGS)
-	PYTHONPATH=$(abspath $(VENV)/triton) TRITON_INTERPRET=1 $(simulated) tests/test_cuda.py -k triton $(ARGS)
+	$(simulated) tests/test_simulated_cuda.py tests/record/test_cuda.py tests/test_cuda.py tests/test_same_on_cuda.py -k 'not triton' $(ARGS)
+	PYTHONPATH=$(abspath $(VENV)/triton) TRITON_INTERPRET=1 $(simulated) tests/test_cuda.py tests/test_same_on_cuda.py -k triton $(ARGS)
 
 .PHONY: test-torch
 test-torch: $(other)/dev.stamp ## the tests under another torch, the oldest by default: make test-torch TORCH=2.11.0

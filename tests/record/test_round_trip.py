@@ -440,3 +440,21 @@ def test_the_file_says_what_is_in_it(tmp_path):
 def test_only_the_record_is_left_behind(tmp_path):
     train(tmp_path / "run.keel", gk.ClipByGlobalNorm(1.0))
     assert [path.name for path in tmp_path.iterdir()] == ["run.keel"]
+
+
+@pytest.mark.parametrize("policy", ["value:0.3", "global-norm:0.3", "norm:0.3"])
+def test_a_skipped_step_has_the_bound_that_was_in_force(tmp_path, policy):
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    guard = gk.attach(optimizer, policy, record=tmp_path / "run.keel")
+    for value in (1.0, math.nan, 1.0):
+        weight.grad = torch.full_like(weight, value)
+        if value != value:
+            with pytest.warns(gk.errors.SkippedStepWarning):
+                optimizer.step()
+        else:
+            optimizer.step()
+    guard.detach()
+    with Reader(tmp_path / "run.keel") as run:
+        assert run.stepped().tolist() == [True, False, True]
+        assert run.bounds().tolist() == [0.3] * 3

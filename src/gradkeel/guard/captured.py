@@ -134,6 +134,9 @@ class Captured:
         }
         reports, after = decide_all(roster, measured, before)
         finite, may_step = judge(reports, given.found_inf, None, tolerant=given.tolerant)
+        assert isinstance(finite, Tensor), "gradients are on a device"
+        if not isinstance(may_step, Tensor):  # where what is not finite is kept, the host knows
+            may_step = torch.full_like(finite, may_step)
         states = committed(roster.parts, reports, after, before, finite)
         decided = _Decided(
             roster, reports, states, self._places, finite, may_step, given, may_fold=self._may_fold
@@ -199,15 +202,13 @@ class _Decided:
         reports: Sequence[SelectionReport],
         states: Mapping[str, State],
         order: Mapping[str, Places],
-        finite: Tensor | bool,
-        may_step: Tensor | bool,
+        finite: Tensor,
+        may_step: Tensor,
         given: Given,
         *,
         may_fold: bool,
     ) -> None:
         self.reports = reports
-        assert isinstance(finite, Tensor), "gradients are on a device"
-        assert isinstance(may_step, Tensor), "and so is the verdict on them"
         self.found_inf = None if given.route is Route.HOST else (~may_step).float()
         own = [reports[i] for i in roster.here]
         every: list[Tensor | list[float] | float | None] = [
