@@ -51,6 +51,11 @@ def entries_to_scale(gradient: Tensor) -> Tensor:
     return torch.view_as_real(local) if local.is_complex() else local
 
 
+def limits_of(dtype: torch.dtype, low: float, high: float) -> list[float]:
+    """A clamp's limits as entries of this dtype have them; infinite beyond its range, where torch raises."""
+    return torch.tensor([low, high], dtype=torch.float64, device="cpu").to(dtype).tolist()
+
+
 def entries_by_position(tensor: Tensor) -> Tensor:
     """Return the entries here as a real strided tensor in which each stands at its place: sparse ones made dense."""
     return entries_to_read(tensor.detach().to_dense() if tensor.layout != torch.strided else tensor)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import reference
-from gradkeel.apply import device
+from gradkeel.apply import device, host
 from gradkeel.kernels import foreach, native
 from gradkeel.measure.device import read
 
@@ -152,6 +152,19 @@ def test_peaks(dtype):
     found = foreach.peaks(tensors, torch.float64)
     wanted = [[float(t.min()), float(t.max())] if t.numel() else [0.0, 0.0] for t in tensors]
     assert str(found.tolist()) == str(wanted).replace("-0.0", "0.0")
+
+
+@pytest.mark.parametrize("clamp", [device.clamp, host.clamp])
+def test_a_limit_beyond_the_range_of_a_dtype_is_none(clamp):
+    parameters = [
+        torch.nn.Parameter(torch.zeros(4, dtype=dtype)) for dtype in (torch.float16, torch.bfloat16)
+    ]
+    for parameter in parameters:
+        parameter.grad = torch.tensor([math.inf, -math.inf, math.nan, 6e4], dtype=parameter.dtype)
+    given = [parameter.grad.clone() for parameter in parameters]
+    clamp(parameters, (-1e39, 1e39), None)
+    for parameter, before in zip(parameters, given, strict=True):
+        torch.testing.assert_close(parameter.grad, before, rtol=0, atol=0, equal_nan=True)
 
 
 def test_clamping_keeps_nan_and_takes_sparse_and_complex_gradients():

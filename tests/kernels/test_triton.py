@@ -303,6 +303,13 @@ def test_clamping_keeps_nan_and_writes_what_torch_would(dtype):
         torch.testing.assert_close(found, exact, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+def test_a_limit_beyond_the_range_of_a_dtype_is_none(dtype):
+    tensor = torch.tensor([math.inf, -math.inf, 3.0], dtype=dtype)
+    assert triton_host.clamp([tensor], -1e39, 1e39)
+    assert tensor.tolist() == [math.inf, -math.inf, 3.0]
+
+
 def test_clamping_leaves_the_bits_of_what_is_within():
     bits = torch.tensor([0x7FA00001, 1, -1], dtype=torch.int32)  # two NaN and the smallest number
     assert triton_host.clamp([bits.view(torch.float32)], -1.0, 1.0)

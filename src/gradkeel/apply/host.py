@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gradkeel.apply.device import over_units, own
 from gradkeel.kernels import native
-from gradkeel.tensors import entries_to_scale
+from gradkeel.tensors import entries_to_scale, limits_of
 
 LEAST = torch.finfo(torch.float32).tiny
 """Below this a float32 factor loses digits, and at last becomes 0."""
@@ -110,5 +110,6 @@ def clamp(parameters: Sequence[Tensor], limits: tuple[float, float], peaks: Tens
         return
     for parameter, gradient in chosen:
         once = gradient.coalesce() if gradient.layout == torch.sparse_coo else gradient
-        entries_to_scale(once).clamp_(low, high)
+        entries = entries_to_scale(once)
+        entries.clamp_(*limits_of(entries.dtype, low, high))
         parameter.grad = once

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gradkeel.norms import index, take
-from gradkeel.tensors import is_dense
+from gradkeel.tensors import is_dense, limits_of
 
 BUCKET = 1 << 24
 """Entries that are copied at once, in float32 or float64, where an operation needs a copy."""
@@ -154,8 +154,9 @@ def clamp(tensors: Sequence[Tensor], low: float, high: float) -> None:
     """Clamp every entry into ``[low, high]``, in place; NaN stays."""
     for rows in alike(tensors).values():
         members = [tensors[i] for i in rows]
-        torch._foreach_clamp_min_(members, low)
-        torch._foreach_clamp_max_(members, high)
+        least, most = limits_of(members[0].dtype, low, high)
+        torch._foreach_clamp_min_(members, least)
+        torch._foreach_clamp_max_(members, most)
 
 
 def spread(values: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -22,6 +22,7 @@ from gradkeel.kernels.addresses import without_slots
 from gradkeel.kernels.arrival import is_capturing
 from gradkeel.kernels.native import Read
 from gradkeel.kernels.triton_layout import DTYPES, Layout, Layouts, kinds_of
+from gradkeel.tensors import limits_of
 
 VARIABLE = "GRADKEEL_TRITON"
 
@@ -120,8 +121,7 @@ class TritonKernels:
         """
         given = layout.addresses if peaks is None else peaks.contiguous()
         for run in layout.runs:
-            # As torch's clamp rounds them.
-            limits = torch.tensor([low, high], dtype=run.dtype, device="cpu").tolist()
+            limits = limits_of(run.dtype, low, high)
             self._kernels.clamp_pieces[(run.length,)](
                 layout.addresses, layout.table, run.first, given, *limits, self._types[run.dtype],
                 min(run.alignment, layout.alignment), peaks is not None, _BLOCK,
