@@ -1,6 +1,7 @@
 """Where a gradient's entries lie: the one place that knows sparse, complex and distributed tensors."""
 
 import itertools
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeGuard
@@ -52,8 +53,21 @@ def entries_to_scale(gradient: Tensor) -> Tensor:
 
 
 def limits_of(dtype: torch.dtype, low: float, high: float) -> list[float]:
-    """A clamp's limits as entries of this dtype have them; infinite beyond its range, where torch raises."""
-    return torch.tensor([low, high], dtype=torch.float64, device="cpu").to(dtype).tolist()
+    """A clamp's limits where this dtype can have them: beyond its range, where torch raises, what they round to."""
+    info = torch.finfo(dtype)
+    most, half = (
+        info.max,
+        info.eps / (4 - 2 * info.eps),
+    )  # of the last step below infinity, relative to the most
+
+    def within(limit: float) -> float:
+        return (
+            limit
+            if abs(limit) <= most
+            else math.copysign(most if abs(limit) < most * (1 + half) else math.inf, limit)
+        )
+
+    return [within(low), within(high)]
 
 
 def entries_by_position(tensor: Tensor) -> Tensor:

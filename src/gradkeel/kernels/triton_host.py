@@ -121,7 +121,8 @@ class TritonKernels:
         """
         given = layout.addresses if peaks is None else peaks.contiguous()
         for run in layout.runs:
-            limits = limits_of(run.dtype, low, high)
+            # As torch's clamp rounds them.
+            limits = torch.tensor(limits_of(run.dtype, low, high), dtype=run.dtype, device="cpu").tolist()
             self._kernels.clamp_pieces[(run.length,)](
                 layout.addresses, layout.table, run.first, given, *limits, self._types[run.dtype],
                 min(run.alignment, layout.alignment), peaks is not None, _BLOCK,
