@@ -261,3 +261,24 @@ def test_a_decision_may_be_handed_out_again_within_a_step(within, kind):
         optimizer.step()
         found.append([weight.tolist() for weight in weights])
     assert found[0] == found[1]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Nothing(Own):
+    def decide(self, norms, state):
+        return None, state
+
+
+@pytest.mark.parametrize("policy", [Warmup(2, Nothing({}), None), Warmup(2, None, Nothing({})), Nothing({})])
+def test_none_is_no_decision_inside_of_others_either(policy):
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    gk.attach(optimizer, policy)
+
+    def steps():
+        for _ in range(4):
+            weight.grad = torch.ones(3)
+            optimizer.step()
+
+    with pytest.raises(TypeError, match=r"decide\(\) returned \(None"):
+        steps()

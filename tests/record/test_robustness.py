@@ -858,3 +858,27 @@ def test_a_copied_record_is_whole_after_closing(tmp_path, make_report):
     record(tmp_path / "run.keel", make_report, range(1, 70))
     shutil.copy(tmp_path / "run.keel", tmp_path / "copy.keel")
     check_rows(tmp_path / "copy.keel", range(1, 70))
+
+
+def test_blobs_of_few_bytes_share_a_statement_and_large_ones_do_not(tmp_path, make_report, monkeypatch):
+    monkeypatch.setattr("gradkeel.record.writer._BYTES", 1)
+    record(tmp_path / "run.keel", make_report, range(1, 201))
+    check_rows(tmp_path / "run.keel", list(range(1, 201)))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the memory in kilobytes")
+def test_what_was_written_is_not_held_until_the_file_is_closed(tmp_path):
+    """Statements of all lengths, each with blobs of its own."""
+    script = """
+        import resource, sys
+        from gradkeel.record.writer import RecordFile
+        own = RecordFile(sys.argv[1])
+        def rows(first, count):
+            return [("norms", first + i, bytes(3000)) for i in range(count)]
+        own._insert("INSERT OR REPLACE INTO series", rows(0, 300))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for count in range(299, 179, -1):
+            own._insert("INSERT OR REPLACE INTO series", rows(0, count))
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    """
+    assert int(run_script(script, tmp_path / "run.keel")) < 20_000  # kilobytes; 86 MB were written

@@ -34,6 +34,8 @@ from gradkeel.version import __version__
 _MAYBE_IMPLIED = ("present", "coefficients")
 _VARIABLES = 999
 """Of one statement, which any SQLite takes."""
+_BYTES = 2**20
+"""Of blobs in one statement, for SQLite copies what is bound to it."""
 _WAIT_SECONDS = 60  # for a reader that holds the file where there is no write-ahead log
 
 
@@ -151,7 +153,10 @@ class RecordFile:
 
     def _insert(self, into: str, rows: Sequence[tuple[Any, ...]]) -> None:
         """Insert rows, many by one statement: at the end of each the interpreter's lock changes hands."""
-        most = _VARIABLES // len(rows[0]) if rows else 1
+        if not rows:
+            return
+        largest = max(sum([len(value) for value in row if isinstance(value, bytes)]) for row in rows)
+        most = max(1, min(_VARIABLES // len(rows[0]), _BYTES // max(1, largest)))
         for first in range(0, len(rows), most):
             part = rows[first : first + most]
             places = ", ".join([f"({', '.join('?' * len(part[0]))})"] * len(part))
@@ -358,7 +363,10 @@ def _or_fill(name: str, series: dict[str, Tensor], other: dict[str, Tensor], row
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, timeout=_WAIT_SECONDS, isolation_level=None, check_same_thread=False)
+    # Without a cache of statements: each in it would keep the blobs that were bound to it.
+    connection = sqlite3.connect(
+        path, timeout=_WAIT_SECONDS, isolation_level=None, check_same_thread=False, cached_statements=0
+    )
     try:
         if is_empty(connection, path):
             connection.execute(f"PRAGMA application_id={APPLICATION_ID}")

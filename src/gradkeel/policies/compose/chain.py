@@ -43,9 +43,6 @@ class Composite(Policy):
         return decision if self._is_own else decision.apart(), after
 
 
-_NO_STATE: State = {}
-
-
 @dataclass(frozen=True, init=False, repr=False)
 class Chain(Composite):
     """Apply several policies in turn, each to what the one before leaves.
@@ -167,14 +164,16 @@ class Warmup(Composite):
 
     def decide(self, norms: GradientNorms, state: State) -> tuple[Decision, State]:
         """Let the policy in force decide; the second one learns in any case."""
-        before, after, decision = part(state, "before"), part(state, "after"), None
+        before, after = part(state, "before"), part(state, "after")
+        is_first = norms.step <= self.steps
+        decision = Decision() if (self.before if is_first else self.after) is None else None
         if self.after is not None:
-            decision, after = self.after.decide(norms, after)
-        if norms.step <= self.steps:
-            decision = None
-            if self.before is not None:
-                decision, before = self.before.decide(norms, before)
-        return decision or Decision(), JoinedState({"before": before, "after": after})
+            learned, after = self.after.decide(norms, after)
+            decision = decision if is_first else learned
+        if is_first and self.before is not None:
+            decision, before = self.before.decide(norms, before)
+        # None only where a policy of the user's own returns it, which is refused by who asked.
+        return decision, JoinedState({"before": before, "after": after})  # type: ignore[return-value]
 
     def __repr__(self) -> str:
         return f"Warmup({self.steps}, {brief(self.before)}, {brief(self.after)})"
@@ -241,5 +240,5 @@ def nested(policy: Policy | None) -> str:
 def part(state: State, prefix: str) -> State:
     """The state of the part with this prefix, out of a `JoinedState` or a saved one."""
     if type(state) is JoinedState:
-        return state.parts.get(prefix, _NO_STATE)
+        return state.parts.get(prefix, {})
     return {key[len(prefix) + 1 :]: value for key, value in state.items() if key.startswith(f"{prefix}.")}
