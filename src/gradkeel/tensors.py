@@ -53,21 +53,9 @@ def entries_to_scale(gradient: Tensor) -> Tensor:
 
 
 def limits_of(dtype: torch.dtype, low: float, high: float) -> list[float]:
-    """A clamp's limits where this dtype can have them: beyond its range, where torch raises, what they round to."""
-    info = torch.finfo(dtype)
-    most, half = (
-        info.max,
-        info.eps / (4 - 2 * info.eps),
-    )  # of the last step below infinity, relative to the most
-
-    def within(limit: float) -> float:
-        return (
-            limit
-            if abs(limit) <= most
-            else math.copysign(most if abs(limit) < most * (1 + half) else math.inf, limit)
-        )
-
-    return [within(low), within(high)]
+    """A clamp's limits as this dtype takes them: infinite beyond its range, where torch raises."""
+    most = torch.finfo(dtype).max
+    return [limit if abs(limit) <= most else math.copysign(math.inf, limit) for limit in (low, high)]
 
 
 def entries_by_position(tensor: Tensor) -> Tensor:

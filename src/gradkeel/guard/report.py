@@ -217,10 +217,7 @@ class StepReport:
     def forget_decisions(self) -> None:
         """Nothing was applied, for the step was skipped; the bounds stay."""
         for selection in self.selections:
-            own = selection.decision
-            # A clamp's bound is the highest value that an entry may have.
-            bound: Any = own.known_bound if own.clamp is None or own.known_bound is not None else own.clamp[1]
-            selection.decision = Decision(bound=bound)
+            selection.decision = Decision(bound=selection.outcome.bound())
 
     def _settled(self) -> tuple[SelectionReport, ...]:
         """The selections' reports, without what was decided for a step that the device has skipped; syncs the host."""

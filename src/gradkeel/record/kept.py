@@ -63,9 +63,9 @@ class Columns:
 
     def coefficients(self) -> Tensor:
         """[k, n] of all steps."""
-        values = self._columns[FACTORS]
+        values: Sequence[Any] = self._columns[FACTORS]
         if Outcome in set(map(type, values)):
-            values = tuple([own.coefficients() if isinstance(own, Outcome) else own for own in values])
+            values = [own.coefficients() if isinstance(own, Outcome) else own for own in values]
         return _coefficients(values, self._like)
 
     def known(self, field: int) -> Sequence[Tensor | None]:
@@ -96,9 +96,9 @@ have been skipped. Its sample. From `_SELECTIONS` on what is kept of each select
 class Kept:
     """Steps of one layout as the training thread leaves them, and nothing computed that can wait.
 
-    Of a step that was made, multiplied by factors of parameters at most, only numbers and tensors are kept, in tuples:
-    whatever else is alive for long, the interpreter's garbage collection goes through again and again, with all that
-    there is.
+    Of a step that was made, multiplied by factors of parameters at most, only numbers and tensors are kept, in tuples.
+    The interpreter's garbage collection does not go through tuples of numbers alone, which most policies' are on the
+    CPU; whatever else is alive for long, it goes through again and again.
     """
 
     def __init__(self, first: StepReport) -> None:
@@ -106,7 +106,7 @@ class Kept:
         self.like = self.selections[0].measured.norms
         self._places = [i for i, selection in enumerate(self.selections) if selection.measured.names] or [0]
         self.steps: list[tuple[Any, ...]] = []
-        self._columns: tuple[tuple[Any, ...], ...] = ((),)
+        self._columns: tuple[tuple[Any, ...], ...] = ((),)  # of as many steps as it was made of
 
     def __len__(self) -> int:
         return len(self.steps)

@@ -35,7 +35,7 @@ class Recorder:
     Pass it (or just the path) to ``gradkeel.attach(..., record=...)``. A step costs the training thread some
     ten microseconds: its tensors are kept where they are, stacked after a second or 8,192 steps, copied to the host
     without waiting, and written by a thread. Nothing that goes wrong there reaches the training: recording stops with
-    one `RecordWarning`. ``kill -9`` loses at most the steps that wait, and never harms the file.
+    one `RecordWarning`. ``kill -9`` loses the steps that wait or are being written, and never harms the file.
 
     Besides what the guard measures anyway, the parameters' own 2-norms and those of their updates are recorded: at
     each of the first 100 steps, then at every 50th, and after a jump of the learning rate and, on the CPU, of the

@@ -255,8 +255,7 @@ class RecordFile:
             kept = torch.stack([norms for one in own for norms in (one.weights, one.updates)])[:, list(known)]
             rows = placed(kept.to(torch.float64), list(known.values()), self._width, float("nan"))
             has_updates = (~rows[1::2].isnan()).any(dim=1).tolist()
-            blob, size = to_blob(rows), rows.shape[1] * rows.itemsize
-            blobs = [blob[i * size : (i + 1) * size] for i in range(len(rows))]
+            blobs = _pieces(to_blob(rows), len(rows))
             for step, weights, updates, has in zip(steps, blobs[::2], blobs[1::2], has_updates, strict=True):
                 yield step, (weights, updates if has else b"")
 
@@ -293,15 +292,15 @@ class RecordFile:
             [(first + i, one[0], one[-1], size, self._width, self._session) for i, one in enumerate(steps)],
         )
         norms = rows["norms"].reshape(count, size, self._width).transpose(0, 1)
-        blobs = {name: to_blob(values) for name, values in rows.items()}
-        blobs["summary"] = to_blob(summarize(norms).transpose(0, 1))
+        blobs = {name: _pieces(to_blob(values), count) for name, values in rows.items()}
+        blobs["summary"] = _pieces(to_blob(summarize(norms).transpose(0, 1)), count)
         implied = {name: self._are_implied(name, rows, count) for name in _MAYBE_IMPLIED if name in rows}
         self._insert(
             "INSERT OR REPLACE INTO series",
             [
-                (name, first + i, blob[len(blob) // count * i : len(blob) // count * (i + 1)])
-                for name, blob in blobs.items()
-                for i in range(count)
+                (name, first + i, blob)
+                for name, own in blobs.items()
+                for i, blob in enumerate(own)
                 if name not in implied or not implied[name][i]
             ],
         )
@@ -351,6 +350,12 @@ class RecordFile:
             own = {name: values[part] for name, values in series.items()}
             self._write_blocks(number, own, len(own["step"]))
         self._session = now
+
+
+def _pieces(blob: bytes, count: int) -> list[bytes]:
+    """The blob in ``count`` equal pieces."""
+    size = len(blob) // count
+    return [blob[i * size : (i + 1) * size] for i in range(count)]
 
 
 def _or_fill(name: str, series: dict[str, Tensor], other: dict[str, Tensor], rows: int) -> Tensor:

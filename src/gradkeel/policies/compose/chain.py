@@ -164,16 +164,14 @@ class Warmup(Composite):
 
     def decide(self, norms: GradientNorms, state: State) -> tuple[Decision, State]:
         """Let the policy in force decide; the second one learns in any case."""
-        before, after = part(state, "before"), part(state, "after")
-        is_first = norms.step <= self.steps
-        decision = Decision() if (self.before if is_first else self.after) is None else None
+        decision, before, after = Decision(), part(state, "before"), part(state, "after")
         if self.after is not None:
-            learned, after = self.after.decide(norms, after)
-            decision = decision if is_first else learned
-        if is_first and self.before is not None:
-            decision, before = self.before.decide(norms, before)
-        # None only where a policy of the user's own returns it, which is refused by who asked.
-        return decision, JoinedState({"before": before, "after": after})  # type: ignore[return-value]
+            decision, after = self.after.decide(norms, after)
+        if norms.step <= self.steps:
+            decision = Decision()
+            if self.before is not None:
+                decision, before = self.before.decide(norms, before)
+        return decision, JoinedState({"before": before, "after": after})
 
     def __repr__(self) -> str:
         return f"Warmup({self.steps}, {brief(self.before)}, {brief(self.after)})"
@@ -239,6 +237,6 @@ def nested(policy: Policy | None) -> str:
 
 def part(state: State, prefix: str) -> State:
     """The state of the part with this prefix, out of a `JoinedState` or a saved one."""
-    if type(state) is JoinedState:
+    if isinstance(state, JoinedState):
         return state.parts.get(prefix, {})
     return {key[len(prefix) + 1 :]: value for key, value in state.items() if key.startswith(f"{prefix}.")}
