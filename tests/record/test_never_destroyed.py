@@ -115,6 +115,10 @@ def test_skips_and_samples_of_the_weights_stay_too(tmp_path):
         assert steps.tolist() == list(range(1, 41))  # in their order, though superseded at different times
         assert weights.squeeze(1).tolist() == [2.0] * 20 + [3.0] * 20
         assert [step for step, _ in before.skips()] == [10, 20, 21, 25, 40]
+    with Reader(path, superseded=True) as run:
+        steps, weights, _ = run.weight_samples()
+        assert steps.tolist() == [*range(21, 41), *range(1, 31)]  # the first to be superseded come first
+        assert weights.squeeze(1).tolist() == [3.0] * 20 + [2.0] * 20 + [5.0] * 10
 
 
 @pytest.mark.parametrize("link", ["symlink", "hard link", "folder", "spelling"])

@@ -321,12 +321,16 @@ def _merged_samples(stores: Sequence[Store]) -> tuple[Tensor, Tensor, Tensor]:
     pieces, are left out.
     """
     samples = [store.weight_samples() for store in stores]
-    since = max(store.pieces_since for store in stores)
-    known = set.intersection(*(set(steps.tolist()) for steps, _, _ in samples))
-    steps = torch.tensor(sorted(step for step in known if step >= since), dtype=torch.int64, device="cpu")
+    first, *others = [own for own, _, _ in samples]
+    are_known = first >= max(store.pieces_since for store in stores)
+    for own in others:
+        are_known &= torch.isin(first, own)
+    steps = first[are_known]
+    # Of one file alone a step may have several, where they are superseded.
+    rows = [are_known, *(torch.searchsorted(own, steps) for own in others)]
     parts: dict[str, dict[tuple[int, ...], Tensor]] = {p.name: {} for p in stores[0].parameters}
-    for store, (own, weights, updates) in zip(stores, samples, strict=True):
-        both = torch.stack([weights, updates])[:, torch.searchsorted(own, steps)]
+    for store, (_, weights, updates), own in zip(stores, samples, rows, strict=True):
+        both = torch.stack([weights, updates])[:, own]
         for column, parameter in enumerate(store.parameters):
             key = store.piece(parameter.name)
             if key is not None and parameter.name in parts:
