@@ -1,7 +1,9 @@
 """Resuming, readers during training, and everything that can go wrong with a disk."""
 
+import contextlib
 import copy
 import gc
+import linecache
 import os
 import shutil
 import sqlite3
@@ -221,7 +223,7 @@ def test_steps_are_on_disk_after_a_moment_without_closing(tmp_path, make_report)
     recorder.record(make_report(1))
     time.sleep(0.02)
     recorder.record(make_report(2))
-    recorder._outbox._batches.join()  # whatever was handed over by itself is written; nothing was closed or flushed
+    recorder._outbox.wait_for_sent()  # whatever was handed over by itself is written; nothing was closed or flushed
     with Reader(tmp_path / "run.keel") as run:
         assert len(run) == 2
     recorder.close()
@@ -483,6 +485,47 @@ def test_an_interrupted_flush_loses_nothing(make_report, monkeypatch):
     assert steps_in(batches) == list(range(1, 14))
 
 
+@pytest.mark.parametrize("method", ["flush", "close"])
+def test_a_recorder_can_be_closed_after_ctrl_c_anywhere_in_it(make_report, method):
+    """At each line and each return, its own and of the locks that it waits for."""
+    place, lost, tracing = 0, [], sys.gettrace()
+    while True:
+        place += 1
+        recorder, batches = to_batches()
+        seen = 0
+
+        def interrupt(frame, event, _, last=place):
+            nonlocal seen
+            name = frame.f_globals["__name__"]
+            if name not in ("queue", "threading", "weakref") and not name.startswith("gradkeel.record."):
+                return None
+            source = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+            # At the end of a block CPython comes to its first line again, and looks for no signal there.
+            if event in ("line", "return") and not source.lstrip().startswith("with "):
+                seen += 1
+                if seen == last:
+                    raise KeyboardInterrupt
+            return interrupt
+
+        recorder.record(make_report(1))
+        with contextlib.suppress(KeyboardInterrupt):
+            sys.settrace(interrupt)
+            try:
+                getattr(recorder, method)()
+            finally:
+                sys.settrace(tracing)
+        ends = threading.Thread(target=recorder.close, daemon=True)
+        ends.start()
+        ends.join(30)
+        assert not ends.is_alive(), "a lock is held for ever"
+        if steps_in(batches) != [1]:
+            lost.append(place)
+        if seen < place:
+            break
+    assert place > 30
+    assert len(lost) <= 1  # between two lines, where CPython looks for no signal
+
+
 def test_a_change_of_parameters_that_is_interrupted_is_made_at_the_next_step(tmp_path, monkeypatch):
     parameters = [nn.Parameter(torch.ones(n)) for n in (2, 3, 4)]
     optimizer = torch.optim.SGD(parameters[:2], lr=0.1)
@@ -733,10 +776,10 @@ def test_steps_wait_for_each_other_until_there_are_enough(make_report):
     recorder = Recorder(None, sinks=[sink], flush_seconds=600)
     for step in range(1, MOST_KEPT):
         recorder.record(make_report(step))
-    recorder._outbox._batches.join()
+    recorder._outbox.wait_for_sent()
     assert sink.steps == []
     recorder.record(make_report(MOST_KEPT))
-    recorder._outbox._batches.join()
+    recorder._outbox.wait_for_sent()
     assert sink.steps == list(range(1, MOST_KEPT + 1))
     recorder.close()
 

@@ -62,11 +62,13 @@ class Outbox:
         self._flush_seconds = flush_seconds
         self._sent_at = time.time()
         self._sinks = list(sinks)
-        self._batches: queue.Queue[Batch | None] = queue.Queue()
+        # With what is to be called there. Of C: what is of Python may stay locked where Ctrl-C ends it.
+        self._waiting: queue.SimpleQueue[Batch | Callable[[], None] | None] = queue.SimpleQueue()
         self._sent = self._taken = 0  # steps; each is counted by one thread
         self._is_working = True
-        self._thread = threading.Thread(target=self._work, name="gradkeel-record", daemon=True)
-        self._thread.start()
+        self._ended = threading.Lock()
+        self._ended.acquire()
+        threading.Thread(target=self._work, name="gradkeel-record", daemon=True).start()
         _outboxes.add(self)
 
     @property
@@ -109,42 +111,52 @@ class Outbox:
             self._kept = None
             raise
         waiting = self._sent - self._taken
-        self._kept = None  # not before, for Ctrl-C would lose them
         if waiting + len(batch) > MOST_WAITING:
+            self._kept = None
             self._stopped(f"{self._sinks[0]!r} does not keep up with {waiting} steps waiting")
             self._sinks.clear()
             return
-        self._batches.put(batch)
+        self._kept = None  # not before, for Ctrl-C would lose them
+        self._waiting.put(batch)
         self._sent += len(batch)
 
     def wait(self) -> None:
         """Wait until everything sent so far is written."""
         if self.is_open:
             self.send()
-            self._batches.join()
+            self.wait_for_sent()
+
+    def wait_for_sent(self) -> None:
+        """Wait until what has been sent is written; what waits to be sent goes on waiting."""
+        written = threading.Lock()
+        written.acquire()
+        self._waiting.put(written.release)
+        while not written.acquire(timeout=1.0) and self._is_working:
+            pass
 
     def close(self) -> None:
         """Write what is left, and end the thread."""
-        if not self._is_working or not self._thread.is_alive():
+        if not self._is_working:
             return
         self.send()
-        self._batches.put(None)
-        self._thread.join(CLOSE_SECONDS)
+        self._waiting.put(None)
+        if self._ended.acquire(timeout=CLOSE_SECONDS):
+            self._ended.release()
 
     def _work(self) -> None:
         try:
-            while (batch := self._batches.get()) is not None:
+            while (batch := self._waiting.get()) is not None:
+                if callable(batch):
+                    batch()
+                    continue
                 self._taken += len(batch)
-                try:
-                    with self._writing:
-                        self._write(batch)
-                finally:
-                    self._batches.task_done()
+                with self._writing:
+                    self._write(batch)
             with self._writing:
                 self._close_sinks()
-            self._batches.task_done()
         finally:
             self._is_working = False
+            self._ended.release()
 
     def _write(self, batch: Batch) -> None:
         try:

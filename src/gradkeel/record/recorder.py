@@ -204,7 +204,8 @@ class Recorder:
         """Write what is left and close file and sinks; called by ``guard.detach()`` and when the process ends."""
         self._guard = self._before = None
         if self._outbox is not None:
-            self._finalizer()
+            self._outbox.close()
+            self._finalizer.detach()  # not before: what Ctrl-C leaves is written at the process's end
             self._warn_of_problems()
         self._file = self._outbox = None
         self._is_closed = True
