@@ -12,6 +12,7 @@ tensors, ``torch.compile``, and collectives.
 
 import contextlib
 import ctypes
+import itertools
 import os
 
 _library = ctypes.CDLL(os.environ["SIMULATED_CUDA"])
@@ -24,6 +25,10 @@ assert _library.simulated_cuda_works(), "torch was imported before"
 
 _capturing = []
 """The graph that is being captured, if one is."""
+
+_handles = itertools.count(1)
+_users = {}
+"""How many graphs there are in each pool that was ever captured into."""
 
 
 class Capture(TorchDispatchMode):
@@ -69,11 +74,18 @@ class CUDAGraph:
     """In place of torch's."""
 
     def __init__(self, keep_graph=False):
-        self._capture = Capture()
+        self._capture, self._pool = Capture(), None
 
     def capture_begin(self, pool=None, capture_error_mode="global"):
         assert torch.cuda.current_stream().cuda_stream != 0, "the default stream cannot be captured"
         assert not _capturing, "one capture at a time"
+        pool = _handle() if pool is None else pool
+        if _users.get(pool) == 0:  # its last graph has gone, and the pool with it
+            raise RuntimeError(
+                "use_count > 0 INTERNAL ASSERT FAILED (simulated): a pool is used that is gone"
+            )
+        _users[pool] = _users.get(pool, 0) + 1
+        self._pool = pool
         _capturing.append(self._capture)
         self._may_wait = not _library.simulated_cuda_forbids_waiting(True)
         self._capture.__enter__()
@@ -89,6 +101,14 @@ class CUDAGraph:
             raise RuntimeError("operation not permitted when stream is capturing (simulated): replay")
         for launch in self._capture.launches:
             launch()
+
+    def __del__(self):
+        if self._pool is not None:
+            _users[self._pool] -= 1
+
+
+def _handle():
+    return 0, next(_handles)
 
 
 class Stream:
@@ -164,7 +184,7 @@ def _install():
     cuda.Stream, cuda.stream = Stream, StreamContext
     cuda.current_stream = lambda device=None: Stream(own=torch.accelerator.current_stream("cuda"))
     cuda.CUDAGraph, cuda.graph = CUDAGraph, GraphContext
-    cuda.graph_pool_handle = lambda: (0, 1)
+    cuda.graph_pool_handle = _handle
     cuda.is_current_stream_capturing = lambda: bool(_capturing)
     # Numbers are drawn by the host.
     cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()

@@ -149,6 +149,17 @@ def test_a_step_whose_gradients_moved_is_replayed_on_the_new_ones(path):
         assert float(after) == pytest.approx(1.0, rel=1e-6)
 
 
+def test_a_graph_that_others_have_pushed_out_is_captured_anew(path):
+    """Its pool went with it."""
+    parameters, optimizer, guard, backward = training(gk.ClipByGlobalNorm(1e-3), "cuda")
+    for absent in [None] * 4 + [0, 1, 2, 3] + [None] * 4:
+        backward()
+        if absent is not None:
+            parameters[absent].grad = None
+        optimizer.step()
+        assert guard.report.clipped_norm == pytest.approx(1e-3, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     "policy",
     [

@@ -84,7 +84,6 @@ class Graphs(Generic[T]):
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.pool: Any = None
         self._entries: list[Entry[T]] = []
         self._tried = 0
 
@@ -115,11 +114,11 @@ class Graphs(Generic[T]):
 
         ``bodies`` makes what is kept; what it is given captures one body and returns its `Graph`.
         """
-        if self.pool is None:
-            self.pool = torch.cuda.graph_pool_handle()
+        # Shared by these graphs alone: it goes with the last of them, and cannot be captured into again.
+        pool = torch.cuda.graph_pool_handle()
         try:
             with entry.slots.active():
-                entry.captured = bodies(lambda body: Graph(body, self.device, self.pool))
+                entry.captured = bodies(lambda body: Graph(body, self.device, pool))
         except UnfitError:
             entry.slots.missed = True
         except Exception as error:  # noqa: BLE001  # whatever a body or a driver raises: training goes on
