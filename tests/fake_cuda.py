@@ -27,9 +27,9 @@ class Event:
 def fake_mode():
     """One mode for all tests, for constants are kept; they must not be met by others."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    norms.fixed.cache_clear()
+    norms.made.cache_clear()
     yield mode
-    norms.fixed.cache_clear()
+    norms.made.cache_clear()
 
 
 def inverted(tensor):

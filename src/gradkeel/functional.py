@@ -14,6 +14,7 @@ from gradkeel.apply import clamp, scale, separate
 from gradkeel.errors import NonFiniteGradientError, check_kind
 from gradkeel.kernels.graph import Entry, Graph, Graphs, can_capture, tell_autograd
 from gradkeel.kernels.native import Table
+from gradkeel.measure import wide_dtype
 from gradkeel.ranks.powers import WIDE
 from gradkeel.ranks.total import total_norm
 from gradkeel.tensors import are_plain, is_distributed, on_mesh_of, settle, settled, whole
@@ -153,7 +154,7 @@ def clip_grads_with_norm_(
         raise ValueError(
             f"clip_grads_with_norm_(total_norm=...): {rule}, not a tensor of shape {list(given.shape)}"
         )
-    _scale(checked, bound, whole(given).detach().double().reshape(()))
+    _scale(checked, bound, whole(given).detach().to(wide_dtype(given.device)).reshape(()))
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ def test_not_where_a_group_is_not_fused():
     first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     groups = [{"params": [first], "fused": True}, {"params": [second], "fused": False}]
     optimizer = optim.AdamW(groups, lr=0.1)
-    assert not reads_grad_scale(optimizer)
+    assert not reads_grad_scale(optimizer, CPU)
     guard = gk.attach(optimizer, gk.ClipByGlobalNorm(1.0))
     first.grad, second.grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
     optimizer.step()
@@ -61,7 +61,14 @@ def test_not_for_subclasses_whose_kernels_are_unknown():
     class Own(optim.SGD):
         pass
 
-    assert not reads_grad_scale(Own([nn.Parameter(torch.ones(2))], lr=0.1, fused=True))
+    assert not reads_grad_scale(Own([nn.Parameter(torch.ones(2))], lr=0.1, fused=True), CPU)
+
+
+def test_not_on_devices_whose_kernels_pass_it_over():
+    optimizer = optim.AdamW([nn.Parameter(torch.ones(2))], lr=0.1, fused=True)
+    assert reads_grad_scale(optimizer, CPU)
+    assert not reads_grad_scale(optimizer, torch.device("mps"))
+    assert not can_skip_on_device(optimizer, torch.device("mps"), optimizer.param_groups[0]["params"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -150,8 +157,9 @@ def test_folding_does_not_pay_where_half_of_the_steps_are_scaled(arrivals):
     assert not folding.pays(torch.tensor(0.5))
 
 
-def test_a_skip_on_the_device_waits_for_the_state_of_every_parameter():
+def test_a_skip_on_the_device_waits_for_the_state_of_every_parameter(monkeypatch):
     meta = torch.device("meta")
+    monkeypatch.setattr(fused, "HONOURING", ("meta",))
     parameters = [nn.Parameter(torch.zeros(2, device=meta)) for _ in range(2)]
     optimizer = optim.AdamW(parameters, lr=0.1)
     optimizer.param_groups[0]["fused"] = True  # torch refuses it on this device

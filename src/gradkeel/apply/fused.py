@@ -24,16 +24,24 @@ from gradkeel.tensors import is_only_a_view
 
 # RMSprop and the rest ignore or refuse grad_scale; each optimizer of torch.optim has its line in the tests.
 FOLDING: tuple[type[Optimizer], ...] = (SGD, Adam, AdamW, Adagrad)
+HONOURING = ("cpu", "cuda", "xpu")
+"""Devices whose fused kernels heed ``grad_scale`` and ``found_inf``: before torch 2.13 Apple's pass them over."""
 
 
-def reads_grad_scale(optimizer: Optimizer) -> bool:
+def reads_grad_scale(optimizer: Optimizer, device: torch.device) -> bool:
     """Whether every group of this optimizer runs in a fused kernel that honours ``grad_scale``."""
-    return type(optimizer) in FOLDING and all(bool(group.get("fused")) for group in optimizer.param_groups)
+    return (
+        type(optimizer) in FOLDING
+        and device.type in HONOURING
+        and all(bool(group.get("fused")) for group in optimizer.param_groups)
+    )
 
 
 def can_fold(optimizer: Optimizer, parameters: Sequence[Tensor]) -> bool:
     """Whether one coefficient for all these parameters may go into the optimizer's kernel."""
-    return reads_grad_scale(optimizer) and all(
+    if not parameters or not reads_grad_scale(optimizer, parameters[0].device):
+        return False
+    return all(
         p.grad is None
         or (p.grad.dtype == torch.float32 and p.grad.layout == torch.strided and not is_only_a_view(p.grad))
         for p in parameters
@@ -95,7 +103,7 @@ def can_skip_on_device(optimizer: Optimizer, device: torch.device, parameters: S
     under SGD. Not on CPU, where the host knows anyway. Once every parameter has its state, only another table of
     states, or another number of them, can change that: until then no parameter is looked at again.
     """
-    if device.type == "cpu" or not reads_grad_scale(optimizer):
+    if device.type == "cpu" or not reads_grad_scale(optimizer, device):
         return False
     state, count, known = optimizer.state, len(optimizer.state), _READY.get(optimizer)
     if known is not None and known[0] is state and known[1] == count and known[2] is parameters:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradkeel.measure import wide_dtype
+
 _ATTRIBUTES = ("grad_scale", "found_inf")
 
 
@@ -71,5 +73,5 @@ def prescale(loss_scale: LossScale, window: Tensor | float, device: torch.device
     """[] the one factor that turns the stored gradients into the true ones: ``window / loss scale``."""
     if loss_scale.scale is None:
         return window
-    inverse = 1.0 / loss_scale.scale.to(device, torch.float32 if device.type == "mps" else torch.float64)
+    inverse = 1.0 / loss_scale.scale.to(device, wide_dtype(device))
     return inverse * window

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gradkeel.kernels import native
 from gradkeel.kernels.native import Table
-from gradkeel.measure.powers import tensor_norms
+from gradkeel.measure.powers import tensor_norms, wide_dtype
 from gradkeel.tensors import entries_to_read
 
 
@@ -36,7 +36,7 @@ class Copies:
             clones = self._copied.tensors()
         entries = [entries_to_read(tensor) for tensor in tensors]
         if [own.numel() for own in clones] != [now.numel() for now in entries]:
-            return torch.full((len(entries),), math.nan, dtype=torch.float64, device=device)
+            return torch.full((len(entries),), math.nan, dtype=wide_dtype(device), device=device)
         clones = [own.reshape(now.shape) for own, now in zip(clones, entries, strict=True)]
         if entries:  # in place, for the copies are as large as the model
             torch._foreach_sub_(clones, entries)

@@ -9,7 +9,7 @@ from torch import Tensor
 from gradkeel.kernels.native import Table
 from gradkeel.measure import wide_dtype
 from gradkeel.measure.powers import read, tensor_norms
-from gradkeel.norms import combine, is_on_host
+from gradkeel.norms import combine, fixed, is_on_host
 from gradkeel.ranks.declared import participants
 from gradkeel.ranks.group import Ranks
 from gradkeel.ranks.powers import WIDE, PowerSums
@@ -45,9 +45,9 @@ def total_norm(
 
 
 def measure_total(tensors: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
-    """Return [] the float64 norm of all these tensors; see `total_norm`."""
+    """Return [] the norm of all these tensors, as wide as the device has it; see `total_norm`."""
     total = total_norm(settled(tensors), norm_type, device)[0]
-    return torch.as_tensor(total, dtype=torch.float64, device=device)
+    return torch.as_tensor(total, dtype=wide_dtype(device), device=device)
 
 
 @torch.no_grad()
@@ -79,6 +79,6 @@ def _here(parts: Sequence[Tensor], counts: Sequence[bool], norm_type: float, dev
         return torch.full((), nothing, dtype=wide_dtype(device), device=device)
     norms = tensor_norms([part for part, _ in held], norm_type, device)
     if not all(is_counted for _, is_counted in held):
-        counted = torch.tensor([is_counted for _, is_counted in held], device=device)
+        counted = fixed(tuple(is_counted for _, is_counted in held), torch.bool, device)
         norms = torch.where(counted | ~norms.isfinite(), norms, nothing)
     return combine(norms, norm_type)
