@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import gradkeel as gk
-from gradkeel import doctor
+from gradkeel import doctor, norms
 from gradkeel.kernels import triton_host
 from gradkeel.norms import Decision
 from gradkeel.record import Reader
@@ -337,6 +337,63 @@ def test_a_step_can_be_captured(policy):
     torch.cuda.synchronize()
     assert all(not torch.equal(old, new) for old, new in zip(before, parameters, strict=True))
     assert guard.report.norm > 0
+
+
+@pytest.mark.parametrize("spec", ["norm:0.01+agc:0.001", "block-rms:0.05"])
+def test_a_graph_owns_the_constants_that_it_reads(spec, monkeypatch):
+    """The caches that they come from may have dropped them when it is replayed."""
+    monkeypatch.setattr(norms, "_IN_GRAPHS", {})
+    _, optimizer, _, backward = training(spec, "cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        backward()
+        for _ in range(2):
+            optimizer.step()
+        norms._IN_GRAPHS.clear()
+        graph = captured(optimizer, stream)
+    assert norms._IN_GRAPHS
+    assert all(constant.is_cuda for constant in norms._IN_GRAPHS.values())
+    graph.replay()
+
+
+@pytest.mark.parametrize(
+    "spec", ["zclip:warmup=3", "autoclip:warmup=3,window=8", "zclip:warmup=3,scope=tensor"]
+)
+@pytest.mark.parametrize("first", [0, 5])
+def test_a_policys_state_goes_on_in_the_users_graph(spec, first):
+    """Steps that are replayed, and others between them, come to what ordinary ones come to."""
+    results = []
+    for is_captured in (False, True):
+        parameters, optimizer, guard, backward = training(spec, "cuda")
+        stream = torch.cuda.Stream()
+        told = []
+        with torch.cuda.stream(stream):
+            backward()
+            fresh = [parameter.grad.clone() for parameter in parameters]
+            optimizer.step()  # makes the optimizer's state
+            for _ in range(first):
+                optimizer.step()
+            graph = captured(optimizer, stream) if is_captured else None
+            made = [torch.empty(1000, device="cuda") for _ in range(50)]  # where something was freed
+            for i in range(12):
+                for parameter, gradient in zip(parameters, fresh, strict=True):
+                    torch.mul(gradient, 1.0 + i % 5, out=parameter.grad)
+                if graph is None or i in (4, 5, 9):
+                    optimizer.step()
+                    if i in (4, 5, 9):
+                        told += guard.report.norm, guard.report.coefficient
+                else:
+                    graph.replay()
+        torch.cuda.synchronize()
+        del made
+        states = guard.state_dict()["states"]
+        results.append((told, states, [parameter.detach().cpu() for parameter in parameters]))
+    (told, states, left), (told_too, states_too, left_too) = results
+    assert told_too == pytest.approx(told)
+    for label, state in states.items():
+        for key, value in state.items():
+            torch.testing.assert_close(states_too[label][key], value, msg=f"{label}.{key}")
+    torch.testing.assert_close(left_too, left)
 
 
 @pytest.mark.parametrize("spec", ["norm:0.01", "value:0.001", "agc:0.001"])

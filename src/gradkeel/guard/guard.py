@@ -132,6 +132,7 @@ class Guard(Pipeline):
         for label, owner in self._roster.owners().items():
             if before.get(label) != owner:
                 self._states.pop(label, None)
+                self._lasting.forget(label)
 
     def __repr__(self) -> str:
         """What is guarded by what, and what is excluded."""
@@ -195,13 +196,13 @@ class Guard(Pipeline):
         """Take the guard off the optimizer, leaving no hook and no attribute, and close the recorders."""
         if self._is_detached:
             return
-        self._is_detached = True
         for hooked in self._hooks:
             hooked.remove()
         self._canary.remove()
         self._replays = Replays()  # their memory goes
         for recorder in self.recorders:
             recorder.close()
+        self._is_detached = True  # last, for what Ctrl-C leaves undone another call does
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that must survive a checkpoint: step, skips in a row, and the policies' states.
@@ -233,9 +234,11 @@ class Guard(Pipeline):
             finite={part.label for part in self._roster.parts if part.is_own},
             **self._roster.fingerprint(),
         )
-        self._states = {
-            label: {key: value.to(self.device) for key, value in values.items()}
-            for label, values in state["states"].items()
-        }
+        self._states = self._lasting.updated(
+            {
+                label: {key: value.to(self.device, copy=True) for key, value in values.items()}
+                for label, values in state["states"].items()
+            }
+        )
         self._step = int(state["step"])
         self._skips.resume(int(state["consecutive_skips"]))

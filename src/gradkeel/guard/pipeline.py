@@ -15,6 +15,7 @@ from gradkeel.errors import NonFiniteGradientError
 from gradkeel.guard import hooks, other_clips, stack
 from gradkeel.guard.captured import Captured
 from gradkeel.guard.given import Given, Route
+from gradkeel.guard.lasting import Lasting
 from gradkeel.guard.prescale import prescale
 from gradkeel.guard.replay import Replays
 from gradkeel.guard.report import Recorder, SkipReason, StepReport
@@ -22,6 +23,7 @@ from gradkeel.guard.roster import Roster
 from gradkeel.guard.skips import SkipWatch
 from gradkeel.guard.step import carry_out, committed, decide_all, judge, measure_all
 from gradkeel.guard.turns import Turns
+from gradkeel.kernels.arrival import is_capturing
 from gradkeel.kernels.graph import Entry
 from gradkeel.kernels.native import Table
 from gradkeel.measure import Readings
@@ -55,6 +57,7 @@ class Pipeline:
         self._skips = SkipWatch(max_consecutive_skips, buffers.broken)
         self._folding = Folding()
         self._replays = Replays()
+        self._lasting = Lasting()
         self._states: dict[str, State] = {}
         self._scalars: dict[str, Tensor | float] = {}
         self._step = 0
@@ -109,6 +112,8 @@ class Pipeline:
         try:
             try:
                 self._check()
+                if roster.is_on_cuda and is_capturing(roster.device):
+                    self._states = self._lasting.begun(self._states)
                 given = self._given()
                 entry, captured = None, None
                 if given is not None:
@@ -304,7 +309,8 @@ class Pipeline:
         if self._staged is None:
             return
         was_skipped = self._step > 0 and self.report.stepped_or_pending is False
-        (self.report, self._states, is_sound), self._staged = self._staged, None
+        (self.report, states, is_sound), self._staged = self._staged, None
+        self._states = self._lasting.updated(states)
         self._step += 1
         self._scalars = {}
         stepped = self.report.stepped_or_pending
