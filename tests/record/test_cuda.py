@@ -7,17 +7,21 @@ import torch
 from torch import nn
 
 import gradkeel as gk
-from gradkeel.record import Reader
+from gradkeel.kernels import arrival
+from gradkeel.record import Reader, rows
 from syncs import without_sync
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def test_recording_does_not_sync_the_host(tmp_path):
+@pytest.mark.parametrize(
+    "spec", ["global-norm:0.5", "value:0.01", "agc:0.01+value:0.01", "norm:0.1", "zclip"]
+)
+def test_recording_does_not_sync_the_host(spec, tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 1)).cuda()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    guard = gk.attach(optimizer, gk.ClipByGlobalNorm(0.5), model=model, record=tmp_path / "run.keel")
+    guard = gk.attach(optimizer, spec, model=model, record=tmp_path / "run.keel")
     inputs = torch.randn(200, 32, 64, device="cuda")
     reports = []
     with contextlib.ExitStack() as stack:
@@ -39,15 +43,26 @@ def test_recording_does_not_sync_the_host(tmp_path):
         assert len(run.weight_samples()[0]) == 102  # the first 100 steps, and every 50th
 
 
-def test_a_run_on_a_stream_of_its_own(tmp_path):
+def test_a_run_on_a_stream_of_its_own(tmp_path, monkeypatch):
+    """What waits is stacked on another stream, and in order with this one."""
+    streams = []
+
+    def in_order(stream, device):
+        streams.append((stream, arrival.current_stream(device)))
+        return arrival.in_order_with(stream, device)
+
+    monkeypatch.setattr(rows, "in_order_with", in_order)
     parameter = nn.Parameter(torch.zeros(1_000_000, device="cuda"))
     optimizer = torch.optim.SGD([parameter], lr=0.1)
     guard = gk.attach(optimizer, None, record=tmp_path / "run.keel")
     with torch.cuda.stream(torch.cuda.Stream()):
+        side = arrival.current_stream(parameter.device)
         for step in range(1, 131):
             parameter.grad = torch.full_like(parameter, step / 1000)
             optimizer.step()
     guard.detach()
+    assert streams[-1] == (side, arrival.current_stream(parameter.device))
+    assert side != streams[-1][1]
     with Reader(tmp_path / "run.keel") as run:
         expected = torch.arange(1, 131, dtype=torch.float64)  # the root of a million entries of step / 1000
         torch.testing.assert_close(run.totals(), expected, rtol=1e-5, atol=0)  # the entries are float32

@@ -1,5 +1,7 @@
-"""Numbers on their way from an accelerator of any kind to the host, and streams that are being captured."""
+"""Numbers on their way from an accelerator of any kind to the host, and streams: their order, and captures."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ class Arrival:
         self._event: Any = None
         if is_asynchronous(device):
             self._event = torch.Event(device.type)
-            self._event.record(torch.accelerator.current_stream(device))
+            self._event.record(current_stream(device))
 
     def is_there(self) -> bool:
         """Whether they are; does not wait. Not to be asked while the stream is being captured."""
@@ -36,6 +38,22 @@ def is_asynchronous(device: torch.device) -> bool:
 def to_host(tensor: Tensor) -> Tensor:
     """A copy on the host, in pinned memory where torch pins it; to be read when an `Arrival` says so."""
     return tensor.to("cpu", non_blocking=is_asynchronous(tensor.device))
+
+
+def current_stream(device: torch.device) -> Any:
+    """The device's current stream; None where its work is done in order in any case."""
+    return torch.accelerator.current_stream(device) if is_asynchronous(device) else None
+
+
+@contextmanager
+def in_order_with(stream: Any, device: torch.device) -> Iterator[None]:
+    """What is launched inside, on whatever stream, comes after what this one has, and before what it will have."""
+    own = current_stream(device)
+    if own != stream:
+        own.wait_stream(stream)
+    yield
+    if own != stream:
+        stream.wait_stream(own)
 
 
 def is_capturing(device: torch.device) -> bool:

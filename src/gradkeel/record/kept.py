@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradkeel.guard.report import SelectionReport, StepReport
-from gradkeel.kernels.arrival import to_host
+from gradkeel.kernels.arrival import current_stream, to_host
 from gradkeel.norms import from_list
 from gradkeel.outcome import Outcome
 from gradkeel.record.lag import Lag
@@ -106,6 +106,7 @@ class Kept:
         self.like = self.selections[0].measured.norms
         self._places = [i for i, selection in enumerate(self.selections) if selection.measured.names] or [0]
         self.steps: list[tuple[Any, ...]] = []
+        self.stream: Any = None  # the last one's
         self._columns: tuple[tuple[Any, ...], ...] = ((),)  # of as many steps as it was made of
 
     def __len__(self) -> int:
@@ -115,6 +116,8 @@ class Kept:
         self, report: StepReport, time: float, rate: Tensor | float | None, sample: Sample | None
     ) -> tuple[Any, ...]:
         """A step as it is kept; what reads its gradients, and tensors that are the user's, are read at once."""
+        if not self.like.is_cpu:
+            self.stream = current_stream(self.like.device)
         main, came_to = report.selections[0], None
         decision, made = main.decision, report.stepped_or_pending
         if decision.clamp is not None or decision.unit_coefficients is not None:

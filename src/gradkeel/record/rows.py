@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradkeel.guard.report import SelectionReport, SkipReason, StepReport, nonfinite_words
-from gradkeel.kernels.arrival import Arrival, to_host
+from gradkeel.kernels.arrival import Arrival, in_order_with, to_host
 from gradkeel.norms import combine, from_list
 from gradkeel.record.kept import CAME_TO, MAYBE_SKIPPED, SAMPLE, STEP, TIME, Kept, Sample
 from gradkeel.record.lag import SERIES
@@ -92,8 +92,9 @@ class Batch:
             (kept.steps[i][STEP], sample) for i, sample in kept.some(SAMPLE).items()
         ]
         if not kept.like.is_cpu:
-            self._series = {name: to_host(value) for name, value in kept.stacked().items()}
-            self._samples = [(step, sample.on_host()) for step, sample in self._samples]
+            with in_order_with(kept.stream, kept.like.device):
+                self._series = {name: to_host(value) for name, value in kept.stacked().items()}
+                self._samples = [(step, sample.on_host()) for step, sample in self._samples]
         self._arrival = Arrival(kept.like.device)
 
     def __len__(self) -> int:
