@@ -53,9 +53,13 @@ def entries_to_scale(gradient: Tensor) -> Tensor:
 
 
 def limits_of(dtype: torch.dtype, low: float, high: float) -> list[float]:
-    """A clamp's limits as this dtype takes them: infinite beyond its range, where torch raises."""
-    most = torch.finfo(dtype).max
-    return [limit if abs(limit) <= most else math.copysign(math.inf, limit) for limit in (low, high)]
+    """A clamp's limits as this dtype has them: beyond its range, where torch raises, rounded to its end or infinity."""
+    most, step = torch.finfo(dtype).max, torch.finfo(dtype).eps
+    infinite = most * ((4 - step) / (4 - 2 * step))  # half a step beyond
+    return [
+        limit if abs(limit) <= most else math.copysign(most if abs(limit) < infinite else math.inf, limit)
+        for limit in (low, high)
+    ]
 
 
 def entries_by_position(tensor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import reference
 from gradkeel.apply import device, host
 from gradkeel.kernels import foreach, native
 from gradkeel.measure.device import read
+from gradkeel.tensors import limits_of
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -152,6 +153,17 @@ def test_peaks(dtype):
     found = foreach.peaks(tensors, torch.float64)
     wanted = [[float(t.min()), float(t.max())] if t.numel() else [0.0, 0.0] for t in tensors]
     assert str(found.tolist()) == str(wanted).replace("-0.0", "0.0")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_limits_are_rounded_as_entries_are(dtype):
+    most = torch.finfo(dtype).max
+    for share in (0.5, 1.0, 1 + 1e-9, 1 + 2.9e-8, 1.0001, 1.0003, 1.001, 1.0019, 1.002, 1.1):
+        if not math.isfinite(most * share):
+            continue
+        given = torch.tensor([-most * share, most * share], dtype=torch.float64)
+        low, high = limits_of(dtype, *given.tolist())
+        assert torch.tensor([low, high], dtype=dtype).tolist() == given.to(dtype).tolist()
 
 
 @pytest.mark.parametrize("clamp", [device.clamp, host.clamp])

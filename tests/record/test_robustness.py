@@ -20,6 +20,7 @@ from torch import nn
 import gradkeel as gk
 from gradkeel import policies as gp
 from gradkeel.errors import RecordError, RecordWarning
+from gradkeel.guard import hooks, other_clips
 from gradkeel.norms import Decision, Needs
 from gradkeel.record import Reader, Recorder, bucket_norms
 from gradkeel.record.kept import Kept
@@ -524,6 +525,91 @@ def test_a_recorder_can_be_closed_after_ctrl_c_anywhere_in_it(make_report, metho
             break
     assert place > 30
     assert len(lost) <= 1  # between two lines, where CPython looks for no signal
+
+
+@pytest.mark.parametrize("method", ["flush", "close"])
+def test_a_sink_may_flush_and_close_the_recorder_that_calls_it(make_report, method):
+    """It does not wait for itself; what was sent by then is written."""
+    sink, batches = Gate(), []
+
+    def write(rows):
+        batches.append(rows)
+        getattr(recorder, method)()
+
+    sink.write = write
+    recorder = Recorder(None, sinks=[sink], flush_seconds=1e3)
+    recorder.record(make_report(1))
+    began = time.monotonic()
+    recorder.flush()
+    recorder.close()
+    assert time.monotonic() - began < 30
+    assert steps_in(batches) == [1]
+
+
+def test_a_recorder_may_be_collected_on_its_own_thread(make_report, tmp_path):
+    """As where garbage happens to be collected while it writes."""
+    collected, gone = threading.Event(), threading.Event()
+
+    class Collecting(Gate):
+        def write(self, rows):
+            gone.wait(10)
+            gc.collect()
+            collected.set()
+
+    recorder = Recorder(tmp_path / "run.keel", sinks=[Collecting()], flush_seconds=1e3)
+    recorder.record(make_report(1))
+    recorder._outbox.send()
+    recorder.cycle = recorder
+    threads = threading.active_count()
+    del recorder
+    gone.set()
+    assert collected.wait(10)
+    ends = time.monotonic() + 30
+    while threading.active_count() >= threads and time.monotonic() < ends:
+        time.sleep(0.01)
+    assert threading.active_count() < threads
+    check_rows(tmp_path / "run.keel", [1])
+
+
+def interrupted_once(monkeypatch, owner, name):
+    """Ctrl-C at the next call of this function; from then on it is as it was."""
+    own = getattr(owner, name)
+
+    def interrupted(*arguments):
+        monkeypatch.setattr(owner, name, own)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(owner, name, interrupted)
+
+
+@pytest.mark.parametrize("again", ["detach", "attach"])
+@pytest.mark.parametrize("place", [(Outbox, "close"), (hooks.gate, "remove"), (other_clips.Canary, "remove")])
+def test_after_a_detach_that_was_interrupted(tmp_path, monkeypatch, again, place):
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    recorder = Recorder(tmp_path / "run.keel", flush_seconds=1e3)
+
+    def steps():
+        for _ in range(3):
+            parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+
+    guard = gk.attach(optimizer, None, record=recorder)
+    steps()
+    interrupted_once(monkeypatch, *place)
+    with pytest.raises(KeyboardInterrupt):
+        guard.detach()
+    if again == "detach":
+        guard.detach()
+        guard.detach()
+        steps()  # nobody sees
+    else:
+        guard = gk.attach(optimizer, None, record=recorder)
+        steps()
+        guard.detach()
+    assert not [name for name in vars(optimizer) if "gradkeel" in name]
+    with Reader(tmp_path / "run.keel") as run, Reader(tmp_path / "run.keel", superseded=True) as old:
+        assert len(run) + len(old) == (3 if again == "detach" else 6)
 
 
 def test_a_change_of_parameters_that_is_interrupted_is_made_at_the_next_step(tmp_path, monkeypatch):

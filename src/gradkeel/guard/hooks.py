@@ -64,7 +64,7 @@ class Hooks:
     """
 
     def __init__(self, optimizer: Optimizer, guard: object, calls: Calls) -> None:
-        self.optimizer = optimizer
+        self.optimizer, self._guard = optimizer, guard
         self._begin, self._evaluate, self._fail, self._finish = calls
         # Of the optimizer's own step: a subclass's may call its parent's, and torch runs the hooks for each of the two.
         self._is_inside = False
@@ -94,16 +94,19 @@ class Hooks:
             setattr(optimizer, name, self._inside_of_steps(name))
 
     def remove(self) -> None:
-        """Leave no hook and no attribute behind."""
+        """Leave no hook and no attribute behind; what another guard has left since stays."""
         for handle in self._handles:
             handle.remove()
+        if vars(self.optimizer).get(MARK) is not self._guard:
+            return
         gate.remove(self.optimizer)
-        for name in (MARK, "__getstate__", *self._refusing):
+        for name in ("__getstate__", *self._refusing):
             vars(self.optimizer).pop(name, None)
         if self._kept_flag is None:
             vars(self.optimizer).pop(_AMP_FLAG, None)
         else:
             setattr(self.optimizer, _AMP_FLAG, self._kept_flag)
+        vars(self.optimizer).pop(MARK)
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch._C._current_graph_task_id() != -1:

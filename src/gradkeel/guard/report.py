@@ -217,7 +217,8 @@ class StepReport:
     def forget_decisions(self) -> None:
         """Nothing was applied, for the step was skipped; the bounds stay."""
         for selection in self.selections:
-            selection.decision = Decision(bound=selection.outcome.bound())
+            bound: Any = selection.decision.known_bound
+            selection.decision = Decision(bound=selection.outcome.bound() if bound is None else bound)
 
     def _settled(self) -> tuple[SelectionReport, ...]:
         """The selections' reports, without what was decided for a step that the device has skipped; syncs the host."""

@@ -18,7 +18,8 @@ from gradkeel.record.rows import Batch, Rows, Subject
 MOST_WAITING = 2**18
 """Steps that may wait for a slow disk: each is some kilobytes of memory."""
 
-CLOSE_SECONDS = 60.0
+CLOSE_SECONDS, AGAIN_SECONDS = 60.0, 5.0
+"""How long the first close waits for the thread, and another, after Ctrl-C has ended that."""
 
 FORK_SECONDS = 1.0
 """How long a fork waits for each record's write to end: a lock of SQLite's that is held then is held for ever in the
@@ -66,9 +67,11 @@ class Outbox:
         self._waiting: queue.SimpleQueue[Batch | Callable[[], None] | None] = queue.SimpleQueue()
         self._sent = self._taken = 0  # steps; each is counted by one thread
         self._is_working = True
+        self._patience = CLOSE_SECONDS
         self._ended = threading.Lock()
         self._ended.acquire()
-        threading.Thread(target=self._work, name="gradkeel-record", daemon=True).start()
+        self._thread = threading.Thread(target=self._work, name="gradkeel-record", daemon=True)
+        self._thread.start()
         _outboxes.add(self)
 
     @property
@@ -121,8 +124,8 @@ class Outbox:
         self._sent += len(batch)
 
     def wait(self) -> None:
-        """Wait until everything sent so far is written."""
-        if self.is_open:
+        """Wait until everything sent so far is written; a sink, which is called for that, does not wait for itself."""
+        if self.is_open and not self._is_own_thread():
             self.send()
             self.wait_for_sent()
 
@@ -140,8 +143,14 @@ class Outbox:
             return
         self.send()
         self._waiting.put(None)
-        if self._ended.acquire(timeout=CLOSE_SECONDS):
+        if self._is_own_thread():  # a sink closes, or garbage is collected here
+            return
+        patience, self._patience = self._patience, min(self._patience, AGAIN_SECONDS)
+        if self._ended.acquire(timeout=patience):
             self._ended.release()
+
+    def _is_own_thread(self) -> bool:
+        return threading.get_ident() == self._thread.ident
 
     def _work(self) -> None:
         try:

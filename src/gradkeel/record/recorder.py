@@ -135,6 +135,7 @@ class Recorder:
     def bind(self, guard: Guard) -> None:
         """Learn from the guard what is recorded: names, shapes, policy, optimizer; opens what was closed."""
         if self._is_closed:
+            self.close()  # to the end: Ctrl-C may have come between
             self._open()
         self._guard, self._layout, self._names = guard, None, ()
 
@@ -202,13 +203,13 @@ class Recorder:
 
     def close(self) -> None:
         """Write what is left and close file and sinks; called by ``guard.detach()`` and when the process ends."""
+        self._is_closed = True
         self._guard = self._before = None
         if self._outbox is not None:
             self._outbox.close()
             self._finalizer.detach()  # not before: what Ctrl-C leaves is written at the process's end
             self._warn_of_problems()
         self._file = self._outbox = None
-        self._is_closed = True
 
     def _subject(self) -> Subject:
         guard = self._guard
