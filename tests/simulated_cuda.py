@@ -179,6 +179,7 @@ def _install():
     cuda.current_device = lambda: 0
     cuda.get_device_name = lambda device=None: "simulated"
     cuda.device = contextlib.nullcontext
+    cuda.empty_cache = lambda: None
     cuda.synchronize = lambda device=None: torch.accelerator.synchronize()
     cuda.set_sync_debug_mode = lambda mode: _library.simulated_cuda_forbids_waiting(mode == "error")
     cuda.Stream, cuda.stream = Stream, StreamContext

@@ -3,6 +3,7 @@
 `make test-simulated` runs them where there is none.
 """
 
+import contextlib
 import gc
 import math
 
@@ -11,6 +12,7 @@ import torch
 
 import gradkeel as gk
 from gradkeel import doctor, norms
+from gradkeel.kernels import graph as graphs
 from gradkeel.kernels import triton_host
 from gradkeel.norms import Decision
 from gradkeel.record import Reader
@@ -158,6 +160,30 @@ def test_a_graph_that_others_have_pushed_out_is_captured_anew(path):
             parameters[absent].grad = None
         optimizer.step()
         assert guard.report.clipped_norm == pytest.approx(1e-3, rel=1e-6)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_capture_that_fails_is_tried_once_more(times, path, monkeypatch):
+    """Then steps are launched, and it is said why."""
+    if path == "foreach":
+        pytest.skip("nothing is captured")
+    failed, own = [], graphs.Graph.__init__
+
+    def failing(*arguments):
+        if len(failed) < times:
+            failed.append(torch.cuda.current_stream())
+            raise torch.OutOfMemoryError("nothing left")
+        own(*arguments)
+
+    monkeypatch.setattr(graphs.Graph, "__init__", failing)
+    _, optimizer, guard, backward = training(gk.ClipByGlobalNorm(1e-3), "cuda")
+    says = pytest.warns(gk.errors.GradkeelWarning, match="nothing left")
+    with says if times == 2 else contextlib.nullcontext():
+        for _ in range(8):
+            backward()
+            optimizer.step()
+            assert guard.report.clipped_norm == pytest.approx(1e-3, rel=1e-6)
+    assert len(failed) == times
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,8 @@ class Lasting:
             for label, state in states.items()
         }
 
-    def updated(self, states: Mapping[str, State]) -> dict[str, State]:
-        """The states after a step, written to where graphs read them."""
-        result = dict(states)
+    def updated(self, states: dict[str, State]) -> dict[str, State]:
+        """The states after a step, those that graphs read where they read them."""
         for label, held in self._held.items():
             if label not in states or states[label] is held:
                 continue
@@ -33,8 +32,8 @@ class Lasting:
             new = {key: states[label][key].clone() for key in held}
             for key, tensor in held.items():
                 tensor.copy_(new[key])
-            result[label] = held
-        return result
+            states[label] = held
+        return states
 
     def forget(self, label: str) -> None:
         """These are states of other tensors, or another policy's, from now on: graphs with them are of no use."""
