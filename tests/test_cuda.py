@@ -6,6 +6,7 @@
 import contextlib
 import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import gradkeel as gk
 from gradkeel import doctor, norms
 from gradkeel.kernels import graph as graphs
 from gradkeel.kernels import triton_host
-from gradkeel.norms import Decision
+from gradkeel.norms import Decision, Needs
 from gradkeel.record import Reader
 from syncs import without_sync
 
@@ -420,6 +421,69 @@ def test_a_policys_state_goes_on_in_the_users_graph(spec, first):
         for key, value in state.items():
             torch.testing.assert_close(states_too[label][key], value, msg=f"{label}.{key}")
     torch.testing.assert_close(left_too, left)
+
+
+class Remembers(gk.policies.Policy):
+    """Of the user's own: what it remembers follows from the norms and what it has remembered."""
+
+    needs, spec = Needs(), "remembers"
+
+    def __init__(self, begins, follows):
+        self.begins, self.follows = begins, follows
+
+    def init(self, norms):
+        return self.begins
+
+    def decide(self, norms, state):
+        return Decision(coefficients=torch.ones_like(norms.total)), self.follows(norms, state)
+
+
+@pytest.mark.parametrize(
+    "follows",
+    [
+        lambda norms, state: {"last": norms.total},
+        lambda norms, state: {"low": norms.total, "high": norms.total},
+        lambda norms, state: {"last": norms.total.expand(3)},
+    ],
+)
+def test_a_graph_writes_to_no_tensor_but_the_guards(follows):
+    """Whatever a policy of the user's remembers; and the memory is there as long as the graph may be."""
+    parameters, optimizer, guard, backward = training(Remembers({}, follows), "cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        backward()
+        optimizer.step()
+        report, norm = guard.report, guard.report.norm
+        graph = captured(optimizer, stream)
+        for parameter in parameters:
+            parameter.grad.mul_(7.0)
+        graph.replay()
+        stream.synchronize()
+        assert report.norm == norm
+        state = guard.state_dict()["states"]["main"]
+        assert all(value.max().item() > 2 * norm for value in state.values())
+        held = [weakref.ref(value) for value in guard._states["main"].values()]
+        guard.detach()
+        del guard, state
+        gc.collect()
+        assert all(one() is not None for one in held)
+
+
+def test_a_state_of_another_shape_goes_on_beside_the_graph():
+    def follows(norms, state):
+        return {"norms": norms.norms, "last": norms.total} if norms.step < 5 else {"last": norms.total}
+
+    _, optimizer, guard, backward = training(Remembers({}, follows), "cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        backward()
+        for _ in range(2):
+            optimizer.step()
+        graph = captured(optimizer, stream)
+        graph.replay()
+        for _ in range(4):
+            optimizer.step()
+    assert guard.state_dict()["states"]["main"].keys() == {"last"}
 
 
 @pytest.mark.parametrize("spec", ["norm:0.01", "value:0.001", "agc:0.001"])

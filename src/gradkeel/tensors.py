@@ -1,5 +1,6 @@
 """Where a gradient's entries lie: the one place that knows sparse, complex and distributed tensors."""
 
+import ctypes
 import itertools
 import math
 import sys
@@ -54,6 +55,8 @@ def entries_to_scale(gradient: Tensor) -> Tensor:
 
 def limits_of(dtype: torch.dtype, low: float, high: float) -> list[float]:
     """A clamp's limits as this dtype has them: beyond its range, where torch raises, rounded to its end or infinity."""
+    if dtype.itemsize == 2:  # by way of float32, as torch does
+        low, high = ctypes.c_float(low).value, ctypes.c_float(high).value
     most, step = torch.finfo(dtype).max, torch.finfo(dtype).eps
     infinite = most * ((4 - step) / (4 - 2 * step))  # half a step beyond
     return [

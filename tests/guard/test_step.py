@@ -102,7 +102,10 @@ class Policy:
 
 
 def states(commit, old, names=("w",)):
-    parts = [SimpleNamespace(label="main", policy=Policy()), SimpleNamespace(label="excluded", policy=None)]
+    parts = [
+        SimpleNamespace(label=label, policy=policy, is_own=True)
+        for label, policy in (("main", Policy()), ("excluded", None))
+    ]
     after = [{"seen": torch.ones(1)}, {}]
     found = committed(parts, [report(names=names), report()], after, old, commit)
     return {label: state["seen"].item() for label, state in found.items()}

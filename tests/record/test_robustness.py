@@ -612,6 +612,58 @@ def test_after_a_detach_that_was_interrupted(tmp_path, monkeypatch, again, place
         assert len(run) + len(old) == (3 if again == "detach" else 6)
 
 
+def test_a_guard_that_was_detached_leaves_a_recorder_to_the_next_one(tmp_path, monkeypatch):
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    recorder = Recorder(tmp_path / "run.keel", flush_seconds=1e3)
+
+    def steps(count):
+        for _ in range(count):
+            parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+
+    first = gk.attach(optimizer, None, record=recorder)
+    interrupted_once(monkeypatch, Outbox, "close")
+    with pytest.raises(KeyboardInterrupt):
+        first.detach()
+    second = gk.attach(optimizer, None, record=recorder)
+    steps(2)
+    first.detach()
+    steps(3)
+    second.detach()
+    with Reader(tmp_path / "run.keel") as run:
+        assert len(run) == 5
+
+
+class Closing:
+    """A recorder of the user's own."""
+
+    def __init__(self, close):
+        self.closed, self._close = 0, close
+
+    def record(self, report):
+        """Nothing."""
+
+    def close(self):
+        self.closed += 1
+        self._close()
+
+
+def test_each_recorder_is_closed_once():
+    def raises():
+        raise RuntimeError("the disk is full")
+
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
+    guard = gk.attach(optimizer, None)
+    guard.recorders += [Closing(guard.detach), Closing(raises), Closing(lambda: None)]
+    with pytest.raises(RuntimeError, match="disk"):
+        guard.detach()
+    guard.detach()
+    assert [recorder.closed for recorder in guard.recorders] == [1, 1, 1]
+    with pytest.raises(gk.AttachError, match="detached"):
+        guard.connect()
+
+
 def test_a_change_of_parameters_that_is_interrupted_is_made_at_the_next_step(tmp_path, monkeypatch):
     parameters = [nn.Parameter(torch.ones(n)) for n in (2, 3, 4)]
     optimizer = torch.optim.SGD(parameters[:2], lr=0.1)

@@ -184,9 +184,10 @@ class Captured:
     def _remember(self, states: Mapping[str, State]) -> None:
         if not len(self._memory):
             return
-        held = next(iter(states.values()), None)
         # After a replay that was committed the graph has left them there.
-        if not isinstance(held, RowState) or held.words is not self._words:
+        if not states or not all(
+            isinstance(own, RowState) and own.words is self._words for own in states.values()
+        ):
             held_by = self._roster.filled(states)
             # By name: a checkpoint's may stand in another order.
             named = {label: {key: held_by[label][key] for key in own} for label, own in self._places.items()}

@@ -13,6 +13,7 @@ from gradkeel.guard import hooks
 from gradkeel.guard.checkpoint import check_state
 from gradkeel.guard.pipeline import NonFinite, Pipeline
 from gradkeel.guard.replay import Replays
+from gradkeel.guard.report import Recorder
 from gradkeel.guard.roster import Roster
 from gradkeel.policies import Policy
 from gradkeel.ranks.declared import Sharing
@@ -53,6 +54,7 @@ class Guard(Pipeline):
         self.policy = policy
         self._summarize = summarize
         self._is_detached = False
+        self._closed: list[Recorder] = []  # of the recorders
         # Only now, when nothing can fail any more, for an optimizer must not be left without a guard.
         for old in {id(own): own for one in optimizers if (own := getattr(one, hooks.MARK, None))}.values():
             self._follow(old)
@@ -194,15 +196,25 @@ class Guard(Pipeline):
 
     def detach(self) -> None:
         """Take the guard off the optimizer, leaving no hook and no attribute, and close the recorders."""
-        if self._is_detached:
-            return
+        self._is_detached = True
+        # What Ctrl-C leaves undone another call does.
         for hooked in self._hooks:
             hooked.remove()
         self._canary.remove()
         self._replays = Replays()  # their memory goes
         for recorder in self.recorders:
-            recorder.close()
-        self._is_detached = True  # last, for what Ctrl-C leaves undone another call does
+            bound = getattr(recorder, "guard", None)
+            is_anothers = isinstance(bound, Guard) and bound is not self
+            if is_anothers or any(recorder is own for own in self._closed):
+                continue
+            self._closed.append(recorder)
+            try:
+                recorder.close()
+            except Exception:
+                raise
+            except BaseException:
+                self._closed.remove(recorder)
+                raise
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that must survive a checkpoint: step, skips in a row, and the policies' states.

@@ -6,6 +6,9 @@ from torch import Tensor
 
 from gradkeel.norms import State
 
+_IN_GRAPHS: list[dict[str, Tensor]] = []
+"""Kept for good, for a graph of the user's may outlive the guard, and write to them."""
+
 
 class Lasting:
     """Memory that states stay in from the first captured step on, for a graph holds addresses and owns nothing.
@@ -18,23 +21,28 @@ class Lasting:
 
     def begun(self, states: Mapping[str, State]) -> dict[str, State]:
         """The states before a step that is being captured: where they lie now they stay."""
-        return {
-            label: self._held.setdefault(label, {key: state[key] for key in state})
-            for label, state in states.items()
-        }
+        for label, state in states.items():
+            if label not in self._held:
+                self._held[label] = {key: state[key] for key in state}
+                _IN_GRAPHS.append(self._held[label])
+        return {label: self._held[label] for label in states}
 
     def updated(self, states: dict[str, State]) -> dict[str, State]:
         """The states after a step, those that graphs read where they read them."""
-        for label, held in self._held.items():
-            if label not in states or states[label] is held:
+        for label, held in list(self._held.items()):
+            new = states.get(label, held)
+            if new is held:
+                continue
+            if {key: new[key].shape for key in new} != {key: own.shape for key, own in held.items()}:
+                self.forget(label)
                 continue
             # First all of them: a policy may give a tensor of the old state another name.
-            new = {key: states[label][key].clone() for key in held}
+            copies = {key: new[key].clone() for key in held}
             for key, tensor in held.items():
-                tensor.copy_(new[key])
+                tensor.copy_(copies[key])
             states[label] = held
         return states
 
     def forget(self, label: str) -> None:
-        """These are states of other tensors, or another policy's, from now on: graphs with them are of no use."""
+        """From now on these states are of other tensors, or otherwise made: a graph with them goes on by itself."""
         self._held.pop(label, None)

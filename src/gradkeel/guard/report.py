@@ -218,7 +218,9 @@ class StepReport:
         """Nothing was applied, for the step was skipped; the bounds stay."""
         for selection in self.selections:
             bound: Any = selection.decision.known_bound
-            selection.decision = Decision(bound=selection.outcome.bound() if bound is None else bound)
+            if bound is None or (isinstance(bound, Tensor) and not bound.numel()):
+                bound = selection.outcome.bound()
+            selection.decision = Decision(bound=bound)
 
     def _settled(self) -> tuple[SelectionReport, ...]:
         """The selections' reports, without what was decided for a step that the device has skipped; syncs the host."""

@@ -230,6 +230,9 @@ def committed(
         if isinstance(commit, Tensor):
             before = old.get(part.label) or part.policy.init(report.measured)
             result[part.label] = {key: torch.where(commit, new[key], before[key]) for key in new}
+        elif not part.is_own and any(own.is_cuda for own in new.values()):
+            # A graph may write to them, and a policy's own may be anybody's.
+            result[part.label] = {key: own.clone() for key, own in new.items()}
         else:
             result[part.label] = new
     return result

@@ -58,6 +58,7 @@ class Recorder:
     Attributes:
         path: as given.
         rank: of this process; 0 where there is one.
+        guard: whose steps are recorded; None before, and once it is closed.
 
     Raises:
         TypeError: neither a path nor a sink is given, or the path is something else.
@@ -86,7 +87,7 @@ class Recorder:
         self.rank, self._ranks = 0, 1
         if is_running():
             self.rank, self._ranks = distributed.get_rank(), distributed.get_world_size()
-        self._guard: Guard | None = None
+        self.guard: Guard | None = None
         self._layout: object = None  # of the steps that wait
         self._names: tuple[str, ...] = ()
         self._sampling = Sampling()
@@ -137,11 +138,11 @@ class Recorder:
         if self._is_closed:
             self.close()  # to the end: Ctrl-C may have come between
             self._open()
-        self._guard, self._layout, self._names = guard, None, ()
+        self.guard, self._layout, self._names = guard, None, ()
 
     def before_step(self, report: StepReport) -> None:
         """Look at the weights, at steps at which they are measured, and copy them where the update is to be."""
-        guard, step = self._guard, report.step
+        guard, step = self.guard, report.step
         if guard is None or self._outbox is None:
             return
         self._rate = rate = learning_rate(guard.optimizers[0].param_groups[0])
@@ -204,7 +205,7 @@ class Recorder:
     def close(self) -> None:
         """Write what is left and close file and sinks; called by ``guard.detach()`` and when the process ends."""
         self._is_closed = True
-        self._guard = self._before = None
+        self.guard = self._before = None
         if self._outbox is not None:
             self._outbox.close()
             self._finalizer.detach()  # not before: what Ctrl-C leaves is written at the process's end
@@ -212,7 +213,7 @@ class Recorder:
         self._file = self._outbox = None
 
     def _subject(self) -> Subject:
-        guard = self._guard
+        guard = self.guard
         if guard is None:
             return Subject()
         named = dict(zip(guard.names, guard.parameters, strict=True))
