@@ -69,7 +69,7 @@ def index(rows: Sequence[int], device: torch.device) -> Tensor:
 
 def fixed(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return these numbers as a tensor on ``device``, made once: to make it waits for the device."""
-    return _kept(made(values, dtype, device))
+    return kept(made(values, dtype, device))
 
 
 @lru_cache(maxsize=512)
@@ -81,11 +81,11 @@ def made(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 _IN_GRAPHS: dict[int, Tensor] = {}
 
 
-def _kept(constant: Tensor) -> Tensor:
-    """Keep for good what goes into a CUDA graph, gradkeel's or the user's: that holds an address alone."""
-    if constant.is_cuda and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-        _IN_GRAPHS[id(constant)] = constant
-    return constant
+def kept(tensor: Tensor) -> Tensor:
+    """Keep it for good while a CUDA graph is captured, gradkeel's or the user's, which holds its address alone."""
+    if tensor.is_cuda and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        _IN_GRAPHS[id(tensor)] = tensor
+    return tensor
 
 
 @lru_cache(maxsize=64)
@@ -124,7 +124,7 @@ def per_tensor(units: Tensor, norms: "GradientNorms", *, least: bool = False) ->
     pieces = tuple(rows_for(count, width) for count in counts)
     for runs, places in ((counts, width), (pieces, max(pieces))):
         filled = torch.cat([units, units.new_full((1,), torch.inf if least else 0.0)])
-        rows = filled.index_select(0, _kept(rows_of(runs, places, units.device))).reshape(-1, places)
+        rows = filled.index_select(0, kept(rows_of(runs, places, units.device))).reshape(-1, places)
         units = rows.amin(1) if least else combine(rows, norms.norm_type)
     return units
 

@@ -41,11 +41,8 @@ class Outcome:
         """[] the bound in force: the smallest one where parameters or units have their own; None without a bound."""
         if self.decision.bound is not None and self.decision.bound.numel():
             return self.decision.bound.min()
-        return (
-            None
-            if self.decision.clamp is None
-            else self.norms.norms.new_full((), float(self.decision.clamp[1]))
-        )
+        clamp = self.decision.clamp
+        return None if clamp is None else self.norms.norms.new_full((), float(clamp[1]))
 
     def is_clipped(self) -> Tensor:
         """[] bool: whether any gradient is made smaller."""

@@ -25,7 +25,7 @@ from gradkeel.tensors import is_only_a_view
 # RMSprop and the rest ignore or refuse grad_scale; each optimizer of torch.optim has its line in the tests.
 FOLDING: tuple[type[Optimizer], ...] = (SGD, Adam, AdamW, Adagrad)
 HONOURING = ("cpu", "cuda", "xpu")
-"""Devices whose fused kernels heed ``grad_scale`` and ``found_inf``: before torch 2.13 Apple's pass them over."""
+"""Devices whose fused kernels heed ``grad_scale`` and ``found_inf``; before torch 2.13 Apple's do not (#186360)."""
 
 
 def reads_grad_scale(optimizer: Optimizer, device: torch.device) -> bool:

@@ -195,24 +195,25 @@ class Guard(Pipeline):
         old.detach()
 
     def detach(self) -> None:
-        """Take the guard off the optimizer, leaving no hook and no attribute, and close the recorders."""
+        """Take the guard off the optimizer, leaving no hook and no attribute, and close the recorders, each once.
+
+        What Ctrl-C leaves undone another call does.
+        """
         self._is_detached = True
-        # What Ctrl-C leaves undone another call does.
         for hooked in self._hooks:
             hooked.remove()
         self._canary.remove()
         self._replays = Replays()  # their memory goes
         for recorder in self.recorders:
             bound = getattr(recorder, "guard", None)
+            # Attached anew meanwhile, it is the other guard's to close.
             is_anothers = isinstance(bound, Guard) and bound is not self
             if is_anothers or any(recorder is own for own in self._closed):
                 continue
             self._closed.append(recorder)
             try:
                 recorder.close()
-            except Exception:
-                raise
-            except BaseException:
+            except KeyboardInterrupt:
                 self._closed.remove(recorder)
                 raise
 

@@ -4,10 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from gradkeel.norms import State
-
-_IN_GRAPHS: list[dict[str, Tensor]] = []
-"""Kept for good, for a graph of the user's may outlive the guard, and write to them."""
+from gradkeel.norms import State, kept
 
 
 class Lasting:
@@ -23,8 +20,9 @@ class Lasting:
         """The states before a step that is being captured: where they lie now they stay."""
         for label, state in states.items():
             if label not in self._held:
-                self._held[label] = {key: state[key] for key in state}
-                _IN_GRAPHS.append(self._held[label])
+                self._held[label] = {
+                    key: kept(state[key]) for key in state
+                }  # for the graph may outlive the guard
         return {label: self._held[label] for label in states}
 
     def updated(self, states: dict[str, State]) -> dict[str, State]:

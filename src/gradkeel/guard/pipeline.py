@@ -112,8 +112,6 @@ class Pipeline:
         try:
             try:
                 self._check()
-                if roster.is_on_cuda and is_capturing(roster.device):
-                    self._states = self._lasting.begun(self._states)
                 given = self._given()
                 entry, captured = None, None
                 if given is not None:
@@ -121,6 +119,8 @@ class Pipeline:
                     entry, captured = self._replays.find(self._alone, roster, gradients, self._states, given)
                 found: Sequence[Readings] = ()
                 if entry is None:
+                    if roster.is_on_cuda and is_capturing(roster.device):  # into a graph of the user's
+                        self._states = self._lasting.begun(self._states)
                     found = roster.readings()
                 elif captured is None:
                     with entry.slots.active():

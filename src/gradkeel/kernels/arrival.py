@@ -51,9 +51,11 @@ def in_order_with(stream: Any, device: torch.device) -> Iterator[None]:
     own = current_stream(device)
     if own != stream:
         own.wait_stream(stream)
-    yield
-    if own != stream:
-        stream.wait_stream(own)
+    try:
+        yield
+    finally:
+        if own != stream:
+            stream.wait_stream(own)
 
 
 def is_capturing(device: torch.device) -> bool:

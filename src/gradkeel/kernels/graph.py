@@ -114,10 +114,8 @@ class Graphs(Generic[T]):
 
         ``bodies`` makes what is kept; what it is given captures one body and returns its `Graph`.
         """
-        if (
-            entry.failures
-        ):  # for want of memory, it may be: what torch keeps for others is not given to a graph
-            torch.cuda.empty_cache()
+        if entry.failures:
+            torch.cuda.empty_cache()  # it may have wanted memory, and is given none that torch keeps for others
         # Shared by these graphs alone: it goes with the last of them, and cannot be captured into again.
         pool = torch.cuda.graph_pool_handle()
         try:

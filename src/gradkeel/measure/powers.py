@@ -6,7 +6,7 @@ On CPU the native kernels read where they are in use, torch's own operations els
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -131,15 +131,10 @@ def unit_count(shape: Sequence[int], dim: int) -> int:
 
 def wide_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype in which norms are combined: float64, or float32 on devices that have no float64."""
-    if device.type in ("cpu", "cuda"):
-        return torch.float64
-    return torch.float32 if device.type == "mps" or not _has_float64(device) else torch.float64
-
-
-@lru_cache
-def _has_float64(device: torch.device) -> bool:
-    """Whether an XPU has float64, which graphics cards of its first generation have not."""
-    return device.type != "xpu" or bool(torch.xpu.get_device_properties(device).has_fp64)
+    has_it = device.type != "mps"
+    if device.type == "xpu":  # graphics cards of its first generation have not
+        has_it = torch.xpu.get_device_properties(device).has_fp64
+    return torch.float64 if has_it else torch.float32
 
 
 def _native_reading(
